@@ -1,0 +1,28 @@
+"""Fixtures every test may use: a tiny random Stable Diffusion, fresh for each test."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.tiny import tiny_components, tiny_pipeline
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Every test starts from the same global random state."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def components() -> dict[str, Any]:
+    """Components of a tiny random Stable Diffusion."""
+    return tiny_components()
+
+
+@pytest.fixture
+def pipe() -> Any:
+    """A stock `StableDiffusionPipeline` around tiny random components."""
+    return tiny_pipeline()
