@@ -1,0 +1,44 @@
+# `make demo` and `make test` do their own set-up: a virtual environment in .venv, from constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed.stamp
+TYPES := build/types/mole_diffusion
+# Once installed, nothing asks a network.
+export HF_HUB_OFFLINE := 1
+
+.PHONY: help setup demo test lint types clean
+help:
+	@echo "make demo    three LoRAs in one picture: writes a picture sheet and says where"
+	@echo "make test    the tests"
+	@echo "make lint    ruff: rules and format"
+	@echo "make types   mypy"
+	@echo "make clean   remove .venv and what was built"
+
+setup: $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/mole demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q --durations=10
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy sees the package as it is installed: pipelines/ is a folder of its own here and a sub-package there.
+types: $(STAMP)
+	@rm -rf $(TYPES) && mkdir -p $(TYPES)
+	@ln -s $(CURDIR)/mole_diffusion/* $(CURDIR)/pipelines $(TYPES)/
+	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p mole_diffusion
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "Python 3.11 or newer is needed, and '$(PYTHON)' is: $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.11 ..." >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

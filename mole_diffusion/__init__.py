@@ -1,0 +1,60 @@
+"""Several trained concept LoRAs in one picture: Mixture of LoRA Experts for diffusers.
+
+Names are handed out lazily: `import mole_diffusion` loads neither torch nor diffusers, a name's first use does.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import toybox as toybox
+    from .gating import GateConfig as GateConfig
+    from .gating import MoLEModel as MoLEModel
+    from .lora import inspect_lora as inspect_lora
+    from .lora import load_lora as load_lora
+    from .pipelines import MoLEPipelineMixin as MoLEPipelineMixin
+    from .pipelines import MoLEStableDiffusionPipeline as MoLEStableDiffusionPipeline
+    from .training import GateTrainingConfig as GateTrainingConfig
+    from .training import LoRATrainingConfig as LoRATrainingConfig
+    from .training import train_gates as train_gates
+    from .training import train_lora as train_lora
+
+__version__ = "0.1.0"
+
+# In a checkout that is not installed, `pipelines/` lies beside this folder and not in it.
+_root = Path(__file__).resolve().parent.parent
+if (_root / "pyproject.toml").is_file() and (_root / "pipelines" / "__init__.py").is_file():
+    __path__.append(str(_root))
+
+_HOME = {  # public name -> the sub-package that has it
+    "MoLEPipelineMixin": "pipelines",
+    "MoLEStableDiffusionPipeline": "pipelines",
+    "load_lora": "lora",
+    "inspect_lora": "lora",
+    "GateConfig": "gating",
+    "MoLEModel": "gating",
+    "LoRATrainingConfig": "training",
+    "train_lora": "training",
+    "GateTrainingConfig": "training",
+    "train_gates": "training",
+}
+_SUBMODULES = ("toybox",)
+
+__all__ = [*_HOME, *_SUBMODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return importlib.import_module(f".{name}", __name__)
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(sorted(__all__))}")
+    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
