@@ -1,0 +1,79 @@
+"""What a LoRA is once it is read: a pair of factors and a scaling for each module it touches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class LoRAFactors:
+    """One module of one LoRA: the weight changes by `scaling * up @ down`.
+
+    Attributes:
+        down: A, `(r, d_in)` for a Linear, `(r, c_in, kh, kw)` for a Conv2d.
+        up: B, `(d_out, r)` for a Linear, `(d_out, r, 1, 1)` for a Conv2d.
+        scaling: `alpha / r`; `alpha / sqrt(r)` for rsLoRA; 1.0 where no alpha is known.
+
+    Raises:
+        ValueError: If the two factors do not belong together.
+    """
+
+    down: Tensor
+    up: Tensor
+    scaling: float = 1.0
+
+    def __post_init__(self) -> None:
+        down, up = tuple(self.down.shape), tuple(self.up.shape)
+        if len(down) != len(up) or len(down) not in (2, 4) or up[1] != down[0] or up[2:] not in ((), (1, 1)):
+            raise ValueError(
+                f"`down` {down} and `up` {up} are not factors of one module. "
+                "Give (r, d_in) and (d_out, r), or (r, c_in, kh, kw) and (d_out, r, 1, 1)."
+            )
+
+    @property
+    def r(self) -> int:
+        """Rank."""
+        return self.down.shape[0]
+
+    def delta(self) -> Tensor:
+        """Change of the module's weight, in the shape of that weight."""
+        product = self.up.flatten(1) @ self.down.flatten(1)
+        return self.scaling * product.reshape(self.up.shape[0], *self.down.shape[1:])
+
+
+@dataclass(frozen=True, eq=False)
+class LoRA:
+    """A checked LoRA: every factor has a module of the model it was read for, and fits it.
+
+    Attributes:
+        name: What the user calls it.
+        source: Path as given, or `<state dict>`.
+        layout: `"diffusers"`, `"diffusers-old"`, `"peft"` or `"kohya"`.
+        sha256: Of the file's bytes; of the sorted tensors for a state dict.
+        factors: Component (`"unet"`, `"text_encoder"`, …) to module name, as in `named_modules()`, to factors.
+            fp32, on the CPU.
+    """
+
+    name: str
+    source: str
+    layout: str
+    sha256: str
+    factors: dict[str, dict[str, LoRAFactors]]
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """Smallest and largest rank."""
+        ranks = [factors.r for modules in self.factors.values() for factors in modules.values()]
+        return min(ranks), max(ranks)
+
+
+def changes_nothing(factors: dict[str, dict[str, LoRAFactors]]) -> bool:
+    """Whether no module's weight would change at all, in which case somebody saved an untrained LoRA."""
+    return all(
+        f.scaling == 0 or not torch.any(f.up) or not torch.any(f.down)
+        for modules in factors.values()
+        for f in modules.values()
+    )

@@ -1,0 +1,52 @@
+"""Which module of a model a LoRA file means, however the file spells it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+from torch import nn
+
+TEXT_MODEL = "text_model."
+
+
+class ModuleIndex:
+    """Linear and Conv2d modules of one model, found by dotted or underscored name.
+
+    A leading `text_model.` may be there or not, in the model as in the file: transformers dropped it from
+    `CLIPTextModel` (not from `CLIPTextModelWithProjection`), files keep it.
+
+    Args:
+        model: Any model; its modules are looked at, not kept.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.grouped: set[str] = set()
+        self._names: dict[str, set[str]] = defaultdict(set)
+        for name, module in model.named_modules():
+            # Sizes come from the attributes: a quantised layer's weight has another shape.
+            if isinstance(module, nn.Linear):
+                self.shapes[name] = (module.out_features, module.in_features)
+            elif isinstance(module, nn.Conv2d):
+                self.shapes[name] = (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
+                if module.groups > 1:
+                    self.grouped.add(name)
+            else:
+                continue
+            self._names[_normal(name)].add(name)
+
+    def find(self, spelling: str) -> str | None:
+        """Name, as in `named_modules()`, of the module a file calls `spelling`; None if none or several answer."""
+        if spelling in self.shapes:
+            return spelling
+        names = self._names.get(_normal(spelling), set())
+        return next(iter(names)) if len(names) == 1 else None
+
+    def widths(self) -> Iterator[tuple[str, int]]:
+        """Module names and their input widths."""
+        return ((name, shape[1]) for name, shape in self.shapes.items())
+
+
+def _normal(name: str) -> str:
+    return name.replace(".", "_").removeprefix(TEXT_MODEL.replace(".", "_"))

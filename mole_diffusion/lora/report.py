@@ -1,0 +1,58 @@
+"""`inspect_lora`: what is in a LoRA file, without a model."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import dataclass
+
+from mole_diffusion.lora.families import family, text_width
+from mole_diffusion.lora.layouts import COMPONENTS
+from mole_diffusion.lora.pairs import read_pairs
+from mole_diffusion.lora.sources import read_source
+
+UNSTATED = "unstated"
+
+
+@dataclass(frozen=True)
+class LoRAReport:
+    """What a LoRA file holds.
+
+    Attributes:
+        source: Path as given.
+        sha256: Of the file's bytes.
+        layout: `"diffusers"`, `"diffusers-old"`, `"peft"` or `"kohya"`.
+        modules: Number of modules by component; `"unstated"` where the keys name none.
+        ranks: How many modules have which rank, by rank.
+        alphas: Different alphas in the file, sorted; empty where it has none and so acts with scaling 1.
+        family: Base models it was made for, guessed from the width of its cross-attention, or `"unknown"`.
+    """
+
+    source: str
+    sha256: str
+    layout: str
+    modules: dict[str, int]
+    ranks: dict[int, int]
+    alphas: tuple[float, ...]
+    family: str
+
+
+def inspect_lora(path: str | os.PathLike[str]) -> LoRAReport:
+    """Look into a LoRA file.
+
+    Raises:
+        LoRAError: If the file cannot be read or is not plain LoRA; whether it fits a model only `load_lora` can tell.
+    """
+    file = read_source(path)
+    layout, pairs = read_pairs(file)
+    counts = Counter(pair.component or UNSTATED for pair in pairs)
+    ranks = Counter(pair.r for pair in pairs)
+    return LoRAReport(
+        source=file.source,
+        sha256=file.sha256,
+        layout=layout,
+        modules={component: counts[component] for component in (*COMPONENTS, UNSTATED) if component in counts},
+        ranks=dict(sorted(ranks.items())),
+        alphas=tuple(sorted({pair.alpha for pair in pairs if pair.alpha is not None})),
+        family=family(text_width((pair.module, pair.down.shape[1]) for pair in pairs)),
+    )

@@ -1,0 +1,110 @@
+"""`save_lora`: factors out to a safetensors file that other programs read with the same effect."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Literal
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from mole_diffusion.files import atomic_path
+from mole_diffusion.lora.errors import refusal
+from mole_diffusion.lora.factors import LoRA, LoRAFactors
+from mole_diffusion.lora.modules import TEXT_MODEL
+
+Factors = Mapping[str, Mapping[str, LoRAFactors]]
+
+
+def save_lora(
+    lora: LoRA | Factors,
+    path: str | os.PathLike[str],
+    *,
+    layout: Literal["diffusers", "kohya"] = "diffusers",
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Write a LoRA; the same factors and metadata give the same bytes.
+
+    Args:
+        lora: A LoRA, or its factors: component to module name to factors.
+        path: Ends in `.safetensors`. Folders are made; an existing file is replaced in one step.
+        layout: `"diffusers"` (what `pipe.load_lora_weights` takes; it has no reliable place for an alpha per module,
+            so the scaling goes into `up`) or `"kohya"` (with `alpha`, factors untouched).
+        metadata: Text for the file's header.
+
+    Returns:
+        The path.
+
+    Raises:
+        LoRAError: If there are no factors, or the layout has no name for a component.
+        ValueError: If the layout is unknown or the path has another suffix.
+    """
+    target = Path(path)
+    if target.suffix != ".safetensors":
+        raise ValueError(f"`path` is {str(target)!r}; a LoRA is saved as safetensors, so let it end in .safetensors.")
+    if layout not in _WRITERS:
+        raise ValueError(f"`layout` is {layout!r}; choose one of {', '.join(_WRITERS)}.")
+    factors = lora.factors if isinstance(lora, LoRA) else lora
+    tensors = _WRITERS[layout](str(target), factors)
+    if not tensors:
+        raise refusal(str(target), "no factors to save", "Give at least one module's.", layout=layout)
+    data = _stable(safetensors.torch.save(tensors, {"format": "pt", **(metadata or {})}))
+    with atomic_path(target) as temporary:
+        temporary.write_bytes(data)
+    return target
+
+
+def _diffusers(path: str, factors: Factors) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for component, modules in factors.items():
+        for name, pair in modules.items():
+            stem = f"{component}.{_in_files(component, name)}"
+            tensors[f"{stem}.lora_A.weight"] = _plain(pair.down)
+            tensors[f"{stem}.lora_B.weight"] = _plain(pair.up * pair.scaling)
+    return tensors
+
+
+def _kohya(path: str, factors: Factors) -> dict[str, Tensor]:
+    first = "te1" if "text_encoder_2" in factors else "te"
+    owners = {"unet": "unet", "text_encoder": first, "text_encoder_2": "te2"}
+    if unknown := sorted(set(factors) - set(owners)):
+        raise refusal(
+            path,
+            f"no name for {', '.join(unknown)} in this layout",
+            "Save it with layout='diffusers'.",
+            layout="kohya",
+            components=unknown,
+        )
+    tensors: dict[str, Tensor] = {}
+    for component, modules in factors.items():
+        for name, pair in modules.items():
+            stem = f"lora_{owners[component]}_{_in_files(component, name).replace('.', '_')}"
+            tensors[f"{stem}.lora_down.weight"] = _plain(pair.down)
+            tensors[f"{stem}.lora_up.weight"] = _plain(pair.up)
+            tensors[f"{stem}.alpha"] = torch.tensor(pair.scaling * pair.r)
+    return tensors
+
+
+_WRITERS: dict[str, Callable[[str, Factors], dict[str, Tensor]]] = {"diffusers": _diffusers, "kohya": _kohya}
+
+
+def _in_files(component: str, module: str) -> str:
+    """The module's name as files spell it: CLIP's encoder keeps the `text_model.` that transformers dropped."""
+    is_clip = component.startswith("text_encoder") and module.startswith("encoder.layers.")
+    return TEXT_MODEL + module if is_clip else module
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(device="cpu", dtype=torch.float32).contiguous()
+
+
+def _stable(data: bytes) -> bytes:
+    """The same file with a sorted header: safetensors orders metadata at random, and the hash identifies a LoRA."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data[8 + size :]
