@@ -1,0 +1,20 @@
+"""Plain sum of LoRAs."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .base import Composition, Step
+
+
+class Linear(Composition):
+    """Linear arithmetic composition: ``W x + sum_i E_i(x)``, every LoRA at full weight.
+
+    Eq. 1 of "Mixture of LoRA Experts" (https://openreview.net/forum?id=uWvKBCYh4S). One LoRA is exactly that LoRA;
+    with three or more the sum leaves the range the base was trained in, and pictures fall apart.
+    """
+
+    name = "linear"
+
+    def weights(self, keep: Tensor, step: Step | None) -> Tensor:
+        return keep

@@ -1,0 +1,113 @@
+"""Pictures about pictures: a labelled grid of images, and a heat map of gate weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from .files import atomic_path
+
+INK, PAPER, GAP = (28, 28, 32), (255, 255, 255), 6
+
+
+def picture_sheet(
+    rows: Sequence[tuple[str, Sequence[Image.Image]]],
+    path: str | os.PathLike[str],
+    *,
+    title: str = "",
+    columns: Sequence[str] = (),
+    cell: int = 160,
+) -> Path:
+    """Writes a grid of pictures, one labelled row after another.
+
+    Args:
+        rows: Label and pictures of each row; rows may differ in length. A label may have several lines.
+        path: Where to; the suffix chooses the format.
+        title: A line above everything.
+        columns: Captions above the columns.
+        cell: Side of a picture on the sheet, in pixels. Smaller pictures are enlarged by a whole factor where one
+            fits (64 to 128 or 192), so that every pixel stays visible; larger ones are reduced.
+
+    Raises:
+        ValueError: There is no picture to show.
+    """
+    if not any(pictures for _, pictures in rows):
+        raise ValueError("there is no picture to put on the sheet: every row is empty.")
+    font, bold = ImageFont.load_default(16), ImageFont.load_default(20)
+    pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    left = max(int(pen.multiline_textbbox((0, 0), label, font=font)[2]) for label, _ in rows) + 3 * GAP
+    head = (40 if title else GAP) + (26 if columns else 0)
+    width = left + max(len(pictures) for _, pictures in rows) * (cell + GAP) + GAP
+    title_width = int(pen.textbbox((0, 0), title, font=bold)[2]) + 4 * GAP
+    sheet = Image.new("RGB", (max(width, title_width), head + len(rows) * (cell + GAP) + GAP), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    pen.text((2 * GAP, 2 * GAP), title, fill=INK, font=bold)
+    for index, caption in enumerate(columns):
+        middle = left + index * (cell + GAP) + cell // 2
+        pen.text((middle, head - GAP), caption, fill=INK, font=font, anchor="ms")
+    for row, (label, pictures) in enumerate(rows):
+        top = head + row * (cell + GAP)
+        pen.multiline_text((2 * GAP, top + cell // 2), label, fill=INK, font=font, anchor="lm")
+        for column, picture in enumerate(pictures):
+            fitted = _fit(picture, cell)
+            corner = left + column * (cell + GAP) + (cell - fitted.width) // 2, top + (cell - fitted.height) // 2
+            sheet.paste(fitted, corner)
+    with atomic_path(path) as temporary:
+        sheet.save(temporary)
+    return Path(path)
+
+
+def gate_heat_map(
+    weights: Tensor, places: Sequence[str], loras: Sequence[str], path: str | os.PathLike[str], *, title: str = ""
+) -> Path:
+    """Draws gate weights as a heat map, places down and LoRAs across, with the number in each cell.
+
+    Args:
+        weights: ``(places, num_experts)``; NaN where a LoRA has nothing at a place, shown as an empty cell.
+        places: Names of the rows, from the model's input to its output.
+        loras: Names of the columns.
+        path: Where to; the suffix chooses the format.
+
+    Raises:
+        ValueError: The names do not fit the shape of `weights`.
+    """
+    # The object-oriented half of matplotlib: pyplot would choose a window system and keep figures alive.
+    from matplotlib.figure import Figure
+
+    if tuple(weights.shape) != (len(places), len(loras)):
+        raise ValueError(
+            f"`weights` must be (places, LoRAs) = ({len(places)}, {len(loras)}), got {tuple(weights.shape)}."
+        )
+    table = weights.detach().float().cpu().numpy()
+    figure = Figure(figsize=(3.5 + 1.1 * len(loras), 1.4 + 0.3 * len(places)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(table, aspect="auto", cmap="viridis", vmin=0, vmax=1)
+    axes.set_xticks(range(len(loras)), loras)
+    axes.set_yticks(range(len(places)), places, fontsize=8)
+    axes.xaxis.tick_top()
+    for row, values in enumerate(table):
+        for column, value in enumerate(values):
+            if value == value:  # not NaN
+                colour = "black" if value > 0.6 else "white"
+                axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
+    figure.colorbar(image, ax=axes, label="gate weight")
+    axes.set_title(title)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=130)
+    return Path(path)
+
+
+def _fit(picture: Image.Image, cell: int) -> Image.Image:
+    """`picture` as large as fits into a square of side `cell`."""
+    picture = picture.convert("RGB")
+    longest = max(picture.size)
+    if longest * 2 <= cell:
+        factor = cell // longest
+        return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    scale = cell / longest
+    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+    return picture.resize(size, Image.Resampling.LANCZOS)

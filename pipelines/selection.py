@@ -1,0 +1,69 @@
+"""The `loras` argument of a pipeline call, read strictly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+Selection = Mapping[str, float] | Sequence[str] | None
+
+
+def read_selection(loras: Selection, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Turns a choice of LoRAs into a mask and scales.
+
+    Args:
+        loras: ``None`` for all, a list of the names to keep, or a mapping of them to scales.
+        names: The loaded LoRAs, in the order of the experts.
+
+    Returns:
+        ``keep`` and ``scale``, both float32 ``(1, num_experts)``. ``keep`` is all zero for an empty choice.
+
+    Raises:
+        TypeError: `loras` is of another type, a name is no string, or a scale is no number.
+        ValueError: A name is not loaded or is given twice, or a scale is not finite.
+    """
+    keep, scale = torch.ones(1, len(names)), torch.ones(1, len(names))
+    if loras is None:
+        return keep, scale
+    if isinstance(loras, bool | str | bytes) or not isinstance(loras, Mapping | list | tuple):
+        raise TypeError(
+            f"`loras` must be None (all), a list of names, or a dict of name to scale, got {_shown(loras)}."
+            + (f" For one LoRA pass loras=[{loras!r}]." if isinstance(loras, str) else "")
+        )
+    check_names(loras, names, "loras")
+    keep.zero_()
+    for name in loras:
+        keep[0, names.index(name)] = 1
+        if isinstance(loras, Mapping):
+            scale[0, names.index(name)] = _read_scale(name, loras[name])
+    return keep, scale
+
+
+def check_names(given: Iterable[str], names: Sequence[str], argument: str) -> None:
+    """Raises TypeError or ValueError unless every entry of `given` is one of `names`, and none comes twice."""
+    seen: set[str] = set()
+    for name in given:
+        if not isinstance(name, str):
+            raise TypeError(f"`{argument}` must hold names of LoRAs, got {_shown(name)} among them.")
+        if name not in names:
+            loaded = f"Loaded are: {', '.join(names)}." if names else "None is loaded; call `load_loras` first."
+            raise ValueError(f"`{argument}` has {name!r}, which is not loaded. {loaded}")
+        if name in seen:
+            raise ValueError(f"`{argument}` has {name!r} twice. Loaded are: {', '.join(names)}.")
+        seen.add(name)
+
+
+def _read_scale(name: str, scale: object) -> float:
+    if isinstance(scale, bool) or not isinstance(scale, Real):
+        raise TypeError(f"the scale of {name!r} in `loras` must be a number, got {_shown(scale)}.")
+    if not math.isfinite(scale):
+        raise ValueError(f"the scale of {name!r} in `loras` must be finite, got {scale}.")
+    return float(scale)
+
+
+def _shown(value: object) -> str:
+    return f"{value!r} ({type(value).__name__})"
