@@ -1,0 +1,23 @@
+"""N LoRAs as one stacked map: the arithmetic, and how it hangs on a model."""
+
+from __future__ import annotations
+
+from .attach import AttachError
+from .experts import Experts
+from .processor import MoLEAttnProcessor
+from .run import Run
+from .site import Projections, Site
+from .stack import ExpertStack
+from .weigher import ConstantWeights, Weigher
+
+__all__ = [
+    "AttachError",
+    "ConstantWeights",
+    "ExpertStack",
+    "Experts",
+    "MoLEAttnProcessor",
+    "Projections",
+    "Run",
+    "Site",
+    "Weigher",
+]

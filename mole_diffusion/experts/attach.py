@@ -1,0 +1,171 @@
+"""Hanging experts on one component, and giving the component back as it was."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .processor import AddExperts, MoLEAttnProcessor
+from .site import Site
+
+Engine = Literal["auto", "hooks", "processors"]
+ENGINES: tuple[Engine, ...] = ("auto", "hooks", "processors")
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+class AttachError(ValueError):
+    """Experts cannot be hung on a model, or would silently do nothing there."""
+
+
+class Attachment:
+    """Hooks and attention processors of ours on one component.
+
+    Args:
+        model: The component.
+        sites: Its adapted modules.
+        engine: ``"hooks"``: a forward hook on every site. ``"processors"`` and ``"auto"``: attention layers that run
+            the stock ``AttnProcessor2_0`` get a :class:`MoLEAttnProcessor`, everything else a hook. With
+            ``"processors"`` a component without such a layer is an error.
+        add: Adds the experts' share to a site's output.
+        begin: Called with the root's arguments before, and ``end`` after, every forward pass of the component.
+
+    Raises:
+        AttachError: If the model is compiled, has fused projections, or the engine finds nothing to do.
+    """
+
+    def __init__(
+        self,
+        component: str,
+        model: nn.Module,
+        sites: Sequence[Site],
+        engine: Engine,
+        add: AddExperts,
+        begin: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None],
+        end: Callable[[], None],
+    ) -> None:
+        self.component = component
+        self.sites = list(sites)
+        self._add = add
+        self._handles: list[RemovableHandle] = []
+        self._site_hooks: dict[str, RemovableHandle] = {}
+        # attention name -> (layer, its own processor, ours)
+        self._swapped: dict[str, tuple[Attention, Any, MoLEAttnProcessor]] = {}
+        self._fired: set[str] | None = set()
+
+        _refuse_compiled(component, model)
+        self._attentions = _attentions(model, self.sites)
+        self._refuse_fused()
+        self._begin = begin
+        self._end = end
+        if engine != "hooks":
+            self._swap_processors()
+        if engine == "processors" and not self._swapped:
+            raise AttachError(
+                f"engine='processors' found no attention layer with the stock AttnProcessor2_0 among the adapted "
+                f"modules of {component}. Use engine='auto' or 'hooks'."
+            )
+        self._place_hooks()
+        self._handles.append(model.register_forward_pre_hook(self._before_forward, with_kwargs=True))
+        self._handles.append(model.register_forward_hook(self._after_forward, always_call=True))
+
+    def remove(self) -> None:
+        """Give the component back: processors that are still ours are replaced by the very objects that were there."""
+        for attention, original, ours in self._swapped.values():
+            if attention.processor is ours:
+                attention.processor = original
+        for handle in [*self._handles, *self._site_hooks.values()]:
+            handle.remove()
+        self._swapped.clear()
+        self._handles.clear()
+        self._site_hooks.clear()
+
+    def fired(self, site: Site) -> None:
+        """Note that a site was reached; only the first forward pass is watched."""
+        if self._fired is not None:
+            self._fired.add(site.module_name)
+
+    def _swap_processors(self) -> None:
+        for name, (attention, sites) in self._attentions.items():
+            original: Any = attention.processor
+            # Only the plain processor is understood; IP-Adapter, sliced and other attention keep theirs and get hooks.
+            if type(original) is AttnProcessor2_0:
+                attention.processor = ours = MoLEAttnProcessor(sites, self._add)
+                self._swapped[name] = (attention, original, ours)
+
+    def _place_hooks(self) -> None:
+        """One hook on every site that no processor of ours serves now, and none on the others."""
+        served = {
+            site.module_name
+            for name, (attention, _, ours) in self._swapped.items()
+            if attention.processor is ours
+            for site in self._attentions[name][1].values()
+        }
+        for site in self.sites:
+            name = site.module_name
+            if name in served and name in self._site_hooks:
+                self._site_hooks.pop(name).remove()
+            elif name not in served and name not in self._site_hooks:
+                hook = functools.partial(_site_hook, self._add, site)
+                self._site_hooks[name] = site.module.register_forward_hook(hook, with_kwargs=True)
+
+    def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._refuse_fused()
+        self._place_hooks()  # somebody may have replaced our processors since (IP-Adapter, attention slicing)
+        self._begin(model, args, kwargs)
+
+    def _after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
+        self._end()
+        if output is None or self._fired is None:  # an exception is on its way, or the check was passed before
+            return
+        missing = [site.module_name for site in self.sites if site.module_name not in self._fired]
+        self._fired = set() if missing else None  # look again next time
+        if missing:
+            shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+            raise AttachError(
+                f"{len(missing)} of {len(self.sites)} adapted modules of {self.component} took no part in its forward "
+                f"pass, so their LoRAs did nothing: {shown}. Something bypasses or replaced these modules (fused "
+                "projections, skipped layers); undo that, or load LoRAs without them."
+            )
+
+    def _refuse_fused(self) -> None:
+        fused = [name for name, (layer, _) in self._attentions.items() if getattr(layer, "fused_projections", False)]
+        if fused:
+            raise AttachError(
+                f"{self.component} has fused query, key and value projections ({fused[0]} and others), which bypass "
+                "the modules the LoRAs adapt. Call `unfuse_qkv_projections()` first."
+            )
+
+
+def _site_hook(
+    add: AddExperts, site: Site, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
+) -> Tensor:
+    hidden_states: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return add(site, hidden_states, output)
+
+
+def _attentions(model: nn.Module, sites: Sequence[Site]) -> dict[str, tuple[Any, dict[str, Site]]]:
+    """Attention layers among the parents of the sites: name -> (layer, projection name -> site)."""
+    found: dict[str, tuple[Any, dict[str, Site]]] = {}
+    for site in sites:
+        for projection in PROJECTIONS:
+            parent, dot, _ = site.module_name.rpartition(f".{projection}")
+            if dot and site.module_name == f"{parent}.{projection}":
+                layer = model.get_submodule(parent)
+                if isinstance(layer, Attention):
+                    found.setdefault(parent, (layer, {}))[1][projection] = site
+    return found
+
+
+def _refuse_compiled(component: str, model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        compiled = module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
+        if compiled:
+            raise AttachError(
+                f"{component}{'.' + name if name else ''} is compiled; a compiled graph does not see hooks added "
+                "later. Load the LoRAs before `torch.compile`."
+            )

@@ -1,0 +1,313 @@
+"""N LoRAs as one stacked map beside the modules of a model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from ..lora import LoRA, LoRAFactors
+from .attach import ENGINES, AttachError, Attachment, Engine
+from .run import Run, in_backward
+from .site import Site, group_sites
+from .stack import ExpertStack
+from .weigher import Weigher
+
+
+class Experts:
+    """The experts E_i(x) = s_i B_i A_i x of several LoRAs, hung on a model and weighed by a :class:`Weigher`.
+
+    Every adapted module computes ``y = W x + sum_i gamma_i E_i(x)``. Factors are frozen; gradients flow to the weights
+    gamma and to x. Without a weigher, or with every LoRA masked out, the model is the base model bit for bit.
+
+    Example::
+
+        experts = Experts([cat, boot])
+        experts.attach({"unet": pipe.unet, "text_encoder": pipe.text_encoder})
+        experts.weigher = ConstantWeights(torch.tensor([0.5, 0.5]))
+        with experts.using(keep=torch.tensor([1, 0])):
+            ...
+        experts.detach()
+
+    Args:
+        loras: The LoRAs; their order is the index of an expert.
+
+    Raises:
+        ValueError: If there are none, or two share a name.
+    """
+
+    def __init__(self, loras: Sequence[LoRA]) -> None:
+        self.loras = tuple(loras)
+        self.names = tuple(lora.name for lora in self.loras)
+        if not self.loras:
+            raise ValueError("Experts need at least one LoRA, got none.")
+        repeated = sorted({name for name in self.names if self.names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"LoRA names must differ, got {list(self.names)}: {repeated} come more than once.")
+        self._factors = _by_module(self.loras)
+        self._sites: dict[str, Site] = {}
+        self._attachments: dict[str, Attachment] = {}
+        self._runs: dict[str, Run] = {}
+        self._running: set[str] = set()
+        self._weigher: Weigher | None = None
+        self._keep = torch.ones(1, self.num_experts)
+        self._scale = torch.ones(1, self.num_experts)
+        self._silent = False
+
+    @property
+    def num_experts(self) -> int:
+        """N."""
+        return len(self.loras)
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Names of the components that any LoRA touches."""
+        return tuple(self._factors)
+
+    @property
+    def sites(self) -> Mapping[str, Site]:
+        """Adapted modules by ``component.module``; empty while detached."""
+        return self._sites
+
+    @property
+    def attached(self) -> bool:
+        return bool(self._attachments)
+
+    @property
+    def keep(self) -> Tensor:
+        """``(rows | 1, N)`` of 0 and 1: the LoRAs that take part. Gates are renormalised over them."""
+        return self._keep
+
+    @property
+    def scale(self) -> Tensor:
+        """``(rows | 1, N)``: a factor on the final weights."""
+        return self._scale
+
+    @property
+    def context(self) -> Run | None:
+        """The denoiser's latest forward pass: timestep, prompt embeddings, sample size. ``None`` before the first."""
+        denoisers = [run for run in self._runs.values() if run.timestep is not None]
+        return denoisers[-1] if denoisers else None
+
+    @property
+    def weigher(self) -> Weigher | None:
+        """Who weighs; ``None`` is the base model."""
+        return self._weigher
+
+    @weigher.setter
+    def weigher(self, weigher: Weigher | None) -> None:
+        if weigher is not None and not hasattr(weigher, "weights"):
+            given = type(weigher).__name__
+            raise TypeError(f"A weigher needs a method `weights(site, projections, run)`, got {given}.")
+        bind = getattr(weigher, "bind", None)
+        if bind is not None:
+            bind(self)
+        self._weigher = weigher
+
+    def attach(self, components: Mapping[str, nn.Module], engine: Engine = "auto") -> None:
+        """Hang the experts on a model.
+
+        Args:
+            components: At least the components the LoRAs touch, by name; others are left alone.
+            engine: ``"auto"``: attention processors in the UNet, hooks for the rest. ``"hooks"``: hooks only.
+                ``"processors"``: as auto, but it is an error if the denoiser's attention takes no processor of ours.
+
+        Raises:
+            AttachError: If a component or module is missing, compiled, or has fused projections.
+            ValueError: If shapes do not fit, the engine is unknown, or the experts are attached already.
+        """
+        if engine not in ENGINES:
+            raise ValueError(f"`engine` must be one of {list(ENGINES)}, got {engine!r}.")
+        if self.attached:
+            raise ValueError("These experts are attached already; call `detach()` first.")
+        missing = [name for name in self.components if not isinstance(components.get(name), nn.Module)]
+        if missing:
+            raise AttachError(
+                f"The LoRAs {list(self.names)} touch {missing}, but the model has only {sorted(components)}. "
+                "Give those components, or load LoRAs without them."
+            )
+        try:
+            for name in self.components:
+                self._attach_component(name, components[name], engine)
+        except Exception:
+            self.detach()
+            raise
+
+    def detach(self) -> None:
+        """Give the model back bit-identical, with its own attention processors and without a hook of ours."""
+        for attachment in self._attachments.values():
+            attachment.remove()
+        self._attachments.clear()
+        self._sites = {}
+        self._runs.clear()
+        self._running.clear()
+
+    @contextmanager
+    def using(self, keep: Tensor | None = None, scale: Tensor | None = None) -> Iterator[None]:
+        """Choose and scale LoRAs inside a ``with`` block; what was set before comes back on exit.
+
+        Args:
+            keep: ``(N,)`` or ``(rows, N)`` of 0 and 1. Rows are the batch of the model's forward, or one.
+            scale: ``(N,)`` or ``(rows, N)``, multiplies the final weights.
+                What is not given stays as it is outside the block.
+
+        Raises:
+            ValueError: On another shape, a value of ``keep`` that is neither 0 nor 1, or a scale that is not finite.
+        """
+        before = self._keep, self._scale, self._silent
+        if keep is not None:
+            self._keep = self._rows("keep", keep)
+            if not torch.isin(self._keep, torch.tensor([0.0, 1.0], device=self._keep.device)).all():
+                raise ValueError(f"`keep` must hold 0 and 1 only, got {keep.tolist()}. Use `scale` for other weights.")
+        if scale is not None:
+            self._scale = self._rows("scale", scale)
+        # Looked at once here, because a look at a tensor on a GPU in every module would stall it.
+        self._silent = not (self._keep * self._scale.to(self._keep.device)).any().item()
+        try:
+            yield
+        finally:
+            self._keep, self._scale, self._silent = before
+
+    def matches(self) -> dict[str, dict[str, int]]:
+        """Number of modules each LoRA touches, by LoRA and component."""
+        return {
+            lora.name: {c: len(lora.factors.get(c, {})) for c in self.components if lora.factors.get(c)}
+            for lora in self.loras
+        }
+
+    def report(self) -> str:
+        """One line per LoRA: ranks, and how many modules of which component it touches."""
+        width = max(map(len, self.names))
+        lines = []
+        for lora in self.loras:
+            low, high = lora.ranks
+            rank = f"rank {low}" if low == high else f"ranks {low} to {high}"
+            counts = ", ".join(f"{count} modules of {name}" for name, count in self.matches()[lora.name].items())
+            lines.append(f"{lora.name:<{width}}  {rank}: {counts}")
+        return "\n".join(lines)
+
+    def add(self, site: Site, hidden_states: Tensor, output: Tensor) -> Tensor:
+        """``output`` of a base module plus the weighed experts for the same input. Hooks and processors both call this.
+
+        Raises:
+            ValueError: If the weigher's answer does not broadcast to the batch, tokens and experts of this module.
+        """
+        self._attachments[site.component].fired(site)
+        run = self._run(site.component)
+        if run.weigher is None or not run.active:
+            return output
+        projections = site.group.project(site, hidden_states, output)
+        weights = run.weigher.weights(site, projections, run)
+        if weights is None:
+            return output
+        projected = projections.tensors[site.name]
+        weights = weights.to(projected.device)
+        per_rank = getattr(run.weigher, "per_rank", False)
+        _check_weights(weights, projected, site, None if per_rank else self.num_experts)
+        if not per_rank:
+            weights = site.stack.per_rank(weights)
+        return output + site.stack.expand(projected, weights, output)
+
+    def __deepcopy__(self, memo: Any) -> NoReturn:
+        # Copied hooks and processors would go on reading from this object, weighing the copy by the original's state.
+        raise AttachError("A model with experts attached cannot be copied. Call `detach()` first, then copy.")
+
+    def _attach_component(self, component: str, model: nn.Module, engine: Engine) -> None:
+        modules = dict(model.named_modules())
+        stacks = self._factors[component]
+        unknown = [name for name in stacks if name not in modules]
+        if unknown:
+            raise AttachError(
+                f"{len(unknown)} adapted modules are not in this {component}: {', '.join(unknown[:5])}"
+                f"{' ...' if len(unknown) > 5 else ''}. The LoRAs were trained for another model."
+            )
+        # In the order of the model, not of the file, so that experts do not depend on how a LoRA was written.
+        sites = [
+            Site(component, name, module, ExpertStack(stacks[name], f"{component}.{name}"))
+            for name, module in modules.items()
+            if name in stacks
+        ]
+        group_sites(sites, model)
+        denoiser = "timestep" in inspect.signature(model.forward).parameters
+        if engine == "processors" and not denoiser:
+            engine = "auto"  # a text encoder has no attention processors
+
+        def begin(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            device = next((x.device for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+            self._begin(component, device, _denoiser_inputs(root, args, kwargs) if denoiser else {})
+
+        def end() -> None:
+            self._running.discard(component)
+            for site in sites:
+                site.group.forget()
+
+        self._attachments[component] = Attachment(component, model, sites, engine, self.add, begin, end)
+        self._sites.update({site.name: site for site in sites})
+
+    def _begin(self, component: str, device: torch.device | None, inputs: dict[str, Any]) -> None:
+        previous = self._runs.pop(component, None)
+        index = 0 if previous is None else previous.index + 1
+        self._runs[component] = self._new_run(component, index, device, inputs)
+        self._running.add(component)
+
+    def _new_run(self, component: str, index: int, device: torch.device | None, inputs: dict[str, Any]) -> Run:
+        active = self._weigher is not None and not self._silent
+        keep, scale = self._keep.to(device), self._scale.to(device)  # once a pass rather than once a module
+        return Run(component, index, self._weigher, keep, scale, active, **inputs)
+
+    def _run(self, component: str) -> Run:
+        """The pass a module is called in; a part of the model called on its own is a pass of its own."""
+        run = self._runs.get(component)
+        if run is not None and (component in self._running or in_backward()):
+            return run
+        return self._new_run(component, -1, None, {})
+
+    def _rows(self, name: str, values: Tensor) -> Tensor:
+        given = torch.as_tensor(values)
+        rows = given.detach().to(torch.float32)
+        rows = rows[None] if rows.ndim == 1 else rows
+        if rows.ndim != 2 or rows.shape[1] != self.num_experts or not rows.isfinite().all():
+            raise ValueError(
+                f"`{name}` must be finite, of shape ({self.num_experts},) or (rows, {self.num_experts}) for the LoRAs "
+                f"{list(self.names)}, got shape {tuple(given.shape)}: {given.tolist()}."
+            )
+        return rows
+
+
+def _by_module(loras: Sequence[LoRA]) -> dict[str, dict[str, list[LoRAFactors | None]]]:
+    """Component -> module -> one entry per LoRA, ``None`` where it does not touch the module."""
+    factors: dict[str, dict[str, list[LoRAFactors | None]]] = {}
+    for index, lora in enumerate(loras):
+        for component, modules in lora.factors.items():
+            for module, pair in modules.items():
+                row = factors.setdefault(component, {}).setdefault(module, [None] * len(loras))
+                row[index] = pair
+    return factors
+
+
+def _denoiser_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    names = list(inspect.signature(model.forward).parameters)
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    sample = given.get("sample", given.get("hidden_states"))
+    size = (sample.shape[-2], sample.shape[-1]) if isinstance(sample, Tensor) and sample.ndim == 4 else None
+    return {
+        "timestep": given.get("timestep"),
+        "encoder_hidden_states": given.get("encoder_hidden_states"),
+        "sample_size": size,
+    }
+
+
+def _check_weights(weights: Tensor, projected: Tensor, site: Site, num_experts: int | None) -> None:
+    batch, tokens, ranks = projected.shape
+    last = ranks if num_experts is None else num_experts
+    fits = weights.ndim == 3 and weights.shape[2] == last
+    if not fits or weights.shape[0] not in (1, batch) or weights.shape[1] not in (1, tokens):
+        raise ValueError(
+            f"The weights for {site.name} have shape {tuple(weights.shape)}; they must be "
+            f"(1 or {batch}, 1 or {tokens}, {last}) for (batch, tokens, {'ranks' if num_experts is None else 'experts'}). If `keep` or `scale` has "
+            "several rows, it needs one for each row of the batch."
+        )

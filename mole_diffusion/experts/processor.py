@@ -1,0 +1,96 @@
+"""The stock attention of diffusers' UNets, with experts beside its projections."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from diffusers.models.attention_processor import Attention
+from torch import Tensor
+from torch.nn import functional as F
+
+from .site import Site
+
+AddExperts = Callable[[Site, Tensor, Tensor], Tensor]
+
+
+class MoLEAttnProcessor:
+    """Attention processor that adds the experts' share to the query, key, value and output projections.
+
+    It holds no parameters: factors and weights stay with :class:`~mole_diffusion.experts.Experts`, so saving, casting
+    or copying a UNet never touches them. The attention itself is the one of ``AttnProcessor2_0``.
+
+    Args:
+        sites: Sites of this attention layer by the name of the projection: ``to_q``, ``to_k``, ``to_v``, ``to_out.0``.
+            Without any, as when diffusers makes a new processor of the same class, it is the stock processor.
+        add: ``(site, input, output) -> output with the experts' share``.
+    """
+
+    def __init__(self, sites: Mapping[str, Site] | None = None, add: AddExperts | None = None) -> None:
+        self.sites = dict(sites or {})
+        self._add = add
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            hidden_states: ``(batch, tokens, channels)`` or ``(batch, channels, height, width)``.
+            encoder_hidden_states: ``(batch, text tokens, channels)``; ``None`` for self-attention.
+            attention_mask: Additive mask, as ``Attention.prepare_attention_mask`` takes it.
+            temb: Time embedding, for layers with a spatial norm.
+
+        Returns:
+            A tensor of the shape of ``hidden_states``.
+        """
+        residual = hidden_states
+        if attn.spatial_norm is not None:
+            hidden_states = attn.spatial_norm(hidden_states, temb)
+        is_image = hidden_states.ndim == 4
+        if is_image:
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)  # (batch, height * width, channels)
+        batch, length, _ = (hidden_states if encoder_hidden_states is None else encoder_hidden_states).shape
+        if attention_mask is not None:
+            attention_mask = attn.prepare_attention_mask(attention_mask, length, batch)
+            attention_mask = attention_mask.view(batch, attn.heads, -1, attention_mask.shape[-1])
+        if attn.group_norm is not None:
+            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+        if encoder_hidden_states is None:
+            context = hidden_states
+        elif attn.norm_cross:
+            context = attn.norm_encoder_hidden_states(encoder_hidden_states)
+        else:
+            context = encoder_hidden_states
+
+        query = self._project("to_q", attn.to_q, hidden_states)
+        key = self._project("to_k", attn.to_k, context)
+        value = self._project("to_v", attn.to_v, context)
+        width = key.shape[-1]
+        # (batch, tokens, width) -> (batch, heads, tokens, width / heads)
+        query, key, value = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (query, key, value))
+        if attn.norm_q is not None:
+            query = attn.norm_q(query)
+        if attn.norm_k is not None:
+            key = attn.norm_k(key)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
+        attended = attended.transpose(1, 2).reshape(batch, -1, width).to(query.dtype)
+
+        hidden_states = attn.to_out[1](self._project("to_out.0", attn.to_out[0], attended))
+        if is_image:
+            hidden_states = hidden_states.transpose(-1, -2).reshape(residual.shape)
+        if attn.residual_connection:
+            hidden_states = hidden_states + residual
+        return hidden_states / attn.rescale_output_factor
+
+    def _project(self, name: str, layer: Any, hidden_states: Tensor) -> Tensor:
+        output = layer(hidden_states)
+        site = self.sites.get(name)
+        return output if site is None or self._add is None else self._add(site, hidden_states, output)

@@ -1,0 +1,168 @@
+"""A place in the model where experts sit, and the places that read the same input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .stack import ExpertStack
+
+
+class Site:
+    """One adapted module of one component.
+
+    Attributes:
+        component: ``"unet"``, ``"text_encoder"`` ...
+        module_name: As in ``component.named_modules()``.
+        module: The module itself.
+        stack: The LoRAs' factors here.
+        group: The sites that read the same input tensor, this one included (``to_q, to_k, to_v`` of a self-attention).
+        tokens: How many positions the last input had; ``None`` before the first call.
+        spatial: ``(height, width)`` of the last output where it had them (convolutions), else ``None``.
+    """
+
+    def __init__(self, component: str, module_name: str, module: nn.Module, stack: ExpertStack) -> None:
+        self.component = component
+        self.module_name = module_name
+        self.module = module
+        self.stack = stack
+        self.group = SiteGroup([self])
+        self.tokens: int | None = None
+        self.spatial: tuple[int, int] | None = None
+        _check_fit(self)
+
+    @property
+    def name(self) -> str:
+        """``component.module``, unique in the model."""
+        return f"{self.component}.{self.module_name}"
+
+    def project(self, hidden_states: Tensor, down: Tensor) -> Tensor:
+        """``down x`` as ``(batch, positions, rows of down)``, whatever the module's own layout is."""
+        x = hidden_states.to(down.dtype)
+        if not self.stack.is_convolution:
+            z = F.linear(x, down)
+            self.spatial = None
+            z = z[:, None] if z.ndim == 2 else z.flatten(1, -2)
+        else:
+            conv: Any = self.module
+            z = F.conv2d(x, down, None, conv.stride, conv.padding, conv.dilation)
+            self.spatial = (z.shape[-2], z.shape[-1])
+            z = z.flatten(2).transpose(1, 2)
+        self.tokens = z.shape[1]
+        return z
+
+
+class Projections:
+    """``down x`` of every site in a group, for one input tensor.
+
+    Attributes:
+        tensors: Site name to ``(batch, tokens, R)``.
+        first: True while the first site of the group is being served; gates are computed then, and reused after.
+    """
+
+    def __init__(self, hidden_states: Tensor, tensors: dict[str, Tensor]) -> None:
+        self.hidden_states = hidden_states
+        self.tensors = tensors
+        self.first = True
+        self._waiting = set(tensors)
+
+    def take(self, site: Site) -> bool:
+        """Mark ``site`` as served; False if it was already."""
+        if site.name not in self._waiting:
+            return False
+        self._waiting.remove(site.name)
+        return True
+
+    @property
+    def done(self) -> bool:
+        return not self._waiting
+
+
+class SiteGroup:
+    """Sites that read the same tensor share one down-projection, so q, k and v cost one product instead of three."""
+
+    def __init__(self, sites: Sequence[Site]) -> None:
+        self.sites = tuple(sites)
+        self._down: Tensor | None = None
+        self._open: Projections | None = None
+
+    def project(self, site: Site, hidden_states: Tensor, output: Tensor) -> Projections:
+        """Projections that contain ``site``'s, on the device and in the dtype of ``output``.
+
+        The first site of the group to fire computes them for all; the others take theirs if they were indeed given the
+        same tensor, and the memory is let go with the last.
+        """
+        shared = self._open
+        if shared is not None and shared.hidden_states is hidden_states and shared.take(site):
+            shared.first = False
+        else:
+            down = self._down_like(output)
+            rows = [len(member.stack.down) for member in self.sites]
+            parts = site.project(hidden_states, down).split(rows, dim=-1)
+            shared = Projections(hidden_states, {m.name: z for m, z in zip(self.sites, parts, strict=True)})
+            for member in self.sites:
+                member.tokens, member.spatial = site.tokens, site.spatial
+            shared.take(site)
+        self._open = None if shared.done else shared
+        return shared
+
+    def forget(self) -> None:
+        """Let go of an input kept for sites that have not fired."""
+        self._open = None
+
+    def _down_like(self, output: Tensor) -> Tensor:
+        down = self._down
+        if down is None or down.device != output.device or down.dtype != output.dtype:
+            downs = [member.stack.down for member in self.sites]
+            stacked = torch.cat(downs) if len(downs) > 1 else downs[0]
+            self._down = down = stacked.to(output.device, output.dtype)
+        return down
+
+
+def group_sites(sites: Sequence[Site], model: nn.Module) -> None:
+    """Find the sites of one component that read the same tensor, by the names of attention projections."""
+    by_name = {site.module_name: site for site in sites}
+    for parent_name in {name.rpartition(".")[0] for name in by_name}:
+        prefix = f"{parent_name}." if parent_name else ""
+        # In a cross-attention, queries come from the picture, keys and values from the text.
+        crossed = getattr(model.get_submodule(parent_name), "is_cross_attention", False)
+        together = [("to_k", "to_v")] if crossed else [("to_q", "to_k", "to_v"), ("q_proj", "k_proj", "v_proj")]
+        for family in together:
+            members = [by_name[prefix + name] for name in family if prefix + name in by_name]
+            if len(members) > 1 and len({member.stack.down.shape[1:] for member in members}) == 1:
+                group = SiteGroup(members)
+                for member in members:
+                    member.group = group
+
+
+def _check_fit(site: Site) -> None:
+    """Raise ValueError or TypeError if the stacked factors cannot run beside the module."""
+    module: Any = site.module
+    down = site.stack.down
+    if isinstance(module, nn.Conv2d):
+        if module.groups != 1 or module.padding_mode != "zeros":
+            raise ValueError(
+                f"{site.name} is a convolution with groups={module.groups} and padding_mode={module.padding_mode!r}; "
+                "experts run beside convolutions with groups=1 and zero padding only. Leave it out of the LoRAs."
+            )
+        if down.ndim == 2:
+            down = down[:, :, None, None]  # a 1x1 convolution saved as a matrix
+            site.stack.down = down
+        expected = (module.out_channels, (module.in_channels, *module.kernel_size))
+    elif hasattr(module, "in_features") and hasattr(module, "out_features"):
+        if down.ndim == 4 and down.shape[2:] == (1, 1):
+            down = down.flatten(1)  # the other way round
+            site.stack.down = down
+        expected = (module.out_features, (module.in_features,))
+    else:
+        raise TypeError(f"{site.name} is a {type(module).__name__}; experts run beside Linear and Conv2d modules only.")
+    given = (site.stack.up.shape[0], tuple(down.shape[1:]))
+    if given != expected:
+        raise ValueError(
+            f"The LoRAs' factors at {site.name} map {given[1]} to {given[0]}, but the module maps {expected[1]} to "
+            f"{expected[0]}. They were trained for another base model."
+        )

@@ -1,0 +1,143 @@
+"""The stacked product against the plain sum over LoRAs, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mole_diffusion.experts import ExpertStack, Site
+from mole_diffusion.experts.site import group_sites
+from mole_diffusion.lora import LoRAFactors
+
+RANKS = (3, 1, 5)
+
+
+def linear_factors(ranks: Sequence[int], d_in: int, d_out: int) -> list[LoRAFactors]:
+    return [LoRAFactors(torch.randn(r, d_in), torch.randn(d_out, r), 0.5 + r) for r in ranks]
+
+
+def add(site: Site, x: Tensor, output: Tensor, weights: Tensor) -> Tensor:
+    projected = site.group.project(site, x, output).tensors[site.name]
+    return output + site.stack.expand(projected, weights, output)
+
+
+@pytest.mark.parametrize("shape", [(2, 6), (2, 5, 6), (2, 3, 4, 6)])
+def test_linear_equals_the_explicit_sum(shape: tuple[int, ...]) -> None:
+    module = nn.Linear(6, 7).double()
+    factors = linear_factors(RANKS, 6, 7)
+    site = Site("unet", "a", module, ExpertStack(factors, "a"))
+    x = torch.randn(*shape, dtype=torch.float64)
+    gamma = torch.rand(2, 1, 3, dtype=torch.float64)
+    result = add(site, x, module(x), site.stack.per_rank(gamma))
+    weights = gamma.reshape(2, 3, *[1] * (x.ndim - 1))
+    expected = module(x)
+    for i, factor in enumerate(factors):
+        delta = factor.scaling * x @ factor.down.double().T @ factor.up.double().T
+        expected = expected + weights[:, i] * delta
+    torch.testing.assert_close(result, expected, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 1},
+        {"kernel_size": 3, "padding": 1},
+        {"kernel_size": 3, "padding": 1, "stride": 2},
+        {"kernel_size": 3, "padding": 2, "dilation": 2},
+        {"kernel_size": (1, 3), "padding": "same"},
+    ],
+)
+def test_convolution_equals_the_explicit_sum(options: dict[str, Any]) -> None:
+    module = nn.Conv2d(4, 6, **options).double()
+    factors = [LoRAFactors(torch.randn(r, 4, *module.kernel_size), torch.randn(6, r, 1, 1), 0.5) for r in RANKS]
+    site = Site("unet", "a", module, ExpertStack(factors, "a"))
+    x = torch.randn(2, 4, 6, 8, dtype=torch.float64)
+    output = module(x)
+    gamma = torch.rand(2, output[0, 0].numel(), 3, dtype=torch.float64)  # another weight at every position
+    result = add(site, x, output, site.stack.per_rank(gamma))
+    expected = output
+    for i, factor in enumerate(factors):
+        delta = F.conv2d(x, factor.delta().double(), None, module.stride, module.padding, module.dilation)
+        expected = expected + gamma[:, :, i].reshape(2, 1, *output.shape[2:]) * delta
+    torch.testing.assert_close(result, expected, atol=1e-6, rtol=1e-6)  # `delta()` multiplies in fp32
+
+
+def test_weights_per_rank() -> None:
+    module = nn.Linear(6, 7).double()
+    factors = linear_factors(RANKS, 6, 7)
+    site = Site("unet", "a", module, ExpertStack(factors, "a"))
+    x = torch.randn(2, 5, 6, dtype=torch.float64)
+    gamma = torch.rand(2, 5, sum(RANKS), dtype=torch.float64)
+    expected, rank = module(x), 0
+    for factor in factors:
+        for k in range(factor.r):
+            z = x @ factor.down[k].double()  # (2, 5)
+            expected = expected + (gamma[..., rank] * z)[..., None] * factor.scaling * factor.up[:, k].double()
+            rank += 1
+    torch.testing.assert_close(add(site, x, module(x), gamma), expected, atol=1e-12, rtol=1e-12)
+
+
+def test_a_lora_that_does_not_touch_the_module_has_no_rows() -> None:
+    first, _, third = linear_factors(RANKS, 6, 7)
+    stack = ExpertStack([first, None, third], "a")
+    assert stack.ranks == (3, 0, 5)
+    assert stack.experts == (0, 2)
+    weights = stack.per_rank(torch.tensor([[[1.0, 2.0, 3.0]]]))
+    assert weights.flatten().tolist() == [1.0] * 3 + [3.0] * 5
+
+
+def test_matrices_and_one_by_one_convolutions_are_interchangeable() -> None:
+    matrix = LoRAFactors(torch.randn(2, 4), torch.randn(6, 2), 1.0)
+    kernel = LoRAFactors(matrix.down[..., None, None], matrix.up[..., None, None], 1.0)
+    conv, linear = nn.Conv2d(4, 6, 1), nn.Linear(4, 6)
+    image, tokens = torch.randn(2, 4, 3, 5), torch.randn(2, 5, 4)
+    ones = torch.ones(1, 1, 2)
+    for module, x in ((conv, image), (linear, tokens)):
+        results = [
+            add(Site("unet", "a", module, ExpertStack([factor], "a")), x, module(x), ones)
+            for factor in (matrix, kernel)
+        ]
+        assert torch.equal(*results)
+
+
+def test_projections_of_one_input_are_shared_and_let_go() -> None:
+    attention = nn.ModuleDict({name: nn.Linear(6, 7) for name in ("to_q", "to_k", "to_v", "to_out")})
+    sites = {
+        name: Site("unet", name, module, ExpertStack(linear_factors(RANKS, 6, 7), name))
+        for name, module in attention.items()
+    }
+    group_sites(list(sites.values()), attention)
+    group = sites["to_q"].group
+    assert [site.module_name for site in group.sites] == ["to_q", "to_k", "to_v"]
+    x, other = torch.randn(2, 5, 6), torch.randn(2, 5, 6)
+    output = attention["to_q"](x)
+    shared = group.project(sites["to_q"], x, output)
+    assert shared.first
+    assert group.project(sites["to_k"], x, output) is shared
+    assert not shared.first
+    different = group.project(sites["to_v"], other, output)  # not the tensor the others read
+    assert different is not shared
+    torch.testing.assert_close(different.tensors["unet.to_v"], other @ sites["to_v"].stack.down.T)
+    group.forget()
+    for name in ("to_q", "to_k", "to_v"):
+        group.project(sites[name], x, output)
+    assert group._open is None
+
+
+def test_what_cannot_run_beside_a_module_is_refused() -> None:
+    factor = LoRAFactors(torch.randn(2, 4), torch.randn(6, 2), 1.0)
+    with pytest.raises(ValueError, match=r"map \(4,\) to 6, but the module maps \(5,\) to 6"):
+        Site("unet", "a", nn.Linear(5, 6), ExpertStack([factor], "a"))
+    with pytest.raises(ValueError, match="groups=2"):
+        Site("unet", "a", nn.Conv2d(4, 6, 1, groups=2), ExpertStack([factor], "a"))
+    with pytest.raises(TypeError, match="LayerNorm"):
+        Site("unet", "a", nn.LayerNorm(4), ExpertStack([factor], "a"))
+    with pytest.raises(ValueError, match="disagree about a"):
+        ExpertStack([factor, LoRAFactors(torch.randn(2, 5), torch.randn(6, 2), 1.0)], "a")
+    with pytest.raises(ValueError, match="No LoRA"):
+        ExpertStack([None], "a")
