@@ -1,0 +1,81 @@
+"""The forward diffusion of a scheduler, as training needs it: noise in, the UNet's target, the clean latents out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """`x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps`, read from a diffusers scheduler.
+
+    Taken from `alphas_cumprod`, which all variance-preserving schedulers share and which has the zero terminal SNR in
+    it; their `add_noise` does not agree on scales.
+
+    Args:
+        alphas_cumprod: `a_t`, fp32 of shape `(T,)`.
+        prediction_type: "epsilon" or "v_prediction".
+    """
+
+    alphas_cumprod: Tensor
+    prediction_type: str
+
+    @classmethod
+    def from_scheduler(cls, scheduler: Any) -> NoiseSchedule:
+        """Reads any scheduler of the DDPM family; Raises: ValueError for flow matching and other predictions."""
+        name = type(scheduler).__name__
+        alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
+        if alphas_cumprod is None:
+            raise ValueError(
+                f"{name} has no `alphas_cumprod`, so its noise is not known to this training. Set one of the DDPM "
+                "family before training, for instance DDIMScheduler.from_config(pipe.scheduler.config)."
+            )
+        prediction_type = scheduler.config.prediction_type
+        if prediction_type not in PREDICTION_TYPES:
+            raise ValueError(f"{name} has prediction_type {prediction_type!r}; training knows {PREDICTION_TYPES}.")
+        return cls(alphas_cumprod.float().cpu(), prediction_type)
+
+    @property
+    def num_timesteps(self) -> int:
+        """T; timesteps are 0 … T-1."""
+        return len(self.alphas_cumprod)
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """`x_t` of clean `latents` (batch, c, h, w) at `timesteps` (batch,)."""
+        signal, sigma = self._scales(timesteps, latents)
+        return signal * latents + sigma * noise
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the UNet should predict at `timesteps`: the noise, or `v = sqrt(a_t) eps - sqrt(1 - a_t) x_0`."""
+        if self.prediction_type == "epsilon":
+            return noise
+        signal, sigma = self._scales(timesteps, latents)
+        return signal * noise - sigma * latents
+
+    def predict_clean(self, prediction: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
+        """`x_0` as the UNet's `prediction` at `noisy` = `x_t` means it.
+
+        Raises:
+            ValueError: An epsilon prediction at a timestep without signal (`a_t` = 0) says nothing about `x_0`.
+        """
+        signal, sigma = self._scales(timesteps, noisy)
+        if self.prediction_type == "v_prediction":
+            return signal * noisy - sigma * prediction
+        if bool((signal == 0).any()):
+            raise ValueError(
+                'prediction_type "epsilon" at a timestep of zero SNR says nothing about the clean picture; '
+                'use a scheduler with prediction_type "v_prediction".'
+            )
+        return (noisy - sigma * prediction) / signal
+
+    def _scales(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """`sqrt(a_t)` and `sqrt(1 - a_t)`, each (batch, 1, 1, 1) beside `like`."""
+        alphas = self.alphas_cumprod[timesteps.cpu()].view(-1, *[1] * (like.ndim - 1))
+        scales = torch.stack([alphas.sqrt(), (1 - alphas).sqrt()]).to(like.device, like.dtype)
+        return scales[0], scales[1]
