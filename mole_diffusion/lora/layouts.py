@@ -28,12 +28,8 @@ class Place:
 
 _PEFT_KEY = re.compile(r"(?P<module>.+)\.(?:lora_(?P<kind>[AB])(?:\.[^.]+)?\.weight|alpha)")
 _OWNER = re.compile(rf"(?P<component>{_COMPONENT})\.(?:base_model\.model\.)?(?P<module>.+)")
-_OLD_ATTENTION = re.compile(
-    r"(?P<parent>.+?)(?:\.processor)?\.(?P<leaf>\w+)_lora(?:\.(?P<kind>down|up)\.weight|(?:\.down\.weight)?\.alpha)"
-)
-_OLD_LINEAR = re.compile(
-    r"(?P<module>.+)\.lora(?:_linear_layer)?(?:\.(?P<kind>down|up)\.weight|(?:\.down\.weight)?\.alpha)"
-)
+_OLD_ATTENTION = re.compile(r"(?P<parent>.+?)(?:\.processor)?\.(?P<leaf>\w+)_lora\.(?P<kind>down|up)\.weight")
+_OLD_LINEAR = re.compile(r"(?P<module>.+)\.lora(?:_linear_layer)?\.(?P<kind>down|up)\.weight")
 _KOHYA_KEY = re.compile(r"lora_(?P<owner>unet|te[123]?)_(?P<module>[^.]+)\.(?:lora_(?P<kind>down|up)\.weight|alpha)")
 
 _KINDS: dict[str | None, Kind] = {"A": "down", "B": "up", "down": "down", "up": "up", None: "alpha"}

@@ -99,7 +99,8 @@ def _in_files(component: str, module: str) -> str:
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    return tensor.detach().to(device="cpu", dtype=torch.float32).contiguous()
+    # A copy, as safetensors refuses tensors that share memory, which two modules' factors may.
+    return tensor.detach().to(device="cpu", dtype=torch.float32, copy=True).contiguous()
 
 
 def _stable(data: bytes) -> bytes:

@@ -52,7 +52,7 @@ def scaling(file: LoRAFile, layout: str, pair: Pair, names: Sequence[str], confi
         LoRAError: If the config's rank is not the pair's, so that it belongs to another file.
     """
     expected = _by_pattern(config.get("rank_pattern"), names, config.get("r"))
-    if expected is not None and int(expected) != pair.r:
+    if expected is not None and expected != pair.r:
         raise refusal(
             file.source,
             f"its config says rank {expected}, the factors have rank {pair.r}",

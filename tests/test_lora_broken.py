@@ -1,0 +1,353 @@
+"""Broken LoRA files, each with the message it must give: file, layout, component, first keys, remedy."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save, save_file
+from torch import Tensor, nn
+
+from mole_diffusion.lora import LoRAError, inspect_lora, load_lora
+from tests.lora_files import to_kohya, to_peft
+from tests.tiny import random_lora, tiny_components
+
+QUERY = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_q"
+KEY = QUERY.replace("to_q", "to_k")
+CONV = "unet.mid_block.resnets.0.conv1"
+State = dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, Any]:
+    return tiny_components()
+
+
+@pytest.fixture
+def state(models: dict[str, Any]) -> State:
+    """A good LoRA to break: two attention projections, a convolution, one text-encoder module."""
+    targets = [rf"{re.escape(QUERY)}$", rf"{re.escape(KEY)}$", rf"{re.escape(CONV)}$", "text_encoder.*0.mlp.fc1$"]
+    return random_lora(models, targets=targets)
+
+
+def changed(**values: Callable[[Tensor], Tensor]) -> Callable[[State], State]:
+    """A breaker that replaces the down or up factor of the query."""
+    names = {"down": f"{QUERY}.lora_A.weight", "up": f"{QUERY}.lora_B.weight"}
+    return lambda state: state | {names[kind]: change(state[names[kind]]) for kind, change in values.items()}
+
+
+def without(key: str) -> Callable[[State], State]:
+    return lambda state: {k: v for k, v in state.items() if k != key}
+
+
+def with_(extra: dict[str, Tensor]) -> Callable[[State], State]:
+    return lambda state: state | extra
+
+
+def poked(value: float) -> Callable[[Tensor], Tensor]:
+    def poke(tensor: Tensor) -> Tensor:
+        tensor = tensor.clone()
+        tensor.view(-1)[-1] = value
+        return tensor
+
+    return poke
+
+
+def as_sdxl(state: State) -> State:
+    key = f"{KEY}.lora_A.weight"
+    return state | {key: torch.randn(4, 2048)}
+
+
+ONE = torch.ones(1)
+UNSUPPORTED = [
+    (f"{QUERY}.dora_scale", "DoRA"),
+    (f"{QUERY}.lora_magnitude_vector", "DoRA"),
+    ("lora_unet_mid_block_x.hada_w1_a", "LoHa"),
+    ("lora_unet_mid_block_x.lokr_w1", "LoKr"),
+    ("lora_unet_mid_block_x.lora_mid.weight", "a Tucker (CP) decomposed convolution"),
+    ("lora_unet_mid_block_x.oft_blocks", "OFT or BOFT"),
+    ("lora_unet_mid_block_x.diff_b", "full weight differences"),
+    (f"{QUERY}.lora_embedding_A", "LoRA of an embedding"),
+    (f"{QUERY}.lora_B.bias", "LoRA with biases"),
+    ("bundle_emb.cat.string_to_param.*", "a textual-inversion embedding"),
+]
+A = ".lora_A.weight"
+B = ".lora_B.weight"
+
+STATES: list[tuple[str, Callable[[State], State], str]] = [
+    (
+        "key of another layout",
+        with_({"lora_unet_x.lora_down.weight": ONE}),
+        "(diffusers layout): 1 keys do not belong to this layout: 'lora_unet_x.lora_down.weight'. Remove these keys",
+    ),
+    (
+        "module the model has not",
+        with_({f"unet.mid_block.nowhere{A}": torch.ones(1, 2), f"unet.mid_block.nowhere{B}": torch.ones(2, 1)}),
+        "(diffusers layout, component unet): 1 of 5 modules find no place in the model: "
+        f"'unet.mid_block.nowhere{A}'. Use a LoRA for this kind of model, or remove these keys.",
+    ),
+    (
+        "many modules the model has not",
+        lambda state: {k.replace("unet.", "unet.blocks."): v for k, v in to_kohya_twins(state).items()},
+        "component unet): 5 of 5 modules find no place in the model: 'unet.blocks.0.lora_A.weight', "
+        "'unet.blocks.1.lora_A.weight', 'unet.blocks.2.lora_A.weight' and 2 more.",
+    ),
+    (
+        "module that holds no weight",
+        with_({f"unet.mid_block{A}": torch.ones(1, 2), f"unet.mid_block{B}": torch.ones(2, 1)}),
+        f"1 of 5 modules find no place in the model: 'unet.mid_block{A}'",
+    ),
+    (
+        "down without up",
+        without(QUERY + B),
+        "(diffusers layout, component unet): no up factor for mid_block.attentions.0.transformer_blocks.0.attn2.to_q, "
+        f"only: '{QUERY}{A}'. The file is incomplete",
+    ),
+    ("up without down", without(QUERY + A), f"to_q, only: '{QUERY}{B}'. The file is incomplete"),
+    (
+        "alpha alone",
+        with_({"unet.conv_in.alpha": ONE}),
+        "no down and no up factor for conv_in, only: 'unet.conv_in.alpha'",
+    ),
+    (
+        "ranks disagree",
+        changed(down=lambda t: t[:3]),
+        f"down (3, 64) and up (64, 4) are not factors of one module: '{QUERY}{A}', '{QUERY}{B}'. Expected (r, d_in)",
+    ),
+    (
+        "too wide",
+        changed(down=lambda t: torch.ones(4, 65)),
+        "(diffusers layout, component unet): down (4, 65) and up (64, 4) do not fit "
+        f"mid_block.attentions.0.transformer_blocks.0.attn2.to_q with weight (64, 64): '{QUERY}{A}'. "
+        "Use a LoRA for this kind of model.",
+    ),
+    ("too tall", changed(up=lambda t: torch.ones(32, 4)), "down (4, 64) and up (32, 4) do not fit"),
+    (
+        "another base model",
+        as_sdxl,
+        "The file looks like Stable Diffusion XL (its cross-attention expects text of width 2048); "
+        "this model's expects 32. Use a LoRA for this kind of model.",
+    ),
+    (
+        "linear factors for a 3x3 convolution",
+        lambda state: state | {f"{CONV}{A}": torch.ones(4, 64), f"{CONV}{B}": torch.ones(64, 4)},
+        "down (4, 64) and up (64, 4) do not fit mid_block.resnets.0.conv1 with weight (64, 64, 3, 3)",
+    ),
+    (
+        "a kernel in a linear factor",
+        changed(down=lambda t: torch.ones(4, 64, 3, 3), up=lambda t: t[:, :, None, None]),
+        "down (4, 64, 3, 3) and up (64, 4, 1, 1) do not fit",
+    ),
+    ("a vector", changed(down=lambda t: t[0]), "down (64,) and up (64, 4) are not factors of one module"),
+    ("rank 0", changed(down=lambda t: t[:0], up=lambda t: t[:, :0]), f"an empty tensor (0, 64): '{QUERY}{A}'"),
+    (
+        "NaN",
+        changed(up=poked(float("nan"))),
+        f"(diffusers layout, component unet): NaN or infinity: '{QUERY}{B}'. Training diverged",
+    ),
+    ("infinity", changed(down=poked(float("inf"))), f"NaN or infinity: '{QUERY}{A}'"),
+    ("alpha NaN", with_({f"{QUERY}.alpha": ONE * float("nan")}), f"NaN or infinity: '{QUERY}.alpha'"),
+    (
+        "alpha a vector",
+        with_({f"{QUERY}.alpha": torch.ones(4)}),
+        f"alpha has shape (4,), expected one number: '{QUERY}.alpha'",
+    ),
+    (
+        "quantised",
+        changed(down=lambda t: t.to(torch.int8)),
+        f"values of type torch.int8, not floating point: '{QUERY}{A}'",
+    ),
+    ("no tensors", lambda state: {}, "no tensors in it. Save the LoRA again"),
+    (
+        "a full model",
+        lambda state: {"conv_in.weight": ONE, "conv_in.bias": ONE},
+        "no LoRA keys in it: 'conv_in.bias', 'conv_in.weight'. Give a LoRA in one of the layouts "
+        "diffusers, peft, diffusers-old, kohya",
+    ),
+    (
+        "never trained",
+        lambda state: {k: v * 0 if B in k else v for k, v in state.items()},
+        "(diffusers layout): every factor is zero, so it would change nothing. Train it",
+    ),
+    (
+        "alpha zero everywhere",
+        lambda state: state | {k.replace(A, ".alpha"): torch.zeros(()) for k in state if A in k},
+        "every factor is zero, so it would change nothing",
+    ),
+    (
+        "two adapters",
+        lambda state: {k.replace(".weight", f".{name}.weight"): v for k, v in state.items() for name in ("a", "b")},
+        "two keys for the down of one module: ",
+    ),
+    (
+        "one module spelt twice",
+        lambda state: state | {k.replace("text_encoder.", "text_encoder.text_model."): v for k, v in state.items()},
+        "(diffusers layout, component text_encoder): two pairs for encoder.layers.0.mlp.fc1",
+    ),
+    (
+        "a component the model has not",
+        lambda state: {k.replace("text_encoder.", "text_encoder_2."): v for k, v in state.items()},
+        "(diffusers layout, component text_encoder_2): 1 modules for text_encoder_2, but the model has only "
+        "vae, text_encoder, unet: 'text_encoder_2.encoder.layers.0.mlp.fc1.lora_A.weight'",
+    ),
+    (
+        "original SDXL names",
+        lambda state: {
+            "lora_unet_input_blocks_4_1_proj_in.lora_down.weight": torch.ones(1, 2),
+            "lora_unet_input_blocks_4_1_proj_in.lora_up.weight": torch.ones(2, 1),
+        },
+        "(kohya layout, component unet): 1 of 1 modules find no place in the model: "
+        "'lora_unet_input_blocks_4_1_proj_in.lora_down.weight'. Its names are those of the original",
+    ),
+    (
+        "bare adapter for no model here",
+        lambda state: {f"base_model.model.x.y{end}": torch.ones(2, 2) for end in (A, B)},
+        "(peft layout, component vae): 1 of 1 modules find no place even in the nearest model: "
+        "'base_model.model.x.y.lora_A.weight'. Prefix the keys",
+    ),
+    *[(key, with_({key: ONE}), f"{kind}") for key, kind in UNSUPPORTED],
+]
+
+
+def to_kohya_twins(state: State) -> State:
+    """Five pairs of numbered modules."""
+    return {f"unet.{i}{end}": torch.ones(2, 2) for i in range(5) for end in (A, B)}
+
+
+@pytest.mark.parametrize(("break_it", "message"), [row[1:] for row in STATES], ids=[row[0] for row in STATES])
+def test_broken_tensors(break_it: Any, message: str, state: State, models: Any, tmp_path: Path) -> None:
+    load_lora(state, models)  # good before it is broken
+    path = tmp_path / "cat.safetensors"
+    save_file({key: value.clone().contiguous() for key, value in break_it(state).items()}, path)
+    with pytest.raises(LoRAError, match=re.escape(message)) as error:
+        load_lora(path, models)
+    assert str(error.value).startswith(str(path))
+
+
+@pytest.mark.parametrize(("key", "kind"), UNSUPPORTED)
+def test_kinds_not_supported_are_named_with_a_remedy(key: str, kind: str, state: State, models: Any) -> None:
+    with pytest.raises(LoRAError, match=rf"^<state dict>: {re.escape(kind)}.* is not supported yet, 1 keys: .*\. \w+ "):
+        load_lora(state | {key: ONE}, models)
+
+
+def _good(state: State) -> bytes:
+    return save(state)
+
+
+FILES: list[tuple[str, str, Callable[[State], bytes], str]] = [
+    (
+        "truncated in the tensors",
+        "cat.safetensors",
+        lambda s: _good(s)[:-1],
+        "a truncated or damaged safetensors file (",
+    ),
+    (
+        "truncated in the header",
+        "cat.safetensors",
+        lambda s: _good(s)[:100],
+        "a truncated or damaged safetensors file (",
+    ),
+    ("damaged header", "cat.safetensors", lambda s: _good(s)[:8] + b"{" + _good(s)[8:-1], "a truncated or damaged"),
+    ("empty", "cat.safetensors", lambda s: b"", "an empty file. Download or save it again"),
+    ("not safetensors", "cat.safetensors", lambda s: b"<!DOCTYPE html><html>", "not a safetensors file. Save"),
+    ("pickle by suffix", "cat.pt", _good, "a pickle, which can run any code when opened"),
+    ("pickle by suffix, upper case", "cat.CKPT", _good, "a pickle, which can run any code when opened"),
+    (
+        "pickle by suffix .bin",
+        "adapter_model.bin",
+        _good,
+        "Convert it where you trust it: `safetensors.torch.save_file(",
+    ),
+    ("pickle by suffix .pth", "cat.pth", _good, "weights_only=True"),
+    ("zipped pickle by magic bytes", "cat.safetensors", lambda s: b"PK\x03\x04" + bytes(99), "a pickle, which can run"),
+    ("bare pickle by magic bytes", "cat.safetensors", lambda s: b"\x80\x04\x95" + bytes(99), "a pickle, which can run"),
+    ("Git LFS pointer", "cat.safetensors", lambda s: b"version https://git-lfs.github.com/spec/v1\n", "`git lfs pull`"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [row[1:] for row in FILES], ids=[row[0] for row in FILES])
+def test_broken_files(name: str, content: Any, message: str, state: State, models: Any, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(content(state))
+    for read in (lambda: load_lora(path, models), lambda: inspect_lora(path)):
+        with pytest.raises(LoRAError, match=re.escape(message)) as error:
+            read()
+        assert str(error.value).startswith(f"{path}: ")
+
+
+def test_no_such_file(models: Any, tmp_path: Path) -> None:
+    with pytest.raises(
+        LoRAError, match=r"somebody/cat-lora: no such file\. Check the path; .* `hf download <repository>`"
+    ):
+        load_lora("somebody/cat-lora", models)
+
+
+def test_folders(state: State, models: Any, tmp_path: Path) -> None:
+    with pytest.raises(LoRAError, match=r"a folder without a \.safetensors file\. Name the LoRA's file"):
+        load_lora(tmp_path, models)
+    save_file(state, tmp_path / "b.safetensors")
+    assert load_lora(tmp_path, models).name == tmp_path.name
+    save_file(state, tmp_path / "a.safetensors")
+    with pytest.raises(
+        LoRAError, match=r"a folder with 2 weight files: 'a.safetensors', 'b.safetensors'\. Name one file"
+    ):
+        load_lora(tmp_path, models)
+
+
+def test_a_state_dict_of_something_else(models: Any) -> None:
+    with pytest.raises(
+        LoRAError, match=r"<state dict>: dict where a tensor is expected: 'unet'\. Pass a flat state dict"
+    ):
+        load_lora({"unet": {}}, models)  # type: ignore[dict-item]
+
+
+def test_a_bare_adapter_that_fits_two_models() -> None:
+    models = {"unet": nn.Sequential(nn.Linear(2, 2)), "transformer": nn.Sequential(nn.Linear(2, 2))}
+    adapter = {f"0{end}": torch.ones(2, 2) for end in (A, B)}
+    with pytest.raises(LoRAError, match=r"keys without a component, which would fit unet and transformer: '0\.lora_A"):
+        load_lora(adapter, models)
+
+
+def test_no_models_at_all(state: State, models: Any) -> None:
+    with pytest.raises(LoRAError, match=r"no model to place it in"):
+        load_lora(to_peft(state, "unet"), {})
+    with pytest.raises(LoRAError, match=r"but the model has only"):
+        load_lora(to_kohya(state), {"text_encoder": models["text_encoder"]})
+
+
+def test_a_grouped_convolution() -> None:
+    models = {"unet": nn.Sequential(nn.Conv2d(4, 4, 1, groups=2))}
+    state = {"unet.0.lora_A.weight": torch.ones(1, 2, 1, 1), "unet.0.lora_B.weight": torch.ones(4, 1, 1, 1)}
+    with pytest.raises(LoRAError, match="0 is a grouped convolution"):
+        load_lora(state, models)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"r": 8}, "(peft layout): its config says rank 8, the factors have rank 4"),
+        ({"r": 4, "use_dora": True}, "its config says DoRA. Only plain LoRA is read"),
+        ({"peft_type": "LOHA"}, "its config says LOHA. Only plain LoRA is read"),
+        ({"r": 4, "lora_alpha": "four"}, "alpha 'four' is not a finite number"),
+        ([1], "adapter_config.json is not a JSON object"),
+        (None, "adapter_config.json is not JSON ("),
+    ],
+)
+def test_broken_peft_configs(config: Any, message: str, state: State, models: Any, tmp_path: Path) -> None:
+    save_file(to_peft(state, "unet"), tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text("{" if config is None else json.dumps(config))
+    with pytest.raises(LoRAError, match=re.escape(message)):
+        load_lora(tmp_path, models)
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_broken_header_metadata(text: str, state: State, models: Any, tmp_path: Path) -> None:
+    path = tmp_path / "cat.safetensors"
+    save_file(state, path, metadata={"lora_adapter_metadata": text})
+    with pytest.raises(LoRAError, match="header entry 'lora_adapter_metadata' is not a JSON object"):
+        load_lora(path, models)
