@@ -20,7 +20,7 @@ STATE_FILE = "state.json"
 
 
 def fingerprint(config: Any, tensors: Iterable[Tensor], texts: Iterable[str] = ()) -> str:
-    """SHA-256 over a config dataclass, tensors (dtype, shape, bytes) and texts: what must not change in a resumed run."""
+    """SHA-256 over a config dataclass, tensors (dtype, shape, bytes) and texts: what a resumed run must have too."""
     digest = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode())
     for text in texts:
         digest.update(b"\0" + text.encode())
