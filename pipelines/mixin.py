@@ -2,37 +2,30 @@
 
 from __future__ import annotations
 
-import inspect
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from diffusers import DiffusionPipeline
-from torch import Tensor, nn
+from torch import nn
 
 from ..composition import COMPOSITIONS, Composition, Normalized, NumberWeigher
 from ..experts import Experts
 from ..lora import LoRA, load_lora
+from .contract import DiffusersContract
+from .naming import LoRASource, named_sources
 from .selection import Selection, check_names, read_selection
 
 if TYPE_CHECKING:
     from typing import Self
 
+    from diffusers import DiffusionPipeline
+
     from ..gating import GateConfig, MoLEModel
 
-    Base = DiffusionPipeline
-else:
-    Base = object  # at run time the mixin stands before the diffusers class and has no ancestor of its own
-
 LORA_COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
-
-LoRASource = str | os.PathLike[str] | Mapping[str, Tensor] | LoRA
 
 
 @dataclass(eq=False)
@@ -47,7 +40,7 @@ class Loaded:
     """Every `composing` that is entered now, the innermost last, with its `scale`."""
 
 
-class MoLEPipelineMixin(Base):
+class MoLEPipelineMixin(DiffusersContract):
     """Draws with several LoRAs at once. Stands before a diffusers pipeline in a class statement, and has no state of
     its own in the pipeline's components: loading, saving, devices and offloading stay as they are.
 
@@ -103,7 +96,7 @@ class MoLEPipelineMixin(Base):
             ValueError: A name is taken; a file does not fit (`LoRAError`); or gates are loaded, which know only the
                 LoRAs they were trained for.
         """
-        sources = _named(loras)
+        sources = named_sources(loras)
         loaded = self._loaded
         taken = [name for name in sources if name in loaded.loras]
         if taken:
@@ -313,93 +306,19 @@ class MoLEPipelineMixin(Base):
             TypeError: `loras` is of another type, or the pipeline has no such argument.
             ValueError: A name is not loaded or is given twice.
         """
-        _refuse_unknown(type(self), kwargs)
+        self._refuse_unknown_arguments(kwargs)
         attention = kwargs.get("cross_attention_kwargs") or {}
         with self.composing(loras, scale=attention.get("scale", 1.0)):
-            return super().__call__(*args, **kwargs)  # type: ignore[misc]  # the diffusers pipeline after us has it
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if "__call__" in vars(cls):
-            return
-
-        # A __call__ per pipeline, so that editors and notebooks show the arguments of its diffusers pipeline.
-        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return MoLEPipelineMixin.__call__(self, *args, **kwargs)
-
-        stock = _stock_class(cls)
-        signature = inspect.signature(stock.__call__)  # type: ignore[operator]
-        parameters = list(signature.parameters.values())
-        at = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
-        parameters.insert(at, inspect.Parameter("loras", inspect.Parameter.KEYWORD_ONLY, default=None))
-        call.__name__, call.__qualname__ = "__call__", f"{cls.__qualname__}.__call__"
-        call.__doc__ = f"{inspect.getdoc(MoLEPipelineMixin.__call__)}\n\n{inspect.getdoc(stock.__call__)}"
-        call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-        cls.__call__ = call  # type: ignore[method-assign]
-
-    # --- the diffusers contract -----------------------------------------------------------------------------------
+            return super().__call__(*args, **kwargs)
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
-        """As in diffusers, but the models keep their precision unless ``dtype`` is given.
+        """As in diffusers, but without a change of precision unless ``dtype`` is given.
 
-        diffusers casts the *shared* models to float32 otherwise. LoRAs and gates of a composing pipeline come along.
+        From a composing pipeline, its LoRAs, gates and composition come along: both pipelines share them, as they
+        share the models.
         """
-        if "dtype" in kwargs or "torch_dtype" in kwargs:
-            new = super().from_pipe(pipeline, **kwargs)
-        else:
-            models = [m for m in pipeline.components.values() if isinstance(m, nn.Module)]
-            dtypes = [model.dtype for model in models]
-            # Casting up and back loses nothing, and is no cast at all where all have one precision.
-            widest = reduce(torch.promote_types, dtypes)
-            new = super().from_pipe(pipeline, dtype=widest, **kwargs)
-            for model, dtype in zip(models, dtypes, strict=True):
-                if dtype != widest:
-                    model.to(dtype)
+        new = super().from_pipe(pipeline, **kwargs)
         if isinstance(pipeline, MoLEPipelineMixin) and new.lora_components == pipeline.lora_components:
             new.__dict__["_mole_loaded"] = pipeline._loaded
         return new
-
-    def to_json_string(self) -> str:
-        """The configuration as JSON, under the name of the diffusers class, so that stock diffusers opens it."""
-        config = json.loads(super().to_json_string())
-        config["_class_name"] = _stock_class(type(self)).__name__
-        return json.dumps(config, indent=2, sort_keys=True) + "\n"
-
-
-def _stock_class(cls: type) -> type[DiffusionPipeline]:
-    """The diffusers pipeline a composing pipeline stands on."""
-    for ancestor in cls.__mro__:
-        if not issubclass(ancestor, MoLEPipelineMixin) and "__call__" in vars(ancestor):
-            return ancestor
-    raise TypeError(f"{cls.__name__} has no diffusers pipeline: write `class {cls.__name__}(MoLEPipelineMixin, <one>)`.")
-
-
-def _refuse_unknown(cls: type, kwargs: Mapping[str, Any]) -> None:
-    """Raises TypeError for an argument that a pipeline with a catch-all ``**kwargs`` would drop in silence."""
-    known = inspect.signature(_stock_class(cls).__call__).parameters  # type: ignore[operator]
-    for name in kwargs:
-        # The two that diffusers still takes out of its catch-all.
-        if name not in known and name not in ("callback", "callback_steps"):
-            raise TypeError(f"{cls.__name__} has no argument {name!r}. LoRAs are chosen with `loras`.")
-
-
-def _named(loras: object) -> dict[str, LoRASource]:
-    """`loras` of `load_loras` as name to source."""
-    if isinstance(loras, Mapping):
-        sources = dict(loras)
-    elif isinstance(loras, list | tuple):
-        pairs = [(item.name if isinstance(item, LoRA) else Path(item).stem, item) for item in loras]
-        sources = dict(pairs)
-        if len(sources) < len(pairs):
-            names = [name for name, _ in pairs]
-            raise ValueError(f"several LoRAs in the list have the same name: {', '.join(names)}. Pass a dict of names.")
-    else:
-        raise TypeError(
-            f'`loras` must be a dict such as {{"cat": "cat.safetensors"}} or a list of files, '
-            f"got {loras!r} ({type(loras).__name__})."
-        )
-    for name in sources:
-        if not isinstance(name, str) or not name:
-            raise TypeError(f"a LoRA's name must be a non-empty string, got {name!r} ({type(name).__name__}).")
-    return sources

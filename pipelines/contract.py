@@ -1,0 +1,85 @@
+"""Staying a diffusers pipeline: signature, `from_pipe`, saving under the name that stock diffusers knows."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping
+from functools import reduce
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    from diffusers import DiffusionPipeline
+
+    class Base(DiffusionPipeline):
+        """What stands after the mixin in a class statement."""
+else:
+    Base = object  # at run time the mixin stands before the diffusers class and has no ancestor of its own
+
+
+class DiffusersContract(Base):
+    """Mixin for pipelines that add arguments to the call of a diffusers pipeline and change nothing else of it."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__call__" in vars(cls):
+            return
+
+        # A __call__ per pipeline, so that editors and notebooks show the arguments of its diffusers pipeline.
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return super(cls, self).__call__(*args, **kwargs)
+
+        ours, stock = super(cls, cls).__call__, _stock_class(cls).__call__
+        parameters = list(inspect.signature(stock).parameters.values())
+        catch_all = parameters.pop() if parameters[-1].kind is inspect.Parameter.VAR_KEYWORD else None
+        parameters += [p for p in inspect.signature(ours).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        parameters += [catch_all] if catch_all else []
+        call.__name__, call.__qualname__ = "__call__", f"{cls.__qualname__}.__call__"
+        call.__doc__ = f"{inspect.getdoc(ours)}\n\n{inspect.getdoc(stock)}"
+        call.__signature__ = inspect.signature(stock).replace(parameters=parameters)  # type: ignore[attr-defined]
+        cls.__call__ = call
+
+    def _refuse_unknown_arguments(self, kwargs: Mapping[str, Any]) -> None:
+        """Raises TypeError for an argument that a pipeline with a catch-all ``**kwargs`` would drop in silence."""
+        known = inspect.signature(_stock_class(type(self)).__call__).parameters
+        for name in kwargs:
+            # The two that diffusers still takes out of its catch-all.
+            if name not in known and name not in ("callback", "callback_steps"):
+                raise TypeError(f"{type(self).__name__} has no argument {name!r}. LoRAs are chosen with `loras`.")
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
+        """As in diffusers, but the models, which both pipelines share, keep their precision unless ``dtype`` is given.
+
+        diffusers casts them to float32 otherwise.
+        """
+        if "dtype" in kwargs or "torch_dtype" in kwargs:
+            return super().from_pipe(pipeline, **kwargs)
+        models = [model for model in pipeline.components.values() if isinstance(model, nn.Module)]
+        dtypes = [model.dtype for model in models]
+        # Casting up and back loses nothing, and is no cast at all where all have one precision.
+        widest = reduce(torch.promote_types, dtypes)
+        new = super().from_pipe(pipeline, dtype=widest, **kwargs)
+        for model, dtype in zip(models, dtypes, strict=True):
+            if dtype != widest:
+                model.to(dtype)
+        return new
+
+    def to_json_string(self) -> str:
+        """The configuration as JSON, under the name of the diffusers class, so that stock diffusers opens it."""
+        config = json.loads(super().to_json_string())
+        config["_class_name"] = _stock_class(type(self)).__name__
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+def _stock_class(cls: type) -> Any:
+    """The diffusers pipeline that a class of ours stands on."""
+    for ancestor in cls.__mro__:
+        if not issubclass(ancestor, DiffusersContract) and "__call__" in vars(ancestor):
+            return ancestor
+    raise TypeError(f"{cls.__name__} has no diffusers pipeline; write `class {cls.__name__}(MoLEPipelineMixin, …)`.")

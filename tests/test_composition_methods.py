@@ -1,0 +1,105 @@
+"""Methods give the numbers of their equations, and a method may depend on the step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, HeunDiscreteScheduler
+from torch import Tensor
+
+from mole_diffusion.composition import COMPOSITIONS, Composition, Linear, Normalized, Step
+from tests.composing import composing_pipeline, draw
+
+KEEP = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 1.0], [0.0, 1.0, 0.0]])
+
+
+def test_a_linear_sum_keeps_every_lora_whole() -> None:
+    assert torch.equal(Linear().weights(KEEP, None), KEEP)
+
+
+def test_a_normalised_sum_sums_to_one_over_the_kept_loras() -> None:
+    weights = Normalized().weights(KEEP, None)
+    assert torch.allclose(weights, torch.tensor([[1 / 3, 1 / 3, 1 / 3], [0.5, 0.0, 0.5], [0.0, 1.0, 0.0]]))
+
+
+def test_a_row_that_keeps_nothing_gets_nothing() -> None:
+    assert torch.equal(Normalized().weights(torch.zeros(1, 3), None), torch.zeros(1, 3))
+
+
+def test_every_method_is_listed_under_its_name() -> None:
+    assert set(COMPOSITIONS) == {"linear", "normalized", "mole"}
+    assert all(method.name == name for name, method in COMPOSITIONS.items())
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "indices", "total"),
+    [
+        ([900, 600, 300], [0, 1, 2], 3),
+        ([900.0, 600.0, 600.0, 300.0, 300.0], [0, 1, 1, 2, 2], 3),  # Heun calls the model twice in a step
+    ],
+)
+def test_a_step_knows_its_place(timesteps: list[float], indices: list[int], total: int) -> None:
+    steps = [Step(torch.tensor([t, t]), torch.tensor(timesteps)) for t in timesteps]
+    assert [step.index for step in steps] == indices
+    assert {step.total for step in steps} == {total}
+
+
+class Rotate(Composition):
+    """One LoRA per step in turn; none in the text encoder."""
+
+    name = "rotate"
+
+    def __init__(self) -> None:
+        self.seen: list[int | None] = []
+
+    def weights(self, keep: Tensor, step: Step | None) -> Tensor:
+        self.seen.append(None if step is None else step.index)
+        if step is None:
+            return torch.zeros_like(keep)
+        return torch.nn.functional.one_hot(torch.tensor([step.index % keep.shape[1]]), keep.shape[1]).float()
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Heun under NumPy 2
+@pytest.mark.parametrize(
+    ("scheduler", "indices"), [(DDIMScheduler, [0, 1, 2]), (HeunDiscreteScheduler, [0, 1, 1, 2, 2])]
+)
+def test_weights_may_change_from_step_to_step(scheduler: Any, indices: list[int]) -> None:
+    pipe = composing_pipeline("cat", "dog")
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    method = Rotate()
+    pipe.set_composition(method)
+    draw(pipe, num_inference_steps=3)
+    # One call each for the prompt and the negative prompt, then one per call of the denoiser.
+    assert method.seen == [None, None, *indices]
+
+
+def test_rotating_draws_each_step_with_its_own_lora() -> None:
+    pipe = composing_pipeline("cat", "dog")
+    with pipe.composing([]):
+        prompt_embeds, _ = pipe.encode_prompt("a cat", "cpu", 1, False)
+    options: dict[str, Any] = {"prompt_embeds": prompt_embeds, "guidance_scale": 1.0}
+    pipe.set_composition(Rotate())
+    rotated = draw(pipe, None, **options)
+
+    def next_lora(pipe: Any, step: int, timestep: int, tensors: dict[str, Any]) -> dict[str, Any]:
+        pipe.use_loras(["dog"])
+        return {}
+
+    pipe.set_composition("linear")
+    assert torch.equal(rotated, draw(pipe, None, loras=["cat"], callback_on_step_end=next_lora, **options))
+    assert not torch.equal(rotated, draw(pipe, None, loras=["cat"], **options))
+
+
+def test_a_method_that_forgets_to_ask_for_gates_is_told() -> None:
+    class Silent(Composition):
+        name = "silent"
+
+        def weights(self, keep: Tensor, step: Step | None) -> None:
+            return None
+
+    pipe = composing_pipeline("cat")
+    pipe.set_composition(Silent())
+    with pytest.raises(TypeError, match=r"'silent' leaves the weights to gates.*needs_gates = True"):
+        draw(pipe)
