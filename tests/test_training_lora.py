@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from mole_diffusion.training import TEXT_ENCODER_TARGETS, LoRATrainingConfig, TrainingDivergedError, train_lora
+from mole_diffusion.training.loop import step_generator
 from mole_diffusion.training.lora import _pixels, _TrainingData
 from mole_diffusion.training.noise import NoiseSchedule
 from mole_diffusion.training.trainable import TrainableLoRA
@@ -142,6 +143,12 @@ def test_the_same_training_gives_the_same_lora_in_one_go_or_in_two(tmp_path: Pat
 
     other_seed = flat(train(tiny_pipeline(), config(text_encoder_targets=TEXT_ENCODER_TARGETS, seed=1)))
     assert not all(torch.equal(whole[name], other_seed[name]) for name in whole)
+
+
+def test_every_step_and_every_seed_draws_its_own_numbers() -> None:
+    drawn = {key: torch.rand((), generator=step_generator(*key)).item() for key in [(0, 0), (0, 1), (1, 0), (1, 1)]}
+    assert len(set(drawn.values())) == 4
+    assert torch.rand((), generator=step_generator(1, 0)).item() == drawn[1, 0]
 
 
 def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:

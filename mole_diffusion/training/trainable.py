@@ -114,8 +114,7 @@ class TrainableLoRA:
         finally:
             for handle in handles:
                 handle.remove()
-            # Backwards, so that a model named twice gets its first, true flags.
-            for parameter, flag in reversed(flags):
+            for parameter, flag in flags:
                 parameter.requires_grad_(flag)
 
 

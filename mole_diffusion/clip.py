@@ -1,0 +1,114 @@
+"""One differentiable CLIP for guidance and for scores: open_clip models, pretrained or from a local folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_LOCAL = "local-dir:"
+_WEIGHTS = "open_clip_model.safetensors"
+
+
+class DifferentiableCLIP(nn.Module):
+    """A frozen open_clip model whose image features have gradients with respect to the picture.
+
+    Its preprocessing is open_clip's for inference, done on float tensors: shorter side resized with an antialiased
+    bicubic filter, centre cut, mean and standard deviation of the model. It equals open_clip's own, which goes through
+    8-bit PIL pictures, to float rounding where a picture has the model's size already, and to 2/255 of the pixel range
+    where it is resized, since PIL rounds to 8 bits after each of its two passes. Pictures smaller than the model's
+    size are enlarged in the same way.
+
+    `.to(device, dtype)` moves it like any module.
+
+    Args:
+        model_name_or_dir: A folder with `open_clip_config.json` and `open_clip_model.safetensors` (with or without
+            open_clip's prefix `local-dir:`), or the name of one of open_clip's architectures, such as "ViT-B-32".
+        pretrained: For an architecture, which weights, such as "laion2b_s34b_b79k". A folder has its own.
+
+    Raises:
+        ValueError: The folder lacks one of its files; `pretrained` is missing, or given for a folder; open_clip does
+            not know the name; or the model wants another preprocessing than the one above.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model_name_or_dir: str | os.PathLike[str], pretrained: str | None = None) -> None:
+        super().__init__()
+        name = _open_clip_name(os.fspath(model_name_or_dir), pretrained)
+        self.model: Any = open_clip.create_model(name, pretrained=pretrained).eval().requires_grad_(False)
+        self._tokenizer: Any = open_clip.get_tokenizer(name)
+        settings = open_clip.get_model_preprocess_cfg(self.model)
+        size = settings["size"]
+        height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+        if height != width or settings["resize_mode"] != "shortest" or settings["interpolation"] != "bicubic":
+            raise ValueError(
+                f"{name} is preprocessed with {settings}; DifferentiableCLIP knows square pictures, "
+                'resize_mode "shortest" and interpolation "bicubic" only. Choose another CLIP.'
+            )
+        self.image_size = height
+        self.register_buffer("mean", torch.tensor(settings["mean"]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(settings["std"]).view(1, 3, 1, 1), persistent=False)
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """Pictures in [0, 1], `(batch, 3, height, width)`, cut and scaled to `(batch, 3, image_size, image_size)`."""
+        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            raise ValueError(
+                f"images are {images.dtype} of shape {tuple(images.shape)}; they must be floating point in [0, 1] "
+                "of shape (batch, 3, height, width)."
+            )
+        images = images.to(self.mean.device).float()  # the resize filter has no half precision on CPUs
+        height, width = images.shape[-2:]
+        shorter = min(height, width)
+        if shorter != self.image_size:
+            new_height, new_width = (int(self.image_size * side / shorter) for side in (height, width))
+            # In PIL's order, and cut to [0, 1] after each pass as its 8-bit pictures are: the filter overshoots at edges.
+            for size in ((height, new_width), (new_height, new_width)):
+                images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
+        top, left = (round((side - self.image_size) / 2) for side in images.shape[-2:])
+        images = images[..., top : top + self.image_size, left : left + self.image_size]
+        return (images.to(self.mean.dtype) - self.mean) / self.std
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Unit-length features `(batch, width)` of pictures in [0, 1], `(batch, 3, height, width)`; gradients flow."""
+        return self.model.encode_image(self.preprocess(images), normalize=True)
+
+    @torch.no_grad()
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """Unit-length features `(len(texts), width)`; text has no gradient to give."""
+        if isinstance(texts, str):
+            raise TypeError(f"`texts` must be a list of strings, got the string {texts!r}.")
+        return self.model.encode_text(self._tokenizer(list(texts)).to(self.mean.device), normalize=True)
+
+
+def _open_clip_name(name: str, pretrained: str | None) -> str:
+    """What open_clip calls this model; Raises: ValueError where it would go on with random weights."""
+    folder = Path(name.removeprefix(_LOCAL))
+    if name.startswith(_LOCAL) or folder.is_dir():
+        missing = [file for file in ("open_clip_config.json", _WEIGHTS) if not (folder / file).is_file()]
+        if missing:
+            raise ValueError(f"{folder} is no folder of an open_clip model: it lacks {' and '.join(missing)}.")
+        if pretrained is not None:
+            raise ValueError(
+                f"`pretrained` is {pretrained!r}, but the folder {folder} has its own weights. Leave it out."
+            )
+        return f"{_LOCAL}{folder}"
+    if name not in open_clip.list_models():
+        raise ValueError(
+            f"{name!r} is neither a folder nor an open_clip architecture. `open_clip.list_models()` lists those, "
+            'for instance "ViT-B-32".'
+        )
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if pretrained is None or (pretrained not in tags and not Path(pretrained).is_file()):
+        raise ValueError(
+            f"`pretrained` is {pretrained!r}; {name} without pretrained weights scores at random. "
+            f"Choose one of {', '.join(tags) or 'no known tags: give a file'}."
+        )
+    return name

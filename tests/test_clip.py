@@ -1,0 +1,123 @@
+"""`DifferentiableCLIP` beside open_clip's own preprocessing and features, on a random small model in a local folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from mole_diffusion.clip import DifferentiableCLIP
+
+SIZE = 32
+MODEL = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": SIZE, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+
+
+def write_clip(folder: Path, **preprocess: Any) -> Path:
+    """A random small CLIP in open_clip's folder layout."""
+    config = {"model_cfg": MODEL, "preprocess_cfg": {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.25], **preprocess}}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    model = open_clip.CLIP(**MODEL)
+    save_file(
+        {name: value.contiguous() for name, value in model.state_dict().items()}, folder / "open_clip_model.safetensors"
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    return write_clip(tmp_path_factory.mktemp("clip"))
+
+
+def picture(height: int, width: int) -> Image.Image:
+    """Smooth colours and hard edges, where resizing filters differ most."""
+    y, x = np.mgrid[0:height, 0:width]
+    channels = [255 * ((x // 5 + y // 7) % 2), 255 * x / width, 255 * y / height]
+    return Image.fromarray(np.stack(channels, -1).astype(np.uint8))
+
+
+def as_tensor(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "levels"),
+    [(SIZE, SIZE, 0), (SIZE, SIZE + 9, 0), (64, 64, 2), (57, 90, 2), (24, 24, 2)],
+)
+def test_preprocessing_is_open_clips(folder: Path, height: int, width: int, levels: int) -> None:
+    _, _, reference = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    clip = DifferentiableCLIP(folder)
+    image = picture(height, width)
+    ours, theirs = clip.preprocess(as_tensor(image)), reference(image)[None]
+    assert ours.shape == theirs.shape == (1, 3, SIZE, SIZE)
+    assert ((ours - theirs) * clip.std).abs().max() <= levels / 255 + 1e-6
+
+
+def test_features_are_open_clips_and_of_unit_length(folder: Path) -> None:
+    model, _, reference = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    clip = DifferentiableCLIP(f"local-dir:{folder}")
+    image, texts = picture(SIZE, SIZE), ["a red mug", "a blue boot on grass"]
+    tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(texts)
+    with torch.no_grad():
+        expected_image = model.eval().encode_image(reference(image)[None], normalize=True)
+        expected_texts = model.encode_text(tokens, normalize=True)
+    torch.testing.assert_close(clip.encode_image(as_tensor(image)), expected_image, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(clip.encode_text(texts), expected_texts)
+    torch.testing.assert_close(clip.encode_text(texts).norm(dim=-1), torch.ones(2))
+
+
+def test_the_picture_has_a_gradient_and_the_model_none(folder: Path) -> None:
+    clip = DifferentiableCLIP(folder)
+    image = as_tensor(picture(48, 64)).requires_grad_()
+    similarity = (clip.encode_image(image) * clip.encode_text(["a red mug"])).sum()
+    similarity.backward()
+    assert image.grad is not None
+    # 64 pixels wide, the centre 48 count: the margins are cut off.
+    assert image.grad[..., 12:52].abs().sum(1).gt(0).float().mean() > 0.9
+    assert not any(parameter.requires_grad for parameter in clip.parameters())
+    step = (image + 1e-2 * image.grad / image.grad.abs().max()).detach()
+    assert (clip.encode_image(step) * clip.encode_text(["a red mug"])).sum() > similarity
+
+
+def test_it_runs_in_bf16(folder: Path) -> None:
+    clip = DifferentiableCLIP(folder)
+    full = clip.encode_image(as_tensor(picture(64, 64)))
+    half = clip.to(torch.bfloat16).encode_image(as_tensor(picture(64, 64)))
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), full, rtol=0, atol=5e-2)
+
+
+def test_what_cannot_be_loaded_says_why(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="neither a folder nor an open_clip architecture"):
+        DifferentiableCLIP("ViT-Z-99")
+    with pytest.raises(ValueError, match=r"`pretrained` is None; ViT-B-32 without .*scores at random.*openai"):
+        DifferentiableCLIP("ViT-B-32")
+    with pytest.raises(ValueError, match=r"has its own weights\. Leave it out"):
+        DifferentiableCLIP(folder, pretrained="openai")
+    with pytest.raises(ValueError, match=r"lacks open_clip_config\.json and open_clip_model\.safetensors"):
+        DifferentiableCLIP(tmp_path)
+    with pytest.raises(ValueError, match="knows square pictures"):
+        DifferentiableCLIP(write_clip(tmp_path, resize_mode="squash"))
+
+
+@pytest.mark.parametrize("images", [torch.zeros(3, 8, 8), torch.zeros(1, 4, 8, 8), torch.zeros(1, 3, 8, 8).byte()])
+def test_what_is_no_batch_of_pictures_is_refused(folder: Path, images: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"must be floating point in \[0, 1\]"):
+        DifferentiableCLIP(folder).preprocess(images)
+
+
+def test_one_string_is_no_list_of_texts(folder: Path) -> None:
+    with pytest.raises(TypeError, match="must be a list of strings, got the string 'a mug'"):
+        DifferentiableCLIP(folder).encode_text("a mug")
