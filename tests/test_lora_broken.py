@@ -86,6 +86,16 @@ STATES: list[tuple[str, Callable[[State], State], str]] = [
         "(diffusers layout): 1 keys do not belong to this layout: 'lora_unet_x.lora_down.weight'. Remove these keys",
     ),
     (
+        "a pair without component among others",
+        with_({f"conv_in{A}": ONE, f"conv_in{B}": ONE}),
+        f"(diffusers layout): 2 keys do not belong to this layout: 'conv_in{A}', 'conv_in{B}'. Remove these keys",
+    ),
+    (
+        "most pairs without component",
+        lambda state: to_peft(state, "unet") | {k: v for k, v in state.items() if k.startswith("text_encoder")},
+        "(peft layout): 2 keys do not belong to this layout: 'text_encoder.encoder.layers.0.mlp.fc1.lora_A.weight'",
+    ),
+    (
         "module the model has not",
         with_({f"unet.mid_block.nowhere{A}": torch.ones(1, 2), f"unet.mid_block.nowhere{B}": torch.ones(2, 1)}),
         "(diffusers layout, component unet): 1 of 5 modules find no place in the model: "

@@ -56,9 +56,7 @@ def peft(key: str) -> Place | None:
     if _OWNER.fullmatch(key):
         return None
     match = _PEFT_KEY.fullmatch(key.removeprefix("base_model.model."))
-    if match is None or _KOHYA_KEY.fullmatch(key):
-        return None
-    return Place(None, match["module"], _KINDS[match["kind"]])
+    return Place(None, match["module"], _KINDS[match["kind"]]) if match else None
 
 
 def diffusers_old(key: str) -> Place | None:
