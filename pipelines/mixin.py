@@ -13,6 +13,7 @@ from torch import nn
 
 from ..composition import COMPOSITIONS, Composition, Normalized, NumberWeigher
 from ..experts import Experts
+from ..gating import GateConfig, MoLEModel
 from ..lora import LoRA, load_lora
 from .contract import DiffusersContract
 from .naming import LoRASource, named_sources
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from typing import Self
 
     from diffusers import DiffusionPipeline
-
-    from ..gating import GateConfig, MoLEModel
 
 LORA_COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 
@@ -165,9 +164,7 @@ class MoLEPipelineMixin(DiffusersContract):
 
     def init_gates(self, config: GateConfig | None = None) -> MoLEModel:
         """Hangs fresh, untrained gates on the loaded LoRAs and returns them; the composition becomes ``"mole"``."""
-        from ..gating import GateConfig, MoLEModel
-
-        return self._use_gates(MoLEModel.from_experts(self._need_experts("init_gates"), config or GateConfig()))
+        return self._use_gates(MoLEModel.from_experts(self._need_experts("init_gates"), config))
 
     def load_gates(self, source: str | os.PathLike[str], **kwargs: Any) -> MoLEModel:
         """Loads trained gates from a folder or the Hub; the composition becomes ``"mole"``.
@@ -179,12 +176,8 @@ class MoLEPipelineMixin(DiffusersContract):
         Raises:
             ValueError: No LoRAs are loaded, or they are not those the gates were trained with, in that order.
         """
-        from ..gating import MoLEModel
-
-        experts = self._need_experts("load_gates")
-        gates = MoLEModel.from_pretrained(source, **kwargs)
-        gates.check_loras(experts.loras)
-        return self._use_gates(gates)
+        self._need_experts("load_gates")
+        return self._use_gates(MoLEModel.from_pretrained(source, **kwargs))
 
     def save_gates(self, folder: str | os.PathLike[str], **kwargs: Any) -> Path:
         """Saves the gates, with names, hashes and ranks of their LoRAs, as a folder that `load_gates` reads.
@@ -234,6 +227,8 @@ class MoLEPipelineMixin(DiffusersContract):
         return self.experts
 
     def _use_gates(self, gates: MoLEModel) -> MoLEModel:
+        # Setting the weigher compares the gates with the LoRAs and the model; nothing has changed if it refuses.
+        self._need_experts("gates").weigher = gates
         self._loaded.gates = gates
         self.set_composition("mole")
         return gates

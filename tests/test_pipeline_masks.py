@@ -160,5 +160,5 @@ def test_a_misspelt_argument_is_not_swallowed(pipe: Any) -> None:
 
 
 def test_naming_a_lora_before_any_is_loaded() -> None:
-    with pytest.raises(ValueError, match="'cat', which is not loaded. None is loaded; call `load_loras` first"):
+    with pytest.raises(ValueError, match=r"'cat', which is not loaded\. None is loaded; call `load_loras` first"):
         draw(composing_pipeline(), loras=["cat"])
