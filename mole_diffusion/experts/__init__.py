@@ -5,7 +5,7 @@ from __future__ import annotations
 from .attach import AttachError
 from .experts import Experts
 from .processor import MoLEAttnProcessor
-from .run import Run
+from .run import Run, in_backward
 from .site import Projections, Site
 from .stack import ExpertStack
 from .weigher import ConstantWeights, Weigher
@@ -20,4 +20,5 @@ __all__ = [
     "Run",
     "Site",
     "Weigher",
+    "in_backward",
 ]

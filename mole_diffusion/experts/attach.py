@@ -49,6 +49,7 @@ class Attachment:
         end: Callable[[], None],
     ) -> None:
         self.component = component
+        self.model = model
         self.sites = list(sites)
         self._add = add
         self._handles: list[RemovableHandle] = []

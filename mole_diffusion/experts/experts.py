@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -53,6 +53,7 @@ class Experts:
         self._attachments: dict[str, Attachment] = {}
         self._runs: dict[str, Run] = {}
         self._running: set[str] = set()
+        self._on_detach: list[Callable[[], None]] = []
         self._weigher: Weigher | None = None
         self._keep = torch.ones(1, self.num_experts)
         self._scale = torch.ones(1, self.num_experts)
@@ -133,6 +134,7 @@ class Experts:
         try:
             for name in self.components:
                 self._attach_component(name, components[name], engine)
+            self.weigher = self._weigher  # whoever was set before now sees these modules
         except Exception:
             self.detach()
             raise
@@ -141,10 +143,28 @@ class Experts:
         """Give the model back bit-identical, with its own attention processors and without a hook of ours."""
         for attachment in self._attachments.values():
             attachment.remove()
+        for undo in self._on_detach:
+            undo()
+        self._on_detach.clear()
         self._attachments.clear()
         self._sites = {}
         self._runs.clear()
         self._running.clear()
+
+    def component(self, name: str) -> nn.Module:
+        """The model a component was attached to."""
+        return self._attachments[name].model
+
+    def on_detach(self, undo: Callable[[], None]) -> None:
+        """Have ``undo()`` called when the experts are detached, say to remove a hook a weigher placed."""
+        self._on_detach.append(undo)
+
+    def run(self, component: str) -> Run:
+        """The forward pass a component is in; one of its own if a part of the model is called alone."""
+        run = self._runs.get(component)
+        if run is not None and (component in self._running or in_backward()):
+            return run
+        return self._new_run(component, -1, None, {})
 
     @contextmanager
     def using(self, keep: Tensor | None = None, scale: Tensor | None = None) -> Iterator[None]:
@@ -196,11 +216,18 @@ class Experts:
         Raises:
             ValueError: If the weigher's answer does not broadcast to the batch, tokens and experts of this module.
         """
+        site.see(output)
         self._attachments[site.component].fired(site)
-        run = self._run(site.component)
+        run = self.run(site.component)
         if run.weigher is None or not run.active:
             return output
         projections = site.group.project(site, hidden_states, output)
+        batch = len(projections.tensors[site.name])
+        if len(run.keep) not in (1, batch) or len(run.scale) not in (1, batch):
+            raise ValueError(
+                f"`keep` has {len(run.keep)} rows and `scale` {len(run.scale)}, but {site.component} runs a batch of "
+                f"{batch}. Give one row for all, or one for each (with guidance, for both halves)."
+            )
         weights = run.weigher.weights(site, projections, run)
         if weights is None:
             return output
@@ -259,13 +286,6 @@ class Experts:
         keep, scale = self._keep.to(device), self._scale.to(device)  # once a pass rather than once a module
         return Run(component, index, self._weigher, keep, scale, active, **inputs)
 
-    def _run(self, component: str) -> Run:
-        """The pass a module is called in; a part of the model called on its own is a pass of its own."""
-        run = self._runs.get(component)
-        if run is not None and (component in self._running or in_backward()):
-            return run
-        return self._new_run(component, -1, None, {})
-
     def _rows(self, name: str, values: Tensor) -> Tensor:
         given = torch.as_tensor(values)
         rows = given.detach().to(torch.float32)
@@ -307,7 +327,5 @@ def _check_weights(weights: Tensor, projected: Tensor, site: Site, num_experts: 
     fits = weights.ndim == 3 and weights.shape[2] == last
     if not fits or weights.shape[0] not in (1, batch) or weights.shape[1] not in (1, tokens):
         raise ValueError(
-            f"The weights for {site.name} have shape {tuple(weights.shape)}; they must be "
-            f"(1 or {batch}, 1 or {tokens}, {last}) for (batch, tokens, {'ranks' if num_experts is None else 'experts'}). If `keep` or `scale` has "
-            "several rows, it needs one for each row of the batch."
+            f"The weights for {site.name} must be (1 or {batch}, 1 or {tokens}, {last}), got {tuple(weights.shape)}."
         )

@@ -21,7 +21,8 @@ class Site:
         module: The module itself.
         stack: The LoRAs' factors here.
         group: The sites that read the same input tensor, this one included (``to_q, to_k, to_v`` of a self-attention).
-        tokens: How many positions the last input had; ``None`` before the first call.
+        reads_text: Whether its input are prompt embeddings: keys and values of a cross-attention.
+        tokens: How many positions the last output had; ``None`` before the first call.
         spatial: ``(height, width)`` of the last output where it had them (convolutions), else ``None``.
     """
 
@@ -31,6 +32,7 @@ class Site:
         self.module = module
         self.stack = stack
         self.group = SiteGroup([self])
+        self.reads_text = False
         self.tokens: int | None = None
         self.spatial: tuple[int, int] | None = None
         _check_fit(self)
@@ -45,15 +47,15 @@ class Site:
         x = hidden_states.to(down.dtype)
         if not self.stack.is_convolution:
             z = F.linear(x, down)
-            self.spatial = None
-            z = z[:, None] if z.ndim == 2 else z.flatten(1, -2)
-        else:
-            conv: Any = self.module
-            z = F.conv2d(x, down, None, conv.stride, conv.padding, conv.dilation)
-            self.spatial = (z.shape[-2], z.shape[-1])
-            z = z.flatten(2).transpose(1, 2)
-        self.tokens = z.shape[1]
-        return z
+            return z[:, None] if z.ndim == 2 else z.flatten(1, -2)
+        conv: Any = self.module
+        return F.conv2d(x, down, None, conv.stride, conv.padding, conv.dilation).flatten(2).transpose(1, 2)
+
+    def see(self, output: Tensor) -> None:
+        """Remember the shape of the module's latest output."""
+        if self.stack.is_convolution:
+            self.spatial = (output.shape[-2], output.shape[-1])
+        self.tokens = output.shape[2:].numel() if self.stack.is_convolution else output.shape[1:-1].numel()
 
 
 class Projections:
@@ -61,13 +63,11 @@ class Projections:
 
     Attributes:
         tensors: Site name to ``(batch, tokens, R)``.
-        first: True while the first site of the group is being served; gates are computed then, and reused after.
     """
 
     def __init__(self, hidden_states: Tensor, tensors: dict[str, Tensor]) -> None:
         self.hidden_states = hidden_states
         self.tensors = tensors
-        self.first = True
         self._waiting = set(tensors)
 
     def take(self, site: Site) -> bool:
@@ -97,15 +97,11 @@ class SiteGroup:
         same tensor, and the memory is let go with the last.
         """
         shared = self._open
-        if shared is not None and shared.hidden_states is hidden_states and shared.take(site):
-            shared.first = False
-        else:
+        if shared is None or shared.hidden_states is not hidden_states or not shared.take(site):
             down = self._down_like(output)
             rows = [len(member.stack.down) for member in self.sites]
             parts = site.project(hidden_states, down).split(rows, dim=-1)
             shared = Projections(hidden_states, {m.name: z for m, z in zip(self.sites, parts, strict=True)})
-            for member in self.sites:
-                member.tokens, member.spatial = site.tokens, site.spatial
             shared.take(site)
         self._open = None if shared.done else shared
         return shared
@@ -124,7 +120,7 @@ class SiteGroup:
 
 
 def group_sites(sites: Sequence[Site], model: nn.Module) -> None:
-    """Find the sites of one component that read the same tensor, by the names of attention projections."""
+    """Find the sites of one component that read the same tensor, or text, by the names of attention projections."""
     by_name = {site.module_name: site for site in sites}
     for parent_name in {name.rpartition(".")[0] for name in by_name}:
         prefix = f"{parent_name}." if parent_name else ""
@@ -133,6 +129,8 @@ def group_sites(sites: Sequence[Site], model: nn.Module) -> None:
         together = [("to_k", "to_v")] if crossed else [("to_q", "to_k", "to_v"), ("q_proj", "k_proj", "v_proj")]
         for family in together:
             members = [by_name[prefix + name] for name in family if prefix + name in by_name]
+            for member in members:
+                member.reads_text = crossed
             if len(members) > 1 and len({member.stack.down.shape[1:] for member in members}) == 1:
                 group = SiteGroup(members)
                 for member in members:

@@ -1,0 +1,39 @@
+"""The loss that keeps every LoRA in use, equations (14) and (15)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def balance_loss(gates: Tensor, present: Tensor | None = None) -> Tensor:
+    """Gating balance loss of MoLE: ``L = - sum_i log q_i``, q_i the mean gate of LoRA i over all gated places.
+
+    Eqs. 14-15 of "Mixture of LoRA Experts" (https://openreview.net/forum?id=uWvKBCYh4S). The smallest value is
+    ``N log N``, reached where all q_i are equal; there its gradient is zero.
+
+    Args:
+        gates: ``(places, N)`` or ``(batch, places, N)``, each row summing to one. Gradients flow to them.
+        present: ``(places, N)``, False where a LoRA does not touch a place. q_i is then the mean over the places
+            LoRA i does touch, and a LoRA that touches none is left out. ``None``: every LoRA is everywhere.
+
+    Returns:
+        A scalar; the mean over the batch.
+
+    Raises:
+        ValueError: If shapes do not fit.
+    """
+    if gates.ndim not in (2, 3) or 0 in gates.shape:
+        raise ValueError(f"`gates` must be (places, N) or (batch, places, N), got {tuple(gates.shape)}.")
+    if present is None:
+        present = torch.ones(gates.shape[-2:], dtype=torch.bool)
+    if present.shape != gates.shape[-2:]:
+        raise ValueError(
+            f"`present` must be {tuple(gates.shape[-2:])}, (places, N), like `gates`, got {tuple(present.shape)}."
+        )
+    mask = present.to(gates.device, gates.dtype)
+    places = mask.sum(dim=0)  # (N,), where each LoRA can act at all
+    used = places > 0
+    usage = (gates * mask).sum(dim=-2)[..., used] / places[used]  # q, (batch, N)
+    # A softmax can underflow to an exact zero; the loss then is large but finite.
+    return -usage.clamp_min(torch.finfo(usage.dtype).tiny).log().sum(dim=-1).mean()

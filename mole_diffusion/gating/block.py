@@ -1,0 +1,63 @@
+"""Experts by the paper's letter: what a LoRA changes in the output of a whole transformer block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class BlockExperts:
+    """Runs one block under every LoRA alone: ``E_i = F_{theta + delta_i}(x) - F_theta(x)``.
+
+    Eqs. 5-8 and 12-13 of "Mixture of LoRA Experts" (https://openreview.net/forum?id=uWvKBCYh4S). Eqs. 7-8 read
+    literally keep the residual stream in every expert, and (13) would add it twice; as a difference to the base, one
+    LoRA with gate 1 is that LoRA exactly.
+
+    Args:
+        experts: Indices of the LoRAs that touch the block.
+        num_experts: N of the whole model.
+
+    Attributes:
+        solo: The LoRA that acts alone just now; ``None`` while the block runs as the base.
+    """
+
+    def __init__(self, experts: tuple[int, ...], num_experts: int) -> None:
+        self.experts = experts
+        self.solo: int | None = None
+        self._alone = torch.eye(num_experts)
+
+    def weights(self) -> Tensor | None:
+        """Weights of the modules inside the block in the present run: one LoRA in full, or none."""
+        return None if self.solo is None else self._alone[self.solo][None, None]
+
+    def mix(
+        self,
+        block: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Tensor,
+        weigh: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """``O = F_theta(x) + sum_i g_i E_i``.
+
+        Args:
+            block: The block.
+            args: What it was called with.
+            kwargs: What it was called with.
+            output: What the base answered, ``(batch, tokens, features)``.
+            weigh: Turns the expert outputs ``(batch, tokens, len(experts), features)`` into final weights
+                ``(batch, len(experts))``.
+        """
+        changes = []
+        try:
+            for index in self.experts:
+                self.solo = index
+                changes.append(block.forward(*args, **kwargs) - output)
+        finally:
+            self.solo = None
+        expert_outputs = torch.stack(changes, dim=2)  # (batch, tokens, experts, features)
+        gates = weigh(expert_outputs).to(output.dtype)
+        return output + torch.einsum("bn,blnd->bld", gates, expert_outputs)

@@ -1,0 +1,79 @@
+"""What kind of gates: one frozen record, checked when made and when loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+Scope = Literal["matrix", "layer", "block", "network"]
+Normalization = Literal["l2", "rms", "layer_norm"]
+TokenAxis = Literal["pooled", "flatten"] | int
+ExpertKind = Literal["module", "block"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateConfig:
+    """Shape of the gating function of MoLE, eqs. 9-11 of https://openreview.net/forum?id=uWvKBCYh4S.
+
+    Attributes:
+        scope: How much of the model shares one gate. ``"matrix"``: an adapted weight. ``"layer"``: an attention or
+            feed-forward layer. ``"block"``: a transformer block. ``"network"``: a whole UNet or text encoder.
+        token_axis: What becomes of the positions of an expert output. ``"pooled"``: their mean, any resolution. An
+            integer k: means over a k x k grid (k stretches of a text), any resolution. ``"flatten"``: every position
+            has its own parameters, as the paper writes it, so the gate fits one resolution only.
+        normalization: The paper's "Normalization" over all entries of the concatenated expert outputs: divide by the
+            L2 norm, by the root mean square, or centre first (layer norm without affine parameters).
+        temperature: Start value of tau. Positive.
+        learn_temperature: Whether tau is trained (as its logarithm, so it stays positive).
+        experts: What an expert output is. ``"module"``: what the LoRA adds at the modules through which a scope is
+            entered; costs nothing extra. ``"block"``: how the output of the transformer block changes under that
+            LoRA alone; the block is run once more per LoRA. Needs ``scope="block"``.
+
+    Raises:
+        ValueError: On any other value, and where two settings contradict each other.
+    """
+
+    scope: Scope = "block"
+    token_axis: TokenAxis = "pooled"
+    normalization: Normalization = "rms"
+    temperature: float = 1.0
+    learn_temperature: bool = True
+    experts: ExpertKind = "module"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("scope", Scope), ("normalization", Normalization), ("experts", ExpertKind)):
+            value = getattr(self, name)
+            if value not in get_args(allowed):
+                raise ValueError(f"`{name}` must be one of {list(get_args(allowed))}, got {value!r}.")
+        axis = self.token_axis
+        is_grid = isinstance(axis, int) and not isinstance(axis, bool)
+        if axis not in ("pooled", "flatten") and not (is_grid and int(axis) >= 1):
+            raise ValueError(f"`token_axis` must be 'pooled', 'flatten' or a grid size of at least 1, got {axis!r}.")
+        if not (self.temperature > 0 and math.isfinite(self.temperature)):
+            raise ValueError(
+                f"`temperature` must be positive and finite, got {self.temperature}. Use 1.0 for a plain softmax."
+            )
+        if self.experts == "block" and self.scope != "block":
+            raise ValueError(f"experts='block' needs scope='block', got scope={self.scope!r}.")
+        if self.experts == "block" and is_grid:
+            raise ValueError(f"experts='block' needs token_axis='pooled' or 'flatten', got {axis!r}.")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> GateConfig:
+        """From a saved configuration.
+
+        Raises:
+            ValueError: If a key is unknown, say because a newer version wrote it, or a value is not allowed.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"Unknown keys {unknown} in a gate configuration; known are {sorted(known)}.")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return dataclasses.asdict(self)

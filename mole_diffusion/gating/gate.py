@@ -1,0 +1,110 @@
+"""The gating function itself, equations (9)-(11)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .config import Normalization
+
+TINY = 1e-20  # keeps an all-zero expert output from dividing by zero; far below what any output's square norm is
+
+
+class Gate(nn.Module):
+    """Gating function of MoLE: expert outputs in, one weight per expert out.
+
+    Eqs. 9-11 of "Mixture of LoRA Experts" (https://openreview.net/forum?id=uWvKBCYh4S)::
+
+        E = Norm(E_1 + ... + E_N concatenated)      epsilon = flatten(E)^T e      gates = softmax(epsilon / tau)
+
+    The expert outputs E_i = B_i z_i never exist. With z the coordinates in rank space, ``<E_i, e> = <z_i, B_i^T e>``
+    and ``|E_i|^2 = z_i^T (B_i^T B_i) z_i``; so the parameters are f = B^T e, which is the same set of functions of x,
+    with r / d of the parameters. (An optimiser moves differently through f than through e.) As long as
+    :meth:`set_up` is not called, the input is the expert outputs themselves and the parameters are e.
+
+    Args:
+        num_experts: N, the LoRAs that share the softmax.
+        positions: Length of the token axis.
+        width: Numbers per position in the input.
+        num_features: Size of the concatenated expert outputs, N * L * d.
+        normalization: As in :class:`GateConfig`.
+        temperature: Start value of tau.
+        learn_temperature: Whether tau is trained.
+
+    Attributes:
+        weight: f (or e), ``(num_experts, positions, width)``. Starts at zero: uniform gates.
+        weight_sum: ``(num_experts,)``, the sums of e that centring needs; only with ``"layer_norm"``.
+        log_temperature: Logarithm of tau.
+
+    Shape:
+        - Input: ``(batch, positions, width)``.
+        - Output: ``(batch, num_experts)`` logits divided by tau; softmax them for the gates.
+    """
+
+    gram: Tensor | None
+    column_sum: Tensor | None
+
+    def __init__(
+        self,
+        num_experts: int,
+        positions: int,
+        width: int,
+        num_features: int,
+        normalization: Normalization = "rms",
+        temperature: float = 1.0,
+        learn_temperature: bool = True,
+    ) -> None:
+        super().__init__()
+        self.normalization = normalization
+        self.num_features = num_features
+        self.weight = nn.Parameter(torch.zeros(num_experts, positions, width))
+        self.weight_sum = nn.Parameter(torch.zeros(num_experts)) if normalization == "layer_norm" else None
+        log_temperature = torch.full((), math.log(temperature))
+        self.log_temperature = nn.Parameter(log_temperature, requires_grad=learn_temperature)
+        self.register_buffer("gram", None, persistent=False)
+        self.register_buffer("column_sum", None, persistent=False)
+
+    @property
+    def temperature(self) -> Tensor:
+        """tau."""
+        return self.log_temperature.exp()
+
+    def set_up(self, blocks: list[Tensor]) -> None:
+        """Say how coordinates become expert outputs.
+
+        Args:
+            blocks: B_i of every expert and entry module in the order of the input's coordinates, ``(d_out, r)`` each,
+                scaling folded in. Different experts do not mix, so only ``B_i^T B_i`` is kept of them.
+        """
+        blocks = [block.to(self.weight.device, self.weight.dtype) for block in blocks]
+        self.gram = torch.block_diag(*[block.T @ block for block in blocks])
+        self.column_sum = torch.cat([block.sum(dim=0) for block in blocks])
+
+    def forward(self, features: Tensor) -> Tensor:
+        features = features.to(self.weight.dtype)
+        scores = torch.einsum("bpr,npr->bn", features, self.weight)  # <flatten(E), e>, before the norm
+        image = features if self.gram is None else features @ self.gram
+        square_norm = (features * image).sum(dim=(1, 2)).clamp_min(0)[:, None]  # |E|^2, (batch, 1)
+        if self.normalization == "l2":
+            logits = scores / (square_norm + TINY).sqrt()
+        elif self.normalization == "rms":
+            logits = scores / (square_norm / self.num_features + TINY).sqrt()
+        else:
+            total = features if self.column_sum is None else features * self.column_sum
+            mean = total.sum(dim=(1, 2))[:, None] / self.num_features
+            variance = (square_norm / self.num_features - mean.square()).clamp_min(0)
+            logits = (scores - mean * self.weight_sum) / (variance + TINY).sqrt()
+        return logits / self.temperature
+
+
+def masked_softmax(logits: Tensor, keep: Tensor) -> Tensor:
+    """Softmax over the kept logits, which equals ``g_i m_i / sum_j g_j m_j``.
+
+    Args:
+        logits: ``(batch, N)``.
+        keep: ``(batch | 1, N)`` of 0 and 1. A row that keeps none gives zeros.
+    """
+    kept = logits.masked_fill(keep == 0, torch.finfo(logits.dtype).min)
+    return torch.softmax(kept, dim=-1) * keep

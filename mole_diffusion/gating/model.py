@@ -1,0 +1,324 @@
+"""The gates of a model: made for some LoRAs, trained, saved, loaded, and asked for weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+from ..experts import Experts, Projections, Run, Site
+from ..lora import LoRA
+from .block import BlockExperts
+from .config import GateConfig
+from .gate import Gate, masked_softmax
+from .record import GateRecord
+from .spec import GateSpec, plan_gates, with_positions
+from .tokens import reduce_tokens, token_grid
+
+
+class MoLEModel(ModelMixin, ConfigMixin):
+    """The gates of MoLE for one set of LoRAs; weighs the experts of a model.
+
+    "Mixture of LoRA Experts", eqs. 9-13 (https://openreview.net/forum?id=uWvKBCYh4S). The gates are its only
+    parameters. They are no part of the UNet or the pipeline, stay fp32 whatever those are cast to, and compute where
+    the hidden states are. Saved with them are the names, order, hashes and ranks of the LoRAs, and the table of gates.
+
+    Make one with :meth:`from_experts` or ``from_pretrained``, then set ``experts.weigher = model``.
+
+    Args:
+        gate_config: As from ``GateConfig.to_dict()``.
+        loras: One dictionary per LoRA: ``name``, ``sha256``, ``ranks``.
+        gate_table: One ``GateSpec.to_dict()`` per gate.
+
+    Raises:
+        ValueError: If the configuration is not one this version knows.
+    """
+
+    config_name = "config.json"
+
+    @register_to_config
+    def __init__(
+        self,
+        gate_config: dict[str, Any],
+        loras: list[dict[str, Any]],
+        gate_table: list[dict[str, Any]],
+    ) -> None:
+        super().__init__()
+        self.gate_config = GateConfig.from_dict(gate_config)
+        self.specs = tuple(GateSpec.from_dict(spec) for spec in gate_table)
+        self.lora_names = tuple(lora["name"] for lora in loras)
+        self.gates = nn.ModuleDict({_key(spec.name): self._make_gate(spec) for spec in self.specs})
+        self._binding: _Binding | None = None
+        self._record: GateRecord | None = None
+
+    @classmethod
+    def from_experts(cls, experts: Experts, config: GateConfig | None = None) -> MoLEModel:
+        """Untrained gates (uniform) for attached experts.
+
+        Raises:
+            ValueError: If the experts are not attached, or ``token_axis="flatten"`` and the model was never run.
+        """
+        config = config or GateConfig()
+        _need_attached(experts)
+        specs = [with_positions(spec, config, experts) for spec in plan_gates(experts, config)]
+        loras = [_fingerprint(lora) for lora in experts.loras]
+        return cls(gate_config=config.to_dict(), loras=loras, gate_table=[spec.to_dict() for spec in specs])
+
+    @property
+    def num_gates(self) -> int:
+        """How many gates there are."""
+        return len(self.specs)
+
+    @property
+    def num_experts(self) -> int:
+        """N."""
+        return len(self.lora_names)
+
+    def gate_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters to train, all of them gates."""
+        return (parameter for parameter in self.parameters() if parameter.requires_grad)
+
+    def check_loras(self, loras: Sequence[LoRA]) -> None:
+        """Check that these are the LoRAs the gates were made for, in their order.
+
+        Raises:
+            ValueError: Naming every difference in number, names, order, ranks and files.
+        """
+        expected: list[dict[str, Any]] = list(self.config.loras)
+        names = [lora.name for lora in loras]
+        if names != list(self.lora_names):
+            order = " in this order" if sorted(names) == sorted(self.lora_names) else ""
+            raise ValueError(
+                f"These gates were trained for the LoRAs {list(self.lora_names)}{order}, got {names}. Load "
+                f"those{order}, or train new gates."
+            )
+        problems = []
+        for want, lora in zip(expected, loras, strict=True):
+            if list(want["ranks"]) != list(lora.ranks):
+                problems.append(f"{lora.name!r} has ranks {list(lora.ranks)} and not {list(want['ranks'])}")
+            if want["sha256"] != lora.sha256:
+                problems.append(f"{lora.name!r} has SHA-256 {lora.sha256[:12]}… and not {want['sha256'][:12]}…")
+        if problems:
+            raise ValueError(
+                f"These gates were trained for other files: {'; '.join(problems)}. Load the files they were trained "
+                "with, or train new gates."
+            )
+
+    def bind(self, experts: Experts) -> None:
+        """Get ready to weigh these experts; setting ``experts.weigher`` does it.
+
+        Raises:
+            ValueError: If they are not attached, are not those of the LoRAs the gates were made for, or sit in a model
+                with other modules.
+        """
+        if self._binding is not None and self._binding.sites is experts.sites:
+            return
+        _need_attached(experts)
+        self.check_loras(experts.loras)
+        found = {spec.name: spec for spec in plan_gates(experts, self.gate_config)}
+        for spec in self.specs:
+            if found.pop(spec.name, None) != dataclasses.replace(spec, positions=1):
+                raise ValueError(
+                    f"The gate at {spec.name} was made for other adapted modules than this model has there. Load the "
+                    "base model the gates were trained with."
+                )
+        if found:
+            raise ValueError(f"The model has adapted places without a gate: {sorted(found)[:3]}. Train new gates.")
+        binding = _Binding(experts, self.specs)
+        for spec in self.specs:
+            if spec.block is None:
+                self._gate(spec).set_up(_up_blocks(spec, experts, self._gate(spec).weight.dtype))
+            else:
+                self._hook_block(binding, spec, experts)
+        self._binding = binding
+
+    def weights(self, site: Site, projections: Projections, run: Run) -> Tensor | None:
+        """Final weights ``(batch, 1, N)`` of one module. The first of a scope to run sets them for the whole scope.
+
+        Raises:
+            ValueError: If a module runs before those its gate reads, or a flattened gate meets another resolution.
+        """
+        binding = self._binding
+        if binding is None or site.name not in binding.spec_of:
+            raise ValueError(f"These gates do not weigh {site.name}. Set `experts.weigher = model` to bind them.")
+        spec = binding.spec_of[site.name]
+        if spec.block is not None:
+            return binding.blocks[spec.name].weights()
+        current = binding.current.get(spec.name)
+        if site.name in spec.entry_sites and not (current is not None and current.source() is projections):
+            features = torch.cat([projections.tensors[name] for name in spec.entry_sites], dim=-1)
+            size = None
+            if spec.spatial and isinstance(self.gate_config.token_axis, int):
+                size = site.spatial or token_grid(features.shape[1], run.sample_size, spec.name)
+            current = _Current(weakref.ref(projections), run, self._weigh(spec, features, size, run))
+            binding.current[spec.name] = current
+        elif current is None or (current.run is not run and run.index >= 0):
+            raise ValueError(
+                f"{site.name} ran before {list(spec.entry_sites)}, which its gate reads. This model runs its modules "
+                "in an order the scope does not expect; use scope='matrix'."
+            )
+        return current.weights
+
+    @contextmanager
+    def record(self, accumulate: bool = False) -> Iterator[GateRecord]:
+        """Note what the gates give inside a ``with`` block.
+
+        Args:
+            accumulate: Keep all passes (denoising steps), not only the latest of each model.
+        """
+        before, self._record = self._record, GateRecord(self.specs, self.lora_names, accumulate)
+        try:
+            yield self._record
+        finally:
+            self._record = before
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write ``config.json`` and the gates as safetensors into a folder.
+
+        Args:
+            save_directory: Made if it does not exist. Each file is replaced in one step.
+            push_to_hub: Also upload to the Hugging Face Hub.
+            kwargs: For :meth:`push_to_hub`: ``repo_id`` (else the folder's name), ``token``, ``private`` ...
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".saving", dir=folder) as temporary:
+            super().save_pretrained(temporary)
+            for file in Path(temporary).iterdir():
+                os.replace(file, folder / file.name)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, **kwargs: Any) -> MoLEModel:
+        """Gates from a folder or the Hub, strictly: safetensors only, every key in its place.
+
+        Raises:
+            ValueError: If the file lacks gates of the table, or has others.
+        """
+        kwargs = {"use_safetensors": True, **kwargs, "output_loading_info": True}
+        model, info = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        problems = {kind: keys for kind, keys in info.items() if kind.endswith("_keys") and keys}
+        if problems:
+            shown = "; ".join(f"{kind.replace('_', ' ')} {sorted(map(str, k))[:3]}" for kind, k in problems.items())
+            raise ValueError(
+                f"{pretrained_model_name_or_path} does not hold the gates its config.json describes: {shown}. The "
+                "files do not belong together; save the gates again."
+            )
+        return model
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoLEModel:
+        # `.to(bfloat16)` and `.half()` move the gates but leave them fp32: a softmax over small logits needs it.
+        def keep_precision(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            halved = moved.dtype in (torch.float16, torch.bfloat16)
+            return tensor.to(moved.device) if halved else moved
+
+        return super()._apply(keep_precision, recurse)
+
+    def _make_gate(self, spec: GateSpec) -> Gate:
+        config = self.gate_config
+        return Gate(
+            num_experts=len(spec.experts),
+            positions=spec.positions,
+            width=spec.width,
+            num_features=spec.num_features,
+            normalization=config.normalization,
+            temperature=config.temperature,
+            learn_temperature=config.learn_temperature,
+        )
+
+    def _gate(self, spec: GateSpec) -> Gate:
+        gate = self.gates[_key(spec.name)]
+        assert isinstance(gate, Gate)
+        return gate
+
+    def _weigh(self, spec: GateSpec, features: Tensor, size: tuple[int, int] | None, run: Run) -> Tensor:
+        """Eqs. 9-11 and the mask: expert outputs or their coordinates to final weights ``(batch, 1, N)``."""
+        gate = self._gate(spec)
+        if gate.weight.device != features.device:
+            gate.to(features.device)
+        with torch.autocast(features.device.type, enabled=False):
+            features = features.to(gate.weight.dtype)
+            reduced = reduce_tokens(features, self.gate_config.token_axis, spec.positions, size, spec.name)
+            everywhere = len(spec.experts) == self.num_experts
+            index = slice(None) if everywhere else list(spec.experts)
+            kept = masked_softmax(gate(reduced), run.keep.to(features.device)[:, index])
+            gates = kept.new_zeros(len(kept), self.num_experts)
+            gates[:, index] = kept  # a LoRA that does not touch this scope has no share
+            if self._record is not None:
+                self._record.add(spec.name, run, gates)
+            return (gates * run.scale.to(gates.device))[:, None]
+
+    def _hook_block(self, binding: _Binding, spec: GateSpec, experts: Experts) -> None:
+        """Have a block run once more under each LoRA whenever these gates weigh it."""
+        binding.blocks[spec.name] = mixer = BlockExperts(spec.experts, self.num_experts)
+
+        def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+            run = experts.run(spec.component)
+            if run.weigher is not self or not run.active:
+                return output
+
+            def weigh(expert_outputs: Tensor) -> Tensor:
+                weights = self._weigh(spec, expert_outputs.flatten(2), None, run)
+                return weights[:, 0, list(spec.experts)]
+
+            return mixer.mix(block, args, kwargs, output, weigh)
+
+        block = experts.component(spec.component).get_submodule(spec.block or "")
+        experts.on_detach(block.register_forward_hook(hook, with_kwargs=True).remove)
+
+
+def _key(name: str) -> str:
+    """Gate names hold dots, which names of submodules may not."""
+    return name.replace(".", "/")
+
+
+def _fingerprint(lora: LoRA) -> dict[str, Any]:
+    return {"name": lora.name, "sha256": lora.sha256, "ranks": list(lora.ranks)}
+
+
+def _need_attached(experts: Experts) -> None:
+    if not experts.attached:
+        raise ValueError("These experts hang on no model; call `experts.attach(components)` first.")
+
+
+def _up_blocks(spec: GateSpec, experts: Experts, dtype: torch.dtype) -> list[Tensor]:
+    """B_i, scaling folded in, of every entry module and expert, in the order of the projections."""
+    blocks: list[Tensor] = []
+    for name in spec.entry_sites:
+        stack = experts.sites[name].stack
+        blocks += stack.up_as(dtype).split([rank for rank in stack.ranks if rank], dim=1)
+    return blocks
+
+
+class _Current:
+    """Weights of one scope, and the pass and input they were computed from."""
+
+    def __init__(self, source: weakref.ref[Projections], run: Run, weights: Tensor) -> None:
+        self.source = source
+        self.run = run
+        self.weights = weights
+
+
+class _Binding:
+    """What ties gates to attached experts; a copy of the gates starts without."""
+
+    def __init__(self, experts: Experts, specs: Sequence[GateSpec]) -> None:
+        self.sites = experts.sites
+        self.spec_of = {site: spec for spec in specs for site in spec.sites}
+        self.current: dict[str, _Current] = {}
+        self.blocks: dict[str, BlockExperts] = {}
+
+    def __deepcopy__(self, memo: Any) -> None:
+        return None

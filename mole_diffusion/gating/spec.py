@@ -1,0 +1,147 @@
+"""The table of gates: what each gate weighs and what it reads."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..experts import Experts, Site
+from .config import GateConfig
+from .scopes import block_module, firing_order, gate_name
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A module through which a scope is entered.
+
+    Attributes:
+        module: Its name in the component.
+        ranks: r of every LoRA there, 0 where it has no factors.
+        features: Size of its output, d.
+    """
+
+    module: str
+    ranks: tuple[int, ...]
+    features: int
+
+
+@dataclass(frozen=True)
+class GateSpec:
+    """One gate. With the table of all, gates are rebuilt without any LoRA at hand.
+
+    Attributes:
+        name: Its place, ``component.module`` of what it covers.
+        component: Name of the model it lies in.
+        experts: Indices of the LoRAs that touch its scope; the others take no share of its softmax.
+        modules: The adapted modules it weighs.
+        entries: What it reads: the first of them to run, with those that read the same tensor.
+        block: Name of the block it re-runs under each LoRA, or ``None`` where experts are those of modules.
+        spatial: Whether its tokens are the pixels of a picture (else a text, or one vector).
+        positions: Length of the token axis the gate sees.
+    """
+
+    name: str
+    component: str
+    experts: tuple[int, ...]
+    modules: tuple[str, ...]
+    entries: tuple[Entry, ...]
+    block: str | None
+    spatial: bool
+    positions: int = 1
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> GateSpec:
+        """From plain values, as JSON gives them back."""
+        entries = tuple(Entry(e["module"], tuple(e["ranks"]), e["features"]) for e in values["entries"])
+        plain = {**values, "experts": tuple(values["experts"]), "modules": tuple(values["modules"])}
+        return cls(**{**plain, "entries": entries})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The modules it weighs, as ``component.module``."""
+        return tuple(f"{self.component}.{module}" for module in self.modules)
+
+    @property
+    def entry_sites(self) -> tuple[str, ...]:
+        """The modules it reads, as ``component.module``."""
+        return tuple(f"{self.component}.{entry.module}" for entry in self.entries)
+
+    @property
+    def width(self) -> int:
+        """Numbers per position the gate reads: ranks in rank space, features of all experts for a block."""
+        if self.block is not None:
+            return len(self.experts) * self.entries[0].features
+        return sum(sum(entry.ranks) for entry in self.entries)
+
+    @property
+    def num_features(self) -> int:
+        """Size of the concatenated expert outputs that are normalised, N * L * d where all LoRAs are present."""
+        if self.block is not None:
+            return self.positions * self.width
+        return self.positions * sum(e.features * sum(r > 0 for r in e.ranks) for e in self.entries)
+
+
+def plan_gates(experts: Experts, config: GateConfig) -> list[GateSpec]:
+    """The gates that a configuration asks for on attached experts, in the order of a forward pass.
+
+    Positions are left at 1; they depend on the token axis, see :func:`with_positions`.
+    """
+    specs = []
+    for component in experts.components:
+        sites = [site for site in experts.sites.values() if site.component == component]
+        scopes: dict[str, list[Site]] = {}
+        for site in sorted(sites, key=lambda site: firing_order(site.module_name)):
+            scopes.setdefault(gate_name(config.scope, component, site.module_name), []).append(site)
+        specs += [_plan(name, members, config) for name, members in scopes.items()]
+    return specs
+
+
+def with_positions(spec: GateSpec, config: GateConfig, experts: Experts) -> GateSpec:
+    """Complete a planned gate by the length of its token axis.
+
+    Raises:
+        ValueError: For ``token_axis="flatten"`` if the model was not run yet, so that nobody knows how many tokens
+            there will be.
+    """
+    axis = config.token_axis
+    if axis == "pooled":
+        positions = 1
+    elif axis == "flatten":
+        tokens = experts.sites[spec.entry_sites[0]].tokens
+        if tokens is None:
+            raise ValueError(
+                f"Gates with token_axis='flatten' fit one resolution only, and {spec.component} has not seen any yet. "
+                "Run it once at the resolution you want, then make the gates; or use token_axis='pooled'."
+            )
+        positions = tokens
+    else:
+        positions = int(axis) ** 2 if spec.spatial else int(axis)
+    return dataclasses.replace(spec, positions=positions)
+
+
+def _plan(name: str, members: Sequence[Site], config: GateConfig) -> GateSpec:
+    first = members[0]
+    entries = [site for site in first.group.sites if site in members]
+    block = block_module(first.module_name) if config.experts == "block" else None
+    present = sorted({index for site in members for index in site.stack.experts})
+    return GateSpec(
+        name=name,
+        component=first.component,
+        experts=tuple(present),
+        modules=tuple(site.module_name for site in members),
+        entries=tuple(Entry(site.module_name, site.stack.ranks, site.stack.up.shape[0]) for site in entries),
+        block=block,
+        spatial=_is_spatial(first),
+    )
+
+
+def _is_spatial(site: Site) -> bool:
+    if site.component.startswith("text_encoder") or "emb" in site.module_name:
+        return False
+    return not site.reads_text

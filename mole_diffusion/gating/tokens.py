@@ -1,0 +1,60 @@
+"""The token axis of a gate: from any number of positions to as many as the gate has parameters for."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from .config import TokenAxis
+
+
+def reduce_tokens(
+    features: Tensor, axis: TokenAxis, positions: int, size: tuple[int, int] | None, gate: str
+) -> Tensor:
+    """``(batch, tokens, features)`` to ``(batch, positions, features)``.
+
+    All three readings are linear, so pooling ``A x`` and applying B is pooling ``B A x``.
+
+    Args:
+        features: Expert outputs, or their coordinates in rank space.
+        axis: As in :class:`GateConfig`.
+        positions: What the gate was made for.
+        size: ``(height, width)`` of the tokens where they are the pixels of a picture.
+        gate: Name of the gate, for messages.
+
+    Raises:
+        ValueError: If ``"flatten"`` meets another number of tokens.
+    """
+    tokens = features.shape[1]
+    if axis == "pooled":
+        return features.mean(dim=1, keepdim=True)
+    if axis == "flatten":
+        if tokens != positions:
+            raise ValueError(
+                f"The gate at {gate} was made with token_axis='flatten' for {positions} tokens, and now there are "
+                f"{tokens}. Use the resolution (or prompt length) it was trained at, or gates with token_axis='pooled'."
+            )
+        return features
+    channels_first = features.transpose(1, 2)  # (batch, features, tokens)
+    if size is None:
+        return F.adaptive_avg_pool1d(channels_first, positions).transpose(1, 2)
+    grid = F.adaptive_avg_pool2d(channels_first.unflatten(-1, size), int(axis))  # (batch, features, k, k)
+    return grid.flatten(2).transpose(1, 2)
+
+
+def token_grid(tokens: int, sample_size: tuple[int, int] | None, gate: str) -> tuple[int, int]:
+    """Height and width of a UNet layer's tokens: the sample's, halved (rounding up) until the number fits.
+
+    Raises:
+        ValueError: If no halving gives that many tokens, or the sample has no height and width.
+    """
+    if sample_size is not None:
+        height, width = sample_size
+        while height * width > tokens:
+            height, width = -(-height // 2), -(-width // 2)
+        if height * width == tokens:
+            return height, width
+    raise ValueError(
+        f"The gate at {gate} pools over a grid, but {tokens} tokens are no picture of a sample of size {sample_size}. "
+        "Use token_axis='pooled' for this model."
+    )
