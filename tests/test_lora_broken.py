@@ -344,6 +344,8 @@ def test_a_grouped_convolution() -> None:
         ({"r": 4, "use_dora": True}, "its config says DoRA. Only plain LoRA is read"),
         ({"peft_type": "LOHA"}, "its config says LOHA. Only plain LoRA is read"),
         ({"r": 4, "lora_alpha": "four"}, "alpha 'four' is not a finite number"),
+        ({"alpha_pattern": [4]}, "alpha_pattern in its config is no table of regular expressions"),
+        ({"rank_pattern": {"to_q[": 4}}, "rank_pattern in its config is no table of regular expressions"),
         ([1], "adapter_config.json is not a JSON object"),
         (None, "adapter_config.json is not JSON ("),
     ],

@@ -35,6 +35,9 @@ def adapter_configs(file: LoRAFile) -> dict[str | None, dict[str, Any]]:
         kind = "DoRA" if config.get("use_dora") else str(config.get("peft_type") or "LORA")
         if kind != "LORA":
             raise refusal(file.source, f"its config says {kind}", "Only plain LoRA is read; train or convert one.")
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not _is_pattern(config.get(name) or {}):
+                raise refusal(file.source, f"{name} in its config is no table of regular expressions", "Correct it.")
     return configs
 
 
@@ -88,6 +91,13 @@ def _header_json(file: LoRAFile) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise refusal(file.source, f"header entry {DIFFUSERS_METADATA!r} is not a JSON object", "Save the LoRA again.")
     return settings
+
+
+def _is_pattern(patterns: Any) -> bool:
+    try:
+        return isinstance(patterns, dict) and all(re.compile(pattern) for pattern in patterns)
+    except re.error:
+        return False
 
 
 def _by_pattern(patterns: Mapping[str, Any] | None, names: Sequence[str], default: Any) -> Any:
