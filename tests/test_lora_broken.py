@@ -323,6 +323,14 @@ def test_a_bare_adapter_that_fits_two_models() -> None:
         load_lora(adapter, models)
 
 
+def test_a_name_that_means_two_modules() -> None:
+    twins = nn.ModuleDict({"a": nn.ModuleDict({"b_c": nn.Linear(2, 2)}), "a_b": nn.ModuleDict({"c": nn.Linear(2, 2)})})
+    state = {f"unet.a.b_c{end}": torch.ones(2, 2) for end in (A, B)}
+    assert list(load_lora(state, {"unet": twins}).factors["unet"]) == ["a.b_c"]
+    with pytest.raises(LoRAError, match=r"1 of 1 modules find no place in the model: 'lora_unet_a_b_c\.lora_down"):
+        load_lora(to_kohya(state), {"unet": twins})
+
+
 def test_no_models_at_all(state: State, models: Any) -> None:
     with pytest.raises(LoRAError, match=r"no model to place it in"):
         load_lora(to_peft(state, "unet"), {})
