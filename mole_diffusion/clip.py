@@ -69,7 +69,7 @@ class DifferentiableCLIP(nn.Module):
         shorter = min(height, width)
         if shorter != self.image_size:
             new_height, new_width = (int(self.image_size * side / shorter) for side in (height, width))
-            # In PIL's order, and cut to [0, 1] after each pass as its 8-bit pictures are: the filter overshoots at edges.
+            # In PIL's order, cut to [0, 1] after each pass as 8-bit pictures are: the filter overshoots at edges.
             for size in ((height, new_width), (new_height, new_width)):
                 images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
         top, left = (round((side - self.image_size) / 2) for side in images.shape[-2:])

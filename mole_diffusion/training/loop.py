@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 MixedPrecision = Literal["no", "fp16", "bf16"]
 
@@ -113,6 +113,19 @@ class Precision:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up a saved loss scale."""
         self._scaler.load_state_dict(state)
+
+
+@contextlib.contextmanager
+def without_gradients(*models: nn.Module) -> Iterator[None]:
+    """Freezes every parameter of `models`; on exit each `requires_grad` is as before."""
+    flags = [(parameter, parameter.requires_grad) for model in models for parameter in model.parameters()]
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
 
 def make_optimizer(parameters: list[Tensor], learning_rate: float, weight_decay: float) -> torch.optim.AdamW:

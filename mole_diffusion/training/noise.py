@@ -74,6 +74,16 @@ class NoiseSchedule:
             )
         return (noisy - sigma * prediction) / signal
 
+    def trailing_timesteps(self, steps: int) -> list[int]:
+        """`steps` timesteps from T-1 downwards, evenly spaced, as diffusers' `timestep_spacing="trailing"`."""
+        return [round(self.num_timesteps * (steps - k) / steps) - 1 for k in range(steps)]
+
+    def ddim_step(self, prediction: Tensor, noisy: Tensor, timesteps: Tensor, next_timesteps: Tensor) -> Tensor:
+        """`x` at `next_timesteps` from `noisy` at `timesteps`: DDIM's deterministic step (arXiv 2010.02502, 12)."""
+        clean = self.predict_clean(prediction, noisy, timesteps)
+        signal, sigma = self._scales(timesteps, noisy)
+        return self.add_noise(clean, (noisy - signal * clean) / sigma, next_timesteps)
+
     def _scales(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """`sqrt(a_t)` and `sqrt(1 - a_t)`, each (batch, 1, 1, 1) beside `like`."""
         alphas = self.alphas_cumprod[timesteps.cpu()].view(-1, *[1] * (like.ndim - 1))

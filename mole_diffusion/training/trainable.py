@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mole_diffusion.lora import LoRAFactors
+from mole_diffusion.training.loop import without_gradients
 
 
 class LoRALayer(nn.Module):
@@ -99,23 +100,15 @@ class TrainableLoRA:
     @contextmanager
     def attached(self, *frozen: nn.Module) -> Iterator[None]:
         """Hangs the layers on the model, freezes it and `frozen`; on exit, hooks and `requires_grad` are as before."""
-        flags = [
-            (parameter, parameter.requires_grad)
-            for model in (*self._components.values(), *frozen)
-            for parameter in model.parameters()
-        ]
         handles: list[Any] = []
         try:
-            for parameter, _ in flags:
-                parameter.requires_grad_(False)
-            for module, layer in self.layers.values():
-                handles.append(module.register_forward_hook(layer.add_to_output))
-            yield
+            with without_gradients(*self._components.values(), *frozen):
+                for module, layer in self.layers.values():
+                    handles.append(module.register_forward_hook(layer.add_to_output))
+                yield
         finally:
             for handle in handles:
                 handle.remove()
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
 
 
 def _find(component: str, model: nn.Module, wanted: Sequence[str]) -> dict[str, nn.Linear | nn.Conv2d]:
