@@ -7,54 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mole_diffusion.experts import AttachError, ConstantWeights, Experts, MoLEAttnProcessor
-from mole_diffusion.lora import LoRA, load_lora
-from tests.tiny import (
-    ATTENTION,
-    CONVOLUTIONS,
-    FEED_FORWARD,
-    PROJECTIONS,
-    TEXT_ENCODER,
-    random_lora,
-    tiny_components,
-)
-
-EVERYTHING = (ATTENTION, FEED_FORWARD, PROJECTIONS, CONVOLUTIONS, TEXT_ENCODER)
-
-
-def make_lora(components: dict[str, Any], name: str, seed: int, rank: int = 4, **kwargs: Any) -> LoRA:
-    state = random_lora(components, rank=rank, seed=seed, **{"targets": EVERYTHING, "alpha": 3.0, **kwargs})
-    return load_lora(state, components, name=name)
-
-
-def models(components: dict[str, Any]) -> dict[str, nn.Module]:
-    return {name: components[name] for name in ("unet", "text_encoder")}
-
-
-def merge(components: dict[str, Any], lora: LoRA, weight: float = 1.0) -> None:
-    for component, modules in lora.factors.items():
-        for name, factors in modules.items():
-            target = components[component].get_submodule(name).weight
-            target.data += weight * factors.delta().reshape(target.shape).to(target.dtype)
-
-
-def unet_inputs(batch: int = 2, size: int = 16, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(7)
-    return {
-        "sample": torch.randn(batch, 4, size, size, generator=generator).to(dtype),
-        "timestep": torch.tensor(500),
-        "encoder_hidden_states": torch.randn(batch, 16, 32, generator=generator).to(dtype),
-    }
-
-
-def run_unet(components: dict[str, Any], **kwargs: Any) -> Tensor:
-    return components["unet"](**{**unet_inputs(), **kwargs}).sample
-
-
-def run_text(components: dict[str, Any]) -> Tensor:
-    return components["text_encoder"](torch.tensor([[3, 5, 8, 13, 2, 1], [2, 7, 1, 8, 2, 8]])).last_hidden_state
+from mole_diffusion.lora import LoRA
+from tests.running import make_lora, merge, models, run_text, run_unet, unet_inputs
+from tests.tiny import ATTENTION, FEED_FORWARD, tiny_components
 
 
 @pytest.fixture

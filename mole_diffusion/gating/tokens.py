@@ -8,9 +8,7 @@ from torch.nn import functional as F
 from .config import TokenAxis
 
 
-def reduce_tokens(
-    features: Tensor, axis: TokenAxis, positions: int, size: tuple[int, int] | None, gate: str
-) -> Tensor:
+def reduce_tokens(features: Tensor, axis: TokenAxis, positions: int, size: tuple[int, int] | None, gate: str) -> Tensor:
     """``(batch, tokens, features)`` to ``(batch, positions, features)``.
 
     All three readings are linear, so pooling ``A x`` and applying B is pooling ``B A x``.

@@ -1,0 +1,190 @@
+"""The equations of "Mixture of LoRA Experts" (https://openreview.net/forum?id=uWvKBCYh4S), written down literally.
+
+Plain loops in float64 that import nothing of the library: slow, and meant to be compared with the paper line by line.
+Numbers in the names are the paper's. Shapes: x ``(L, d)``, an expert output ``E_i`` ``(L, d)``, N experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FACTORS = tuple[Tensor, Tensor, float]
+"""A LoRA at one weight: ``(down A, up B, scaling s)``; its change of the weight is ``s B A``."""
+
+
+def delta(factors: FACTORS) -> Tensor:
+    """Delta W_i = s_i B_i A_i, entry by entry."""
+    down, up, scaling = factors
+    change = torch.zeros(up.shape[0], down.shape[1], dtype=torch.float64)
+    for row in range(up.shape[0]):
+        for column in range(down.shape[1]):
+            for rank in range(down.shape[0]):
+                change[row, column] += scaling * float(up[row, rank]) * float(down[rank, column])
+    return change
+
+
+def eq1_linear(weight: Tensor, loras: Sequence[FACTORS]) -> Tensor:
+    """(1) W + sum_i Delta W_i."""
+    total = weight.double()
+    for factors in loras:
+        total = total + delta(factors)
+    return total
+
+
+def eq2_normalized(weight: Tensor, loras: Sequence[FACTORS], weights: Sequence[float]) -> Tensor:
+    """(2) W + sum_i w_i Delta W_i with sum_i w_i = 1."""
+    assert abs(sum(weights) - 1) < 1e-12
+    total = weight.double()
+    for factors, share in zip(loras, weights, strict=True):
+        total = total + share * delta(factors)
+    return total
+
+
+def attention(x: Tensor, theta: dict[str, Tensor]) -> Tensor:
+    """f_attn: self-attention with one head, without norm and bias."""
+    query, key, value = (x @ theta[f"attn1.to_{name}"].T for name in "qkv")
+    mixed = torch.zeros_like(query)
+    for i in range(len(x)):
+        scores = [float(query[i] @ key[j]) / math.sqrt(x.shape[1]) for j in range(len(x))]
+        for j, share in enumerate(softmax(scores)):
+            mixed[i] += share * value[j]
+    return mixed @ theta["attn1.to_out.0"].T
+
+
+def feed_forward(x: Tensor, theta: dict[str, Tensor]) -> Tensor:
+    """f_FFN: two layers with a rectifier between them."""
+    return torch.clamp(x @ theta["ff.net.0.proj"].T, min=0) @ theta["ff.net.2"].T
+
+
+def eq5_6_block(x: Tensor, theta: dict[str, Tensor]) -> Tensor:
+    """(5) F'(x) = x + f_attn(x | theta); (6) F(x) = F'(x) + f_FFN(F'(x) | theta)."""
+    attended = x + attention(x, theta)
+    return attended + feed_forward(attended, theta)
+
+
+def eq7_8_block_expert(x: Tensor, theta: dict[str, Tensor], lora: dict[str, FACTORS]) -> Tensor:
+    """(7)-(8) the block under theta + Delta theta_i, as its difference to the base.
+
+    Read literally, (7)-(8) keep the residual stream x in E_i, and (13) would count it again with every expert.
+    """
+    changed = {name: weight + delta(lora[name]) if name in lora else weight for name, weight in theta.items()}
+    return eq5_6_block(x, changed) - eq5_6_block(x, theta)
+
+
+def pool(output: Tensor, token_axis: str | int, size: tuple[int, int] | None = None) -> Tensor:
+    """The token axis of an expert output: every position, their mean, or means over the cells of a k x k grid."""
+    if token_axis == "flatten":
+        return output
+    if token_axis == "pooled":
+        return output.mean(dim=0, keepdim=True)
+    assert size is not None
+    assert isinstance(token_axis, int)
+    height, width = size
+    cells = []
+    for row in range(token_axis):
+        for column in range(token_axis):
+            members = [
+                output[y * width + x]
+                for y in range(row * height // token_axis, math.ceil((row + 1) * height / token_axis))
+                for x in range(column * width // token_axis, math.ceil((column + 1) * width / token_axis))
+            ]
+            cells.append(sum(members) / len(members))
+    return torch.stack(cells)
+
+
+def normalize(numbers: list[float], normalization: str) -> list[float]:
+    """The three readings of "Normalization" in (9), over all entries."""
+    size = len(numbers)
+    if normalization == "l2":
+        norm = math.sqrt(math.fsum(v * v for v in numbers))
+        return [v / norm for v in numbers]
+    if normalization == "rms":
+        rms = math.sqrt(math.fsum(v * v for v in numbers) / size)
+        return [v / rms for v in numbers]
+    mean = math.fsum(numbers) / size
+    deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in numbers) / size)
+    return [(v - mean) / deviation for v in numbers]
+
+
+def eq9_concatenate(expert_outputs: Sequence[Tensor], normalization: str) -> list[float]:
+    """(9) E_Omega = Normalization(E_1 + ... + E_N concatenated), flattened."""
+    numbers: list[float] = []
+    for output in expert_outputs:
+        numbers += output.flatten().tolist()
+    return normalize(numbers, normalization)
+
+
+def eq10_logits(e_omega: Sequence[float], e: Tensor) -> list[float]:
+    """(10) epsilon = Flatten(E_Omega)^T e, with e of shape ``(N L d, N)``."""
+    logits = []
+    for column in range(e.shape[1]):
+        logits.append(math.fsum(v * w for v, w in zip(e_omega, e[:, column].tolist(), strict=True)))
+    return logits
+
+
+def softmax(numbers: Sequence[float]) -> list[float]:
+    largest = max(numbers)
+    exponentials = [math.exp(v - largest) for v in numbers]
+    return [v / math.fsum(exponentials) for v in exponentials]
+
+
+def eq11_gates(logits: Sequence[float], temperature: float) -> list[float]:
+    """(11) G_i = exp(epsilon_i / tau) / sum_j exp(epsilon_j / tau)."""
+    return softmax([v / temperature for v in logits])
+
+
+def eq12_13_mixture(base: Tensor, expert_outputs: Sequence[Tensor], gates: Sequence[float]) -> Tensor:
+    """(12) the gated experts, sum_i G_i E_i; (13) O = F_theta(x) + that."""
+    mixture = torch.zeros_like(base)
+    for output, gate in zip(expert_outputs, gates, strict=True):
+        mixture = mixture + gate * output
+    return base + mixture
+
+
+def masked_gates(gates: Sequence[float], mask: Sequence[int]) -> list[float]:
+    """Inference with LoRAs masked out: g_i m_i / sum_j g_j m_j."""
+    total = math.fsum(g * m for g, m in zip(gates, mask, strict=True))
+    return [g * m / total for g, m in zip(gates, mask, strict=True)]
+
+
+def eq15_usage(gates: Sequence[Sequence[float]]) -> list[float]:
+    """(15) q_i = 1/M sum_k G_i^k over the M places."""
+    return [math.fsum(place[i] for place in gates) / len(gates) for i in range(len(gates[0]))]
+
+
+def eq14_balance(gates: Sequence[Sequence[float]]) -> float:
+    """(14) L_balance = - sum_i log q_i."""
+    return -math.fsum(math.log(q) for q in eq15_usage(gates))
+
+
+def balance_gradient(gates: Sequence[Sequence[float]], temperature: float) -> list[list[float]]:
+    """Derivative of (14) by the logits: 1/(M tau) (G_j^k sum_i G_i^k / q_i - G_j^k / q_j)."""
+    usage, places = eq15_usage(gates), len(gates)
+    gradient = []
+    for place in gates:
+        shared = math.fsum(g / q for g, q in zip(place, usage, strict=True))
+        gradient.append([(g * shared - g / q) / (places * temperature) for g, q in zip(place, usage, strict=True)])
+    return gradient
+
+
+def eq16_objective(guidance: float, balance: float, alpha: float = 0.5) -> float:
+    """(16) L = L_D + alpha L_balance."""
+    return guidance + alpha * balance
+
+
+def literal_gate(
+    expert_outputs: Sequence[Tensor],
+    e: Tensor,
+    normalization: str,
+    temperature: float,
+    token_axis: str | int = "flatten",
+    size: tuple[int, int] | None = None,
+) -> list[float]:
+    """(9)-(11) in one: expert outputs to gates."""
+    pooled: list[Any] = [pool(output, token_axis, size) for output in expert_outputs]
+    return eq11_gates(eq10_logits(eq9_concatenate(pooled, normalization), e), temperature)
