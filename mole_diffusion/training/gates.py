@@ -157,8 +157,7 @@ def train_gates(
             batch = [prompts[index] for index in chosen]
             with precision.autocast():
                 noisy, timesteps = _walk(pipe, schedule, config, batch, generator)
-                # Every pass counts: text encoders run once for the prompts and once for the empty one.
-                with gates.record(accumulate=True) as record:
+                with gates.record() as record:
                     images = _predict_images(pipe, schedule, config, batch, noisy, timesteps)
                 similarity = (clip.encode_image(images) * text_features[chosen]).sum(-1)  # (batch,)
             clip_loss = (1 - similarity.float()).mean()
@@ -224,10 +223,12 @@ def _predict_images(
 
 
 def _encode(pipe: Any, config: GateTrainingConfig, prompts: list[str]) -> Tensor:
-    """Prompt embeddings (batch, tokens, width), after those of the empty prompt where there is guidance."""
-    guided = config.guidance_scale > 1
-    prompt_embeds, negative_embeds = pipe.encode_prompt(prompts, pipe.unet.device, 1, guided)
-    return torch.cat([negative_embeds, prompt_embeds]) if guided else prompt_embeds
+    """Prompt embeddings (batch, tokens, width), after those of the empty prompt where there is guidance.
+
+    Both in one pass of the text encoder, so that its gates are recorded for both.
+    """
+    empty = [""] * len(prompts) if config.guidance_scale > 1 else []
+    return pipe.encode_prompt(empty + prompts, pipe.unet.device, 1, False)[0]
 
 
 def _predict(unet: Any, config: GateTrainingConfig, noisy: Tensor, timesteps: Tensor, prompt_embeds: Tensor) -> Tensor:
