@@ -202,7 +202,7 @@ def test_gradients_reach_every_gate_and_nothing_else(components: dict[str, Any],
         assert all(parameter.grad is None for parameter in components[component].parameters())
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ["layer", "network", "block experts"])
 def test_checkpointing_and_training_mode_change_nothing(
     components: dict[str, Any], experts: Experts, name: str
 ) -> None:
@@ -227,6 +227,41 @@ def test_checkpointing_and_training_mode_change_nothing(
     for others in results[1:]:
         for first, other in zip(results[0], others, strict=True):
             torch.testing.assert_close(first, other, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["block", "network"])
+def test_checkpointing_over_several_passes(components: dict[str, Any], experts: Experts, name: str) -> None:
+    """A chain of denoising steps, each with other settings, and one backward pass after all of them."""
+    unet = components["unet"].train()
+    gates = gates_for(experts, components, **CONFIGS[name])
+    gradients = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            unet.enable_gradient_checkpointing()
+        gates.zero_grad()
+        sample = unet_inputs()["sample"]
+        for timestep, keep in ((900, [1, 1, 1]), (500, [1, 1, 0]), (100, [0, 1, 1])):
+            with experts.using(keep=torch.tensor(keep)):
+                sample = sample - 0.5 * run_unet(components, sample=sample, timestep=timestep)
+        with torch.no_grad():
+            run_unet(components)  # a preview in between
+        sample.square().mean().backward()
+        gradients.append([p.grad.clone() for n, p in gates.named_parameters() if "unet" in n and p.grad is not None])
+    assert len(gradients[0]) > 1
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, recomputed, atol=1e-7, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_block_called_alone_is_weighed(components: dict[str, Any], experts: Experts) -> None:
+    gates_for(experts, components)
+    block = components["unet"].mid_block.attentions[0].transformer_blocks[0]
+    x, prompt = torch.randn(2, 9, 64), unet_inputs()["encoder_hidden_states"]
+    weighed = block(x, encoder_hidden_states=prompt)
+    assert torch.equal(block(x, encoder_hidden_states=prompt), weighed)
+    with experts.using(keep=torch.zeros(3)):
+        base = block(x, encoder_hidden_states=prompt)
+    assert not torch.allclose(base, weighed, atol=1e-3)
 
 
 @torch.no_grad()

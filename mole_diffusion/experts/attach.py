@@ -32,7 +32,8 @@ class Attachment:
             the stock ``AttnProcessor2_0`` get a :class:`MoLEAttnProcessor`, everything else a hook. With
             ``"processors"`` a component without such a layer is an error.
         add: Adds the experts' share to a site's output.
-        begin: Called with the root's arguments before, and ``end`` after, every forward pass of the component.
+        begin: Called with the root's arguments before every forward pass of the component.
+        end: Called with its output after, or with ``None`` after an exception.
 
     Raises:
         AttachError: If the model is compiled, has fused projections, or the engine finds nothing to do.
@@ -46,7 +47,7 @@ class Attachment:
         engine: Engine,
         add: AddExperts,
         begin: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None],
-        end: Callable[[], None],
+        end: Callable[[Any], None],
     ) -> None:
         self.component = component
         self.model = model
@@ -120,7 +121,7 @@ class Attachment:
         self._begin(model, args, kwargs)
 
     def _after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
-        self._end()
+        self._end(output)
         if output is None or self._fired is None:  # an exception is on its way, or the check was passed before
             return
         missing = [site.module_name for site in self.sites if site.module_name not in self._fired]

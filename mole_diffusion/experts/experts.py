@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -53,6 +54,8 @@ class Experts:
         self._attachments: dict[str, Attachment] = {}
         self._runs: dict[str, Run] = {}
         self._running: set[str] = set()
+        self._resumed: dict[str, Run] = {}
+        self._alone: dict[str, tuple[tuple[Weigher | None, Tensor, Tensor], Run]] = {}
         self._on_detach: list[Callable[[], None]] = []
         self._weigher: Weigher | None = None
         self._keep = torch.ones(1, self.num_experts)
@@ -150,6 +153,8 @@ class Experts:
         self._sites = {}
         self._runs.clear()
         self._running.clear()
+        self._resumed.clear()
+        self._alone.clear()
 
     def component(self, name: str) -> nn.Module:
         """The model a component was attached to."""
@@ -160,11 +165,20 @@ class Experts:
         self._on_detach.append(undo)
 
     def run(self, component: str) -> Run:
-        """The forward pass a component is in; one of its own if a part of the model is called alone."""
-        run = self._runs.get(component)
-        if run is not None and (component in self._running or in_backward()):
-            return run
-        return self._new_run(component, -1, None, {})
+        """The forward pass a component is in, or is being recomputed for.
+
+        A part of the model that is called alone is in a pass of its own, with the present settings.
+        """
+        if component in self._running:
+            return self._runs[component]
+        if in_backward() and component in self._runs:
+            return self._resumed.get(component, self._runs[component])
+        settings = (self._weigher, self._keep, self._scale)
+        before, run = self._alone.get(component, (None, None))
+        if before is None or run is None or any(a is not b for a, b in zip(before, settings, strict=True)):
+            run = self._new_run(component, -1, None, {})
+            self._alone[component] = settings, run
+        return run
 
     @contextmanager
     def using(self, keep: Tensor | None = None, scale: Tensor | None = None) -> Iterator[None]:
@@ -267,19 +281,30 @@ class Experts:
             device = next((x.device for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
             self._begin(component, device, _denoiser_inputs(root, args, kwargs) if denoiser else {})
 
-        def end() -> None:
+        def end(output: Any) -> None:
             self._running.discard(component)
             for site in sites:
                 site.group.forget()
+            run = self._runs[component]
+            for tensor in _tensors(output):
+                if tensor.requires_grad:
+                    # The backward pass of several forward passes comes in reverse; each announces itself here, before
+                    # any of its checkpoints is recomputed.
+                    tensor.register_hook(functools.partial(self._resume, run))
 
         self._attachments[component] = Attachment(component, model, sites, engine, self.add, begin, end)
         self._sites.update({site.name: site for site in sites})
 
     def _begin(self, component: str, device: torch.device | None, inputs: dict[str, Any]) -> None:
+        self._resumed.pop(component, None)
+        self._alone.pop(component, None)
         previous = self._runs.pop(component, None)
         index = 0 if previous is None else previous.index + 1
         self._runs[component] = self._new_run(component, index, device, inputs)
         self._running.add(component)
+
+    def _resume(self, run: Run, gradient: Tensor) -> None:
+        self._resumed[run.component] = run
 
     def _new_run(self, component: str, index: int, device: torch.device | None, inputs: dict[str, Any]) -> Run:
         active = self._weigher is not None and not self._silent
@@ -319,6 +344,17 @@ def _denoiser_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
         "encoder_hidden_states": given.get("encoder_hidden_states"),
         "sample_size": size,
     }
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """All tensors in what a model returned: a tensor, a tuple, or a dictionary-like output class."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        yield from _tensors(tuple(output.values()))
+    elif isinstance(output, tuple | list):
+        for part in output:
+            yield from _tensors(part)
 
 
 def _check_weights(weights: Tensor, projected: Tensor, site: Site, num_experts: int | None) -> None:

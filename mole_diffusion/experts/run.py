@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from .weigher import Weigher
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """One forward pass of one component: who weighs, what is kept, and what the denoiser was told.
 
     Frozen when the pass begins, because gradient checkpointing runs parts of it again during the backward pass, when
-    the surrounding ``experts.using(...)`` may long be left.
+    the surrounding ``experts.using(...)`` may long be left and other passes may have followed.
 
     Attributes:
         component: ``"unet"``, ``"text_encoder"`` ...
@@ -29,6 +29,7 @@ class Run:
         timestep: As the denoiser was given it; ``None`` in a text encoder.
         encoder_hidden_states: The prompt embeddings the denoiser was given; ``None`` in a text encoder.
         sample_size: ``(height, width)`` of the denoiser's sample where it has them.
+        notes: What a weigher wants to remember for the rest of this pass and for its recomputation.
     """
 
     component: str
@@ -40,6 +41,7 @@ class Run:
     timestep: Tensor | float | None = None
     encoder_hidden_states: Tensor | None = None
     sample_size: tuple[int, int] | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
 
 
 def in_backward() -> bool:

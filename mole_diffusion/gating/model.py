@@ -154,15 +154,15 @@ class MoLEModel(ModelMixin, ConfigMixin):
         spec = binding.spec_of[site.name]
         if spec.block is not None:
             return binding.blocks[spec.name].weights()
-        current = binding.current.get(spec.name)
+        current: _Current | None = run.notes.get(spec.name)
         if site.name in spec.entry_sites and not (current is not None and current.source() is projections):
             features = torch.cat([projections.tensors[name] for name in spec.entry_sites], dim=-1)
             size = None
             if spec.spatial and isinstance(self.gate_config.token_axis, int):
                 size = site.spatial or token_grid(features.shape[1], run.sample_size, spec.name)
-            current = _Current(weakref.ref(projections), run, self._weigh(spec, features, size, run))
-            binding.current[spec.name] = current
-        elif current is None or (current.run is not run and run.index >= 0):
+            current = _Current(weakref.ref(projections), self._weigh(spec, features, size, run))
+            run.notes[spec.name] = current
+        elif current is None:
             raise ValueError(
                 f"{site.name} ran before {list(spec.entry_sites)}, which its gate reads. This model runs its modules "
                 "in an order the scope does not expect; use scope='matrix'."
@@ -303,11 +303,10 @@ def _up_blocks(spec: GateSpec, experts: Experts, dtype: torch.dtype) -> list[Ten
 
 
 class _Current:
-    """Weights of one scope, and the pass and input they were computed from."""
+    """Weights of one scope in one pass, and the input they were computed from."""
 
-    def __init__(self, source: weakref.ref[Projections], run: Run, weights: Tensor) -> None:
+    def __init__(self, source: weakref.ref[Projections], weights: Tensor) -> None:
         self.source = source
-        self.run = run
         self.weights = weights
 
 
@@ -317,7 +316,6 @@ class _Binding:
     def __init__(self, experts: Experts, specs: Sequence[GateSpec]) -> None:
         self.sites = experts.sites
         self.spec_of = {site: spec for spec in specs for site in spec.sites}
-        self.current: dict[str, _Current] = {}
         self.blocks: dict[str, BlockExperts] = {}
 
     def __deepcopy__(self, memo: Any) -> None:
