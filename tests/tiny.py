@@ -57,7 +57,7 @@ def _join(pieces: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def tiny_components(seed: int = 0) -> dict[str, Any]:
-    """A random Stable Diffusion (`vae`, `text_encoder`, `tokenizer`, `unet`, `scheduler`): 32x32 pixels, 4x16x16 latents.
+    """A random Stable Diffusion of 32x32 pixels: `vae`, `text_encoder`, `tokenizer`, `unet`, `scheduler`.
 
     The UNet has channels (32, 64), one layer a block and cross-attention on both levels; the text encoder is two
     layers of width 32. Models are in eval mode, fp32, on the CPU.

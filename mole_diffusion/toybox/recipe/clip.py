@@ -1,0 +1,125 @@
+"""The toybox's CLIP: it has read captions that name every look, which the base has not."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..render import render_array
+from ..shapes import CLASSES
+from ..vocabulary import MAX_TOKENS
+from ..world import IMAGE_SIZE, Scene, full_caption, random_look, random_scene
+from .loop import AveragedWeights, cosine, run_stage, step_rng
+from .tokenizer import make_tokenizer
+
+_WIDTH = 128
+
+
+def clip_config() -> dict[str, Any]:
+    """The content of ``open_clip_config.json``."""
+    tokenizer = make_tokenizer()
+    return {
+        "model_cfg": {
+            "embed_dim": _WIDTH,
+            "vision_cfg": {
+                "image_size": IMAGE_SIZE,
+                "layers": 5,
+                "width": _WIDTH,
+                "head_width": 32,
+                "patch_size": 8,
+                "pool_type": "avg",
+            },
+            "text_cfg": {
+                "context_length": MAX_TOKENS,
+                "vocab_size": len(tokenizer),
+                "hf_tokenizer_name": "toybox",  # open_clip then reads the tokenizer from the model's own folder
+                "width": _WIDTH,
+                "heads": 4,
+                "layers": 3,
+                "pad_id": tokenizer.pad_token_id,
+                "eos_id": tokenizer.eos_token_id,
+                "pool_type": "eos",
+            },
+        },
+        "preprocess_cfg": {
+            "size": [IMAGE_SIZE, IMAGE_SIZE],
+            "mean": [0.5, 0.5, 0.5],
+            "std": [0.5, 0.5, 0.5],
+            "interpolation": "bicubic",
+            "resize_mode": "shortest",
+        },
+    }
+
+
+def wrong_scene(scene: Scene, rng: np.random.Generator) -> Scene:
+    """The scene with one thing changed: two looks swapped, one look redrawn, or one class replaced.
+
+    Its caption is a hard negative; without such captions a CLIP need not learn which colour belongs to which object.
+    """
+    objects = list(scene.objects)
+    kind = rng.random()
+    if len(objects) > 1 and kind < 0.5:
+        i, j = rng.choice(len(objects), size=2, replace=False)
+        objects[i], objects[j] = (
+            replace(objects[i], look=objects[j].look),
+            replace(objects[j], look=objects[i].look),
+        )
+    elif kind < 0.75:
+        k = int(rng.integers(len(objects)))
+        objects[k] = replace(objects[k], look=random_look(rng))
+    else:
+        k = int(rng.integers(len(objects)))
+        others = sorted(set(CLASSES) - {item.class_name for item in objects})
+        objects[k] = replace(objects[k], class_name=str(rng.choice(others)))
+    return replace(scene, objects=tuple(objects))
+
+
+def train_clip(
+    folder: Path, work_dir: Path, *, seed: int, device: torch.device, num_steps: int, batch_size: int
+) -> None:
+    """Contrastive training on scenes, their full captions and one hard negative each; saved into ``folder``."""
+    torch.manual_seed(seed + 2)
+    config = clip_config()
+    tokenizer = make_tokenizer()
+    model = open_clip.CLIP(**config["model_cfg"]).to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.05)
+    average = AveragedWeights(model, 0.998)
+    targets = torch.arange(batch_size, device=device)
+
+    def step(k: int) -> dict[str, Tensor]:
+        rng = step_rng(seed, "clip", k)
+        scenes = [random_scene(rng) for _ in range(batch_size)]
+        captions = [full_caption(scene) for scene in scenes] + [full_caption(wrong_scene(s, rng)) for s in scenes]
+        pictures = torch.stack([torch.from_numpy(render_array(scene)) for scene in scenes]).permute(0, 3, 1, 2)
+        # Guidance will show it pictures that are not quite rendered: noise and blur keep it from reading pixel
+        # patterns.
+        noise = torch.from_numpy(rng.standard_normal(pictures.shape, np.float32))
+        pictures = (pictures + noise * float(rng.uniform(0, 0.15))).to(device) * 2 - 1
+        if rng.random() < 0.5:
+            pictures = F.avg_pool2d(F.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, 1)
+        tokens = tokenizer(
+            captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
+        ).input_ids.to(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            image_features, text_features, scale = model(pictures, tokens)
+        logits = scale.float() * image_features.float() @ text_features.float().T  # (batch, 2 * batch)
+        by_image = F.cross_entropy(logits, targets)
+        by_text = F.cross_entropy(logits[:, :batch_size].T, targets)
+        hits = (logits.argmax(dim=1) == targets).float().mean()
+        return {"loss": (by_image + by_text) / 2, "accuracy": hits}
+
+    run_stage("clip", model, optimizer, step, num_steps=num_steps, schedule=cosine, work_dir=work_dir, average=average)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2))
+    tokenizer.save_pretrained(folder)
+    weights = {name: t.half().contiguous() for name, t in model.state_dict().items()}
+    save_file(weights, folder / "open_clip_model.safetensors")

@@ -1,0 +1,38 @@
+"""Gates for a few sets of subjects, trained from prompts alone."""
+
+from __future__ import annotations
+
+from itertools import permutations
+from pathlib import Path
+
+import torch
+
+from mole_diffusion.clip import DifferentiableCLIP
+from mole_diffusion.gating import GateConfig
+from mole_diffusion.pipelines import MoLEStableDiffusionPipeline
+from mole_diffusion.training import GateTrainingConfig, train_gates
+
+from ..subjects import described_prompt, subject_prompt
+from ..world import GROUNDS
+
+SETS = ("cat+boot+teapot",)
+
+
+def train_set(names: str, assets: Path, work_dir: Path, *, seed: int, device: torch.device, num_steps: int) -> None:
+    """Train and save the gates of one set of subjects; CLIP reads looks where the prompts have tokens."""
+    pipe = MoLEStableDiffusionPipeline.from_pretrained(assets / "base").to(device)
+    pipe.load_loras({name: assets / "loras" / f"{name}.safetensors" for name in names.split("+")})
+    clip_prompts = {
+        subject_prompt(order, ground): described_prompt(order, ground)
+        for order in permutations(names.split("+"))
+        for ground in GROUNDS
+    }
+    train_gates(
+        pipe,
+        GateTrainingConfig(gates=GateConfig(), steps=num_steps, batch_size=4, seed=seed),
+        prompts=list(clip_prompts),
+        clip_prompts=clip_prompts,
+        clip=DifferentiableCLIP(assets / "clip"),
+        out=assets / "gates" / names,
+        work=work_dir / "gates" / names,
+    )

@@ -1,0 +1,159 @@
+"""How good the toybox is, by its own oracle: the base, the subject LoRAs, and the oracle itself."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from PIL import Image
+from tqdm.auto import tqdm
+
+from mole_diffusion.pipelines import MoLEStableDiffusionPipeline
+
+from ..oracle import Detection, Oracle
+from ..render import render
+from ..shapes import CLASSES
+from ..subjects import SUBJECTS, subject_prompt
+from ..world import GROUNDS, article, phrase_caption, random_scene
+from .loop import step_rng
+
+NUM_INFERENCE_STEPS = 25
+GUIDANCE_SCALE = 5.0
+_CHUNK = 50
+
+
+def draw(
+    pipe: StableDiffusionPipeline,
+    prompts: Sequence[str],
+    *,
+    seed: int,
+    num_inference_steps: int = NUM_INFERENCE_STEPS,
+    guidance_scale: float = GUIDANCE_SCALE,
+) -> list[Image.Image]:
+    """One picture a prompt; picture k has the noise of ``seed + k`` whatever the other prompts are."""
+    pictures: list[Image.Image] = []
+    pipe.set_progress_bar_config(disable=True)
+    for start in range(0, len(prompts), _CHUNK):
+        chunk = list(prompts[start : start + _CHUNK])
+        generators = [torch.Generator("cpu").manual_seed(seed + start + k) for k in range(len(chunk))]
+        pictures += pipe(
+            chunk,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            generator=generators,
+        ).images
+    return pictures
+
+
+def class_prompts(num_classes: int, num_prompts: int, seed: int) -> list[tuple[list[str], str]]:
+    """Classes and prompt of seeded requests that name no look."""
+    rng = step_rng(seed, "measure", num_classes)
+    requests = []
+    for _ in range(num_prompts):
+        names = [str(name) for name in rng.choice(CLASSES, size=num_classes, replace=False)]
+        phrases = [f"{article(name)} {name}" for name in names]
+        requests.append((names, phrase_caption(phrases, str(rng.choice(GROUNDS)))))
+    return requests
+
+
+def measure_base(
+    pipe: StableDiffusionPipeline, *, num_pictures: int = 200, seed: int = 0, rows: Sequence[int] = (1, 2, 3, 4, 5, 6)
+) -> dict[int, tuple[float, float]]:
+    """Per number of named classes: the share of pictures that show all of them, and the share of classes shown."""
+    oracle = Oracle()
+    table = {}
+    for num_classes in tqdm(rows, desc="base"):
+        requests = class_prompts(num_classes, num_pictures, seed)
+        pictures = draw(pipe, [prompt for _, prompt in requests], seed=seed)
+        complete, shown = [], []
+        for (names, _), detections in zip(requests, oracle.detect(pictures), strict=True):
+            found = {d.class_name for d in detections}
+            complete.append(set(names) <= found)
+            shown.append(len(set(names) & found) / num_classes)
+        table[num_classes] = (float(np.mean(complete)), float(np.mean(shown)))
+    return table
+
+
+def measure_subject(pipe: StableDiffusionPipeline, name: str, *, num_pictures: int = 48, seed: int = 0) -> float:
+    """Share of pictures that show the subject in its look, when its LoRA is loaded and its token is in the prompt."""
+    rng = step_rng(seed, "measure-subject", list(SUBJECTS).index(name))
+    prompts = [subject_prompt([name], str(rng.choice(GROUNDS))) for _ in range(num_pictures)]
+    pictures = draw(pipe, prompts, seed=seed)
+    oracle = Oracle()
+    return float(np.mean([oracle(picture, [name])[name].present for picture in pictures]))
+
+
+@torch.no_grad()
+def measure_oracle(vae: AutoencoderKL | None, *, num_scenes: int = 300, seed: int = 0, max_error: float = 0.2) -> dict:
+    """The oracle against rendered truth, straight or through the autoencoder.
+
+    Returns:
+        ``hits``: share of drawn objects found with the right class at the right place; ``looks``: share of those
+        whose look is right too; ``false_alarms``: objects found where none stands, per picture; ``confusion``: pairs
+        (drawn class, found class) and how often; ``errors``: quantiles of the found objects' error.
+    """
+    oracle = Oracle(max_error)
+    rng = step_rng(seed, "measure-oracle", 0)
+    scenes = [random_scene(rng) for _ in range(num_scenes)]
+    pictures = [render(scene) for scene in scenes]
+    if vae is not None:
+        pictures = [_round_trip(vae, picture) for picture in pictures]
+    drawn = hits = looks = false_alarms = 0
+    confusion: Counter[tuple[str, str]] = Counter()
+    errors = []
+    for scene, detections in zip(scenes, oracle.detect(pictures), strict=True):
+        free = list(detections)
+        for item in scene.objects:
+            drawn += 1
+            match = next((d for d in free if _close(d, item.box)), None)
+            if match is None:
+                confusion[item.class_name, "nothing"] += 1
+                continue
+            free.remove(match)
+            errors.append(match.error)
+            confusion[item.class_name, match.class_name] += 1
+            hits += match.class_name == item.class_name
+            looks += match.class_name == item.class_name and match.look == item.look
+        false_alarms += len(free)
+    return {
+        "hits": hits / drawn,
+        "looks": looks / max(1, hits),
+        "false_alarms": false_alarms / num_scenes,
+        "confusion": {f"{a} as {b}": n for (a, b), n in confusion.most_common() if a != b},
+        "errors": [round(float(q), 3) for q in np.quantile(errors, [0.5, 0.95, 0.99, 1])],
+    }
+
+
+def _close(detection: Detection, box: tuple[int, int, int, int]) -> bool:
+    """The centres lie within a third of the object's size."""
+    x = (detection.box[0] + detection.box[2] - box[0] - box[2]) / 2
+    y = (detection.box[1] + detection.box[3] - box[1] - box[3]) / 2
+    return max(abs(x), abs(y)) <= (box[2] - box[0]) / 3
+
+
+def _round_trip(vae: AutoencoderKL, picture: Image.Image) -> Image.Image:
+    pixels = torch.from_numpy(np.asarray(picture, np.float32) / 127.5 - 1).permute(2, 0, 1)[None]
+    decoded = vae.decode(vae.encode(pixels).latent_dist.mean).sample[0]
+    array = ((decoded + 1) * 127.5).round().clamp(0, 255).permute(1, 2, 0).to(torch.uint8).numpy()
+    return Image.fromarray(array)
+
+
+def measure(assets: Path, *, seed: int, device: torch.device) -> dict:
+    """Everything that is said of the shipped toybox, as one table; the numbers of its ``report.json``."""
+    pipe = MoLEStableDiffusionPipeline.from_pretrained(assets / "base").to(device)
+    table = measure_base(pipe, seed=seed)
+    rates = {}
+    for name in tqdm(SUBJECTS, desc="subjects"):
+        pipe.load_loras({name: assets / "loras" / f"{name}.safetensors"})
+        rates[name] = measure_subject(pipe, name, seed=seed)
+        pipe.unload_loras()
+    return {
+        "base": {str(n): {"all": complete, "each": shown} for n, (complete, shown) in table.items()},
+        "subjects": rates,
+        "subjects_mean": float(np.mean(list(rates.values()))),
+        "oracle": {"rendered": measure_oracle(None, seed=seed), "autoencoder": measure_oracle(pipe.vae, seed=seed)},
+    }

@@ -1,0 +1,64 @@
+"""The toybox's autoencoder: 64×64 pixels to 8×16×16 latents."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+
+from ..render import render_array
+from ..world import IMAGE_SIZE, random_scene
+from .loop import AveragedWeights, cosine, run_stage, step_rng
+
+LATENT_CHANNELS = 8
+_KL_WEIGHT = 3e-4  # per latent element, against a mean squared error per pixel
+
+
+def make_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 64),
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=8,
+        mid_block_add_attention=False,
+        sample_size=IMAGE_SIZE,
+    )
+
+
+def render_batch(rng_key: tuple[int, str, int], batch_size: int, device: torch.device) -> torch.Tensor:
+    """Random scenes as pictures of shape ``(batch, 3, 64, 64)``, values −1 to 1."""
+    rng = step_rng(*rng_key)
+    pictures = torch.stack([torch.from_numpy(render_array(random_scene(rng))) for _ in range(batch_size)])
+    return pictures.permute(0, 3, 1, 2).to(device) * 2 - 1
+
+
+def train_vae(work_dir: Path, *, seed: int, device: torch.device, num_steps: int, batch_size: int) -> AutoencoderKL:
+    """Train on rendered scenes; mean squared error plus a light pull of the latents towards a unit Gaussian.
+
+    The latents' standard deviation is measured at the end and stored as the model's scaling factor.
+    """
+    torch.manual_seed(seed)
+    vae = make_vae().to(device).train()
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0)
+    average = AveragedWeights(vae, 0.995)
+
+    def step(k: int) -> dict[str, torch.Tensor]:
+        pictures = render_batch((seed, "vae", k), batch_size, device)
+        generator = torch.Generator(device).manual_seed(seed * 1_000_003 + k)
+        with torch.autocast(device.type, torch.bfloat16):
+            posterior = vae.encode(pictures).latent_dist
+            latents = posterior.sample(generator=generator)
+            decoded = vae.decode(latents).sample
+        error = (decoded.float() - pictures).square().mean()
+        kl = posterior.kl().mean() / latents[0].numel()
+        return {"loss": error + _KL_WEIGHT * kl, "error": error.detach(), "kl": kl.detach()}
+
+    run_stage("vae", vae, optimizer, step, num_steps=num_steps, schedule=cosine, work_dir=work_dir, average=average)
+    vae.eval().requires_grad_(False)
+    with torch.no_grad():
+        latents = vae.encode(render_batch((seed, "vae-scale", 0), 256, device)).latent_dist.mean
+    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
+    return vae

@@ -1,0 +1,85 @@
+"""The subjects: one object each with one look of its own, a rare token and five reference pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from .render import render
+from .vocabulary import RARE_TOKENS
+from .world import GROUNDS, Look, Scene, compose_scene, phrase_caption
+
+NUM_REFERENCES = 5
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A particular object: "my cat", not any cat."""
+
+    name: str
+    class_name: str
+    look: Look
+    token: str
+
+
+_LOOKS = {
+    "cat": Look("orange", "white", "striped"),
+    "boot": Look("red", "yellow", "plain"),
+    "teapot": Look("blue", "white", "dotted"),
+    "mug": Look("green", "orange", "striped"),
+    "robot": Look("purple", "yellow", "plain"),
+    "clock": Look("pink", "blue", "dotted"),
+    "house": Look("yellow", "red", "striped"),
+    "fish": Look("white", "purple", "dotted"),
+    "mushroom": Look("red", "white", "dotted"),
+    "car": Look("blue", "orange", "plain"),
+    "flower": Look("pink", "green", "striped"),
+    "boat": Look("white", "red", "striped"),
+}
+SUBJECTS = {
+    name: Subject(name, name, look, token) for (name, look), token in zip(_LOOKS.items(), RARE_TOKENS, strict=False)
+}
+
+
+def subject(name: str) -> Subject:
+    """Look a subject up by name.
+
+    Raises:
+        ValueError: There is no such subject.
+    """
+    if name not in SUBJECTS:
+        raise ValueError(f"subject {name!r} is not one of {list(SUBJECTS)}.")
+    return SUBJECTS[name]
+
+
+def reference_scenes(name: str) -> list[Scene]:
+    """Five scenes that show the subject alone, each on another ground."""
+    item = subject(name)
+    rng = np.random.default_rng([5, list(SUBJECTS).index(name)])
+    grounds = rng.permutation(GROUNDS)[:NUM_REFERENCES]
+    return [compose_scene([item.class_name], [item.look], str(ground), rng) for ground in grounds]
+
+
+def references(name: str) -> list[Image.Image]:
+    """The subject's five reference pictures, 64×64 RGB."""
+    return [render(scene) for scene in reference_scenes(name)]
+
+
+def reference_captions(name: str) -> list[str]:
+    """What the reference pictures are captioned with: token and class, and the ground."""
+    return [subject_prompt([name], scene.ground) for scene in reference_scenes(name)]
+
+
+def subject_prompt(names: Sequence[str], ground: str) -> str:
+    """The prompt that asks for these subjects: "a photo of a <v1> cat and a <v2> boot on grass"."""
+    items = [subject(name) for name in names]
+    return phrase_caption([f"a {item.token} {item.class_name}" for item in items], ground)
+
+
+def described_prompt(names: Sequence[str], ground: str) -> str:
+    """The same prompt in words that CLIP knows: each look is named instead of its token."""
+    items = [subject(name) for name in names]
+    return phrase_caption([f"a {item.look} {item.class_name}" for item in items], ground)

@@ -1,0 +1,167 @@
+"""The toybox world: looks, objects, scenes and how they are captioned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .shapes import CLASSES, PATTERNS
+
+IMAGE_SIZE = 64
+MAX_OBJECTS = 6
+
+COLORS: dict[str, tuple[float, float, float]] = {
+    "red": (0.86, 0.14, 0.14),
+    "orange": (1.0, 0.55, 0.05),
+    "yellow": (1.0, 0.9, 0.2),
+    "green": (0.1, 0.62, 0.22),
+    "blue": (0.12, 0.3, 0.88),
+    "purple": (0.52, 0.16, 0.66),
+    "pink": (1.0, 0.55, 0.78),
+    "white": (0.98, 0.98, 0.98),
+}
+OUTLINE_COLOR = (0.1, 0.08, 0.12)
+GROUNDS = ("grass", "sand", "snow", "water", "brick", "slate")
+
+# Objects stand on a grid of 4 pixels, the side of one latent of the base's autoencoder: an object then has the same
+# latents wherever it stands, which a small base learns several times faster.
+GRID = 4
+# Possible sides of an object's box in pixels, by the number of objects in the scene.
+OBJECT_SIZES = {1: (24, 32), 2: (24,), 3: (20, 24), 4: (20,), 5: (16, 20), 6: (16,)}
+
+
+@dataclass(frozen=True)
+class Look:
+    """Two colours and a pattern: what tells one mug from another."""
+
+    primary: str
+    secondary: str
+    pattern: str
+
+    def __post_init__(self) -> None:
+        for color in (self.primary, self.secondary):
+            if color not in COLORS:
+                raise ValueError(f"color {color!r} is not one of {list(COLORS)}.")
+        if self.pattern not in PATTERNS:
+            raise ValueError(f"pattern {self.pattern!r} is not one of {list(PATTERNS)}.")
+
+    def __str__(self) -> str:
+        colors = f"{self.primary} and {self.secondary}"
+        return colors if self.pattern == "plain" else f"{self.pattern} {colors}"
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One object: class, look, and the top left corner and side of its box in pixels."""
+
+    class_name: str
+    look: Look
+    x: int
+    y: int
+    size: int
+
+    def __post_init__(self) -> None:
+        if self.class_name not in CLASSES:
+            raise ValueError(f"class {self.class_name!r} is not one of {list(CLASSES)}.")
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """Left, top, right, bottom."""
+        return (self.x, self.y, self.x + self.size, self.y + self.size)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Objects on a ground; ``seed`` draws the ground's texture."""
+
+    ground: str
+    objects: tuple[SceneObject, ...] = field(default=())
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.ground not in GROUNDS:
+            raise ValueError(f"ground {self.ground!r} is not one of {list(GROUNDS)}.")
+        for item in self.objects:
+            left, top, right, bottom = item.box
+            if left < 0 or top < 0 or right > IMAGE_SIZE or bottom > IMAGE_SIZE:
+                raise ValueError(f"{item.class_name} with box {item.box} leaves the {IMAGE_SIZE}×{IMAGE_SIZE} picture.")
+
+
+def random_look(rng: np.random.Generator) -> Look:
+    """Half of all looks are plain, so that silhouettes show undisturbed."""
+    primary, secondary = rng.choice(list(COLORS), size=2, replace=False)
+    pattern = "plain" if rng.random() < 0.5 else str(rng.choice(PATTERNS[1:]))
+    return Look(str(primary), str(secondary), pattern)
+
+
+def place(sizes: list[int], rng: np.random.Generator) -> list[tuple[int, int]]:
+    """Top left corners on the grid for boxes of these sides, without overlap, drawn uniformly by rejection."""
+    while True:
+        corners: list[tuple[int, int]] = []
+        for k, size in enumerate(sizes):
+            for _ in range(40):
+                x, y = (GRID * int(v) for v in rng.integers(0, (IMAGE_SIZE - size) // GRID + 1, size=2))
+                if all(
+                    x + size <= cx or cx + other <= x or y + size <= cy or cy + other <= y
+                    for (cx, cy), other in zip(corners, sizes[:k], strict=True)
+                ):
+                    corners.append((x, y))
+                    break
+            else:
+                break
+        if len(corners) == len(sizes):
+            return corners
+
+
+def random_scene(rng: np.random.Generator, num_objects: int | None = None) -> Scene:
+    """A scene of 1 to 6 objects of different classes; few objects are more frequent than many."""
+    if num_objects is None:
+        num_objects = int(rng.choice(np.arange(1, MAX_OBJECTS + 1), p=[0.3, 0.2, 0.2, 0.12, 0.09, 0.09]))
+    if not 1 <= num_objects <= MAX_OBJECTS:
+        raise ValueError(f"num_objects must be 1 to {MAX_OBJECTS}, got {num_objects}.")
+    names = [str(name) for name in rng.choice(CLASSES, size=num_objects, replace=False)]
+    looks = [random_look(rng) for _ in names]
+    return compose_scene(names, looks, str(rng.choice(GROUNDS)), rng)
+
+
+def compose_scene(names: list[str], looks: list[Look], ground: str, rng: np.random.Generator) -> Scene:
+    """Put the named objects somewhere on the ground, without overlap."""
+    sizes = [int(size) for size in rng.choice(OBJECT_SIZES[len(names)], size=len(names))]
+    corners = place(sizes, rng)
+    objects = tuple(
+        SceneObject(name, look, x, y, size)
+        for name, look, (x, y), size in zip(names, looks, corners, sizes, strict=True)
+    )
+    return Scene(ground, objects, int(rng.integers(2**31)))
+
+
+def caption(scene: Scene, rng: np.random.Generator, look_probability: float = 0.5) -> str:
+    """Say what is in the scene: classes and ground always, each look with the given probability.
+
+    A look that is named may be named in part ("a red mug"), so the base learns to draw what it was not told.
+    """
+    phrases = []
+    for item in scene.objects:
+        words = ""
+        if rng.random() < look_probability:
+            words = f"{item.look} " if rng.random() < 0.6 else f"{item.look.primary} "
+        phrases.append(f"{article(words or item.class_name)} {words}{item.class_name}")
+    order = rng.permutation(len(phrases))
+    return phrase_caption([phrases[k] for k in order], scene.ground)
+
+
+def full_caption(scene: Scene) -> str:
+    """Name every object with its whole look, in the order of the scene."""
+    phrases = [f"{article(str(item.look))} {item.look} {item.class_name}" for item in scene.objects]
+    return phrase_caption(phrases, scene.ground)
+
+
+def phrase_caption(phrases: list[str], ground: str) -> str:
+    """ "a photo of a mug, a cat and a boat on sand"."""
+    things = phrases[0] if len(phrases) == 1 else ", ".join(phrases[:-1]) + f" and {phrases[-1]}"
+    return f"a photo of {things} on {ground}"
+
+
+def article(following: str) -> str:
+    return "an" if following[0] in "aeiou" else "a"
