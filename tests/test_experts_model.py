@@ -171,7 +171,10 @@ def test_fused_projections_are_refused(components: dict[str, Any], loras: list[L
         Experts(loras).attach(models(components))
 
 
-def test_compiled_models_are_refused(components: dict[str, Any], loras: list[LoRA]) -> None:
+def test_compiled_models_are_refused(
+    components: dict[str, Any], loras: list[LoRA], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda call, **_: call)  # marks the module without seconds of compiling
     components["unet"].mid_block.compile()
     with pytest.raises(AttachError, match=r"unet\.mid_block is compiled.*before `torch.compile`"):
         Experts(loras).attach(models(components))

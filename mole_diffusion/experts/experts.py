@@ -285,12 +285,11 @@ class Experts:
             self._running.discard(component)
             for site in sites:
                 site.group.forget()
-            run = self._runs[component]
             for tensor in _tensors(output):
                 if tensor.requires_grad:
                     # The backward pass of several forward passes comes in reverse; each announces itself here, before
                     # any of its checkpoints is recomputed.
-                    tensor.register_hook(functools.partial(self._resume, run))
+                    tensor.register_hook(functools.partial(self._resume, self._runs[component]))
 
         self._attachments[component] = Attachment(component, model, sites, engine, self.add, begin, end)
         self._sites.update({site.name: site for site in sites})

@@ -14,11 +14,11 @@ LAYER = re.compile(r"^(.*\b(?:attn\d*|ff|ff_context|self_attn|mlp))\.")
 ORDER = (
     "time_proj", "time_embedding", "add_embedding", "conv_in", "down_blocks", "mid_block", "up_blocks", "conv_out",
     "x_embedder", "pos_embed", "time_text_embed", "context_embedder",
-    "proj_in", "transformer_blocks", "single_transformer_blocks", "proj_out",
+    "proj_in", "transformer_blocks", "single_transformer_blocks",
     "norm", "norm1", "norm1_context", "proj_mlp", "attn1", "attn2", "attn", "self_attn", "ff", "mlp",
     "to_q", "q_proj", "to_k", "k_proj", "to_v", "v_proj", "to_out", "out_proj", "fc1", "fc2",
     "conv1", "time_emb_proj", "conv2", "conv_shortcut",
-    "downsamplers", "upsamplers", "text_projection",
+    "proj_out", "downsamplers", "upsamplers", "text_projection",
 )  # fmt: skip
 RANK = {name: index for index, name in enumerate(ORDER)}
 
