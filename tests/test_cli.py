@@ -121,7 +121,7 @@ def tiny_toybox(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "base_dir": lambda: world / "base",
         "demo_subjects": lambda: list(NAMES),
         "token": lambda name: f"<{name}>",
-        "class_name": lambda name: name,
+        "subject_prompt": lambda names, ground: f"{' '.join(names)} on {ground}",
         "references": lambda name: [picture(world / "pictures" / f"{name}.png")],
         "lora_path": lambda name: world / f"{name}.safetensors",
         "gates_dir": lambda names: {"cat+dog+mug": world / "gates"}[names],
@@ -138,7 +138,7 @@ def test_demo_draws_a_sheet_and_says_who_got_what(tmp_path: Path) -> None:
     assert sheet.height > 8 * 192  # references, three alone, plain, normalised, gates, masked
     assert sheet.width > 3 * 192
     assert min(heat_map.size) > 300
-    assert "a photo of a <cat> cat, a <dog> dog and a <mug> mug on grass" in done.stdout
+    assert '"cat dog mug on grass"' in done.stdout
     assert str(tmp_path / "sheet.png") in done.stdout.replace("\n", "")
     # Fresh gates are uniform: a third each in the UNet, a half each in the text encoder, which mug leaves alone.
     assert "0.33" in done.stdout

@@ -23,7 +23,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("outputs/demo"),
     seed: Annotated[int, typer.Option(help="First of three seeds.")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 25,
-    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance.")] = 4.0,
+    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance.")] = 5.0,
     device: Device = "auto",
 ) -> None:
     """Compose three subjects of the toybox with learned gates, beside the plain ways of composing them.
@@ -44,8 +44,7 @@ def demo(
     where = pick_device(device)
     names = toybox.demo_subjects()
     pipe = _load(names, where)
-    called = {name: f"{toybox.token(name)} {toybox.class_name(name)}" for name in names}
-    prompt = _prompt(list(called.values()))
+    prompt = toybox.subject_prompt(names, GROUND)
 
     def draw(prompt: str, loras: list[str] | None, composition: str) -> list[Image.Image]:
         import torch
@@ -56,7 +55,10 @@ def demo(
         return pipe([prompt] * NUM_SEEDS, loras=loras, generator=generators, **options).images
 
     rows = [("\n".join(["references:", *names]), [toybox.references(name)[0] for name in names])]
-    rows += [(f"{name} alone\n{called[name]}", draw(_prompt([called[name]]), [name], "linear")) for name in names]
+    rows += [
+        (f"{name} alone\n{toybox.token(name)}", draw(toybox.subject_prompt([name], GROUND), [name], "linear"))
+        for name in names
+    ]
     rows.append(("plain sum", draw(prompt, None, "linear")))
     rows.append(("normalised sum", draw(prompt, None, "normalized")))
     with pipe.gates.record(accumulate=True) as record:
@@ -83,13 +85,6 @@ def _load(names: list[str], device: Any) -> Any:
     pipe.load_loras({name: toybox.lora_path(name) for name in names})
     pipe.load_gates(toybox.gates_dir("+".join(names)))
     return pipe
-
-
-def _prompt(things: list[str]) -> str:
-    """The wording of the toybox's captions."""
-    phrases = [f"a {thing}" for thing in things]
-    listed = phrases[0] if len(phrases) == 1 else f"{', '.join(phrases[:-1])} and {phrases[-1]}"
-    return f"a photo of {listed} on {GROUND}"
 
 
 def _gate_table(record: GateRecord) -> Table:
