@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
     DiffusionPipeline,
     StableDiffusionImg2ImgPipeline,
@@ -221,12 +220,18 @@ def test_from_pipe_with_another_unet_starts_without_loras() -> None:
     assert other.experts is None
 
 
-def test_from_pipe_keeps_every_precision() -> None:
+@pytest.mark.parametrize("half", ["vae", "unet"])
+def test_from_pipe_keeps_every_precision(half: str) -> None:
     stock = tiny_pipeline()
-    stock.unet.to(torch.bfloat16)
-    before = {name: value.clone() for name, value in stock.vae.state_dict().items()}
+    getattr(stock, half).to(torch.bfloat16)
+    models = {name: getattr(stock, name) for name in ("vae", "text_encoder", "unet")}
+    before = {name: {key: value.clone() for key, value in model.state_dict().items()} for name, model in models.items()}
     ours = MoLEStableDiffusionPipeline.from_pipe(stock)
-    assert ours.unet.dtype == torch.bfloat16
-    assert isinstance(ours.vae, AutoencoderKL)
-    assert all(torch.equal(value, before[name]) for name, value in ours.vae.state_dict().items())
-    assert MoLEStableDiffusionPipeline.from_pipe(stock, dtype=torch.float16).unet.dtype == torch.float16
+    for name, model in models.items():
+        assert getattr(ours, name) is model
+        assert model.dtype == (torch.bfloat16 if name == half else torch.float32)
+        assert all(torch.equal(value, before[name][key]) for key, value in model.state_dict().items())
+
+
+def test_from_pipe_casts_when_told() -> None:
+    assert MoLEStableDiffusionPipeline.from_pipe(tiny_pipeline(), dtype=torch.float16).unet.dtype == torch.float16
