@@ -87,6 +87,7 @@ def test_no_weigher_and_nothing_kept_are_the_base_bit_for_bit(
         assert torch.equal(run_text(components), base_text)
     with experts.using(scale=torch.zeros(3)):
         assert torch.equal(run_unet(components), base_unet)
+        assert experts.run("unet").active is False  # left out, not multiplied by zero
     assert not torch.equal(run_unet(components), base_unet)
     experts.weigher = None
     assert torch.equal(run_unet(components), base_unet)

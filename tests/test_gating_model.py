@@ -146,6 +146,8 @@ def test_rows_of_keep_and_scale_equal_separate_runs(components: dict[str, Any], 
     keep, scale = torch.tensor([[1, 1, 0], [0, 1, 1]]), torch.tensor([[1.0, 0.5, 1.0], [1.0, 1.0, 0.2]])
     with experts.using(keep=keep, scale=scale):
         together = run_unet(components)
+    with experts.using(keep=keep):
+        assert not torch.allclose(together, run_unet(components), atol=1e-3)  # scale acts
     inputs = unet_inputs()
     for row in range(2):
         alone = {k: v[row : row + 1] for k, v in inputs.items() if k != "timestep"}
