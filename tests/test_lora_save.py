@@ -95,3 +95,22 @@ def test_wrong_calls(lora: LoRA, tmp_path: Path) -> None:
     with pytest.raises(LoRAError, match=r"kohya layout, component transformer\): no name .* layout='diffusers'"):
         save_lora({"transformer": {}}, tmp_path / "lora.safetensors", layout="kohya")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "kohya"])
+def test_half_precision_halves_the_file_and_rounds_once(lora: LoRA, models: Any, tmp_path: Path, layout: Any) -> None:
+    whole = save_lora(lora, tmp_path / "whole.safetensors", layout=layout)
+    half = save_lora(lora, tmp_path / "half.safetensors", layout=layout, dtype=torch.float16)
+    with safe_open(half, "pt") as file:
+        assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.float16}
+    assert half.stat().st_size < 0.75 * whole.stat().st_size
+    first, second = (load_lora(path, models).factors["unet"] for path in (whole, half))
+    for name, factors in first.items():
+        assert torch.equal(second[name].down, factors.down.half().float())
+
+
+def test_a_factor_too_large_for_half_precision_is_refused(tmp_path: Path) -> None:
+    factors = {"unet": {"proj_in": LoRAFactors(torch.full((2, 4), 1e6), torch.ones(4, 2))}}
+    with pytest.raises(ValueError, match=r"1 tensors of the LoRA are not finite in torch\.float16.*torch\.bfloat16"):
+        save_lora(factors, tmp_path / "lora.safetensors", dtype=torch.float16)
+    assert not list(tmp_path.iterdir())

@@ -11,23 +11,24 @@ from torch import nn
 
 from mole_diffusion.toybox.recipe.base import layout
 from mole_diffusion.toybox.recipe.clip import wrong_scene
-from mole_diffusion.toybox.recipe.loop import AveragedWeights, cosine, run_stage, step_rng
+from mole_diffusion.toybox.recipe.loop import AveragedWeights, run_stage, step_rng, trapezoid
 from mole_diffusion.toybox.world import full_caption, random_scene
 
 
-def _train(work_dir: Path, num_steps: int, stop_after_first_save: bool = False) -> dict[str, torch.Tensor]:
+def _train(work_dir: Path, num_steps: int, stop: bool = False, seed: int = 0) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     module = nn.Linear(4, 2)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
     average = AveragedWeights(module, 0.9)
 
     def step(k: int) -> dict[str, torch.Tensor]:
-        if stop_after_first_save and k == num_steps // 2:
+        if stop and k == num_steps // 2:
             raise KeyboardInterrupt
         x = torch.from_numpy(step_rng(0, "test", k).standard_normal((8, 4), np.float32))
         return {"loss": module(x).square().mean()}
 
-    run_stage("test", module, optimizer, step, num_steps=num_steps, schedule=cosine, work_dir=work_dir, average=average)
+    settings = {"num_steps": num_steps, "schedule": trapezoid, "work_dir": work_dir, "seed": seed}
+    run_stage("test", module, optimizer, step, average=average, **settings)
     return {name: value.clone() for name, value in module.state_dict().items()}
 
 
@@ -35,20 +36,24 @@ def test_an_interrupted_stage_goes_on_bit_by_bit(tmp_path: Path, monkeypatch: py
     straight = _train(tmp_path / "straight", 20)
     monkeypatch.setattr("mole_diffusion.toybox.recipe.loop._SAVE_EVERY_SECONDS", 0.0)
     with pytest.raises(KeyboardInterrupt):
-        _train(tmp_path / "broken", 20, stop_after_first_save=True)
+        _train(tmp_path / "broken", 20, stop=True)
     resumed = _train(tmp_path / "broken", 20)
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+    with pytest.raises(ValueError, match="is of another training"):
+        _train(tmp_path / "broken", 20, seed=1)
 
 
-def test_a_loss_that_is_no_number_stops_with_step_and_checkpoint(tmp_path: Path) -> None:
+def test_a_loss_that_is_no_number_stops_with_the_step(tmp_path: Path) -> None:
     module = nn.Linear(1, 1)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    average = AveragedWeights(module, 0.9)
 
     def step(k: int) -> dict[str, torch.Tensor]:
         return {"loss": module.weight.sum() * (float("nan") if k == 3 else 1.0)}
 
-    with pytest.raises(FloatingPointError, match=r"test: loss is nan at step 3.*test\.safetensors"):
-        run_stage("test", module, optimizer, step, num_steps=5, schedule=cosine, work_dir=tmp_path)
+    settings = {"num_steps": 5, "schedule": trapezoid, "work_dir": tmp_path, "seed": 0}
+    with pytest.raises(ValueError, match="stopped at step 4: loss = nan"):
+        run_stage("test", module, optimizer, step, average=average, **settings)
 
 
 def test_the_layout_names_the_class_in_every_cell_of_a_box() -> None:

@@ -26,6 +26,7 @@ def save_lora(
     *,
     layout: Literal["diffusers", "kohya"] = "diffusers",
     metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Path:
     """Write a LoRA; the same factors and metadata give the same bytes.
 
@@ -35,13 +36,14 @@ def save_lora(
         layout: `"diffusers"` (what `pipe.load_lora_weights` takes; it has no reliable place for an alpha per module,
             so the scaling goes into `up`) or `"kohya"` (with `alpha`, factors untouched).
         metadata: Text for the file's header.
+        dtype: Of the factors in the file; half precision makes it half as large.
 
     Returns:
         The path.
 
     Raises:
         LoRAError: If there are no factors, or the layout has no name for a component.
-        ValueError: If the layout is unknown or the path has another suffix.
+        ValueError: If the layout is unknown, the path has another suffix, or a factor overflows in `dtype`.
     """
     target = Path(path)
     if target.suffix != ".safetensors":
@@ -52,6 +54,12 @@ def save_lora(
     tensors = _WRITERS[layout](str(target), factors)
     if not tensors:
         raise refusal(str(target), "no factors to save", "Give at least one module's.", layout=layout)
+    tensors = {key: tensor.to(dtype) for key, tensor in tensors.items()}
+    if overflowing := [key for key, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise ValueError(
+            f"{len(overflowing)} tensors of the LoRA are not finite in {dtype}, {overflowing[0]} first. Save it in "
+            "torch.float32 or torch.bfloat16."
+        )
     data = _stable(safetensors.torch.save(tensors, {"format": "pt", **(metadata or {})}))
     with atomic_path(target) as temporary:
         temporary.write_bytes(data)

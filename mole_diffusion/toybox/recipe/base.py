@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from mole_diffusion.files import write_safetensors
 
 from ..render import render_array
 from ..shapes import CLASSES
@@ -137,7 +138,7 @@ def encode_scenes(vae: AutoencoderKL, path: Path, *, seed: int, num_scenes: int,
         with torch.autocast(device.type, torch.bfloat16):
             mean = vae.encode(pictures).latent_dist.mean
         latents[start : start + len(indices)] = (mean.float() * vae.config["scaling_factor"]).half().cpu()
-    save_file({"latents": latents}, path, {"seed": str(seed), "num_scenes": str(num_scenes)})
+    write_safetensors(path, {"latents": latents}, {"seed": str(seed), "num_scenes": str(num_scenes)})
     return latents
 
 
@@ -158,6 +159,7 @@ def train_base(
     module = _Trained(make_unet(), make_text_encoder(tokenizer)).to(device).train()
     # On CPU the backward pass of fused attention takes more time than all convolutions together.
     module.unet.set_attn_processor(AttnProcessor())
+    module.text_encoder.set_attn_implementation("eager")
     latents = encode_scenes(vae, work_dir / "scenes.safetensors", seed=seed, num_scenes=num_scenes, device=device)
     layouts = torch.from_numpy(np.stack([layout(_scene(seed, k)) for k in range(num_scenes)]))
     alphas = make_scheduler().alphas_cumprod.to(device)
@@ -199,6 +201,7 @@ def train_base(
         num_steps=num_steps,
         schedule=trapezoid,
         work_dir=work_dir,
+        seed=seed,
         average=average,
     )
     return module.unet.eval(), module.text_encoder.eval(), tokenizer

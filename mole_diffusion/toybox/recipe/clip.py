@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,16 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor
+
+from mole_diffusion.files import write_json, write_safetensors
+from mole_diffusion.training.loop import learning_rate_factor
 
 from ..render import render_array
 from ..shapes import CLASSES
 from ..vocabulary import MAX_TOKENS
 from ..world import IMAGE_SIZE, Scene, full_caption, random_look, random_scene
-from .loop import AveragedWeights, cosine, run_stage, step_rng
+from .loop import AveragedWeights, run_stage, step_rng
 from .tokenizer import make_tokenizer
 
 _WIDTH = 128
@@ -117,9 +119,18 @@ def train_clip(
         hits = (logits.argmax(dim=1) == targets).float().mean()
         return {"loss": (by_image + by_text) / 2, "accuracy": hits}
 
-    run_stage("clip", model, optimizer, step, num_steps=num_steps, schedule=cosine, work_dir=work_dir, average=average)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2))
+    run_stage(
+        "clip",
+        model,
+        optimizer,
+        step,
+        num_steps=num_steps,
+        schedule=partial(learning_rate_factor, warmup_steps=100),
+        work_dir=work_dir,
+        seed=seed,
+        average=average,
+    )
+    write_json(folder / "open_clip_config.json", config)
     tokenizer.save_pretrained(folder)
-    weights = {name: t.half().contiguous() for name, t in model.state_dict().items()}
-    save_file(weights, folder / "open_clip_model.safetensors")
+    weights = {name: t.half() for name, t in model.state_dict().items()}
+    write_safetensors(folder / "open_clip_model.safetensors", weights)

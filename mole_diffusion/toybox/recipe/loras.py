@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
 
@@ -37,8 +38,9 @@ def train_subject(
 ) -> None:
     """Train and save one subject's LoRA, in kohya's layout too where the subject has one."""
     pipe.unet.set_attn_processor(AttnProcessor())  # see base.py: faster to train on CPU
+    pipe.text_encoder.set_attn_implementation("eager")
     config = lora_config(name, seed=seed, num_steps=num_steps)
-    path = assets / "loras" / f"{name}.safetensors"
-    factors = train_lora(pipe, references(name), config, out=path, work=work_dir / "loras" / name)
+    factors = train_lora(pipe, references(name), config, work=work_dir / "loras" / name)
+    save_lora(factors, assets / "loras" / f"{name}.safetensors", dtype=torch.float16)
     if name in IN_KOHYA_LAYOUT:
-        save_lora(factors, assets / "loras-kohya" / f"{name}.safetensors", layout="kohya")
+        save_lora(factors, assets / "loras-kohya" / f"{name}.safetensors", layout="kohya", dtype=torch.float16)

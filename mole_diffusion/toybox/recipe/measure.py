@@ -88,7 +88,7 @@ def measure_subject(pipe: StableDiffusionPipeline, name: str, *, num_pictures: i
 
 
 @torch.no_grad()
-def measure_oracle(vae: AutoencoderKL | None, *, num_scenes: int = 300, seed: int = 0, max_error: float = 0.2) -> dict:
+def measure_oracle(vae: AutoencoderKL | None, *, num_scenes: int = 300, seed: int = 0) -> dict:
     """The oracle against rendered truth, straight or through the autoencoder.
 
     Returns:
@@ -96,7 +96,7 @@ def measure_oracle(vae: AutoencoderKL | None, *, num_scenes: int = 300, seed: in
         whose look is right too; ``false_alarms``: objects found where none stands, per picture; ``confusion``: pairs
         (drawn class, found class) and how often; ``errors``: quantiles of the found objects' error.
     """
-    oracle = Oracle(max_error)
+    oracle = Oracle()
     rng = step_rng(seed, "measure-oracle", 0)
     scenes = [random_scene(rng) for _ in range(num_scenes)]
     pictures = [render(scene) for scene in scenes]

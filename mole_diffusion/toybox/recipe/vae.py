@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
 
+from mole_diffusion.training.loop import learning_rate_factor
+
 from ..render import render_array
 from ..world import IMAGE_SIZE, random_scene
-from .loop import AveragedWeights, cosine, run_stage, step_rng
+from .loop import AveragedWeights, run_stage, step_rng
 
 LATENT_CHANNELS = 8
 _KL_WEIGHT = 3e-4  # per latent element, against a mean squared error per pixel
@@ -56,7 +59,17 @@ def train_vae(work_dir: Path, *, seed: int, device: torch.device, num_steps: int
         kl = posterior.kl().mean() / latents[0].numel()
         return {"loss": error + _KL_WEIGHT * kl, "error": error.detach(), "kl": kl.detach()}
 
-    run_stage("vae", vae, optimizer, step, num_steps=num_steps, schedule=cosine, work_dir=work_dir, average=average)
+    run_stage(
+        "vae",
+        vae,
+        optimizer,
+        step,
+        num_steps=num_steps,
+        schedule=partial(learning_rate_factor, warmup_steps=100),
+        work_dir=work_dir,
+        seed=seed,
+        average=average,
+    )
     vae.eval().requires_grad_(False)
     with torch.no_grad():
         latents = vae.encode(render_batch((seed, "vae-scale", 0), 256, device)).latent_dist.mean
