@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+from mole_diffusion import toybox
+from mole_diffusion.toybox import recipe
 from mole_diffusion.toybox.recipe.base import layout
 from mole_diffusion.toybox.recipe.clip import wrong_scene
 from mole_diffusion.toybox.recipe.loop import AveragedWeights, run_stage, step_rng, trapezoid
@@ -76,3 +79,28 @@ def test_a_hard_negative_says_something_else() -> None:
         scene = random_scene(rng)
         same += full_caption(scene) == full_caption(wrong_scene(scene, rng))
     assert same <= 3  # a redrawn look may come out as it was
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_whole_recipe_runs_and_a_second_run_finds_all_done(tmp_path: Path) -> None:
+    effort = recipe.Effort(
+        vae_steps=2,
+        vae_batch=2,
+        base_steps=2,
+        base_batch=2,
+        num_scenes=8,
+        clip_steps=2,
+        clip_batch=2,
+        lora_steps=2,
+        gate_steps=2,
+        pictures=1,
+    )
+    assets = recipe.build(tmp_path, effort=effort)
+    report = json.loads((assets / "report.json").read_text())
+    assert set(report["base"]) == {"1", "2", "3", "4", "5", "6"}
+    assert sorted(report["subjects"]) == sorted(toybox.subjects())
+    files = {path: path.read_bytes() for path in assets.rglob("*.safetensors")}
+    assert len(files) == 3 + 1 + len(toybox.subjects()) + 2 + len(recipe.gates.SETS)
+    recipe.build(tmp_path, effort=effort)
+    assert {path: path.read_bytes() for path in assets.rglob("*.safetensors")} == files

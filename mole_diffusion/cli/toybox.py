@@ -20,18 +20,30 @@ toybox = typer.Typer(
 def build(
     out: Annotated[Path, typer.Option(help="Folder for the result and its checkpoints.")] = Path("runs/toybox"),
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    base_steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Steps of the base model; more make it better [default: the shipped one's]."),
+    ] = None,
+    compile_base: Annotated[
+        bool, typer.Option("--compile", help="Compile the base for training: a fifth faster, needs a C++ compiler.")
+    ] = False,
     device: Device = "auto",
 ) -> None:
     """Train the toybox from nothing. Hours on a CPU, minutes on a GPU; started again, it resumes.
 
-    Example:
+    The result lies in OUT/assets, as inside the package.
+
+    Examples:
 
     \b
-      mole toybox build --out runs/toybox --device cuda
+      mole toybox build --out runs/toybox
+      mole toybox build --out runs/toybox --device cuda --base-steps 60000
     """
     from mole_diffusion.toybox import recipe
 
-    recipe.build(out=out, seed=seed, device=pick_device(device))
+    effort = recipe.Effort() if base_steps is None else recipe.Effort(base_steps=base_steps)
+    assets = recipe.build(out, seed=seed, device=pick_device(device), effort=effort, compile_model=compile_base)
+    typer.echo(f"toybox: {assets}")
 
 
 @toybox.command()

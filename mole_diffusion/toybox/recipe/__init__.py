@@ -17,17 +17,18 @@ from . import base, clip, gates, loras, measure, vae
 
 @dataclass(frozen=True, kw_only=True)
 class Effort:
-    """Steps and batch sizes of every training; the defaults made the shipped toybox."""
+    """Steps and batch sizes of every training, and pictures a row when measuring; the defaults made what ships."""
 
     vae_steps: int = 2600
     vae_batch: int = 16
-    base_steps: int = 8000
+    base_steps: int = 7000
     base_batch: int = 32
     num_scenes: int = 40960
-    clip_steps: int = 2500
-    clip_batch: int = 96
-    lora_steps: int = 300
+    clip_steps: int = 1500
+    clip_batch: int = 64
+    lora_steps: int = 250
     gate_steps: int = 120
+    pictures: int = 200
 
 
 def build(
@@ -74,7 +75,7 @@ def build(
         loras.train_subject(pipe, name, assets, work, seed=seed, num_steps=effort.lora_steps)
     for names in gates.SETS:
         gates.train_set(names, assets, work, seed=seed, device=device, num_steps=effort.gate_steps)
-    write_json(assets / "report.json", measure.measure(assets, seed=seed, device=device))
+    write_json(assets / "report.json", measure.measure(assets, seed=seed, device=device, num_pictures=effort.pictures))
     return assets
 
 

@@ -18,6 +18,12 @@ from ..world import GROUNDS
 SETS = ("cat+boot+teapot",)
 
 
+def gate_training(*, seed: int, num_steps: int) -> GateTrainingConfig:
+    return GateTrainingConfig(
+        gates=GateConfig(), steps=num_steps, warmup_steps=min(10, num_steps // 5), batch_size=4, seed=seed
+    )
+
+
 def train_set(names: str, assets: Path, work_dir: Path, *, seed: int, device: torch.device, num_steps: int) -> None:
     """Train and save the gates of one set of subjects; CLIP reads looks where the prompts have tokens."""
     pipe = MoLEStableDiffusionPipeline.from_pretrained(assets / "base").to(device)
@@ -29,7 +35,7 @@ def train_set(names: str, assets: Path, work_dir: Path, *, seed: int, device: to
     }
     train_gates(
         pipe,
-        GateTrainingConfig(gates=GateConfig(), steps=num_steps, batch_size=4, seed=seed),
+        gate_training(seed=seed, num_steps=num_steps),
         prompts=list(clip_prompts),
         clip_prompts=clip_prompts,
         clip=DifferentiableCLIP(assets / "clip"),

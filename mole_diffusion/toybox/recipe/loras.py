@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline
-from diffusers.models.attention_processor import AttnProcessor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mole_diffusion.lora import save_lora
 from mole_diffusion.training import LoRATrainingConfig, train_lora
@@ -26,6 +26,7 @@ def lora_config(name: str, *, seed: int, num_steps: int) -> LoRATrainingConfig:
         rank=RANKS[name],
         text_encoder_targets=TEXT_ENCODER_TARGETS if name in WITH_TEXT_ENCODER else (),
         steps=num_steps,
+        warmup_steps=min(20, num_steps // 5),
         batch_size=10,
         learning_rate=2e-3,
         mixed_precision="bf16",
@@ -37,10 +38,9 @@ def train_subject(
     pipe: StableDiffusionPipeline, name: str, assets: Path, work_dir: Path, *, seed: int, num_steps: int
 ) -> None:
     """Train and save one subject's LoRA, in kohya's layout too where the subject has one."""
-    pipe.unet.set_attn_processor(AttnProcessor())  # see base.py: faster to train on CPU
-    pipe.text_encoder.set_attn_implementation("eager")
     config = lora_config(name, seed=seed, num_steps=num_steps)
-    factors = train_lora(pipe, references(name), config, work=work_dir / "loras" / name)
+    with sdpa_kernel(SDPBackend.MATH):  # see clip.py
+        factors = train_lora(pipe, references(name), config, work=work_dir / "loras" / name)
     save_lora(factors, assets / "loras" / f"{name}.safetensors", dtype=torch.float16)
     if name in IN_KOHYA_LAYOUT:
         save_lora(factors, assets / "loras-kohya" / f"{name}.safetensors", layout="kohya", dtype=torch.float16)

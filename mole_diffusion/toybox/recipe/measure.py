@@ -61,7 +61,7 @@ def class_prompts(num_classes: int, num_prompts: int, seed: int) -> list[tuple[l
 
 
 def measure_base(
-    pipe: StableDiffusionPipeline, *, num_pictures: int = 200, seed: int = 0, rows: Sequence[int] = (1, 2, 3, 4, 5, 6)
+    pipe: StableDiffusionPipeline, *, num_pictures: int, seed: int = 0, rows: Sequence[int] = (1, 2, 3, 4, 5, 6)
 ) -> dict[int, tuple[float, float]]:
     """Per number of named classes: the share of pictures that show all of them, and the share of classes shown."""
     oracle = Oracle()
@@ -78,7 +78,7 @@ def measure_base(
     return table
 
 
-def measure_subject(pipe: StableDiffusionPipeline, name: str, *, num_pictures: int = 48, seed: int = 0) -> float:
+def measure_subject(pipe: StableDiffusionPipeline, name: str, *, num_pictures: int, seed: int = 0) -> float:
     """Share of pictures that show the subject in its look, when its LoRA is loaded and its token is in the prompt."""
     rng = step_rng(seed, "measure-subject", list(SUBJECTS).index(name))
     prompts = [subject_prompt([name], str(rng.choice(GROUNDS))) for _ in range(num_pictures)]
@@ -88,7 +88,7 @@ def measure_subject(pipe: StableDiffusionPipeline, name: str, *, num_pictures: i
 
 
 @torch.no_grad()
-def measure_oracle(vae: AutoencoderKL | None, *, num_scenes: int = 300, seed: int = 0) -> dict:
+def measure_oracle(vae: AutoencoderKL | None, *, num_scenes: int, seed: int = 0) -> dict:
     """The oracle against rendered truth, straight or through the autoencoder.
 
     Returns:
@@ -142,18 +142,24 @@ def _round_trip(vae: AutoencoderKL, picture: Image.Image) -> Image.Image:
     return Image.fromarray(array)
 
 
-def measure(assets: Path, *, seed: int, device: torch.device) -> dict:
-    """Everything that is said of the shipped toybox, as one table; the numbers of its ``report.json``."""
+def measure(assets: Path, *, seed: int, device: torch.device, num_pictures: int) -> dict:
+    """Everything that is said of the shipped toybox; the numbers of its ``report.json``.
+
+    Rows of the base have ``num_pictures`` pictures each, the oracle as many scenes, every subject a quarter of that.
+    """
     pipe = MoLEStableDiffusionPipeline.from_pretrained(assets / "base").to(device)
-    table = measure_base(pipe, seed=seed)
+    table = measure_base(pipe, num_pictures=num_pictures, seed=seed)
     rates = {}
     for name in tqdm(SUBJECTS, desc="subjects"):
         pipe.load_loras({name: assets / "loras" / f"{name}.safetensors"})
-        rates[name] = measure_subject(pipe, name, seed=seed)
+        rates[name] = measure_subject(pipe, name, num_pictures=max(1, num_pictures // 4), seed=seed)
         pipe.unload_loras()
     return {
         "base": {str(n): {"all": complete, "each": shown} for n, (complete, shown) in table.items()},
         "subjects": rates,
         "subjects_mean": float(np.mean(list(rates.values()))),
-        "oracle": {"rendered": measure_oracle(None, seed=seed), "autoencoder": measure_oracle(pipe.vae, seed=seed)},
+        "oracle": {
+            "rendered": measure_oracle(None, num_scenes=num_pictures, seed=seed),
+            "autoencoder": measure_oracle(pipe.vae, num_scenes=num_pictures, seed=seed),
+        },
     }
