@@ -24,10 +24,10 @@ class Effort:
     base_steps: int = 7000
     base_batch: int = 32
     num_scenes: int = 40960
-    clip_steps: int = 1500
+    clip_steps: int = 1000
     clip_batch: int = 64
-    lora_steps: int = 250
-    gate_steps: int = 120
+    lora_steps: int = 200
+    gate_steps: int = 80
     pictures: int = 200
 
 
@@ -89,7 +89,7 @@ def save_base(
     """Write a stock Stable Diffusion folder; weights in half precision."""
     pipe = StableDiffusionPipeline(
         vae=autoencoder.half(),
-        text_encoder=text_encoder.half(),
+        text_encoder=text_encoder,  # transformers would run it in the precision of the file
         tokenizer=tokenizer,
         unet=unet.half(),
         scheduler=base.make_scheduler(),
