@@ -94,7 +94,7 @@ def measure_oracle(vae: AutoencoderKL | None, *, num_scenes: int, seed: int = 0)
     Returns:
         ``hits``: share of drawn objects found with the right class at the right place; ``looks``: share of those
         whose look is right too; ``false_alarms``: objects found where none stands, per picture; ``confusion``: pairs
-        (drawn class, found class) and how often; ``errors``: quantiles of the found objects' error.
+        (drawn class, found class) and how often; ``errors``: median, 95 %, 99 % and largest error of what was found.
     """
     oracle = Oracle()
     rng = step_rng(seed, "measure-oracle", 0)
@@ -124,7 +124,7 @@ def measure_oracle(vae: AutoencoderKL | None, *, num_scenes: int, seed: int = 0)
         "looks": looks / max(1, hits),
         "false_alarms": false_alarms / num_scenes,
         "confusion": {f"{a} as {b}": n for (a, b), n in confusion.most_common() if a != b},
-        "errors": [round(float(q), 3) for q in np.quantile(errors, [0.5, 0.95, 0.99, 1])],
+        "errors": [round(float(q), 3) for q in np.quantile(errors, [0.5, 0.95, 0.99, 1])] if errors else [],
     }
 
 
@@ -155,6 +155,7 @@ def measure(assets: Path, *, seed: int, device: torch.device, num_pictures: int)
         rates[name] = measure_subject(pipe, name, num_pictures=max(1, num_pictures // 4), seed=seed)
         pipe.unload_loras()
     return {
+        "pictures": num_pictures,
         "base": {str(n): {"all": complete, "each": shown} for n, (complete, shown) in table.items()},
         "subjects": rates,
         "subjects_mean": float(np.mean(list(rates.values()))),

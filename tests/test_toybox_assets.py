@@ -1,0 +1,139 @@
+"""What ships inside the package: stock libraries open it, and it is what it says."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from mole_diffusion import MoLEStableDiffusionPipeline, toybox
+from mole_diffusion.clip import DifferentiableCLIP
+from mole_diffusion.lora import inspect_lora, load_lora
+from mole_diffusion.toybox.recipe.clip import wrong_scene
+from mole_diffusion.toybox.recipe.loras import IN_KOHYA_LAYOUT, RANKS, WITH_TEXT_ENCODER
+from mole_diffusion.toybox.world import full_caption, random_scene
+
+PROMPT = "a photo of a <v1> cat on sand"
+
+
+@pytest.fixture(scope="module")
+def stock() -> StableDiffusionPipeline:
+    pipe = StableDiffusionPipeline.from_pretrained(toybox.base_dir())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def composed() -> MoLEStableDiffusionPipeline:
+    pipe = MoLEStableDiffusionPipeline.from_pretrained(toybox.base_dir())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _latents(pipe: StableDiffusionPipeline, prompt: str = PROMPT, **kwargs: object) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return pipe(prompt, num_inference_steps=4, generator=generator, output_type="latent", **kwargs).images
+
+
+def test_stock_diffusers_opens_the_base_and_draws(stock: StableDiffusionPipeline) -> None:
+    picture = stock("a photo of a mug on grass", num_inference_steps=2).images[0]
+    assert picture.size == (64, 64)
+    assert stock.unet.dtype == stock.text_encoder.dtype == torch.float32
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [("cat", "diffusers"), ("boot", "diffusers"), *((name, "kohya") for name in IN_KOHYA_LAYOUT)],
+)
+def test_stock_diffusers_draws_with_the_loras_what_we_draw(
+    stock: StableDiffusionPipeline, composed: MoLEStableDiffusionPipeline, name: str, layout: str
+) -> None:
+    path = toybox.lora_path(name, layout)  # type: ignore[arg-type]
+    prompt = toybox.subject_prompt([name], "sand")
+    bare = _latents(stock, prompt)
+    stock.load_lora_weights(path)
+    theirs = _latents(stock, prompt)
+    stock.unload_lora_weights()
+    composed.load_loras({name: path})
+    composed.set_composition("linear")
+    ours = _latents(composed, prompt)
+    torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=0)
+    assert (ours - bare).abs().max() > 0.05
+
+
+def test_no_loras_is_the_stock_base_bit_for_bit(
+    stock: StableDiffusionPipeline, composed: MoLEStableDiffusionPipeline
+) -> None:
+    names = toybox.demo_subjects()
+    composed.load_loras({name: toybox.lora_path(name) for name in names})
+    composed.load_gates(toybox.gates_dir("+".join(names)))
+    assert torch.equal(_latents(composed, loras=[]), _latents(stock))
+    assert not torch.equal(_latents(composed), _latents(stock))
+
+
+def test_every_subject_has_a_lora_of_its_rank(stock: StableDiffusionPipeline) -> None:
+    components = {"unet": stock.unet, "text_encoder": stock.text_encoder}
+    for name in toybox.subjects():
+        lora = load_lora(toybox.lora_path(name), components)
+        assert lora.ranks == (RANKS[name], RANKS[name])
+        assert set(lora.factors) == ({"unet", "text_encoder"} if name in WITH_TEXT_ENCODER else {"unet"})
+    assert len(toybox.subjects()) >= 12
+    assert len(WITH_TEXT_ENCODER) >= 4
+    assert (min(RANKS.values()), max(RANKS.values())) == (4, 16)
+
+
+@pytest.mark.parametrize("name", IN_KOHYA_LAYOUT)
+def test_both_layouts_hold_the_same_lora(stock: StableDiffusionPipeline, name: str) -> None:
+    components = {"unet": stock.unet, "text_encoder": stock.text_encoder}
+    first, second = (load_lora(toybox.lora_path(name, layout), components) for layout in ("diffusers", "kohya"))
+    assert inspect_lora(toybox.lora_path(name, "kohya")).layout == "kohya"
+    for component, modules in first.factors.items():
+        for module, factors in modules.items():
+            torch.testing.assert_close(factors.delta(), second.factors[component][module].delta(), atol=1e-6, rtol=1e-5)
+
+
+def test_open_clip_opens_the_clip_and_it_tells_right_from_wrong() -> None:
+    name = f"local-dir:{toybox.clip_dir()}"
+    model, _, preprocess = open_clip.create_model_and_transforms(name)
+    model.eval()
+    tokenizer = open_clip.get_tokenizer(name)
+    rng = np.random.default_rng(0)
+    scenes = [random_scene(rng, 1 + k % 3) for k in range(96)]
+    with torch.no_grad():
+        images = model.encode_image(torch.stack([preprocess(toybox.render(scene)) for scene in scenes]), normalize=True)
+        right = model.encode_text(tokenizer([full_caption(scene) for scene in scenes]), normalize=True)
+        wrong = model.encode_text(tokenizer([full_caption(wrong_scene(s, rng)) for s in scenes]), normalize=True)
+    # Three standard errors above chance: a coin for the pair, one in 96 for the list.
+    assert ((images * right).sum(1) > (images * wrong).sum(1)).float().mean() > 0.65
+    assert ((images @ right.T).argmax(1) == torch.arange(len(scenes))).float().mean() > 0.5
+
+
+def test_a_lora_draws_nearer_to_its_subject_than_the_base_does(composed: MoLEStableDiffusionPipeline) -> None:
+    composed.load_loras({"cat": toybox.lora_path("cat")})
+    composed.set_composition("linear")
+    clip = DifferentiableCLIP(toybox.clip_dir())
+
+    def features(pictures: list[Image.Image]) -> torch.Tensor:
+        pixels = torch.stack([torch.from_numpy(np.asarray(picture, np.float32) / 255) for picture in pictures])
+        return clip.encode_image(pixels.permute(0, 3, 1, 2))
+
+    def similarity(**kwargs: object) -> float:
+        generators = [torch.Generator().manual_seed(k) for k in range(6)]
+        options = {"num_inference_steps": 15, "guidance_scale": 5.0, "generator": generators}
+        pictures = composed([toybox.subject_prompt(["cat"], "grass")] * 6, **options, **kwargs).images
+        return float((features(pictures) @ features(toybox.references("cat")).T).mean())
+
+    assert similarity() > similarity(loras=[]) + 0.02
+
+
+def test_the_report_says_how_good_it_is() -> None:
+    report = json.loads((toybox.base_dir().parent / "report.json").read_text())
+    assert set(report["base"]) == {"1", "2", "3", "4", "5", "6"}
+    assert set(report["subjects"]) == set(toybox.subjects())
+    assert report["oracle"]["rendered"]["hits"] > 0.99
