@@ -93,3 +93,9 @@ def test_every_class_is_found_in_an_unseen_size(oracle: Oracle, name: str) -> No
     item = SceneObject(name, Look("orange", "green", "plain"), 10, 14, 32)
     found = oracle.detect([render(Scene("slate", (replace(item, size=28),)))])[0]
     assert [d.class_name for d in found] == [name]
+
+
+def test_a_look_has_two_colours_even_where_one_was_painted_over(oracle: Oracle) -> None:
+    item = SceneObject("tree", Look("red", "red", "plain"), 16, 16, 32)
+    [found] = oracle.detect([render(Scene("snow", (item,)))])[0]
+    assert found.look.primary == "red" != found.look.secondary

@@ -32,6 +32,7 @@ def _train(work_dir: Path, num_steps: int, stop: bool = False, seed: int = 0) ->
 
     settings = {"num_steps": num_steps, "schedule": trapezoid, "work_dir": work_dir, "seed": seed}
     run_stage("test", module, optimizer, step, average=average, **settings)
+    assert torch.equal(module.weight, average.tensors["average.weight"])
     return {name: value.clone() for name, value in module.state_dict().items()}
 
 
