@@ -12,10 +12,14 @@ from torch import nn
 
 from mole_diffusion import toybox
 from mole_diffusion.toybox import recipe
-from mole_diffusion.toybox.recipe.base import layout
+from mole_diffusion.toybox.recipe.base import _LAYOUT_LABELS as LABELS
+from mole_diffusion.toybox.recipe.base import layout, layout_loss
 from mole_diffusion.toybox.recipe.clip import wrong_scene
 from mole_diffusion.toybox.recipe.loop import AveragedWeights, run_stage, step_rng, trapezoid
-from mole_diffusion.toybox.world import full_caption, random_scene
+from mole_diffusion.toybox.recipe.words import IGNORED, NOUN_LABELS, reading
+from mole_diffusion.toybox.shapes import CLASSES, PATTERNS
+from mole_diffusion.toybox.vocabulary import MAX_TOKENS
+from mole_diffusion.toybox.world import COLORS, GROUNDS, Look, Scene, SceneObject, full_caption, random_scene
 
 
 def _train(work_dir: Path, num_steps: int, stop: bool = False, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -60,17 +64,56 @@ def test_a_loss_that_is_no_number_stops_with_the_step(tmp_path: Path) -> None:
         run_stage("test", module, optimizer, step, average=average, **settings)
 
 
-def test_the_layout_names_the_class_in_every_cell_of_a_box() -> None:
-    rng = np.random.default_rng(0)
-    scene = random_scene(rng, 2)
-    cells = layout(scene)
-    for item in scene.objects:
-        left, top, right, bottom = (edge / 8 for edge in item.box)
-        middle = cells[int((top + bottom) / 2), int((left + right) / 2)]
-        from mole_diffusion.toybox.shapes import CLASSES
+def test_the_layout_says_of_every_cell_what_stands_there() -> None:
+    look = Look("red", "white", "dotted")
+    scene = Scene("snow", (SceneObject("mug", look, 8, 16, 24), SceneObject("cat", look, 48, 40, 16)))
+    planes = dict(zip(LABELS, layout(scene), strict=True))
+    box = np.zeros((8, 8), bool)
+    box[2:5, 1:4] = box[5:7, 6:8] = True
+    for name, plane in planes.items():
+        assert name == "ground" or ((plane > 0) == box).all(), name
+    assert {CLASSES[k - 1] for k in planes["class"][2:5, 1:4].flatten()} == {"mug"}
+    assert {CLASSES[k - 1] for k in planes["class"][5:7, 6:8].flatten()} == {"cat"}
+    assert list(COLORS)[planes["primary"][3, 2] - 1] == "red"
+    assert list(COLORS)[planes["secondary"][3, 2] - 1] == "white"
+    assert PATTERNS[planes["pattern"][3, 2] - 1] == "dotted"
+    assert planes["row"][2:5, 1].tolist() == planes["column"][2, 1:4].tolist() == [1, 2, 3]
+    assert {GROUNDS[k] for k in planes["ground"].flatten()} == {"snow"}
 
-        assert CLASSES[middle - 1] == item.class_name
-    assert (cells == 0).any()
+
+def test_the_layout_loss_is_the_cross_entropy_of_every_answer() -> None:
+    rng = np.random.default_rng(0)
+    labels = torch.from_numpy(np.stack([layout(random_scene(rng)) for _ in range(2)]))
+    answers = torch.from_numpy(rng.standard_normal((2, sum(LABELS.values()), 8, 8)))
+    expected, start = 0.0, 0
+    for k, number in enumerate(LABELS.values()):
+        for sample in range(2):
+            for cell in np.ndindex(8, 8):
+                logits = answers[(sample, slice(start, start + number), *cell)].double()
+                expected -= (logits.log_softmax(0)[int(labels[(sample, k, *cell)])] / 128).item()
+        start += number
+    assert layout_loss(answers, labels).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_reading_says_of_every_noun_what_the_caption_says() -> None:
+    labels = reading(
+        "a photo of a dotted red and white mug, an orange cat, a <v3> boot and a blue and pink boat on snow"
+    )
+    # One token a word: start of text, 24 words and commas, then end of text to the last place.
+    nouns, rest = [9, 13, 17, 23], range(26, MAX_TOKENS)
+    rows = dict(zip(NOUN_LABELS, labels[:-1, nouns].tolist(), strict=True))
+    colors = [*COLORS]
+    assert [CLASSES[k - 1] for k in rows["class"]] == ["mug", "cat", "boot", "boat"]
+    assert [k and colors[k - 1] for k in rows["primary"]] == ["red", "orange", 0, "blue"]
+    assert [k and colors[k - 1] for k in rows["secondary"]] == ["white", 0, 0, "pink"]
+    assert [k and PATTERNS[k - 1] for k in rows["pattern"]] == ["dotted", 0, 0, "plain"]
+    assert rows["place"] == [1, 2, 3, 4]
+    # After the caption, every object in turn, and the ground.
+    assert all(torch.equal(labels[:-1, k], labels[:-1, nouns[k % 4]]) for k in rest)
+    assert {GROUNDS[k] for k in labels[-1, rest]} == {"snow"}
+    silent = [k for k in range(26) if k not in nouns]
+    assert (labels[:-1, silent] == IGNORED).all()
+    assert (labels[-1, :26] == IGNORED).all()
 
 
 def test_a_hard_negative_says_something_else() -> None:
@@ -82,26 +125,46 @@ def test_a_hard_negative_says_something_else() -> None:
     assert same <= 3  # a redrawn look may come out as it was
 
 
+SHORT = recipe.Effort(
+    vae_steps=2,
+    vae_batch=2,
+    words_steps=2,
+    words_batch=2,
+    base_steps=2,
+    base_batch=2,
+    num_scenes=8,
+    clip_steps=2,
+    clip_batch=2,
+    lora_steps=2,
+    gate_steps=2,
+    pictures=1,
+)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_the_whole_recipe_runs_and_a_second_run_finds_all_done(tmp_path: Path) -> None:
-    effort = recipe.Effort(
-        vae_steps=2,
-        vae_batch=2,
-        base_steps=2,
-        base_batch=2,
-        num_scenes=8,
-        clip_steps=2,
-        clip_batch=2,
-        lora_steps=2,
-        gate_steps=2,
-        pictures=1,
-    )
-    assets = recipe.build(tmp_path, effort=effort)
+    assets = recipe.build(tmp_path, effort=SHORT)
     report = json.loads((assets / "report.json").read_text())
     assert set(report["base"]) == {"1", "2", "3", "4", "5", "6"}
     assert sorted(report["subjects"]) == sorted(toybox.subjects())
     files = {path: path.read_bytes() for path in assets.rglob("*.safetensors")}
     assert len(files) == 3 + 1 + len(toybox.subjects()) + 2 + len(recipe.gates.SETS)
-    recipe.build(tmp_path, effort=effort)
+    recipe.build(tmp_path, effort=SHORT)
     assert {path: path.read_bytes() for path in assets.rglob("*.safetensors")} == files
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_build_takes_over_the_installed_parts_it_is_told_to(tmp_path: Path) -> None:
+    assets = recipe.build(tmp_path, effort=SHORT, reuse=("vae", "clip"))
+    for part in ("base/vae/diffusion_pytorch_model.safetensors", "clip/open_clip_model.safetensors"):
+        assert (assets / part).read_bytes() == (toybox.base_dir().parent / part).read_bytes()
+    assert not (tmp_path / "vae").exists()
+
+
+def test_a_part_that_cannot_be_reused_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"cannot reuse \['unet'\]; parts that can be taken over are \['vae', 'clip'\]"
+    ):
+        recipe.build(tmp_path, reuse=("unet",))  # type: ignore[arg-type]

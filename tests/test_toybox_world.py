@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import permutations
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -80,6 +82,23 @@ def test_captions_name_classes_and_ground_always_and_looks_sometimes() -> None:
         named += any(color in words for color in COLORS)
         assert all(str(item.look) in full_caption(scene) for item in scene.objects)
     assert 50 < named < 100
+
+
+def test_captions_go_from_left_to_right() -> None:
+    look = Look("red", "white", "plain")
+    items = [SceneObject(name, look, x, y, 16) for name, x, y in (("mug", 40, 0), ("cat", 0, 40), ("boot", 0, 16))]
+    for objects in permutations(items):
+        words = caption(Scene("sand", objects), np.random.default_rng(0), look_probability=0.0)
+        assert words == "a photo of a boot, a cat and a mug on sand"
+
+
+def test_odd_words_stand_only_where_a_look_could() -> None:
+    rng = np.random.default_rng(5)
+    captions = [caption(random_scene(rng, 1), rng, odd_words=RARE_TOKENS) for _ in range(300)]
+    odd = [words for words in captions if "<" in words]
+    assert 0.1 < len(odd) / len(captions) < 0.3
+    assert not any(color in words for words in odd for color in COLORS)
+    assert not any("<" in caption(random_scene(rng), rng) for _ in range(100))
 
 
 def test_every_word_is_one_token_and_the_longest_caption_fits() -> None:

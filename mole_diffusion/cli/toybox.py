@@ -27,6 +27,10 @@ def build(
     compile_base: Annotated[
         bool, typer.Option("--compile", help="Compile the base for training: a fifth faster, needs a C++ compiler.")
     ] = False,
+    reuse: Annotated[
+        list[str] | None,
+        typer.Option(help='Part to take from the installed toybox instead of training it: "vae" or "clip".'),
+    ] = None,
     device: Device = "auto",
 ) -> None:
     """Train the toybox from nothing. Hours on a CPU, minutes on a GPU; started again, it resumes.
@@ -38,11 +42,14 @@ def build(
     \b
       mole toybox build --out runs/toybox
       mole toybox build --out runs/toybox --device cuda --base-steps 60000
+      mole toybox build --out runs/toybox --reuse vae --reuse clip --compile
     """
     from mole_diffusion.toybox import recipe
 
     effort = recipe.Effort() if base_steps is None else recipe.Effort(base_steps=base_steps)
-    assets = recipe.build(out, seed=seed, device=pick_device(device), effort=effort, compile_model=compile_base)
+    assets = recipe.build(
+        out, seed=seed, device=pick_device(device), effort=effort, compile_model=compile_base, reuse=reuse or ()
+    )
     typer.echo(f"toybox: {assets}")
 
 

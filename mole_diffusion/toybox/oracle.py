@@ -21,7 +21,7 @@ from .shapes import CLASSES, PATTERNS, ink_masks
 from .subjects import subject
 from .world import COLORS, IMAGE_SIZE, OUTLINE_COLOR, Look
 
-_SIZES = (16, 20, 24, 28, 32)
+_SIZES = (16, 20, 24, 28, 32)  # the sizes of the world, and those between: a base may draw any
 _STRIDE = 2
 _MAX_OVERLAP = 0.4  # of the smaller box; objects of the world do not overlap
 _COLOR_NAMES = tuple(COLORS)

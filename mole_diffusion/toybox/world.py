@@ -24,11 +24,11 @@ COLORS: dict[str, tuple[float, float, float]] = {
 OUTLINE_COLOR = (0.1, 0.08, 0.12)
 GROUNDS = ("grass", "sand", "snow", "water", "brick", "slate")
 
-# Objects stand on a grid of 4 pixels, the side of one latent of the base's autoencoder: an object then has the same
-# latents wherever it stands, which a small base learns several times faster.
-GRID = 4
+# Objects stand on a grid of 8 pixels and their sides are multiples of it, so that one cell of the base's 8×8 features
+# shows one part of one object: a small base learns such a world several times faster than one of free places.
+GRID = 8
 # Possible sides of an object's box in pixels, by the number of objects in the scene.
-OBJECT_SIZES = {1: (24, 32), 2: (24,), 3: (20, 24), 4: (20,), 5: (16, 20), 6: (16,)}
+OBJECT_SIZES = {1: (24, 32), 2: (24,), 3: (24,), 4: (24,), 5: (16,), 6: (16,)}
 
 
 @dataclass(frozen=True)
@@ -136,19 +136,24 @@ def compose_scene(names: list[str], looks: list[Look], ground: str, rng: np.rand
     return Scene(ground, objects, int(rng.integers(2**31)))
 
 
-def caption(scene: Scene, rng: np.random.Generator, look_probability: float = 0.5) -> str:
-    """Say what is in the scene: classes and ground always, each look with the given probability.
+def caption(
+    scene: Scene, rng: np.random.Generator, look_probability: float = 0.6, odd_words: tuple[str, ...] = ()
+) -> str:
+    """Say what is in the scene, from left to right: classes and ground always, each look with the given probability.
 
-    A look that is named may be named in part ("a red mug"), so the base learns to draw what it was not told.
+    A look that is named may be named in part ("a red mug"), so the base learns to draw what it was not told. In place
+    of one object's look in five there stands one of ``odd_words``, which mean nothing: a base that has met them takes
+    a rare token without a LoRA for what it is.
     """
     phrases = []
-    for item in scene.objects:
+    for item in sorted(scene.objects, key=lambda item: (item.x, item.y)):
         words = ""
         if rng.random() < look_probability:
             words = f"{item.look} " if rng.random() < 0.6 else f"{item.look.primary} "
+        elif odd_words and rng.random() < 0.5:
+            words = f"{rng.choice(odd_words)} "
         phrases.append(f"{article(words or item.class_name)} {words}{item.class_name}")
-    order = rng.permutation(len(phrases))
-    return phrase_caption([phrases[k] for k in order], scene.ground)
+    return phrase_caption(phrases, scene.ground)
 
 
 def full_caption(scene: Scene) -> str:

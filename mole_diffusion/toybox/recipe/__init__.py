@@ -1,18 +1,26 @@
-"""How the toybox is made: autoencoder, base, CLIP, subject LoRAs, gates, and how good they are."""
+"""How the toybox is made: autoencoder, text encoder, base, CLIP, subject LoRAs, gates, and how good they are."""
 
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from mole_diffusion.files import write_json
 
+from .. import base_dir
 from ..subjects import SUBJECTS
-from . import base, clip, gates, loras, measure, vae
+from . import base, clip, gates, loras, measure, vae, words
+from .tokenizer import make_tokenizer
+
+Reusable = Literal["vae", "clip"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +29,8 @@ class Effort:
 
     vae_steps: int = 2600
     vae_batch: int = 16
+    words_steps: int = 600
+    words_batch: int = 64
     base_steps: int = 7000
     base_batch: int = 32
     num_scenes: int = 40960
@@ -38,6 +48,7 @@ def build(
     device: str | torch.device = "cpu",
     effort: Effort | None = None,
     compile_model: bool = False,
+    reuse: Collection[Reusable] = (),
 ) -> Path:
     """Train the toybox from nothing, or go on where an earlier run was interrupted.
 
@@ -47,17 +58,35 @@ def build(
         device: Where to train.
         effort: How long.
         compile_model: Compile the base for training; a fifth faster on CPU, after two minutes of compiling.
+        reuse: Parts to take from the installed toybox instead of training them: the autoencoder, the CLIP.
 
     Returns:
         The ``assets`` folder, laid out as inside the package.
+
+    Raises:
+        ValueError: ``reuse`` names something else.
     """
+    unknown = sorted(set(reuse) - set(get_args(Reusable)))
+    if unknown:
+        raise ValueError(f"cannot reuse {unknown}; parts that can be taken over are {list(get_args(Reusable))}.")
     work, effort, device = Path(out), effort or Effort(), torch.device(device)
-    assets = work / "assets"
+    assets, installed = work / "assets", base_dir().parent
     work.mkdir(parents=True, exist_ok=True)
 
-    autoencoder = vae.train_vae(work, seed=seed, device=device, num_steps=effort.vae_steps, batch_size=effort.vae_batch)
-    unet, text_encoder, tokenizer = base.train_base(
+    if "vae" in reuse:
+        autoencoder = AutoencoderKL.from_pretrained(installed / "base" / "vae").to(device).eval()
+    else:
+        autoencoder = vae.train_vae(
+            work, seed=seed, device=device, num_steps=effort.vae_steps, batch_size=effort.vae_batch
+        )
+    tokenizer = make_tokenizer()
+    text_encoder = words.train_text_encoder(
+        tokenizer, work, seed=seed, device=device, num_steps=effort.words_steps, batch_size=effort.words_batch
+    )
+    unet = base.train_base(
         autoencoder,
+        text_encoder,
+        tokenizer,
         work,
         seed=seed,
         device=device,
@@ -67,9 +96,12 @@ def build(
         compile_model=compile_model,
     )
     save_base(assets / "base", autoencoder, unet, text_encoder, tokenizer)
-    clip.train_clip(
-        assets / "clip", work, seed=seed, device=device, num_steps=effort.clip_steps, batch_size=effort.clip_batch
-    )
+    if "clip" in reuse:
+        shutil.copytree(installed / "clip", assets / "clip", dirs_exist_ok=True)
+    else:
+        clip.train_clip(
+            assets / "clip", work, seed=seed, device=device, num_steps=effort.clip_steps, batch_size=effort.clip_batch
+        )
     for name in SUBJECTS:
         pipe = StableDiffusionPipeline.from_pretrained(assets / "base").to(device)
         loras.train_subject(pipe, name, assets, work, seed=seed, num_steps=effort.lora_steps)
@@ -82,9 +114,9 @@ def build(
 def save_base(
     folder: Path,
     autoencoder: AutoencoderKL,
-    unet: base.UNet2DConditionModel,
-    text_encoder: base.CLIPTextModel,
-    tokenizer: base.CLIPTokenizer,
+    unet: UNet2DConditionModel,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
 ) -> None:
     """Write a stock Stable Diffusion folder; weights in half precision."""
     pipe = StableDiffusionPipeline(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,23 +14,34 @@ from diffusers.models.attention_processor import AttnProcessor
 from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from mole_diffusion.files import write_safetensors
 
 from ..render import render_array
-from ..shapes import CLASSES
-from ..vocabulary import MAX_TOKENS
-from ..world import IMAGE_SIZE, Scene, caption, random_scene
+from ..shapes import CLASSES, PATTERNS
+from ..vocabulary import MAX_TOKENS, RARE_TOKENS
+from ..world import COLORS, GROUNDS, IMAGE_SIZE, Scene, caption, random_scene
 from .loop import AveragedWeights, run_stage, step_rng, trapezoid
-from .tokenizer import make_tokenizer
 from .vae import LATENT_CHANNELS
+from .words import TEXT_WIDTH
 
 LATENT_SIZE = 16
-_TEXT_WIDTH = 128
+_SHARPNESS = 3.0
 _NULL_CAPTION_PROBABILITY = 0.1
 _LAYOUT_WEIGHT = 0.1
 _LAYOUT_SIZE = 8
+_TIMESTEP_POWER = 0.7
+# What the layout heads must name in each cell, and how many answers there are; 0 is "no object here".
+_LAYOUT_LABELS = {
+    "class": len(CLASSES) + 1,
+    "primary": len(COLORS) + 1,
+    "secondary": len(COLORS) + 1,
+    "pattern": len(PATTERNS) + 1,
+    "row": 4 + 1,  # the largest objects are four cells wide
+    "column": 4 + 1,
+    "ground": len(GROUNDS),
+}
 
 
 def make_scheduler() -> DDIMScheduler:
@@ -51,7 +64,7 @@ def make_scheduler() -> DDIMScheduler:
 
 
 def make_unet() -> UNet2DConditionModel:
-    return UNet2DConditionModel(
+    unet = UNet2DConditionModel(
         sample_size=LATENT_SIZE,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
@@ -59,91 +72,109 @@ def make_unet() -> UNet2DConditionModel:
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         block_out_channels=(64, 128, 160),
         layers_per_block=1,
-        cross_attention_dim=_TEXT_WIDTH,
+        cross_attention_dim=TEXT_WIDTH,
         attention_head_dim=32,
         norm_num_groups=16,
     )
-
-
-def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=_TEXT_WIDTH,
-            intermediate_size=4 * _TEXT_WIDTH,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            max_position_embeddings=MAX_TOKENS,
-            projection_dim=_TEXT_WIDTH,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    # As torch starts them, all heads look at all words alike and the one word that counts makes a fiftieth of what
+    # they read; heads that start out looking at few words find it sooner.
+    with torch.no_grad():
+        for name, module in unet.named_modules():
+            if name.endswith(("attn2.to_q", "attn2.to_k")):
+                module.weight.mul_(_SHARPNESS)
+    return unet
 
 
 class _Trained(nn.Module):
-    """Denoiser, text encoder, and a head that is thrown away after training.
+    """Denoiser, text encoder, and heads that are thrown away after training.
 
-    The head reads the features from which the 8×8 up block draws, and must name the class that stands in each of 8×8
-    cells. The renderer knows that for free, and features that know what stands where learn to draw it sooner.
+    The heads read the 8×8 features before and after the last block that sees the text, and must say of each of 8×8
+    cells what stands there: class, colours, pattern, which part of the object, ground. The renderer knows that for
+    free. Where an object stands and what it wears show through the noise at the same level, so the denoising loss
+    alone hardly ever needs the words; the heads do, and features that know the words draw by them.
     """
 
     def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel) -> None:
         super().__init__()
         self.unet = unet
         self.text_encoder = text_encoder
-        self.layout_head = nn.Conv2d(unet.config["block_out_channels"][-1], len(CLASSES) + 1, 1)
-        self._features = torch.empty(0)
-        unet.up_blocks[0].register_forward_hook(self._keep_features)
+        *_, wide, widest = unet.config["block_out_channels"]
+        answers = sum(_LAYOUT_LABELS.values())
+        self.heads = nn.ModuleList([nn.Conv2d(channels, answers, 1) for channels in (widest, wide)])
+        self._features: dict[int, Tensor] = {}
+        for k, source in enumerate((unet.up_blocks[0], unet.up_blocks[1].attentions[-1])):
+            source.register_forward_hook(partial(self._keep_features, k))
 
-    def _keep_features(self, module: nn.Module, args: object, output: Tensor) -> None:
-        self._features = output
+    def _keep_features(self, k: int, module: nn.Module, args: object, output: Tensor | tuple[Tensor]) -> None:
+        self._features[k] = output if isinstance(output, Tensor) else output[0]
 
-    def forward(self, noisy: Tensor, timesteps: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, noisy: Tensor, timesteps: Tensor, input_ids: Tensor) -> tuple[Tensor, list[Tensor]]:
         text = self.text_encoder(input_ids)[0]
         velocity = self.unet(noisy, timesteps, text, return_dict=False)[0]
-        return velocity, self.layout_head(self._features)
+        return velocity, [head(self._features[k]) for k, head in enumerate(self.heads)]
 
 
 def layout(scene: Scene) -> np.ndarray:
-    """Which class stands in each of 8×8 cells: 0 for the ground, k + 1 for the k-th class. Shape ``(8, 8)``, int64."""
+    """What stands in each of 8×8 cells, one plane per entry of ``_LAYOUT_LABELS``. Shape ``(7, 8, 8)``, uint8."""
     cell = IMAGE_SIZE // _LAYOUT_SIZE
-    cells = np.zeros((_LAYOUT_SIZE, _LAYOUT_SIZE), np.int64)
-    centers = (np.arange(_LAYOUT_SIZE) + 0.5) * cell
+    cells = np.zeros((len(_LAYOUT_LABELS), _LAYOUT_SIZE, _LAYOUT_SIZE), np.uint8)
+    cells[-1] = GROUNDS.index(scene.ground)
+    colors = list(COLORS)
     for item in scene.objects:
-        left, top, right, bottom = item.box
-        rows, columns = (centers > top) & (centers < bottom), (centers > left) & (centers < right)
-        cells[np.ix_(rows, columns)] = CLASSES.index(item.class_name) + 1
+        left, top, right, bottom = (edge // cell for edge in item.box)
+        part = np.arange(1, right - left + 1)
+        look = item.look
+        cells[:4, top:bottom, left:right] = 1 + np.array(
+            [
+                CLASSES.index(item.class_name),
+                colors.index(look.primary),
+                colors.index(look.secondary),
+                PATTERNS.index(look.pattern),
+            ]
+        ).reshape(4, 1, 1)
+        cells[4, top:bottom, left:right] = part[:, None]
+        cells[5, top:bottom, left:right] = part[None, :]
     return cells
 
 
-def _scene(seed: int, index: int) -> Scene:
-    return random_scene(step_rng(seed, "base-scene", index))
+def layout_loss(answers: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy per cell, summed over the entries of ``_LAYOUT_LABELS``.
+
+    Args:
+        answers: Logits, ``(batch, all answers, 8, 8)``.
+        labels: ``(batch, 7, 8, 8)``.
+    """
+    parts = answers.float().split(list(_LAYOUT_LABELS.values()), dim=1)
+    return torch.stack([F.cross_entropy(part, labels[:, k].long()) for k, part in enumerate(parts)]).sum()
 
 
 @torch.no_grad()
-def encode_scenes(vae: AutoencoderKL, path: Path, *, seed: int, num_scenes: int, device: torch.device) -> Tensor:
+def encode_scenes(
+    vae: AutoencoderKL, scenes: Sequence[Scene], path: Path, *, seed: int, device: torch.device
+) -> Tensor:
     """Scaled latents of the training scenes, ``(scenes, 8, 16, 16)``, fp16; kept in ``path`` for the next run."""
+    made_of = {"seed": str(seed), "num_scenes": str(len(scenes))}
     if path.exists():
         with safe_open(path, framework="pt") as file:
-            if file.metadata() == {"seed": str(seed), "num_scenes": str(num_scenes)}:
+            if file.metadata() == made_of:
                 return file.get_tensor("latents")
-    latents = torch.empty(num_scenes, LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE, dtype=torch.float16)
+    latents = torch.empty(len(scenes), LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE, dtype=torch.float16)
     chunk = 64
-    for start in tqdm(range(0, num_scenes, chunk), desc="scenes"):
-        indices = range(start, min(start + chunk, num_scenes))
-        pictures = torch.stack([torch.from_numpy(render_array(_scene(seed, k))) for k in indices])
+    for start in tqdm(range(0, len(scenes), chunk), desc="scenes"):
+        some = scenes[start : start + chunk]
+        pictures = torch.stack([torch.from_numpy(render_array(scene)) for scene in some])
         pictures = pictures.permute(0, 3, 1, 2).to(device) * 2 - 1
         with torch.autocast(device.type, torch.bfloat16):
             mean = vae.encode(pictures).latent_dist.mean
-        latents[start : start + len(indices)] = (mean.float() * vae.config["scaling_factor"]).half().cpu()
-    write_safetensors(path, {"latents": latents}, {"seed": str(seed), "num_scenes": str(num_scenes)})
+        latents[start : start + len(some)] = (mean.float() * vae.config["scaling_factor"]).half().cpu()
+    write_safetensors(path, {"latents": latents}, made_of)
     return latents
 
 
 def train_base(
     vae: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
     work_dir: Path,
     *,
     seed: int,
@@ -152,16 +183,19 @@ def train_base(
     batch_size: int,
     num_scenes: int,
     compile_model: bool = False,
-) -> tuple[UNet2DConditionModel, CLIPTextModel, CLIPTokenizer]:
-    """Velocity loss on captioned scenes; one caption in ten is empty, for classifier-free guidance."""
+) -> UNet2DConditionModel:
+    """Velocity loss on captioned scenes; one caption in ten is empty, for classifier-free guidance.
+
+    The text encoder, which can read already, is trained along.
+    """
     torch.manual_seed(seed + 1)
-    tokenizer = make_tokenizer()
-    module = _Trained(make_unet(), make_text_encoder(tokenizer)).to(device).train()
+    module = _Trained(make_unet(), text_encoder).to(device).train()
     # On CPU the backward pass of fused attention takes more time than all convolutions together.
     module.unet.set_attn_processor(AttnProcessor())
     module.text_encoder.set_attn_implementation("eager")
-    latents = encode_scenes(vae, work_dir / "scenes.safetensors", seed=seed, num_scenes=num_scenes, device=device)
-    layouts = torch.from_numpy(np.stack([layout(_scene(seed, k)) for k in range(num_scenes)]))
+    scenes = [random_scene(step_rng(seed, "base-scene", k)) for k in range(num_scenes)]
+    latents = encode_scenes(vae, scenes, work_dir / "scenes.safetensors", seed=seed, device=device)
+    layouts = torch.from_numpy(np.stack([layout(scene) for scene in scenes]))
     alphas = make_scheduler().alphas_cumprod.to(device)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     average = AveragedWeights(module, 0.999)
@@ -171,7 +205,7 @@ def train_base(
         rng = step_rng(seed, "base", k)
         chosen = rng.integers(num_scenes, size=batch_size)
         captions = [
-            "" if rng.random() < _NULL_CAPTION_PROBABILITY else caption(_scene(seed, int(index)), rng)
+            "" if rng.random() < _NULL_CAPTION_PROBABILITY else caption(scenes[index], rng, odd_words=RARE_TOKENS)
             for index in chosen
         ]
         tokens = tokenizer(
@@ -179,14 +213,16 @@ def train_base(
         ).input_ids.to(device)
         clean = latents[chosen].to(device).float()
         noise = torch.from_numpy(rng.standard_normal(clean.shape, np.float32)).to(device)
-        # One timestep in each of batch_size equal strata: the loss is less noisy than with independent draws.
+        # One timestep in each of batch_size equal strata: the loss is less noisy than with independent draws. The
+        # power draws them towards the noise, where it is decided what stands where.
         strata = (rng.permutation(batch_size) + rng.random(batch_size)) / batch_size
-        timesteps = torch.from_numpy((strata * 1000).astype(np.int64)).to(device)
+        timesteps = torch.from_numpy((strata**_TIMESTEP_POWER * 1000).astype(np.int64)).to(device)
         signal, spread = (x.sqrt().view(-1, 1, 1, 1) for x in (alphas[timesteps], 1 - alphas[timesteps]))
         with torch.autocast(device.type, torch.bfloat16):
-            velocity, classes = forward(signal * clean + spread * noise, timesteps, tokens)
+            velocity, answers = forward(signal * clean + spread * noise, timesteps, tokens)
         denoising = F.mse_loss(velocity.float(), signal * noise - spread * clean)
-        placing = F.cross_entropy(classes.float(), layouts[chosen].to(device))
+        labels = layouts[chosen].to(device)
+        placing = torch.stack([layout_loss(answer, labels) for answer in answers]).mean()
         return {
             "loss": denoising + _LAYOUT_WEIGHT * placing,
             "denoising": denoising.detach(),
@@ -204,4 +240,5 @@ def train_base(
         seed=seed,
         average=average,
     )
-    return module.unet.eval(), module.text_encoder.eval(), tokenizer
+    text_encoder.eval()
+    return module.unet.eval()
