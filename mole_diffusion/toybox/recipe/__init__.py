@@ -31,7 +31,7 @@ class Effort:
     vae_batch: int = 16
     words_steps: int = 600
     words_batch: int = 64
-    base_steps: int = 7000
+    base_steps: int = 9000
     base_batch: int = 32
     num_scenes: int = 40960
     clip_steps: int = 1000
@@ -74,7 +74,7 @@ def build(
     work.mkdir(parents=True, exist_ok=True)
 
     if "vae" in reuse:
-        autoencoder = AutoencoderKL.from_pretrained(installed / "base" / "vae").to(device).eval()
+        autoencoder = vae.load_vae(installed / "base" / "vae").to(device)
     else:
         autoencoder = vae.train_vae(
             work, seed=seed, device=device, num_steps=effort.vae_steps, batch_size=effort.vae_batch

@@ -28,7 +28,7 @@ def lora_config(name: str, *, seed: int, num_steps: int) -> LoRATrainingConfig:
         steps=num_steps,
         warmup_steps=min(20, num_steps // 5),
         batch_size=10,
-        learning_rate=4e-3,
+        learning_rate=2e-3,
         mixed_precision="bf16",
         seed=seed,
     )

@@ -31,6 +31,15 @@ def make_vae() -> AutoencoderKL:
     )
 
 
+def load_vae(folder: Path) -> AutoencoderKL:
+    """A trained autoencoder, without the trace of its folder that ``from_pretrained`` leaves in the configuration."""
+    trained = AutoencoderKL.from_pretrained(folder)
+    vae = make_vae()
+    vae.load_state_dict(trained.state_dict())
+    vae.register_to_config(scaling_factor=trained.config["scaling_factor"])
+    return vae.eval().requires_grad_(False)
+
+
 def render_batch(rng_key: tuple[int, str, int], batch_size: int, device: torch.device) -> torch.Tensor:
     """Random scenes as pictures of shape ``(batch, 3, 64, 64)``, values −1 to 1."""
     rng = step_rng(*rng_key)
