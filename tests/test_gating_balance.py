@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from mole_diffusion.gating import balance_loss
+from mole_diffusion.gating import balance_loss, floor_loss, mean_usage
 from tests import reference
 
 
@@ -70,3 +70,17 @@ def test_bad_shapes() -> None:
         balance_loss(torch.ones(3))
     with pytest.raises(ValueError, match=r"`present` must be \(2, 3\)"):
         balance_loss(torch.ones(2, 3), torch.ones(3, 2))
+
+
+def test_the_floor_lifts_only_what_is_neglected() -> None:
+    gates = torch.tensor([[0.7, 0.25, 0.05], [0.5, 0.35, 0.15]], dtype=torch.float64, requires_grad=True)
+    assert mean_usage(gates).tolist() == pytest.approx([0.6, 0.3, 0.1])
+    loss = floor_loss(gates, 0.2)
+    assert loss.item() == pytest.approx(-math.log(0.1 / 0.2))
+    (gradient,) = torch.autograd.grad(loss, gates)
+    assert gradient[:, :2].abs().max() == 0
+    torch.testing.assert_close(gradient[:, 2], torch.full((2,), -1 / (2 * 0.1), dtype=torch.float64))
+    above = floor_loss(gates, 0.05)
+    assert above.item() == 0
+    assert torch.autograd.grad(above, gates)[0].abs().max() == 0
+    assert floor_loss(torch.eye(3)[[0, 0]], 0.1).isfinite()

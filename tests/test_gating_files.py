@@ -136,9 +136,9 @@ def test_loading_is_strict(experts: Experts, tmp_path: Path) -> None:
         MoLEModel.from_pretrained(tmp_path)
     save_file(tensors, tmp_path / WEIGHTS)
     config = json.loads((tmp_path / "config.json").read_text())
-    config["gate_config"]["null_expert"] = True
+    config["gate_config"]["no_such_key"] = True
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"Unknown keys \['null_expert'\]"):
+    with pytest.raises(ValueError, match=r"Unknown keys \['no_such_key'\]"):
         MoLEModel.from_pretrained(tmp_path)
 
 

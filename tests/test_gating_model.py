@@ -23,6 +23,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "network": {"scope": "network", "normalization": "l2"},
     "flatten": {"token_axis": "flatten"},
     "block experts": {"experts": "block"},
+    "hidden": {"scope": "transformer", "input": "hidden", "token_axis": 2},
+    "nothing": {"scope": "matrix", "input": "none"},
 }
 
 
@@ -169,7 +171,9 @@ def test_permuting_loras_and_gates_changes_nothing(
     permuted = gates_for(permuted_experts, components, **CONFIGS[name])
     for key, gate in gates.gates.items():
         spec = next(spec for spec in gates.specs if spec.name == key.replace("/", "."))
-        if spec.block is not None:
+        if spec.hidden_features is not None:
+            widths = []
+        elif spec.block is not None:
             widths = [[spec.entries[0].features] * 3]
         else:
             widths = [list(entry.ranks) for entry in spec.entries]
@@ -179,7 +183,7 @@ def test_permuting_loras_and_gates_changes_nothing(
             for i in order:
                 columns += range(int(starts[3 * entry + i]), int(starts[3 * entry + i + 1]))
         target: Any = permuted.gates[key]
-        target.weight.data = gate.weight.data[order][..., columns]  # type: ignore[union-attr, index]
+        target.weight.data = gate.weight.data[order][..., columns or slice(None)]  # type: ignore[union-attr, index]
         target.log_temperature.data = gate.log_temperature.data
         if gate.weight_sum is not None:
             target.weight_sum.data = gate.weight_sum.data[order]  # type: ignore[union-attr, index]
@@ -204,7 +208,7 @@ def test_gradients_reach_every_gate_and_nothing_else(components: dict[str, Any],
         assert all(parameter.grad is None for parameter in components[component].parameters())
 
 
-@pytest.mark.parametrize("name", ["layer", "network", "block experts"])
+@pytest.mark.parametrize("name", ["layer", "network", "block experts", "hidden", "nothing"])
 def test_checkpointing_and_training_mode_change_nothing(
     components: dict[str, Any], experts: Experts, name: str
 ) -> None:

@@ -42,6 +42,17 @@ def test_names(component: str, module: str, layer: str, block: str) -> None:
     assert gate_name("network", component, module) == component
 
 
+def test_a_spatial_transformer_has_one_gate_for_its_blocks_and_projections() -> None:
+    for module in ("proj_in", "transformer_blocks.0.attn1.to_q", "transformer_blocks.1.ff.net.2"):
+        name = gate_name("transformer", "unet", f"down_blocks.0.attentions.1.{module}")
+        assert name == "unet.down_blocks.0.attentions.1"
+    for component, module, block in (
+        ("unet", "mid_block.resnets.1.conv2", "mid_block.resnets.1"),
+        ("text_encoder", f"{ENCODER}.mlp.fc2", ENCODER),
+    ):
+        assert gate_name("transformer", component, module) == f"{component}.{block}"
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("component", ["unet", "text_encoder"])
 def test_firing_order_is_the_order_of_a_forward_pass(components: dict[str, Any], component: str) -> None:
@@ -80,7 +91,7 @@ def test_entries_are_the_first_modules_that_read_the_same_tensor(components: dic
 def test_every_adapted_module_has_exactly_one_gate(components: dict[str, Any]) -> None:
     experts = Experts([make_lora(components, "a", 1)])
     experts.attach(models(components))
-    for scope in ("matrix", "layer", "block", "network"):
+    for scope in ("matrix", "layer", "block", "transformer", "network"):
         sites = [site for spec in plan_gates(experts, GateConfig(scope=scope)) for site in spec.sites]
         assert sorted(sites) == sorted(experts.sites)
 
@@ -88,7 +99,12 @@ def test_every_adapted_module_has_exactly_one_gate(components: dict[str, Any]) -
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"scope": "head"}, r"`scope` must be one of \['matrix', 'layer', 'block', 'network'\], got 'head'"),
+        ({"scope": "head"}, r"`scope` must be one of \['matrix', 'layer', 'block', 'trans.*', 'network'\], got 'head'"),
+        ({"input": "text"}, r"`input` must be one of \['experts', 'hidden', 'none'\], got 'text'"),
+        ({"input": "none", "token_axis": 4}, "input='none' has no tokens to read"),
+        ({"experts": "block", "input": "hidden"}, "experts='block' needs input='experts', got input='hidden'"),
+        ({"gate_sum": 0.0}, "`gate_sum` must be positive and finite, got 0.0"),
+        ({"gate_sum": float("nan")}, "`gate_sum` must be positive and finite"),
         ({"normalization": "batch"}, "`normalization` must be one of"),
         ({"experts": "all"}, "`experts` must be one of"),
         ({"token_axis": 0}, "'flatten' or a grid size of at least 1, got 0"),
@@ -98,7 +114,7 @@ def test_every_adapted_module_has_exactly_one_gate(components: dict[str, Any]) -
         ({"temperature": float("inf")}, "positive and finite"),
         ({"experts": "block", "scope": "layer"}, "needs scope='block'"),
         ({"experts": "block", "token_axis": 4}, "'pooled' or 'flatten', got 4"),
-        ({"gate_sum": 2}, r"Unknown keys \['gate_sum'\]"),
+        ({"gate_summ": 2}, r"Unknown keys \['gate_summ'\]"),
     ],
 )
 def test_bad_configurations(values: dict[str, Any], message: str) -> None:

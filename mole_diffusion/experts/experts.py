@@ -230,7 +230,7 @@ class Experts:
         Raises:
             ValueError: If the weigher's answer does not broadcast to the batch, tokens and experts of this module.
         """
-        site.see(output)
+        site.see(hidden_states, output)
         self._attachments[site.component].fired(site)
         run = self.run(site.component)
         if run.weigher is None or not run.active:

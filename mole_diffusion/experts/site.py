@@ -23,6 +23,7 @@ class Site:
         group: The sites that read the same input tensor, this one included (``to_q, to_k, to_v`` of a self-attention).
         reads_text: Whether its input are prompt embeddings: keys and values of a cross-attention.
         tokens: How many positions the last output had; ``None`` before the first call.
+        input_tokens: The same of the last input.
         spatial: ``(height, width)`` of the last output where it had them (convolutions), else ``None``.
     """
 
@@ -34,6 +35,7 @@ class Site:
         self.group = SiteGroup([self])
         self.reads_text = False
         self.tokens: int | None = None
+        self.input_tokens: int | None = None
         self.spatial: tuple[int, int] | None = None
         _check_fit(self)
 
@@ -51,11 +53,18 @@ class Site:
         conv: Any = self.module
         return F.conv2d(x, down, None, conv.stride, conv.padding, conv.dilation).flatten(2).transpose(1, 2)
 
-    def see(self, output: Tensor) -> None:
-        """Remember the shape of the module's latest output."""
+    def positions(self, hidden_states: Tensor) -> Tensor:
+        """The module's input as ``(batch, positions, features)``, whatever its own layout is."""
+        if self.stack.is_convolution:
+            return hidden_states.flatten(2).transpose(1, 2)
+        return hidden_states[:, None] if hidden_states.ndim == 2 else hidden_states.flatten(1, -2)
+
+    def see(self, hidden_states: Tensor, output: Tensor) -> None:
+        """Remember the shapes of the module's latest input and output."""
         if self.stack.is_convolution:
             self.spatial = (output.shape[-2], output.shape[-1])
-        self.tokens = output.shape[2:].numel() if self.stack.is_convolution else output.shape[1:-1].numel()
+        where = slice(2, None) if self.stack.is_convolution else slice(1, -1)
+        self.tokens, self.input_tokens = output.shape[where].numel(), hidden_states.shape[where].numel()
 
 
 class Projections:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .balance import balance_loss
+from .balance import balance_loss, floor_loss, mean_usage
 from .config import GateConfig
 from .gate import Gate, masked_softmax
 from .model import MoLEModel
@@ -18,5 +18,7 @@ __all__ = [
     "GateTable",
     "MoLEModel",
     "balance_loss",
+    "floor_loss",
     "masked_softmax",
+    "mean_usage",
 ]

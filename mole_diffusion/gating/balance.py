@@ -1,4 +1,4 @@
-"""The loss that keeps every LoRA in use, equations (14) and (15)."""
+"""Losses that keep every LoRA in use: equations (14) and (15), and a floor."""
 
 from __future__ import annotations
 
@@ -23,6 +23,46 @@ def balance_loss(gates: Tensor, present: Tensor | None = None) -> Tensor:
     Raises:
         ValueError: If shapes do not fit.
     """
+    # A softmax can underflow to an exact zero; the loss then is large but finite.
+    usage = mean_usage(gates, present)
+    return -usage.clamp_min(torch.finfo(usage.dtype).tiny).log().sum(dim=-1).mean()
+
+
+def floor_loss(gates: Tensor, floor: float, present: Tensor | None = None) -> Tensor:
+    """Lifts only what is neglected: ``L = - sum_i log min(q_i / floor, 1)``, q_i as in :func:`balance_loss`.
+
+    Zero, with a zero gradient, as soon as every LoRA has at least the share ``floor``; below it, the gradient by q_i is
+    that of the balance loss.
+
+    Args:
+        gates: As in :func:`balance_loss`.
+        floor: The least share of a LoRA; more than 0, and at most 1 / N to be within reach.
+        present: As in :func:`balance_loss`.
+
+    Returns:
+        A scalar; the mean over the batch.
+
+    Raises:
+        ValueError: If shapes do not fit.
+    """
+    usage = mean_usage(gates, present)
+    share = (usage / floor).clamp(torch.finfo(usage.dtype).tiny, 1)
+    return -share.log().sum(dim=-1).mean()
+
+
+def mean_usage(gates: Tensor, present: Tensor | None = None) -> Tensor:
+    """Eq. 15, ``q_i = 1/M sum_k G_i^k``: how much LoRA i is used over the places it touches.
+
+    Args:
+        gates: As in :func:`balance_loss`.
+        present: As in :func:`balance_loss`.
+
+    Returns:
+        ``(N,)`` or ``(batch, N)``, without the LoRAs that touch no place.
+
+    Raises:
+        ValueError: If shapes do not fit.
+    """
     if gates.ndim not in (2, 3) or 0 in gates.shape:
         raise ValueError(f"`gates` must be (places, N) or (batch, places, N), got {tuple(gates.shape)}.")
     if present is None:
@@ -34,6 +74,4 @@ def balance_loss(gates: Tensor, present: Tensor | None = None) -> Tensor:
     mask = present.to(gates.device, gates.dtype)
     places = mask.sum(dim=0)  # (N,), where each LoRA can act at all
     used = places > 0
-    usage = (gates * mask).sum(dim=-2)[..., used] / places[used]  # q, (batch, N)
-    # A softmax can underflow to an exact zero; the loss then is large but finite.
-    return -usage.clamp_min(torch.finfo(usage.dtype).tiny).log().sum(dim=-1).mean()
+    return (gates * mask).sum(dim=-2)[..., used] / places[used]

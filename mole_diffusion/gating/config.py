@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-Scope = Literal["matrix", "layer", "block", "network"]
+Scope = Literal["matrix", "layer", "block", "transformer", "network"]
+GateInput = Literal["experts", "hidden", "none"]
 Normalization = Literal["l2", "rms", "layer_norm"]
 TokenAxis = Literal["pooled", "flatten"] | int
 ExpertKind = Literal["module", "block"]
@@ -20,7 +21,11 @@ class GateConfig:
 
     Attributes:
         scope: How much of the model shares one gate. ``"matrix"``: an adapted weight. ``"layer"``: an attention or
-            feed-forward layer. ``"block"``: a transformer block. ``"network"``: a whole UNet or text encoder.
+            feed-forward layer. ``"block"``: a transformer block. ``"transformer"``: a UNet's spatial transformer,
+            blocks and projections, as in the released code. ``"network"``: a whole UNet or text encoder.
+        input: What a gate reads. ``"experts"``: the expert outputs, as the paper writes it. ``"hidden"``: the hidden
+            state its first module is given, as the released code does. ``"none"``: nothing, so that a gate is one
+            learned number per LoRA (CAT, with ``scope="matrix"``): what it lacks is what a gate's input is worth.
         token_axis: What becomes of the positions of an expert output. ``"pooled"``: their mean, any resolution. An
             integer k: means over a k x k grid (k stretches of a text), any resolution. ``"flatten"``: every position
             has its own parameters, as the paper writes it, so the gate fits one resolution only.
@@ -31,6 +36,11 @@ class GateConfig:
         experts: What an expert output is. ``"module"``: what the LoRA adds at the modules through which a scope is
             entered; costs nothing extra. ``"block"``: how the output of the transformer block changes under that
             LoRA alone; the block is run once more per LoRA. Needs ``scope="block"``.
+        gate_sum: What the weights of all N LoRAs add up to. 1 is the paper's softmax; N lets a LoRA weigh 1 on average,
+            so that equal gates are the plain sum. Where only k LoRAs act, since the others are masked out or do not
+            touch the place, the sum is ``k ** (log(gate_sum) / log(N))``: one LoRA alone is always that LoRA.
+        null_expert: One more logit in every softmax, for an expert that adds nothing. It takes its share of the sum,
+            also from a LoRA that acts alone.
 
     Raises:
         ValueError: On any other value, and where two settings contradict each other.
@@ -42,9 +52,17 @@ class GateConfig:
     temperature: float = 1.0
     learn_temperature: bool = True
     experts: ExpertKind = "module"
+    input: GateInput = "experts"
+    gate_sum: float = 1.0
+    null_expert: bool = False
 
     def __post_init__(self) -> None:
-        for name, allowed in (("scope", Scope), ("normalization", Normalization), ("experts", ExpertKind)):
+        for name, allowed in (
+            ("scope", Scope),
+            ("normalization", Normalization),
+            ("experts", ExpertKind),
+            ("input", GateInput),
+        ):
             value = getattr(self, name)
             if value not in get_args(allowed):
                 raise ValueError(f"`{name}` must be one of {list(get_args(allowed))}, got {value!r}.")
@@ -60,6 +78,12 @@ class GateConfig:
             raise ValueError(f"experts='block' needs scope='block', got scope={self.scope!r}.")
         if self.experts == "block" and is_grid:
             raise ValueError(f"experts='block' needs token_axis='pooled' or 'flatten', got {axis!r}.")
+        if self.experts == "block" and self.input != "experts":
+            raise ValueError(f"experts='block' needs input='experts', got input={self.input!r}.")
+        if self.input == "none" and axis != "pooled":
+            raise ValueError(f"input='none' has no tokens to read; leave token_axis at 'pooled', got {axis!r}.")
+        if not (self.gate_sum > 0 and math.isfinite(self.gate_sum)):
+            raise ValueError(f"`gate_sum` must be positive and finite, got {self.gate_sum}. The paper's is 1.")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GateConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import tempfile
 import weakref
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from ..experts import Experts, Projections, Run, Site
 from ..lora import LoRA
+from .binding import Binding, Current, up_blocks
 from .block import BlockExperts
 from .config import GateConfig
 from .gate import Gate, masked_softmax
@@ -58,7 +60,9 @@ class MoLEModel(ModelMixin, ConfigMixin):
         self.specs = tuple(GateSpec.from_dict(spec) for spec in gate_table)
         self.lora_names = tuple(lora["name"] for lora in loras)
         self.gates = nn.ModuleDict({_key(spec.name): self._make_gate(spec) for spec in self.specs})
-        self._binding: _Binding | None = None
+        many = self.num_experts > 1
+        self._sum_exponent = math.log(self.gate_config.gate_sum) / math.log(self.num_experts) if many else 0.0
+        self._binding: Binding | None = None
         self._record: GateRecord | None = None
 
     @classmethod
@@ -134,12 +138,12 @@ class MoLEModel(ModelMixin, ConfigMixin):
                 )
         if found:
             raise ValueError(f"The model has adapted places without a gate: {sorted(found)[:3]}. Train new gates.")
-        binding = _Binding(experts, self.specs)
+        binding = Binding(experts, self.specs)
         for spec in self.specs:
-            if spec.block is None:
-                self._gate(spec).set_up(_up_blocks(spec, experts, self._gate(spec).weight.dtype))
-            else:
+            if spec.block is not None:
                 self._hook_block(binding, spec, experts)
+            elif spec.hidden_features is None:
+                self._gate(spec).set_up(up_blocks(spec, experts, self._gate(spec).weight.dtype))
         self._binding = binding
 
     def weights(self, site: Site, projections: Projections, run: Run) -> Tensor | None:
@@ -154,13 +158,13 @@ class MoLEModel(ModelMixin, ConfigMixin):
         spec = binding.spec_of[site.name]
         if spec.block is not None:
             return binding.blocks[spec.name].weights()
-        current: _Current | None = run.notes.get(spec.name)
+        current: Current | None = run.notes.get(spec.name)
         if site.name in spec.entry_sites and not (current is not None and current.source() is projections):
-            features = torch.cat([projections.tensors[name] for name in spec.entry_sites], dim=-1)
+            features = _read(spec, site, projections)
             size = None
             if spec.spatial and isinstance(self.gate_config.token_axis, int):
-                size = site.spatial or token_grid(features.shape[1], run.sample_size, spec.name)
-            current = _Current(weakref.ref(projections), self._weigh(spec, features, size, run))
+                size = _grid(spec, site, projections) or token_grid(features.shape[1], run.sample_size, spec.name)
+            current = Current(weakref.ref(projections), self._weigh(spec, features, size, run))
             run.notes[spec.name] = current
         elif current is None:
             raise ValueError(
@@ -229,11 +233,12 @@ class MoLEModel(ModelMixin, ConfigMixin):
     def _make_gate(self, spec: GateSpec) -> Gate:
         config = self.gate_config
         return Gate(
-            num_experts=len(spec.experts),
+            num_experts=len(spec.experts) + config.null_expert,
             positions=spec.positions,
             width=spec.width,
             num_features=spec.num_features,
-            normalization=config.normalization,
+            # A gate that reads nothing is given a 1, which only these two norms leave as it is.
+            normalization="l2" if spec.hidden_features == 0 else config.normalization,
             temperature=config.temperature,
             learn_temperature=config.learn_temperature,
         )
@@ -253,14 +258,16 @@ class MoLEModel(ModelMixin, ConfigMixin):
             reduced = reduce_tokens(features, self.gate_config.token_axis, spec.positions, size, spec.name)
             everywhere = len(spec.experts) == self.num_experts
             index = slice(None) if everywhere else list(spec.experts)
-            kept = masked_softmax(gate(reduced), run.keep.to(features.device)[:, index])
+            keep = run.keep.to(features.device)[:, index]
+            kept = masked_softmax(gate(reduced), keep, self.gate_config.null_expert)
+            kept = kept * keep.sum(dim=-1, keepdim=True).clamp_min(1) ** self._sum_exponent
             gates = kept.new_zeros(len(kept), self.num_experts)
             gates[:, index] = kept  # a LoRA that does not touch this scope has no share
             if self._record is not None:
                 self._record.add(spec.name, run, gates)
             return (gates * run.scale.to(gates.device))[:, None]
 
-    def _hook_block(self, binding: _Binding, spec: GateSpec, experts: Experts) -> None:
+    def _hook_block(self, binding: Binding, spec: GateSpec, experts: Experts) -> None:
         """Have a block run once more under each LoRA whenever these gates weigh it."""
         binding.blocks[spec.name] = mixer = BlockExperts(spec.experts, self.num_experts)
 
@@ -293,30 +300,19 @@ def _need_attached(experts: Experts) -> None:
         raise ValueError("These experts hang on no model; call `experts.attach(components)` first.")
 
 
-def _up_blocks(spec: GateSpec, experts: Experts, dtype: torch.dtype) -> list[Tensor]:
-    """B_i, scaling folded in, of every entry module and expert, in the order of the projections."""
-    blocks: list[Tensor] = []
-    for name in spec.entry_sites:
-        stack = experts.sites[name].stack
-        blocks += stack.up_as(dtype).split([rank for rank in stack.ranks if rank], dim=1)
-    return blocks
+def _read(spec: GateSpec, site: Site, projections: Projections) -> Tensor:
+    """What a gate is given, ``(batch, tokens, width)``: expert outputs in rank space, a hidden state, or a constant."""
+    if spec.hidden_features is None:
+        return torch.cat([projections.tensors[name] for name in spec.entry_sites], dim=-1)
+    hidden_states = projections.hidden_states
+    if spec.hidden_features == 0:
+        return torch.ones(len(hidden_states), 1, 1, device=hidden_states.device)
+    return site.positions(hidden_states)
 
 
-class _Current:
-    """Weights of one scope in one pass, and the input they were computed from."""
-
-    def __init__(self, source: weakref.ref[Projections], weights: Tensor) -> None:
-        self.source = source
-        self.weights = weights
-
-
-class _Binding:
-    """What ties gates to attached experts; a copy of the gates starts without."""
-
-    def __init__(self, experts: Experts, specs: Sequence[GateSpec]) -> None:
-        self.sites = experts.sites
-        self.spec_of = {site: spec for spec in specs for site in spec.sites}
-        self.blocks: dict[str, BlockExperts] = {}
-
-    def __deepcopy__(self, memo: Any) -> None:
-        return None
+def _grid(spec: GateSpec, site: Site, projections: Projections) -> tuple[int, int] | None:
+    """Height and width of what a gate reads at a convolution; ``None`` elsewhere."""
+    if spec.hidden_features is None or not site.stack.is_convolution:
+        return site.spatial
+    height, width = projections.hidden_states.shape[-2:]
+    return height, width

@@ -29,7 +29,8 @@ class GateTable(NamedTuple):
 class GateRecord:
     """The gates of one forward pass, or of all while recording.
 
-    Weights are those after masking and before the user's scale, so rows sum to one. A checkpoint's recomputation adds
+    Weights are those after masking and before the user's scale, so rows sum to ``gate_sum``, less what a null expert
+    took. A checkpoint's recomputation adds
     nothing: recording the same pass twice is recording it once. (With reentrant checkpointing the forward pass has no
     graph, so neither have the recorded gates; use ``use_reentrant=False``, as diffusers does.)
 
@@ -81,6 +82,21 @@ class GateRecord:
         if not means:
             raise ValueError("No gate was recorded. Run the model inside `with model.record() as record:`.")
         return torch.stack([mean.to(means[-1].device) for mean in means])
+
+    def rows(self) -> Tensor:
+        """``(batch, places, N)``, the latest pass with graph: what :func:`balance_loss` takes, sample by sample.
+
+        Raises:
+            ValueError: If nothing was recorded, or places saw batches of different sizes.
+        """
+        gates = list(self.gates.values())
+        sizes = sorted({len(weights) for weights in gates})
+        if len(sizes) != 1:
+            raise ValueError(
+                f"Recorded batches have the sizes {sizes}. Record one pass of every model with one batch, inside "
+                "`with model.record() as record:`, or use `places()`, which takes means."
+            )
+        return torch.stack([weights.to(gates[-1].device) for weights in gates], dim=1)
 
     def present(self) -> Tensor:
         """``(places, N)`` bool: which LoRA touches which of the recorded places."""

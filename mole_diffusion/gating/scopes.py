@@ -8,6 +8,7 @@ from .config import Scope
 
 # Nearest enclosing unit that runs as a whole: a transformer block, a text encoder layer, a residual block.
 BLOCK = re.compile(r"^(.*?\b(?:\w*transformer_blocks|layers|resnets)\.\d+)(?:\.|$)")
+TRANSFORMER = re.compile(r"^(.*\battentions\.\d+)(?:\.|$)")
 LAYER = re.compile(r"^(.*\b(?:attn\d*|ff|ff_context|self_attn|mlp))\.")
 
 # Names in the order in which a forward pass reaches them, where the model registers them in another.
@@ -27,7 +28,8 @@ def gate_name(scope: Scope, component: str, module_name: str) -> str:
     """Name of the gate a module belongs to: a readable place, ``unet.mid_block.attentions.0.transformer_blocks.0``.
 
     A module outside every transformer block, text encoder layer and residual block (a transformer's ``proj_in`` and
-    ``proj_out``, a sampling convolution) shares a gate with what has the same parent.
+    ``proj_out``, a sampling convolution) shares a gate with what has the same parent. Where there is no spatial
+    transformer around a module, scope ``"transformer"`` is scope ``"block"``.
     """
     if scope == "network":
         return component
@@ -35,6 +37,10 @@ def gate_name(scope: Scope, component: str, module_name: str) -> str:
         layer = LAYER.match(module_name)
         if layer:
             return f"{component}.{layer[1]}"
+    if scope == "transformer":
+        transformer = TRANSFORMER.match(module_name)
+        if transformer:
+            return f"{component}.{transformer[1]}"
     if scope != "matrix":
         block = BLOCK.match(module_name)
         parent = block[1] if block else module_name.rpartition(".")[0]

@@ -36,10 +36,12 @@ class GateSpec:
         component: Name of the model it lies in.
         experts: Indices of the LoRAs that touch its scope; the others take no share of its softmax.
         modules: The adapted modules it weighs.
-        entries: What it reads: the first of them to run, with those that read the same tensor.
+        entries: Where it reads: the first of them to run, with those that read the same tensor.
         block: Name of the block it re-runs under each LoRA, or ``None`` where experts are those of modules.
         spatial: Whether its tokens are the pixels of a picture (else a text, or one vector).
         positions: Length of the token axis the gate sees.
+        hidden_features: Size of the hidden state it reads there; 0 if it reads nothing, ``None`` if it reads what the
+            experts add there.
     """
 
     name: str
@@ -50,6 +52,7 @@ class GateSpec:
     block: str | None
     spatial: bool
     positions: int = 1
+    hidden_features: int | None = None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GateSpec:
@@ -74,15 +77,20 @@ class GateSpec:
 
     @property
     def width(self) -> int:
-        """Numbers per position the gate reads: ranks in rank space, features of all experts for a block."""
+        """Numbers per position the gate reads: ranks in rank space, features of all experts for a block.
+
+        A gate that reads nothing is given a constant 1.
+        """
+        if self.hidden_features is not None:
+            return max(self.hidden_features, 1)
         if self.block is not None:
             return len(self.experts) * self.entries[0].features
         return sum(sum(entry.ranks) for entry in self.entries)
 
     @property
     def num_features(self) -> int:
-        """Size of the concatenated expert outputs that are normalised, N * L * d where all LoRAs are present."""
-        if self.block is not None:
+        """Size of what is normalised: of the concatenated expert outputs, N * L * d where all LoRAs are present."""
+        if self.block is not None or self.hidden_features is not None:
             return self.positions * self.width
         return self.positions * sum(e.features * sum(r > 0 for r in e.ranks) for e in self.entries)
 
@@ -113,7 +121,8 @@ def with_positions(spec: GateSpec, config: GateConfig, experts: Experts) -> Gate
     if axis == "pooled":
         positions = 1
     elif axis == "flatten":
-        tokens = experts.sites[spec.entry_sites[0]].tokens
+        entry = experts.sites[spec.entry_sites[0]]
+        tokens = entry.tokens if spec.hidden_features is None else entry.input_tokens
         if tokens is None:
             raise ValueError(
                 f"Gates with token_axis='flatten' fit one resolution only, and {spec.component} has not seen any yet. "
@@ -129,6 +138,7 @@ def _plan(name: str, members: Sequence[Site], config: GateConfig) -> GateSpec:
     first = members[0]
     entries = [site for site in first.group.sites if site in members]
     block = block_module(first.module_name) if config.experts == "block" else None
+    hidden_features = {"experts": None, "hidden": first.stack.down.shape[1], "none": 0}[config.input]
     present = sorted({index for site in members for index in site.stack.experts})
     return GateSpec(
         name=name,
@@ -138,6 +148,7 @@ def _plan(name: str, members: Sequence[Site], config: GateConfig) -> GateSpec:
         entries=tuple(Entry(site.module_name, site.stack.ranks, site.stack.up.shape[0]) for site in entries),
         block=block,
         spatial=_is_spatial(first),
+        hidden_features=hidden_features,
     )
 
 

@@ -1,0 +1,43 @@
+"""What ties gates to the modules they weigh, and what they hold during one forward pass."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..experts import Experts, Projections
+from .block import BlockExperts
+from .spec import GateSpec
+
+
+def up_blocks(spec: GateSpec, experts: Experts, dtype: torch.dtype) -> list[Tensor]:
+    """B_i, scaling folded in, of every entry module and expert, in the order of the projections."""
+    blocks: list[Tensor] = []
+    for name in spec.entry_sites:
+        stack = experts.sites[name].stack
+        blocks += stack.up_as(dtype).split([rank for rank in stack.ranks if rank], dim=1)
+    return blocks
+
+
+class Current:
+    """Weights of one scope in one pass, and the input they were computed from."""
+
+    def __init__(self, source: weakref.ref[Projections], weights: Tensor) -> None:
+        self.source = source
+        self.weights = weights
+
+
+class Binding:
+    """What ties gates to attached experts; a copy of the gates starts without."""
+
+    def __init__(self, experts: Experts, specs: Sequence[GateSpec]) -> None:
+        self.sites = experts.sites
+        self.spec_of = {site: spec for spec in specs for site in spec.sites}
+        self.blocks: dict[str, BlockExperts] = {}
+
+    def __deepcopy__(self, memo: Any) -> None:
+        return None
