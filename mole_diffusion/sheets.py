@@ -1,9 +1,9 @@
-"""Pictures about pictures: a labelled grid of images, and a heat map of gate weights."""
+"""Pictures about pictures and trainings: a labelled grid of images, heat maps of gate weights, curves."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -75,30 +75,92 @@ def gate_heat_map(
     Raises:
         ValueError: The names do not fit the shape of `weights`.
     """
+    return gate_heat_maps({title: weights}, places, loras, path)
+
+
+def gate_heat_maps(
+    tables: Mapping[str, Tensor], places: Sequence[str], loras: Sequence[str], path: str | os.PathLike[str]
+) -> Path:
+    """Draws several tables of gate weights side by side, on one scale.
+
+    Args:
+        tables: Title to weights, as in `gate_heat_map`.
+        places: Names of the rows.
+        loras: Names of the columns.
+        path: Where to; the suffix chooses the format.
+
+    Raises:
+        ValueError: There is no table, or the names do not fit the shape of one.
+    """
     # The object-oriented half of matplotlib: pyplot would choose a window system and keep figures alive.
     from matplotlib.figure import Figure
 
-    if tuple(weights.shape) != (len(places), len(loras)):
-        raise ValueError(
-            f"`weights` must be (places, LoRAs) = ({len(places)}, {len(loras)}), got {tuple(weights.shape)}."
-        )
-    table = weights.detach().float().cpu().numpy()
-    figure = Figure(figsize=(3.5 + 1.1 * len(loras), 1.4 + 0.3 * len(places)), layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(table, aspect="auto", cmap="viridis", vmin=0, vmax=1)
-    axes.set_xticks(range(len(loras)), loras)
-    axes.set_yticks(range(len(places)), places, fontsize=8)
-    axes.xaxis.tick_top()
-    for row, values in enumerate(table):
-        for column, value in enumerate(values):
-            if value == value:  # not NaN
-                colour = "black" if value > 0.6 else "white"
-                axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
-    figure.colorbar(image, ax=axes, label="gate weight")
-    axes.set_title(title)
+    if not tables:
+        raise ValueError("there is no table of gate weights to draw.")
+    for weights in tables.values():
+        if tuple(weights.shape) != (len(places), len(loras)):
+            raise ValueError(
+                f"`weights` must be (places, LoRAs) = ({len(places)}, {len(loras)}), got {tuple(weights.shape)}."
+            )
+    arrays = {title: weights.detach().float().cpu().numpy() for title, weights in tables.items()}
+    largest = max(1.0, *(float(table[table == table].max(initial=0)) for table in arrays.values()))
+    size = (3.5 + 1.1 * len(loras) * len(arrays), 1.4 + 0.3 * len(places))
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(1, len(arrays), sharey=True, squeeze=False)[0]
+    for axes, (title, table) in zip(panels, arrays.items(), strict=True):
+        image = axes.imshow(table, aspect="auto", cmap="viridis", vmin=0, vmax=largest)
+        axes.set_xticks(range(len(loras)), loras)
+        axes.set_yticks(range(len(places)), places, fontsize=8)
+        axes.xaxis.tick_top()
+        for row, values in enumerate(table):
+            for column, value in enumerate(values):
+                if value == value:  # not NaN
+                    colour = "black" if value > 0.6 * largest else "white"
+                    axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
+        axes.set_title(title)
+    figure.colorbar(image, ax=list(panels), label="gate weight")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=130)
     return Path(path)
+
+
+def curves(
+    panels: Mapping[str, Mapping[str, Sequence[float]]], path: str | os.PathLike[str], *, title: str = ""
+) -> Path:
+    """Draws numbers over training steps, one panel above another.
+
+    Args:
+        panels: Label of a panel to its curves; name of a curve to one number per step. Each is drawn faintly, and its
+            running mean over a twentieth of the steps in full.
+        path: Where to; the suffix chooses the format.
+        title: A line above everything.
+
+    Raises:
+        ValueError: There is nothing to draw.
+    """
+    from matplotlib.figure import Figure
+
+    if not any(panels.values()):
+        raise ValueError("there is no curve to draw: every panel is empty.")
+    figure = Figure(figsize=(8, 0.6 + 2.2 * len(panels)), layout="constrained")
+    for axes, (label, lines) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels.items(), strict=True):
+        for index, (name, values) in enumerate(lines.items()):
+            steps, colour = range(1, len(values) + 1), f"C{index}"
+            axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+            axes.plot(steps, _running_mean(values, max(1, len(values) // 20)), color=colour, label=name)
+        axes.set_ylabel(label)
+        axes.legend(loc="upper right", fontsize=8)
+    axes.set_xlabel("training step")
+    figure.suptitle(title)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=110)
+    return Path(path)
+
+
+def _running_mean(values: Sequence[float], width: int) -> list[float]:
+    """Each entry the mean of the last `width` up to it."""
+    windows = [values[max(0, k + 1 - width) : k + 1] for k in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
 
 
 def _fit(picture: Image.Image, cell: int) -> Image.Image:

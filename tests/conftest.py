@@ -26,3 +26,10 @@ def components() -> dict[str, Any]:
 def pipe() -> Any:
     """A stock `StableDiffusionPipeline` around tiny random components."""
     return tiny_pipeline()
+
+
+@pytest.fixture
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures for the report, and those that stand in for references, in two steps instead of 25."""
+    for module in ("report", "references"):
+        monkeypatch.setattr(f"mole_diffusion.training.{module}.STEPS", 2)

@@ -188,3 +188,42 @@ def literal_gate(
     """(9)-(11) in one: expert outputs to gates."""
     pooled: list[Any] = [pool(output, token_axis, size) for output in expert_outputs]
     return eq11_gates(eq10_logits(eq9_concatenate(pooled, normalization), e), temperature)
+
+
+def unit(vector: Tensor) -> Tensor:
+    """A vector of length one."""
+    return vector / math.sqrt(math.fsum(v * v for v in vector.tolist()))
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    """cos(a, b)."""
+    return math.fsum(x * y for x, y in zip(unit(a).tolist(), unit(b).tolist(), strict=True))
+
+
+def eq_directional(image: Tensor, image_before: Tensor, text: Tensor, text_before: Tensor) -> float:
+    """The local guidance: 1 - cos(delta I, delta T)."""
+    return 1 - cosine(image - image_before, text - text_before)
+
+
+def ddim(clean: Tensor, noise: Tensor, fresh: Tensor, a: float, a_next: float, eta: float) -> Tensor:
+    """(12) and (16) of DDIM (arXiv 2010.02502): eta 0 is deterministic, 1 is DDPM."""
+    sigma = eta * math.sqrt((1 - a_next) / (1 - a)) * math.sqrt(1 - a / a_next)
+    return math.sqrt(a_next) * clean + math.sqrt(1 - a_next - sigma**2) * noise + sigma * fresh
+
+
+def adamw(weight: Tensor, gradients: Sequence[Tensor], rates: Sequence[float], decay: float, max_norm: float) -> Tensor:
+    """AdamW with clipped gradients, betas 0.9 and 0.999 and epsilon 1e-8, from its definition (arXiv 1711.05101)."""
+    mean, square = torch.zeros_like(weight), torch.zeros_like(weight)
+    for step, (gradient, rate) in enumerate(zip(gradients, rates, strict=True), start=1):
+        norm = math.sqrt(math.fsum(v * v for v in gradient.flatten().tolist()))
+        gradient = gradient * min(1.0, max_norm / (norm + 1e-6))
+        weight = weight - rate * decay * weight
+        mean = 0.9 * mean + 0.1 * gradient
+        square = 0.999 * square + 0.001 * gradient**2
+        weight = weight - rate * (mean / (1 - 0.9**step)) / ((square / (1 - 0.999**step)).sqrt() + 1e-8)
+    return weight
+
+
+def entropy(gates: Sequence[float]) -> float:
+    """- sum_i G_i log G_i, in nats."""
+    return -math.fsum(g * math.log(g) for g in gates if g > 0)

@@ -55,7 +55,16 @@ def drawing(world: Path, out: Path, *more: object) -> list[object]:
     return ["generate", *options, *more]
 
 
-COMMANDS = [["demo"], ["generate"], ["inspect"], ["train-lora"], ["toybox", "build"], ["toybox", "show"]]
+COMMANDS = [
+    ["demo"],
+    ["generate"],
+    ["inspect"],
+    ["train-lora"],
+    ["train-gates"],
+    ["balance-study"],
+    ["toybox", "build"],
+    ["toybox", "show"],
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
@@ -159,7 +168,7 @@ def bad_calls(world: Path, tmp: Path) -> dict[str, tuple[list[object], str]]:
     empty = tmp / "empty"
     empty.mkdir()
     return {
-        "lora without a name": ([*draw, "--lora", "cat.safetensors"], "--lora takes name=file, got 'cat.safetensors'"),
+        "lora without a name": ([*draw, "--lora", "cat.safetensors"], "--lora takes name=value, got 'cat.safetensors'"),
         "name twice": ([*draw, "--lora", "cat=x.safetensors"], "--lora has the name 'cat' twice"),
         "no such lora": ([*draw, "--lora", "fox=no/fox.safetensors"], "no/fox.safetensors"),
         "unknown choice": (

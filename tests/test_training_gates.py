@@ -2,69 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
-from torch import Tensor
+from diffusers import StableDiffusionPipeline
 
 from mole_diffusion.clip import DifferentiableCLIP
-from mole_diffusion.gating import GateConfig, MoLEModel
-from mole_diffusion.pipelines import MoLEStableDiffusionPipeline
-from mole_diffusion.training import GateTrainingConfig, TrainingDivergedError, train_gates
-from mole_diffusion.training.gates import _predict_images, _walk
+from mole_diffusion.gating import GateConfig
+from mole_diffusion.training import PRESETS, Concept, GateTrainingConfig, TrainingDivergedError
+from mole_diffusion.training.guidance import Guidance
 from mole_diffusion.training.loop import step_generator
-from mole_diffusion.training.noise import NoiseSchedule
-from tests.test_clip import write_clip
-from tests.tiny import random_lora, tiny_pipeline
+from mole_diffusion.training.walk import Walker
+from tests.gate_training import CONCEPTS, PROMPTS, config, make_clip, mole_pipeline, train
+from tests.tiny import tiny_pipeline
 
-PROMPTS = ("a cat on grass", "a dog in the sand")
+pytestmark = pytest.mark.usefixtures("few_steps")
 
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> DifferentiableCLIP:
-    torch.manual_seed(0)
-    return DifferentiableCLIP(write_clip(tmp_path_factory.mktemp("clip")))
-
-
-def mole_pipeline(loras: int = 2) -> Any:
-    pipe = tiny_pipeline(MoLEStableDiffusionPipeline)
-    if loras:
-        pipe.load_loras({f"lora{seed}": random_lora(pipe.components, seed=seed) for seed in range(loras)})
-    return pipe
-
-
-def config(**changes: Any) -> GateTrainingConfig:
-    settings: dict[str, Any] = {
-        "steps": 2,
-        "batch_size": 1,
-        "warmup_steps": 0,
-        "rollout_steps": 2,
-        "guidance_scale": 2.0,
-    }
-    return GateTrainingConfig(**(settings | changes))
-
-
-def train(pipe: Any, settings: GateTrainingConfig, clip: DifferentiableCLIP, **options: Any) -> MoLEModel:
-    return train_gates(pipe, settings, **({"prompts": PROMPTS, "clip": clip, "progress": False} | options))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"balance_weight": -1.0}, "`balance_weight` must be 0 or more, got -1.0"),
-        ({"rollout_steps": 0}, "`rollout_steps` must be at least 1, got 0"),
-        ({"guidance_scale": 0.5}, r"`guidance_scale` must be at least 1 \(no guidance\), got 0.5"),
-        ({"steps": 0}, "`steps` must be at least 1"),
-    ],
-)
-def test_settings_that_cannot_be_say_why(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        config(**changes)
+    return make_clip(tmp_path_factory.mktemp("clip"))
 
 
 def test_what_cannot_be_trained_says_why(clip: DifferentiableCLIP) -> None:
@@ -79,8 +43,17 @@ def test_what_cannot_be_trained_says_why(clip: DifferentiableCLIP) -> None:
         train(pipe, config(), clip, prompts=[])
     with pytest.raises(ValueError, match="one prompt twice"):
         train(pipe, config(), clip, prompts=["a cat", "a cat"])
-    with pytest.raises(ValueError, match="no entry for 'a dog in the sand' "):
-        train(pipe, config(), clip, clip_prompts={PROMPTS[0]: "a red cat"})
+    cat = Concept(token="<v1>", class_name="cat")
+    with pytest.raises(ValueError, match=r"`concepts` has 'cat', which is no loaded LoRA. Loaded are: lora0, lora1"):
+        train(pipe, config(), clip, concepts={"cat": cat})
+    with pytest.raises(ValueError, match=r"tokens of their own, got \['<v1>', '<v1>'\]"):
+        train(pipe, config(), clip, concepts={"lora0": cat, "lora1": cat})
+    with pytest.raises(ValueError, match="compare with concepts, and `concepts` has none"):
+        train(pipe, config(local_weight=1.0), clip)
+    with pytest.raises(ValueError, match=r"'a <v2> dog in the sand' has none of the tokens \['<v1>'\]"):
+        train(pipe, config(identity_weight=1.0, reference_pictures=1), clip, concepts={"lora0": cat})
+    with pytest.raises(ValueError, match=r"2 LoRAs cannot all have that share. Use at most 0.500"):
+        train(pipe, config(balance="floor", balance_floor=0.6), clip)
 
 
 def test_gradients_reach_every_gate_and_nothing_else(clip: DifferentiableCLIP) -> None:
@@ -113,60 +86,24 @@ def test_the_balance_loss_evens_gates_out(clip: DifferentiableCLIP) -> None:
 
 def test_training_makes_clip_like_the_picture_more(clip: DifferentiableCLIP) -> None:
     pipe = mole_pipeline()
-    settings = config(steps=12, learning_rate=0.05, balance_weight=0.0, rollout_steps=1, guidance_scale=1.0)
+    settings = config(steps=12, learning_rate=0.05, balance="off", rollout_steps=1, guidance_scale=1.0)
     pipe.init_gates(settings.gates)
-    schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
-    target = clip.encode_text(PROMPTS[:1])
+    guidance, walker = Guidance(clip, settings, PROMPTS[:1], {}, {}), Walker(pipe, settings)
 
     @torch.no_grad()
-    def score() -> float:
+    def loss() -> float:
         total = 0.0
         for seed in range(4):
+            plan = walker.plan(step_generator(99, seed))
             with pipe.composing():
-                place = _walk(pipe, schedule, settings, list(PROMPTS[:1]), step_generator(99, seed))
-                images = _predict_images(pipe, schedule, settings, list(PROMPTS[:1]), *place)
-            total += (clip.encode_image(images) * target).sum().item()
+                prediction = walker.predict(plan.noise, plan.timesteps[0], walker.encode([PROMPTS[0]]))
+            images = walker.decode(walker.picture_latents(prediction, plan.noise, plan.timesteps[0], plan.noise))
+            total += guidance.terms(images, [0])["global"].item()
         return total / 4
 
-    before = score()
+    before = loss()
     train(pipe, settings, clip, prompts=PROMPTS[:1])
-    assert score() > before
-
-
-def test_the_walk_is_diffusers_ddim() -> None:
-    """From the same noise to the same latents as the pipeline's own loop, gates, guidance and all.
-
-    In 4 steps: where T is no multiple of the steps, diffusers' DDIM takes the next timestep one off its own list.
-    """
-    pipe = mole_pipeline()
-    pipe.init_gates()
-    pipe.scheduler = DDIMScheduler(
-        prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False
-    )
-    settings = config(rollout_steps=4, guidance_scale=2.0, batch_size=2)
-    seed = next(s for s in range(99) if int(torch.randint(4, (), generator=step_generator(0, s))) == 2)
-    with pipe.composing():
-        noisy, timesteps = _walk(
-            pipe, NoiseSchedule.from_scheduler(pipe.scheduler), settings, list(PROMPTS), step_generator(0, seed)
-        )
-    generator = step_generator(0, seed)
-    torch.randint(4, (), generator=generator)
-    reached: list[Tensor] = []
-
-    def keep(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        reached.append(tensors["latents"])
-        return tensors
-
-    pipe(
-        list(PROMPTS),
-        latents=torch.randn(2, 4, 16, 16, generator=generator),
-        num_inference_steps=4,
-        guidance_scale=2.0,
-        output_type="latent",
-        callback_on_step_end=keep,
-    )
-    assert timesteps.tolist() == [pipe.scheduler.timesteps[2].item()] * 2
-    torch.testing.assert_close(noisy, reached[1], rtol=1e-4, atol=1e-4)
+    assert loss() < before
 
 
 def test_the_same_training_gives_the_same_gates_in_one_go_or_in_two(clip: DifferentiableCLIP, tmp_path: Path) -> None:
@@ -193,7 +130,8 @@ def test_the_same_training_gives_the_same_gates_in_one_go_or_in_two(clip: Differ
     assert all(torch.equal(value, state[name]) for name, value in whole.state_dict().items())
     reports = [json.loads((tmp_path / name / "training.json").read_text()) for name in ("whole", "resumed")]
     assert reports[0] == reports[1]
-    assert {name: len(values) for name, values in reports[0]["losses"].items()} == {"loss": 3, "clip": 3, "balance": 3}
+    numbers = {"loss", "global", "balance", "entropy", "weight/lora0", "weight/lora1", "temperature", "gradient_norm"}
+    assert {name: len(values) for name, values in reports[0]["numbers"].items()} == dict.fromkeys(numbers, 3)
     assert reports[0]["config"]["gates"] == GateConfig().to_dict()
 
     loaded = mole_pipeline()
@@ -204,24 +142,106 @@ def test_the_same_training_gives_the_same_gates_in_one_go_or_in_two(clip: Differ
         train(mole_pipeline(), settings, clip, work=tmp_path / "work", prompts=PROMPTS[:1])
 
 
+def numbers_of(settings: GateTrainingConfig, clip: DifferentiableCLIP, **options: Any) -> dict[str, float]:
+    """Those of the last step."""
+    found: dict[str, float] = {}
+    train(mole_pipeline(), settings, clip, on_step_end=lambda step, numbers: found.update(numbers), **options)
+    return found
+
+
 def test_clip_reads_the_words_it_knows(clip: DifferentiableCLIP) -> None:
-    """The guidance compares the picture with what its own prompt has in `clip_prompts`, or with that prompt."""
-    losses: list[float] = []
-
-    def note(step: int, terms: Mapping[str, float]) -> None:
-        losses.append(terms["clip"])
-
-    seed = next(s for s in range(99) if int(torch.randint(2, (1,), generator=step_generator(s, 0))) == 1)
-    for clip_prompts in ({PROMPTS[0]: "x", PROMPTS[1]: "a red mug"}, {PROMPTS[0]: "x", PROMPTS[1]: PROMPTS[1]}, None):
-        train(mole_pipeline(), config(steps=1, seed=seed), clip, clip_prompts=clip_prompts, on_step_end=note)
-    assert losses[0] != losses[1]
-    assert losses[1] == losses[2]
+    """The guidance compares the picture with the concepts' words, the base model draws the tokens."""
+    plain, known = (numbers_of(config(steps=1), clip, concepts=concepts) for concepts in (None, CONCEPTS))
+    assert plain["global"] != known["global"]
+    assert {name: plain[name] for name in ("balance", "entropy")} == {
+        name: known[name] for name in ("balance", "entropy")
+    }
 
 
-def test_a_nan_stops_with_the_number_of_the_step(clip: DifferentiableCLIP, tmp_path: Path) -> None:
+def test_every_term_is_weighed_and_logged_on_its_own(clip: DifferentiableCLIP, tmp_path: Path) -> None:
+    weights = {"global_weight": 0.5, "local_weight": 2.0, "identity_weight": 3.0, "balance_weight": 0.25}
+    settings = config(steps=1, reference_pictures=1, **weights)
+    numbers = numbers_of(settings, clip, concepts=CONCEPTS, work=tmp_path)
+    total = sum(weights[f"{name}_weight"] * numbers[name] for name in ("global", "local", "identity", "balance"))
+    assert numbers["loss"] == pytest.approx(total, rel=1e-5)
+    assert len({numbers[name] for name in ("global", "local", "identity", "balance")}) == 4
+    assert numbers["entropy"] == pytest.approx(math.log(2), rel=1e-5)
+    assert numbers["weight/lora0"] == pytest.approx(0.5)
+    for balance, value in (("floor", 0.0), ("off", None)):
+        settings = config(steps=1, balance=balance)
+        assert numbers_of(settings, clip).get("balance") == value
+
+
+def test_cutting_a_batch_changes_nothing(clip: DifferentiableCLIP) -> None:
+    """With a gradient at every step of an ancestral walk, which draws noise for the whole batch.
+
+    But for the order of float32 sums, which Adam magnifies: a step moves a parameter by up to 0.05.
+    """
+    settings = config(batch_size=4, steps=3, learning_rate=0.05, gradient_steps=0, eta=1.0, update_every=1)
+    whole = train(mole_pipeline(), settings, clip).state_dict()
+    parts = train(mole_pipeline(), dataclasses.replace(settings, gradient_accumulation=2), clip).state_dict()
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, atol=5e-4, rtol=0)
+    other = train(mole_pipeline(), dataclasses.replace(settings, seed=1), clip).state_dict()
+    assert any((other[name] - value).abs().max() > 1e-2 for name, value in whole.items())
+
+
+def test_mode_and_checkpointing_give_the_same_gates(clip: DifferentiableCLIP) -> None:
+    gates = []
+    for mode in ("eval", "train", "checkpointing"):
+        pipe = mole_pipeline()
+        for model in (pipe.unet, pipe.text_encoder, pipe.vae):
+            model.train(mode == "train")
+        pipe.text_encoder.config.attention_dropout = 0.5
+        settings = config(learning_rate=0.05, gradient_checkpointing=mode == "checkpointing")
+        gates.append(train(pipe, settings, clip).state_dict())
+        assert pipe.unet.training == pipe.unet.mid_block.training == (mode == "train")
+        assert not pipe.unet.is_gradient_checkpointing
+        assert not pipe.vae.is_gradient_checkpointing
+    for other in gates[1:]:
+        for name, value in gates[0].items():
+            torch.testing.assert_close(other[name], value, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_build_and_take_a_step(clip: DifferentiableCLIP, tmp_path: Path, preset: str) -> None:
+    """With a shorter walk, which none of their own settings depends on."""
+    few = {"steps": 1, "warmup_steps": 0, "rollout_steps": 2, "reference_pictures": 1, "batch_size": 2}
+    if preset == "official":
+        few["rollout_steps_max"] = 3
+    settings = GateTrainingConfig.from_dict(few, preset)
     pipe = mole_pipeline()
-    with torch.no_grad():
-        pipe.vae.decoder.conv_out.bias.fill_(float("nan"))
-    with pytest.raises(TrainingDivergedError, match=r"stopped at step 1: loss = nan, clip = nan\."):
-        train(pipe, config(), clip, out=tmp_path / "gates")
-    assert list(tmp_path.iterdir()) == []
+    numbers: list[Mapping[str, float]] = []
+    gates = train(pipe, settings, clip, concepts=CONCEPTS, on_step_end=lambda step, values: numbers.append(values))
+    assert all(math.isfinite(value) for value in numbers[0].values())
+    assert numbers[0]["gradient_norm"] > 0
+    assert any(parameter.abs().max() > 0 for name, parameter in gates.named_parameters() if name.endswith("weight"))
+
+
+def test_a_nan_stops_with_step_term_and_last_good_checkpoint(clip: DifferentiableCLIP, tmp_path: Path) -> None:
+    pipe = mole_pipeline()
+
+    def break_it(step: int, numbers: Mapping[str, float]) -> None:
+        if step == 2:
+            with torch.no_grad():
+                pipe.vae.decoder.conv_out.bias.fill_(float("nan"))
+
+    settings = config(steps=4, checkpoint_every=1)
+    message = (
+        r"stopped at step 3: loss = nan, global = nan.*last good checkpoint is .*/work/step-0000002\.safetensors\."
+    )
+    with pytest.raises(TrainingDivergedError, match=message):
+        train(pipe, settings, clip, out=tmp_path / "gates", work=tmp_path / "work", on_step_end=break_it)
+    assert (tmp_path / "work" / "step-0000002.safetensors").is_file()
+    assert not (tmp_path / "gates").exists()
+    assert all(parameter.isfinite().all() for parameter in pipe.gates.parameters())
+    with pytest.raises(TrainingDivergedError, match=r"No checkpoint was written before\."):
+        train(pipe, settings, clip)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
+def test_a_missing_tracker_says_what_to_install(clip: DifferentiableCLIP) -> None:
+    with pytest.raises(ValueError, match=r'log_with="wandb" needs the package wandb.*pip install wandb'):
+        train(mole_pipeline(), config(), clip, log_with="wandb")
+    with pytest.raises(ValueError, match='must be "none", "tensorboard" or "wandb", got \'mlflow\''):
+        train(mole_pipeline(), config(), clip, log_with="mlflow")

@@ -7,10 +7,12 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from .balance_study import balance_study
 from .demo import demo
 from .generate import generate
 from .inspect import inspect
 from .toybox import toybox
+from .train_gates import train_gates
 from .train_lora import train_lora
 
 BAD_INPUT, INTERRUPTED = 2, 130
@@ -43,6 +45,8 @@ app.command()(demo)
 app.command()(generate)
 app.command()(inspect)
 app.command("train-lora")(train_lora)
+app.command("train-gates")(train_gates)
+app.command("balance-study")(balance_study)
 app.add_typer(toybox, name="toybox")
 
 

@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 Device = Annotated[str, typer.Option(help="cpu, cuda, mps …; auto takes a GPU if there is one.")]
 Base = Annotated[str, typer.Option(help='Base model: a folder, a Hub id, or "toybox" for the one that comes along.')]
@@ -51,21 +56,42 @@ def find_base(base: str) -> str:
     return base
 
 
-def read_pairs(option: str, pairs: Sequence[str]) -> dict[str, str]:
+def read_pairs(option: str, pairs: Sequence[str], example: str = "cat=cat.safetensors") -> dict[str, str]:
     """`["cat=cat.safetensors", …]` as a dict.
 
     Raises:
-        ValueError: An entry has no name or no file, or a name comes twice.
+        ValueError: An entry has no name or no value, or a name comes twice.
     """
     found: dict[str, str] = {}
     for pair in pairs:
         name, separator, value = pair.partition("=")
         if not (name and separator and value):
-            raise ValueError(f"{option} takes name=file, got {pair!r}. Example: {option} cat=cat.safetensors")
+            raise ValueError(f"{option} takes name=value, got {pair!r}. Example: {option} {example}")
         if name in found:
             raise ValueError(f"{option} has the name {name!r} twice, for {found[name]} and {value}.")
         found[name] = value
     return found
+
+
+def read_pictures(option: str, folder: Path) -> list[Image.Image]:
+    """All pictures of a folder, sorted by name.
+
+    Raises:
+        ValueError: There is no such folder, or no picture in it.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{option} {folder}: there is no such folder.")
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURES)
+    if not files:
+        raise ValueError(f"{option} {folder}: no picture in this folder. Known are {', '.join(PICTURES)}.")
+    return [_read(file) for file in files]
+
+
+def _read(file: Path) -> Image.Image:
+    from PIL import Image
+
+    with Image.open(file) as picture:
+        return picture.convert("RGB")
 
 
 @contextmanager

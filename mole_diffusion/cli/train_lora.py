@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from .inputs import Base, Device, find_base, pick_device, quiet_loading
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+from .inputs import Base, Device, find_base, pick_device, quiet_loading, read_pictures
 
 
 def train_lora(
@@ -46,11 +41,7 @@ def train_lora(
     """
     if out.suffix != ".safetensors":
         raise ValueError(f"--out {out}: a LoRA is written as .safetensors, got {out.suffix!r}.")
-    if not images.is_dir():
-        raise ValueError(f"--images {images}: there is no such folder.")
-    files = sorted(file for file in images.iterdir() if file.suffix.lower() in PICTURES)
-    if not files:
-        raise ValueError(f"--images {images}: no picture in this folder. Known are {', '.join(PICTURES)}.")
+    pictures = read_pictures("--images", images)
     from diffusers import StableDiffusionPipeline
 
     from mole_diffusion.training import TEXT_ENCODER_TARGETS, LoRATrainingConfig
@@ -70,12 +61,5 @@ def train_lora(
     where = pick_device(device)
     with quiet_loading():
         pipe = StableDiffusionPipeline.from_pretrained(find_base(base)).to(where)
-    train(pipe, [_read(file) for file in files], config, out=out, work=work)
+    train(pipe, pictures, config, out=out, work=work)
     typer.echo(f"LoRA: {out}")
-
-
-def _read(file: Path) -> Image.Image:
-    from PIL import Image
-
-    with Image.open(file) as picture:
-        return picture.convert("RGB")

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,16 @@ class CheckpointFolder:
         for old in self.folder.glob("step-*.safetensors"):
             if old.name != file:
                 old.unlink()
+        for left_over in self.folder.glob(".st*"):  # of a run that was killed while it wrote
+            shutil.rmtree(left_over, ignore_errors=True)
+
+    @property
+    def latest(self) -> Path | None:
+        """The tensors of the newest checkpoint, or None."""
+        state_file = self.folder / STATE_FILE
+        if not state_file.is_file():
+            return None
+        return self.folder / json.loads(state_file.read_text(encoding="utf-8"))["tensors"]
 
     def load(
         self, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer

@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 MixedPrecision = Literal["no", "fp16", "bf16"]
+LearningRateSchedule = Literal["cosine", "constant"]
 
 
 class TrainingDivergedError(ValueError):
@@ -27,10 +30,12 @@ def step_generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def learning_rate_factor(step: int, steps: int, warmup_steps: int) -> float:
-    """Linear warm-up over `warmup_steps`, then half a cosine down towards zero at `steps`; 1 at the top."""
+def learning_rate_factor(step: int, steps: int, warmup_steps: int, schedule: LearningRateSchedule = "cosine") -> float:
+    """Linear warm-up over `warmup_steps`, then 1, or half a cosine down from 1 towards zero at `steps`."""
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
+    if schedule == "constant":
+        return 1.0
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(steps - warmup_steps, 1)))
 
 
@@ -40,14 +45,21 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
         group["lr"] = learning_rate
 
 
-def check_finite(losses: Mapping[str, float], step: int) -> None:
-    """Raises `TrainingDivergedError` if one of the `losses` of `step` is NaN or infinite."""
+def check_finite(losses: Mapping[str, float], step: int, checkpoint: Path | None = None) -> None:
+    """Raises `TrainingDivergedError` if one of the `losses` of `step` is NaN or infinite.
+
+    Args:
+        losses: Term to value.
+        step: For the message, from 1.
+        checkpoint: The last checkpoint, which is good since it was written after such a check; None if there is none.
+    """
     broken = {name: value for name, value in losses.items() if not math.isfinite(value)}
     if broken:
         terms = ", ".join(f"{name} = {value}" for name, value in broken.items())
+        last = f"The last good checkpoint is {checkpoint}." if checkpoint else "No checkpoint was written before."
         raise TrainingDivergedError(
             f"Training stopped at step {step}: {terms}. Lower the learning rate, or train in fp32 "
-            '(`mixed_precision="no"`); a checkpoint from before, if one was written, is untouched.'
+            f'(`mixed_precision="no"`). {last}'
         )
 
 
@@ -99,12 +111,26 @@ class Precision:
         self, loss: Tensor, optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], max_grad_norm: float
     ) -> None:
         """One optimiser step on `loss`, gradients clipped to `max_grad_norm` and freed afterwards."""
+        self.backward(loss)
+        self.update(optimizer, parameters, max_grad_norm)
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradients of `loss` to those that are there."""
         self._scaler.scale(loss).backward()
+
+    def update(self, optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], max_grad_norm: float) -> float:
+        """One optimiser step on the gradients there are, clipped to `max_grad_norm` and freed afterwards.
+
+        Returns:
+            Their norm before clipping. If it is not finite, the step is left out; fp16 then lowers its loss scale.
+        """
         self._scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-        self._scaler.step(optimizer)
-        self._scaler.update()
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
+        if self._scaler.is_enabled() or math.isfinite(norm):
+            self._scaler.step(optimizer)
+            self._scaler.update()
         optimizer.zero_grad(set_to_none=True)
+        return norm
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: the loss scale (empty unless fp16)."""
@@ -113,6 +139,42 @@ class Precision:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up a saved loss scale."""
         self._scaler.load_state_dict(state)
+
+
+@contextlib.contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Puts `models` into evaluation mode (no dropout); on exit each module's mode is as before."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextlib.contextmanager
+def gradient_checkpointing(*models: Any, enabled: bool) -> Iterator[None]:
+    """Has `models` recompute their insides in the backward pass; on exit each is as before."""
+    switched = [model for model in models if enabled and not model.is_gradient_checkpointing]
+    try:
+        for model in switched:
+            model.enable_gradient_checkpointing()
+        yield
+    finally:
+        for model in switched:
+            model.disable_gradient_checkpointing()
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB: the most that tensors took on a GPU since the process started, elsewhere the process's resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 @contextlib.contextmanager

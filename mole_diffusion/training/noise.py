@@ -78,14 +78,37 @@ class NoiseSchedule:
         """`steps` timesteps from T-1 downwards, evenly spaced, as diffusers' `timestep_spacing="trailing"`."""
         return [round(self.num_timesteps * (steps - k) / steps) - 1 for k in range(steps)]
 
-    def ddim_step(self, prediction: Tensor, noisy: Tensor, timesteps: Tensor, next_timesteps: Tensor) -> Tensor:
-        """`x` at `next_timesteps` from `noisy` at `timesteps`: DDIM's deterministic step (arXiv 2010.02502, 12)."""
+    def ddim_step(
+        self,
+        prediction: Tensor,
+        noisy: Tensor,
+        timesteps: Tensor,
+        next_timesteps: Tensor,
+        fresh_noise: Tensor | None = None,
+        eta: float = 0.0,
+    ) -> Tensor:
+        """`x` at `next_timesteps` from `noisy` at `timesteps`: eqs. 12 and 16 of DDIM (arXiv 2010.02502).
+
+        Args:
+            prediction: The UNet's.
+            noisy: `x_t`.
+            timesteps: t, (batch,).
+            next_timesteps: Where to, (batch,); -1 is the clean picture.
+            fresh_noise: Mixed in as `eta` says, shaped like `noisy`.
+            eta: 0 is deterministic, 1 is DDPM's ancestral step.
+        """
         clean = self.predict_clean(prediction, noisy, timesteps)
         signal, sigma = self._scales(timesteps, noisy)
-        return self.add_noise(clean, (noisy - signal * clean) / sigma, next_timesteps)
+        next_signal, next_sigma = self._scales(next_timesteps, noisy)
+        old_noise = (noisy - signal * clean) / sigma
+        if fresh_noise is None or eta == 0:
+            return next_signal * clean + next_sigma * old_noise
+        fresh = eta * next_sigma / sigma * (1 - (signal / next_signal) ** 2).clamp_min(0).sqrt()
+        return next_signal * clean + (next_sigma**2 - fresh**2).clamp_min(0).sqrt() * old_noise + fresh * fresh_noise
 
     def _scales(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """`sqrt(a_t)` and `sqrt(1 - a_t)`, each (batch, 1, 1, 1) beside `like`."""
-        alphas = self.alphas_cumprod[timesteps.cpu()].view(-1, *[1] * (like.ndim - 1))
+        without_noise = self.alphas_cumprod.new_ones(1)  # what index -1 finds
+        alphas = torch.cat([self.alphas_cumprod, without_noise])[timesteps.cpu()].view(-1, *[1] * (like.ndim - 1))
         scales = torch.stack([alphas.sqrt(), (1 - alphas).sqrt()]).to(like.device, like.dtype)
         return scales[0], scales[1]

@@ -10,9 +10,9 @@ import torch
 from mole_diffusion.clip import DifferentiableCLIP
 from mole_diffusion.gating import GateConfig
 from mole_diffusion.pipelines import MoLEStableDiffusionPipeline
-from mole_diffusion.training import GateTrainingConfig, train_gates
+from mole_diffusion.training import Concept, GateTrainingConfig, train_gates
 
-from ..subjects import described_prompt, subject_prompt
+from ..subjects import references, subject, subject_prompt
 from ..world import GROUNDS
 
 SETS = ("cat+boot+teapot",)
@@ -25,19 +25,27 @@ def gate_training(*, seed: int, num_steps: int) -> GateTrainingConfig:
 
 
 def train_set(names: str, assets: Path, work_dir: Path, *, seed: int, device: torch.device, num_steps: int) -> None:
-    """Train and save the gates of one set of subjects; CLIP reads looks where the prompts have tokens."""
+    """Train and save the gates of one set of subjects; CLIP reads looks where the prompts have tokens.
+
+    The references are there for the terms that compare with them, should a configuration have any.
+    """
     pipe = MoLEStableDiffusionPipeline.from_pretrained(assets / "base").to(device)
     pipe.load_loras({name: assets / "loras" / f"{name}.safetensors" for name in names.split("+")})
-    clip_prompts = {
-        subject_prompt(order, ground): described_prompt(order, ground)
-        for order in permutations(names.split("+"))
-        for ground in GROUNDS
+    items = [subject(name) for name in names.split("+")]
+    concepts = {
+        item.name: Concept(
+            token=item.token,
+            class_name=item.class_name,
+            description=f"{item.look} {item.class_name}",
+            references=references(item.name),
+        )
+        for item in items
     }
     train_gates(
         pipe,
         gate_training(seed=seed, num_steps=num_steps),
-        prompts=list(clip_prompts),
-        clip_prompts=clip_prompts,
+        prompts=[subject_prompt(order, ground) for order in permutations(names.split("+")) for ground in GROUNDS],
+        concepts=concepts,
         clip=DifferentiableCLIP(assets / "clip"),
         out=assets / "gates" / names,
         work=work_dir / "gates" / names,

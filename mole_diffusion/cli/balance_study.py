@@ -1,0 +1,80 @@
+"""`mole balance-study`: the balance loss beside no balance loss and raised temperatures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import gate_inputs as given
+from .inputs import Base, Device
+
+
+def balance_study(
+    lora: given.Lora,
+    out: Annotated[Path, typer.Option(help="Folder for tables, plots and all the gates.")],
+    temperature: Annotated[
+        list[float] | None, typer.Option(help="A raised temperature; once for each [default: 2, 5 and 10]")
+    ] = None,
+    base: Base = "toybox",
+    token: given.Token = None,
+    class_name: given.ClassName = None,
+    description: given.Description = None,
+    references: given.References = None,
+    prompt: given.Prompt = None,
+    prompts: given.Prompts = None,
+    template: given.Template = None,
+    clip: given.Clip = None,
+    clip_pretrained: given.ClipPretrained = None,
+    preset: given.Preset = None,
+    config: given.ConfigFile = None,
+    settings: given.Set = None,
+    steps: given.Steps = None,
+    batch_size: given.BatchSize = None,
+    learning_rate: given.LearningRate = None,
+    seed: given.Seed = None,
+    device: Device = "auto",
+) -> None:
+    """Train gates with the balance loss, without it, and with raised temperatures, and compare them.
+
+    The paper's Figure 5 and Table 7: entropy of the gates while training, mean weight of every LoRA, losses.
+
+    Example:
+
+    \b
+      mole balance-study --lora cat=cat.safetensors --lora boot=boot.safetensors \\
+          --token "cat=<v1>" --class cat=cat --token "boot=<v2>" --class boot=boot \\
+          --template "a photo of {subjects} on grass" --temperature 2 --temperature 10 --out study
+    """
+    options = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
+    chosen = given.read_config(preset, config, settings, options)
+    inputs = given.read_gate_training(
+        base=base,
+        lora=lora,
+        token=token,
+        class_name=class_name,
+        description=description,
+        references=references,
+        prompt=prompt,
+        prompts=prompts,
+        template=template,
+        clip=clip,
+        clip_pretrained=clip_pretrained,
+        device=device,
+        config=chosen,
+    )
+    from mole_diffusion.training import balance_study as study
+    from mole_diffusion.training.study import TEMPERATURES
+
+    study(
+        inputs.pipe,
+        inputs.config,
+        prompts=inputs.prompts,
+        clip=inputs.clip,
+        concepts=inputs.concepts,
+        temperatures=temperature or TEMPERATURES,
+        out=out,
+    )
+    typer.echo((out / "study.md").read_text(encoding="utf-8"))
+    typer.echo(f"study: {out}")

@@ -1,0 +1,90 @@
+"""Pictures of each concept for CLIP to compare with: the user's, or those its LoRA draws alone, drawn once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mole_diffusion.clip import DifferentiableCLIP
+from mole_diffusion.files import atomic_path
+from mole_diffusion.training.concepts import Concept
+from mole_diffusion.training.gate_config import GateTrainingConfig
+from mole_diffusion.training.loop import step_generator
+
+STEPS, GUIDANCE_SCALE = 25, 5.0
+
+
+def reference_features(
+    pipe: Any,
+    clip: DifferentiableCLIP,
+    config: GateTrainingConfig,
+    concepts: Mapping[str, Concept],
+    cache: Path | None,
+) -> dict[str, Tensor]:
+    """CLIP features of every concept's pictures, (pictures, width), by the name of its LoRA.
+
+    Args:
+        pipe: A MoLE pipeline with the LoRAs loaded; afterwards its composition and gates are as before.
+        clip: The CLIP.
+        config: How many pictures to draw where a concept has none, and the seed.
+        concepts: By the names of their LoRAs.
+        cache: Folder for drawn pictures; they are drawn once for a LoRA, base, caption and seed. None keeps none.
+    """
+    features = {}
+    for name, concept in concepts.items():
+        pictures = list(concept.references) or _drawn(pipe, config, name, concept, cache)
+        features[name] = torch.cat([clip.encode_image(_as_tensor(picture)) for picture in pictures])
+    return features
+
+
+@torch.no_grad()
+def _drawn(pipe: Any, config: GateTrainingConfig, name: str, concept: Concept, cache: Path | None) -> list[Image.Image]:
+    """Pictures that the LoRA of a concept draws alone, at weight 1."""
+    prompt = f"a photo of a {concept.token} {concept.class_name}"
+    files = []
+    if cache is not None:
+        lora = next(lora for lora in pipe.experts.loras if lora.name == name)
+        base = pipe.unet.conv_in.weight.detach().float().cpu().numpy().tobytes()
+        key = hashlib.sha256("\0".join((lora.sha256, prompt, str(config.seed))).encode() + base).hexdigest()[:12]
+        files = [cache / f"{name}-{key}-{k}.png" for k in range(config.reference_pictures)]
+        if all(file.is_file() for file in files):
+            return [_read(file) for file in files]
+    composition, bar = pipe.composition, getattr(pipe, "_progress_bar_config", {})
+    try:
+        pipe.set_composition("linear")
+        pipe.set_progress_bar_config(disable=True)
+        pictures = [
+            pipe(
+                prompt,
+                loras=[name],
+                num_inference_steps=STEPS,
+                guidance_scale=GUIDANCE_SCALE,
+                generator=step_generator(config.seed, k),
+            ).images[0]
+            for k in range(config.reference_pictures)
+        ]
+    finally:
+        pipe.set_composition(composition)
+        pipe.set_progress_bar_config(**bar)
+    for file, picture in zip(files, pictures, strict=False):
+        with atomic_path(file) as temporary:
+            picture.save(temporary)
+    return pictures
+
+
+def _read(file: Path) -> Image.Image:
+    with Image.open(file) as picture:
+        return picture.convert("RGB")
+
+
+def _as_tensor(picture: Image.Image) -> Tensor:
+    """(1, 3, height, width) in [0, 1]; one by one, since a user's pictures differ in size."""
+    pixels = torch.from_numpy(np.array(picture.convert("RGB")))
+    return pixels.permute(2, 0, 1)[None].float() / 255

@@ -1,0 +1,183 @@
+"""What a gate training leaves beside the gates: a record, a card, curves, heat maps, pictures before and after."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from mole_diffusion.files import atomic_path, write_json
+from mole_diffusion.gating import MoLEModel
+from mole_diffusion.sheets import curves, gate_heat_maps, picture_sheet
+from mole_diffusion.training.concepts import Concept
+from mole_diffusion.training.gate_config import GateTrainingConfig
+from mole_diffusion.training.history import History
+
+TRAINING_FILE = "training.json"
+SEEDS = (0, 1, 2, 3)
+PROMPTS_SHOWN = 2
+STEPS = 25
+
+
+class GateReport:
+    """Made before a training, when the gates on `pipe` are still untrained; writes after it.
+
+    Args:
+        pipe: The pipeline.
+        config: Of the training.
+        prompts: Those trained on.
+        concepts: By the names of their LoRAs.
+        clip_texts: What CLIP read for each prompt.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        config: GateTrainingConfig,
+        prompts: Sequence[str],
+        concepts: Mapping[str, Concept],
+        clip_texts: Sequence[str],
+    ) -> None:
+        self.pipe = pipe
+        self.config = config
+        self.prompts = list(prompts)
+        self.concepts = concepts
+        self.clip_texts = list(clip_texts)
+        self._untrained = {name: value.clone() for name, value in pipe.gates.state_dict().items()}
+
+    def write(self, out: Path, gates: MoLEModel, history: History) -> None:
+        """Writes everything into `out`, the gates last, so that gates there mean that the rest is there too."""
+        record = {
+            "config": dataclasses.asdict(self.config),
+            "prompts": dict(zip(self.prompts, self.clip_texts, strict=True)),
+            "concepts": {
+                name: {
+                    "token": concept.token,
+                    "class_name": concept.class_name,
+                    "description": concept.description,
+                    "references": len(concept.references),
+                }
+                for name, concept in self.concepts.items()
+            },
+            "numbers": history.numbers,
+        }
+        write_json(out / TRAINING_FILE, record)
+        curves(_panels(history), out / "curves.png", title=" + ".join(gates.lora_names))
+        tables = history.tables()
+        absent = ~_present(gates, tables["late"].places)
+        heat_maps = {when: table.values.masked_fill(absent, float("nan")) for when, table in tables.items()}
+        gate_heat_maps(heat_maps, tables["late"].places, gates.lora_names, out / "gates.png")
+        self._samples(out / "samples.png", gates)
+        with atomic_path(out / "README.md") as temporary:
+            temporary.write_text(self._card(gates, history), encoding="utf-8")
+        gates.save_pretrained(out)
+
+    def _samples(self, path: Path, gates: MoLEModel) -> None:
+        """Pictures of the first prompts at fixed seeds, with the untrained gates and with the trained ones."""
+        trained = {name: value.clone() for name, value in gates.state_dict().items()}
+        rows = []
+        try:
+            for prompt in self.prompts[:PROMPTS_SHOWN]:
+                for label, state in (("before", self._untrained), ("after", trained)):
+                    gates.load_state_dict(state)
+                    rows.append((label, self._draw(prompt)))
+        finally:
+            gates.load_state_dict(trained)
+        title = " / ".join(self.prompts[:PROMPTS_SHOWN])
+        picture_sheet(rows, path, title=title, columns=[f"seed {seed}" for seed in SEEDS])
+
+    def _draw(self, prompt: str) -> list[Image.Image]:
+        bar = getattr(self.pipe, "_progress_bar_config", {})
+        self.pipe.set_progress_bar_config(disable=True)
+        try:
+            # One by one: training may have had no room for more.
+            return [
+                self.pipe(
+                    prompt,
+                    num_inference_steps=STEPS,
+                    guidance_scale=max(self.config.guidance_scale, 5.0),
+                    generator=torch.Generator().manual_seed(seed),
+                ).images[0]
+                for seed in SEEDS
+            ]
+        finally:
+            self.pipe.set_progress_bar_config(**bar)
+
+    def _card(self, gates: MoLEModel, history: History) -> str:
+        """The model card, in the form of the Hugging Face Hub."""
+        base, on_hub = _base_model(self.pipe)
+        config = self.config
+        numbers = [name for name in history.numbers if not name.startswith("weight/")]
+        lines = [
+            "---",
+            "library_name: mole_diffusion",
+            *([f"base_model: {base}"] if on_hub else []),
+            "tags: [lora, mixture-of-lora-experts, stable-diffusion]",
+            "---",
+            "",
+            f"# Gates for {' + '.join(gates.lora_names)}",
+            "",
+            "Gates of [Mixture of LoRA Experts](https://openreview.net/forum?id=uWvKBCYh4S), trained by "
+            "`mole_diffusion.train_gates`. They weigh exactly these LoRAs on this base:",
+            "",
+            f"- base: {base}",
+            *(
+                f"- {lora['name']}: SHA-256 {lora['sha256']}, ranks {lora['ranks'][0]} to {lora['ranks'][1]}"
+                + (f', token "{self.concepts[lora["name"]].token}"' if lora["name"] in self.concepts else "")
+                for lora in gates.config.loras
+            ),
+            "",
+            "```python",
+            f"pipe.load_loras({{{', '.join(f'{name!r}: ...' for name in gates.lora_names)}}})",
+            "pipe.load_gates(folder)",
+            "```",
+            "",
+            f"Trained for {config.steps} steps of {config.batch_size} pictures, seed {config.seed}, on "
+            f"{len(self.prompts)} prompts, such as:",
+            "",
+            *(f"- {prompt}" for prompt in self.prompts[:5]),
+            "",
+            "| | first tenth | last tenth |",
+            "|---|---|---|",
+            *(f"| {name} | {history.first_mean(name):.4f} | {history.last_mean(name):.4f} |" for name in numbers),
+            "",
+            "Losses are CLIP's view while training, of single-step predictions; they are no scores of pictures. "
+            f"Settings and numbers of every step: `{TRAINING_FILE}`.",
+            "",
+            "![curves](curves.png)",
+            "![gates, early and late](gates.png)",
+            "![before and after](samples.png)",
+            "",
+        ]
+        return "\n".join(lines)
+
+
+def _base_model(pipe: Any) -> tuple[str, bool]:
+    """Name of the base, and whether it is one of the Hub; of a local folder only its own name, which others may see."""
+    name = pipe.config.get("_name_or_path")
+    if not name:
+        return "unknown", False
+    return (Path(name).name, False) if Path(name).exists() else (name, True)
+
+
+def _panels(history: History) -> dict[str, dict[str, list[float]]]:
+    """What belongs on one scale, panel by panel."""
+    numbers = history.numbers
+    weights = {name.removeprefix("weight/"): v for name, v in numbers.items() if name.startswith("weight/")}
+    terms = {name: numbers[name] for name in ("loss", "global", "local", "identity", "balance") if name in numbers}
+    return {
+        **{name: {name: values} for name, values in terms.items()},
+        "gate entropy (nats)": {"entropy": numbers["entropy"]},
+        "temperature": {"temperature": numbers["temperature"]},
+        "mean weight": weights,
+    }
+
+
+def _present(gates: MoLEModel, places: Sequence[str]) -> torch.Tensor:
+    """(places, N) bool: which LoRA touches which place."""
+    experts = {spec.name: spec.experts for spec in gates.specs}
+    return torch.tensor([[index in experts[place] for index in range(gates.num_experts)] for place in places])

@@ -1,0 +1,131 @@
+"""Does the balance loss earn its place? Gates with it, without it, and with a raised temperature instead."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mole_diffusion.clip import DifferentiableCLIP
+from mole_diffusion.files import atomic_path, write_json
+from mole_diffusion.sheets import curves, gate_heat_map
+from mole_diffusion.training.concepts import Concept
+from mole_diffusion.training.gate_config import GateTrainingConfig
+from mole_diffusion.training.gates import train_gates
+from mole_diffusion.training.report import TRAINING_FILE
+
+TEMPERATURES = (2.0, 5.0, 10.0)
+
+
+def balance_study(
+    pipe: Any,
+    config: GateTrainingConfig,
+    *,
+    prompts: Sequence[str],
+    clip: DifferentiableCLIP,
+    concepts: Mapping[str, Concept] | None = None,
+    temperatures: Sequence[float] = TEMPERATURES,
+    out: str | os.PathLike[str],
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """Trains one set of gates in several ways, and compares what they do.
+
+    After Figure 5 (entropy of the gates and their mean weights, with and without the balance loss) and Table 7 (the
+    balance loss against a raised temperature; its values are not published) of "Mixture of LoRA Experts",
+    https://openreview.net/forum?id=uWvKBCYh4S.
+
+    Args:
+        pipe: A MoLE pipeline with the LoRAs loaded.
+        config: Of every training, but for balance and temperature. Must have a balance loss.
+        prompts, clip, concepts: As in `train_gates`.
+        temperatures: Raised ones, fixed in training, each without the balance loss.
+        out: Folder for study.json, study.csv, study.md, entropy.png, weights.png and, in a folder each, the gates. Run
+            again, what is finished is kept and an interrupted training goes on.
+        progress: Show a bar for each training.
+
+    Returns:
+        One row per training, as in study.json: variant, balance, temperature, the entropy in the first and in the last
+        tenth of training, the mean of every loss term and the mean weight of every LoRA in the last tenth.
+
+    Raises:
+        ValueError: `config` has no balance loss, a temperature is not positive, or as in `train_gates`.
+    """
+    if config.balance == "off":
+        raise ValueError('`balance` is "off", so there is no balance loss to study. Set balance="uniform" or "floor".')
+    folder = Path(out)
+    rows, entropies = [], {}
+    for variant, changed in _variants(config, temperatures).items():
+        place = folder / variant.replace(" ", "-")
+        train_gates(
+            pipe,
+            changed,
+            prompts=prompts,
+            clip=clip,
+            concepts=concepts,
+            out=place,
+            work=place.with_name(f"{place.name}.work"),
+            progress=progress,
+        )
+        numbers = json.loads((place / TRAINING_FILE).read_text(encoding="utf-8"))["numbers"]
+        rows.append(_row(variant, changed, numbers))
+        entropies[variant] = numbers["entropy"]
+    _write(folder, rows, entropies)
+    return rows
+
+
+def _variants(config: GateTrainingConfig, temperatures: Sequence[float]) -> dict[str, GateTrainingConfig]:
+    """By name, the trainings to compare."""
+    without = dataclasses.replace(config, balance="off")
+    raised = {
+        f"temperature {temperature:g}": dataclasses.replace(
+            without, gates=dataclasses.replace(config.gates, temperature=temperature, learn_temperature=False)
+        )
+        for temperature in temperatures
+    }
+    return {"balance loss": config, "no balance loss": without, **raised}
+
+
+def _row(variant: str, config: GateTrainingConfig, numbers: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    tenth = max(1, config.steps // 10)
+
+    def mean(values: Sequence[float]) -> float:
+        return sum(values) / len(values)
+
+    last = {name: mean(values[-tenth:]) for name, values in numbers.items()}
+    terms = {name: last[name] for name in ("global", "local", "identity") if name in last}
+    weights = {name: value for name, value in last.items() if name.startswith("weight/")}
+    return {
+        "variant": variant,
+        "balance": config.balance,
+        "temperature": last["temperature"],
+        "entropy first": mean(numbers["entropy"][:tenth]),
+        "entropy last": last["entropy"],
+        **terms,
+        **weights,
+    }
+
+
+def _write(folder: Path, rows: list[dict[str, Any]], entropies: Mapping[str, Sequence[float]]) -> None:
+    write_json(folder / "study.json", rows)
+    columns = list(rows[0])
+    with atomic_path(folder / "study.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for row in rows:
+        cells = (f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values())
+        lines.append(f"| {' | '.join(cells)} |")
+    with atomic_path(folder / "study.md") as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    curves({"gate entropy (nats)": entropies}, folder / "entropy.png", title="gate entropy while training")
+    loras = [column for column in columns if column.startswith("weight/")]
+    weights = torch.tensor([[row[lora] for lora in loras] for row in rows])
+    names = [lora.removeprefix("weight/") for lora in loras]
+    gate_heat_map(weights, list(entropies), names, folder / "weights.png", title="mean weight, last tenth")

@@ -1,0 +1,124 @@
+"""A walk down the noise schedule, as gate training takes it: from noise towards a picture, gradients on the way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mole_diffusion.training.gate_config import GateTrainingConfig
+from mole_diffusion.training.noise import NoiseSchedule
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one walk was drawn to be; the same in every process, for the whole batch.
+
+    Attributes:
+        timesteps: Where the UNet is asked, and -1, the clean picture, in the end.
+        gradient_at: Indices of `timesteps` at which the loss is taken, rising; the walk ends after the last.
+        noise: The starting latents, (batch, c, h, w), fp32 on the CPU.
+        generator: Draws the fresh noise of ancestral steps.
+    """
+
+    timesteps: tuple[int, ...]
+    gradient_at: tuple[int, ...]
+    noise: Tensor
+    generator: torch.Generator
+
+    def fresh_noise(self, eta: float) -> Tensor | None:
+        """New noise for one step of the whole batch, or None where none is needed."""
+        return torch.randn(self.noise.shape, generator=self.generator) if eta else None
+
+    def losses_in_update(self, index: int, update_every: int) -> int:
+        """How many losses share the optimiser step that the loss at `index` of the walk goes into."""
+        first, end = self._update_of(index, update_every)
+        return end - first
+
+    def ends_update(self, index: int, update_every: int) -> bool:
+        """Whether the optimiser steps after the loss at `index`: the last of its update, or of the walk."""
+        return self.gradient_at.index(index) + 1 == self._update_of(index, update_every)[1]
+
+    def _update_of(self, index: int, update_every: int) -> tuple[int, int]:
+        """First loss of an update and the one after its last, counted along the walk; 0 is one update for all."""
+        place, total = self.gradient_at.index(index), len(self.gradient_at)
+        size = update_every or total
+        first = place - place % size
+        return first, min(first + size, total)
+
+
+class Walker:
+    """Asks the models of `pipe` on behalf of one training.
+
+    Args:
+        pipe: A Stable Diffusion pipeline with gates on it.
+        config: How to walk.
+
+    Raises:
+        ValueError: The scheduler is none of the DDPM family.
+    """
+
+    def __init__(self, pipe: Any, config: GateTrainingConfig) -> None:
+        self.pipe = pipe
+        self.config = config
+        self.schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
+
+    def plan(self, generator: torch.Generator) -> Plan:
+        """Draws the number of steps, those with a gradient, and the noise."""
+        config, unet = self.config, self.pipe.unet.config
+        steps = config.rollout_steps
+        if config.rollout_steps_max is not None:
+            steps = int(torch.randint(steps, config.rollout_steps_max + 1, (), generator=generator))
+        order = torch.randperm(steps, generator=generator)
+        gradient_at = sorted(order[: config.gradient_steps or steps].tolist())
+        noise = torch.randn(
+            (config.batch_size, unet.in_channels, unet.sample_size, unet.sample_size), generator=generator
+        )
+        return Plan((*self.schedule.trailing_timesteps(steps), -1), tuple(gradient_at), noise, generator)
+
+    def encode(self, prompts: list[str]) -> Tensor:
+        """Prompt embeddings (batch, tokens, width), after those of the empty prompt where there is guidance.
+
+        Both in one pass of the text encoder, so that its gates are recorded for both.
+        """
+        empty = [""] * len(prompts) if self.config.guidance_scale > 1 else []
+        return self.pipe.encode_prompt(empty + prompts, self.pipe.unet.device, 1, False)[0]
+
+    def predict(self, noisy: Tensor, timestep: int, prompt_embeds: Tensor) -> Tensor:
+        """The UNet's prediction under classifier-free guidance, fp32."""
+        unet = self.pipe.unet
+        copies = len(prompt_embeds) // len(noisy)
+        prediction = unet(
+            torch.cat([noisy] * copies).to(unet.dtype),
+            torch.full((copies * len(noisy),), timestep, device=noisy.device),
+            encoder_hidden_states=prompt_embeds.to(unet.dtype),
+            return_dict=False,
+        )[0].float()
+        if copies == 1:
+            return prediction
+        unconditional, conditional = prediction.chunk(2)
+        return unconditional + self.config.guidance_scale * (conditional - unconditional)
+
+    def advance(
+        self, prediction: Tensor, noisy: Tensor, timestep: int, next_timestep: int, fresh_noise: Tensor | None
+    ) -> Tensor:
+        """The latents at `next_timestep`."""
+        now = torch.full((len(noisy),), timestep)
+        fresh_noise = None if fresh_noise is None else fresh_noise.to(noisy.device)
+        return self.schedule.ddim_step(
+            prediction, noisy, now, torch.full_like(now, next_timestep), fresh_noise, self.config.eta
+        )
+
+    def picture_latents(self, prediction: Tensor, noisy: Tensor, timestep: int, next_latents: Tensor) -> Tensor:
+        """What CLIP is to see: the prediction of the clean latents, or the next latents as they are."""
+        if self.config.picture == "noisy":
+            return next_latents
+        return self.schedule.predict_clean(prediction, noisy, torch.full((len(noisy),), timestep))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures (batch, 3, height, width) in [0, 1] of latents, with graph."""
+        vae = self.pipe.vae
+        latents = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
+        return (vae.decode(latents.to(vae.dtype), return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)

@@ -1,0 +1,48 @@
+"""A gate training of a few seconds, on the tiny Stable Diffusion and a random CLIP; shared by the tests of training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mole_diffusion.clip import DifferentiableCLIP
+from mole_diffusion.gating import MoLEModel
+from mole_diffusion.pipelines import MoLEStableDiffusionPipeline
+from mole_diffusion.training import Concept, GateTrainingConfig, train_gates
+from tests.test_clip import write_clip
+from tests.tiny import random_lora, tiny_pipeline
+
+PROMPTS = ("a <v1> cat on grass", "a <v2> dog in the sand")
+CONCEPTS = {
+    "lora0": Concept(token="<v1>", class_name="cat"),
+    "lora1": Concept(token="<v2>", class_name="dog", description="red dog"),
+}
+
+
+def make_clip(folder: Path) -> DifferentiableCLIP:
+    torch.manual_seed(0)
+    return DifferentiableCLIP(write_clip(folder))
+
+
+def mole_pipeline(loras: int = 2) -> Any:
+    pipe = tiny_pipeline(MoLEStableDiffusionPipeline)
+    if loras:
+        pipe.load_loras({f"lora{seed}": random_lora(pipe.components, seed=seed) for seed in range(loras)})
+    return pipe
+
+
+def config(**changes: Any) -> GateTrainingConfig:
+    settings: dict[str, Any] = {
+        "steps": 2,
+        "batch_size": 1,
+        "warmup_steps": 0,
+        "rollout_steps": 2,
+        "guidance_scale": 2.0,
+    }
+    return GateTrainingConfig(**(settings | changes))
+
+
+def train(pipe: Any, settings: GateTrainingConfig, clip: DifferentiableCLIP, **options: Any) -> MoLEModel:
+    return train_gates(pipe, settings, **({"prompts": PROMPTS, "clip": clip, "progress": False} | options))

@@ -1,0 +1,97 @@
+"""The walk that gate training takes down the schedule, beside diffusers' own loop and the equations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+
+from mole_diffusion.training.loop import step_generator
+from mole_diffusion.training.noise import NoiseSchedule
+from mole_diffusion.training.walk import Walker
+from tests import reference
+from tests.gate_training import PROMPTS, config, mole_pipeline
+
+
+def zero_snr(pipe: Any) -> None:
+    pipe.scheduler = DDIMScheduler(
+        prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False
+    )
+
+
+@torch.no_grad()
+def test_the_walk_is_diffusers_ddim() -> None:
+    """From the same noise to the same latents as the pipeline's own loop, gates, guidance and all.
+
+    In 4 steps: where T is no multiple of the steps, diffusers' DDIM takes the next timestep one off its own list.
+    """
+    pipe = mole_pipeline()
+    pipe.init_gates()
+    zero_snr(pipe)
+    walker = Walker(pipe, config(rollout_steps=4, guidance_scale=2.0, batch_size=2))
+    plan = walker.plan(step_generator(0, 0))
+    noisy, walked = plan.noise, []
+    with pipe.composing():
+        for now, after in zip(plan.timesteps, plan.timesteps[1:], strict=False):
+            prediction = walker.predict(noisy, now, walker.encode(list(PROMPTS)))
+            noisy = walker.advance(prediction, noisy, now, after, None)
+            walked.append(noisy)
+    reached: list[Tensor] = []
+
+    def keep(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        reached.append(tensors["latents"])
+        return tensors
+
+    options: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 2.0, "output_type": "latent"}
+    pipe(list(PROMPTS), latents=plan.noise, callback_on_step_end=keep, **options)
+    assert plan.timesteps == (*pipe.scheduler.timesteps.tolist(), -1)
+    for ours, theirs in zip(walked[:-1], reached[:-1], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    # Of the last step, diffusers' `set_alpha_to_one` makes the clean picture, as the index -1 does here.
+    torch.testing.assert_close(walked[-1], reached[-1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_a_step_with_fresh_noise_is_its_equation(eta: float) -> None:
+    pipe = mole_pipeline()
+    schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
+    clean, noise, fresh = torch.randn(3, 2, 4, 5, 5).unbind(0)
+    a = schedule.alphas_cumprod.double().tolist()
+    for now, after in ((999, 700), (300, 0), (100, -1)):
+        t, s = torch.full((2,), now), torch.full((2,), after)
+        noisy = schedule.add_noise(clean, noise, t)
+        expected = reference.ddim(
+            clean.double(), noise.double(), fresh.double(), a[now], a[after] if after >= 0 else 1.0, eta
+        )
+        ours = schedule.ddim_step(noise, noisy, t, s, fresh, eta)
+        torch.testing.assert_close(ours.double(), expected, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("gradient_steps", [0, 1, 3])
+def test_plans(gradient_steps: int) -> None:
+    pipe = mole_pipeline()
+    walker = Walker(pipe, config(rollout_steps=4, rollout_steps_max=6, gradient_steps=gradient_steps, batch_size=3))
+    plans = [walker.plan(step_generator(0, step)) for step in range(60)]
+    lengths = [len(plan.timesteps) - 1 for plan in plans]
+    assert set(lengths) == {4, 5, 6}
+    for plan, length in zip(plans, lengths, strict=True):
+        assert plan.timesteps[0] == 999
+        assert plan.timesteps[-1] == -1
+        assert len(plan.gradient_at) == (gradient_steps or length)
+        assert list(plan.gradient_at) == sorted(set(plan.gradient_at))
+        assert plan.noise.shape == (3, 4, 16, 16)
+    assert {place for plan in plans for place in plan.gradient_at} == set(range(6))
+
+
+@pytest.mark.parametrize(
+    ("update_every", "sizes"), [(0, [5, 5, 5, 5, 5]), (1, [1, 1, 1, 1, 1]), (2, [2, 2, 2, 2, 1]), (9, [5, 5, 5, 5, 5])]
+)
+def test_every_loss_goes_into_one_update(update_every: int, sizes: list[int]) -> None:
+    """Also the odd last one."""
+    plan = Walker(mole_pipeline(), config(rollout_steps=5, gradient_steps=0)).plan(step_generator(0, 0))
+    assert [plan.losses_in_update(index, update_every) for index in range(5)] == sizes
+    ends = [index for index in range(5) if plan.ends_update(index, update_every)]
+    assert ends == {0: [4], 1: [0, 1, 2, 3, 4], 2: [1, 3, 4], 9: [4]}[update_every]
