@@ -59,6 +59,7 @@ def killed(folder: Path, clip: Path) -> None:
             concepts=CONCEPTS,
             work=folder / f"{name}.work",
             out=folder / name,
+            pictures=False,
             on_step_end=lambda step, numbers: None if started is None else os.write(started, b"."),
         )
 
@@ -82,7 +83,7 @@ def together(folder: Path, clip: Path) -> None:
         settings = config(
             batch_size=4, steps=3, learning_rate=0.05, local_weight=1.0, reference_pictures=1, eta=1.0, gradient_steps=0
         )
-        train(mole_pipeline(), settings, DifferentiableCLIP(clip), concepts=CONCEPTS, out=folder / name)
+        train(mole_pipeline(), settings, DifferentiableCLIP(clip), concepts=CONCEPTS, out=folder / name, pictures=False)
 
     def run_rank(rank: int, port: int) -> None:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}

@@ -84,9 +84,7 @@ def test_balance_study_prints_its_table(world: Path, tmp_path: Path) -> None:
 
 def test_later_sources_of_settings_go_first(tmp_path: Path) -> None:
     file = tmp_path / "a.yaml"
-    file.write_text(
-        "{preset: official, steps: 50, seed: 1, balance_weight: 0.1, gates: {scope: layer, temperature: 3}}"
-    )
+    file.write_text("{preset: official, steps: 50, seed: 1, eta: 0.1, gates: {scope: layer, temperature: 3}}")
     config = read_config("paper", file, ["seed=2", "steps=60", "gates.scope=matrix"], {"seed": 3, "steps": None})
     assert (config.steps, config.seed, config.eta, config.rollout_steps) == (60, 3, 0.1, 50)
     assert config.gates == GateConfig(scope="matrix", temperature=3.0, token_axis="flatten")

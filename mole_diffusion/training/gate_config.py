@@ -212,7 +212,7 @@ class GateTrainingConfig:
         return cls(**read_fields(cls, own), gates=gate_config)
 
 
-def read_fields(config: type, values: Mapping[str, Any]) -> dict[str, Any]:
+def read_fields(config: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     """`values` for a config dataclass: keys checked, and numbers of the kind of each field's default.
 
     Raises:

@@ -50,6 +50,7 @@ def train_gates(
     concepts: Mapping[str, Concept] | None = None,
     out: str | os.PathLike[str] | None = None,
     work: str | os.PathLike[str] | None = None,
+    pictures: bool = True,
     progress: bool = True,
     log_with: LogWith = "none",
     on_step_end: Callable[[int, Mapping[str, float]], None] | None = None,
@@ -75,6 +76,7 @@ def train_gates(
             (README.md), curves.png, gates.png and samples.png.
         work: Folder for checkpoints and drawn references. If it has a checkpoint of this very training, that is
             resumed, however the last run ended; the numbers are those of an uninterrupted run.
+        pictures: Put pictures into `out`; False leaves the gates, `training.json` and the model card.
         progress: Show a bar on standard error, and the peak memory in the end.
         log_with: "tensorboard" (below `out`, else `work`, else here), "wandb" or "none".
         on_step_end: Called with the step's number (from 1) and its numbers: "loss", each term ("global", "local",
@@ -143,7 +145,7 @@ def train_gates(
     if shown:
         Console(stderr=True).print(f"peak memory: {peak_memory(processes.device):.2f} GiB", highlight=False)
     if report is not None and out is not None and processes.is_main:
-        report.write(Path(out), gates, history)
+        report.write(Path(out), gates, history, pictures)
     processes.wait()
     return gates
 

@@ -49,8 +49,10 @@ class GateReport:
         self.clip_texts = list(clip_texts)
         self._untrained = {name: value.clone() for name, value in pipe.gates.state_dict().items()}
 
-    def write(self, out: Path, gates: MoLEModel, history: History) -> None:
+    def write(self, out: Path, gates: MoLEModel, history: History, pictures: bool) -> None:
         """Writes everything into `out`, the gates last, so that gates there mean that the rest is there too."""
+        if pictures:
+            self._draw_all(out, gates, history)
         record = {
             "config": dataclasses.asdict(self.config),
             "prompts": dict(zip(self.prompts, self.clip_texts, strict=True)),
@@ -66,15 +68,17 @@ class GateReport:
             "numbers": history.numbers,
         }
         write_json(out / TRAINING_FILE, record)
+        with atomic_path(out / "README.md") as temporary:
+            temporary.write_text(self._card(gates, history, pictures), encoding="utf-8")
+        gates.save_pretrained(out)
+
+    def _draw_all(self, out: Path, gates: MoLEModel, history: History) -> None:
         curves(_panels(history), out / "curves.png", title=" + ".join(gates.lora_names))
         tables = history.tables()
         absent = ~_present(gates, tables["late"].places)
         heat_maps = {when: table.values.masked_fill(absent, float("nan")) for when, table in tables.items()}
         gate_heat_maps(heat_maps, tables["late"].places, gates.lora_names, out / "gates.png")
         self._samples(out / "samples.png", gates)
-        with atomic_path(out / "README.md") as temporary:
-            temporary.write_text(self._card(gates, history), encoding="utf-8")
-        gates.save_pretrained(out)
 
     def _samples(self, path: Path, gates: MoLEModel) -> None:
         """Pictures of the first prompts at fixed seeds, with the untrained gates and with the trained ones."""
@@ -107,7 +111,7 @@ class GateReport:
         finally:
             self.pipe.set_progress_bar_config(**bar)
 
-    def _card(self, gates: MoLEModel, history: History) -> str:
+    def _card(self, gates: MoLEModel, history: History, pictures: bool) -> str:
         """The model card, in the form of the Hugging Face Hub."""
         base, on_hub = _base_model(self.pipe)
         config = self.config
@@ -148,11 +152,14 @@ class GateReport:
             "Losses are CLIP's view while training, of single-step predictions; they are no scores of pictures. "
             f"Settings and numbers of every step: `{TRAINING_FILE}`.",
             "",
-            "![curves](curves.png)",
-            "![gates, early and late](gates.png)",
-            "![before and after](samples.png)",
-            "",
         ]
+        if pictures:
+            lines += [
+                "![curves](curves.png)",
+                "![gates, early and late](gates.png)",
+                "![before and after](samples.png)",
+                "",
+            ]
         return "\n".join(lines)
 
 

@@ -59,7 +59,8 @@ def balance_study(
     if config.balance == "off":
         raise ValueError('`balance` is "off", so there is no balance loss to study. Set balance="uniform" or "floor".')
     folder = Path(out)
-    rows, entropies = [], {}
+    rows: list[dict[str, Any]] = []
+    entropies: dict[str, list[float]] = {}
     for variant, changed in _variants(config, temperatures).items():
         place = folder / variant.replace(" ", "-")
         train_gates(

@@ -49,4 +49,5 @@ def train_set(names: str, assets: Path, work_dir: Path, *, seed: int, device: to
         clip=DifferentiableCLIP(assets / "clip"),
         out=assets / "gates" / names,
         work=work_dir / "gates" / names,
+        pictures=False,
     )
