@@ -94,6 +94,14 @@ def test_later_sources_of_settings_go_first(tmp_path: Path) -> None:
     assert read_config(None, None, ["warmup_steps=4"], {"steps": 20}).warmup_steps == 4
 
 
+def test_words_that_yaml_once_took_for_booleans_are_settings(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("balance: off\nmixed_precision: no\ngradient_checkpointing: true\n")
+    config = read_config(None, tmp_path / "a.yaml", ["gates.learn_temperature=false"], {})
+    assert (config.balance, config.mixed_precision, config.gradient_checkpointing) == ("off", "no", True)
+    assert not config.gates.learn_temperature
+    assert read_config(None, None, ["balance=off"], {}).balance == "off"
+
+
 @pytest.mark.parametrize(
     ("settings", "text", "message"),
     [

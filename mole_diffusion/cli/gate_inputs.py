@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,13 +185,13 @@ def read_config(
         if not file.is_file():
             raise ValueError(f"--config {file}: there is no such file.")
         try:
-            values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+            values = load_yaml(file.read_text(encoding="utf-8")) or {}
         except yaml.YAMLError as error:
             raise ValueError(f"--config {file} is no YAML: {error}") from None
         if not isinstance(values, dict):
             raise ValueError(f"--config {file} must be a dictionary of settings, got {type(values).__name__}.")
     for key, text in read_pairs("--set", settings or [], "gates.scope=layer").items():
-        value = yaml.safe_load(text)
+        value = load_yaml(text)
         if key.startswith("gates."):
             values["gates"] = {**(values.get("gates") or {}), key.removeprefix("gates."): value}
         else:
@@ -204,3 +205,19 @@ def read_config(
     # Few steps, say for a trial, should not ask for a shorter warm-up too.
     own = GateTrainingConfig.from_dict({"preset": values.get("preset", "default")}).warmup_steps
     return GateTrainingConfig.from_dict({**values, "warmup_steps": min(own, chosen.steps // 10)})
+
+
+def load_yaml(text: str) -> Any:
+    """Plain values; "off" and "no" stay words, as in YAML 1.2, since settings have them among their values."""
+    import yaml
+
+    boolean = "tag:yaml.org,2002:bool"
+
+    class Loader(yaml.SafeLoader):
+        yaml_implicit_resolvers = {
+            first: [(tag, pattern) for tag, pattern in resolvers if tag != boolean]
+            for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+
+    Loader.add_implicit_resolver(boolean, re.compile("^(?:true|True|false|False)$"), list("tTfF"))
+    return yaml.load(text, Loader)
