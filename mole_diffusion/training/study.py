@@ -99,7 +99,7 @@ def _row(variant: str, config: GateTrainingConfig, numbers: Mapping[str, Sequenc
         return sum(values) / len(values)
 
     last = {name: mean(values[-tenth:]) for name, values in numbers.items()}
-    terms = {name: last[name] for name in ("global", "local", "identity") if name in last}
+    terms: dict[str, Any] = {name: last[name] for name in ("global", "local", "identity") if name in last}
     weights = {name: value for name, value in last.items() if name.startswith("weight/")}
     return {
         "variant": variant,
