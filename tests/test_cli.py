@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from mole_diffusion import toybox
 from mole_diffusion.cli import app
+from mole_diffusion.composition import COMPOSITIONS
 from mole_diffusion.lora import load_lora, save_lora
 from mole_diffusion.pipelines import MoLEStableDiffusionPipeline
 from mole_diffusion.training import LoRATrainingConfig
@@ -59,6 +60,7 @@ COMMANDS = [
     ["demo"],
     ["generate"],
     ["inspect"],
+    ["methods"],
     ["train-lora"],
     ["train-gates"],
     ["balance-study"],
@@ -72,6 +74,15 @@ def test_every_command_has_help_with_an_example(command: list[str]) -> None:
     done = mole(*command, "--help")
     assert done.exit_code == 0
     assert f"    mole {' '.join(command)}" in done.stdout
+
+
+def test_methods_lists_every_method_with_its_cost() -> None:
+    done = mole("methods")
+    assert done.exit_code == 0
+    rows = {cells[1].strip(): cells for line in done.stdout.splitlines() if len(cells := line.split("│")) > 4}
+    assert set(COMPOSITIONS) <= set(rows)
+    assert [rows[name][2].strip() for name in ("linear", "composite")] == ["1, 1, 1", "1, 2, 3"]
+    assert "gates" in rows["mole"][3]
 
 
 def test_generate_draws_what_the_pipeline_draws(world: Path, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def test_a_row_that_keeps_nothing_gets_nothing() -> None:
 
 
 def test_every_method_is_listed_under_its_name() -> None:
-    assert set(COMPOSITIONS) == {"linear", "normalized", "mole"}
+    assert set(COMPOSITIONS) == {"linear", "normalized", "merge", "switch", "composite", "mole"}
     assert all(method.name == name for name, method in COMPOSITIONS.items())
 
 

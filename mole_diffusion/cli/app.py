@@ -11,6 +11,7 @@ from .balance_study import balance_study
 from .demo import demo
 from .generate import generate
 from .inspect import inspect
+from .methods import methods
 from .toybox import toybox
 from .train_gates import train_gates
 from .train_lora import train_lora
@@ -44,6 +45,7 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(generate)
 app.command()(inspect)
+app.command()(methods)
 app.command("train-lora")(train_lora)
 app.command("train-gates")(train_gates)
 app.command("balance-study")(balance_study)

@@ -19,7 +19,7 @@ def generate(
         str | None, typer.Option(metavar="A,B", help='Draw with these LoRAs and mask the others; "" masks all.')
     ] = None,
     composition: Annotated[
-        str | None, typer.Option(help="linear, normalized or mole [default: mole with gates, else normalized]")
+        str | None, typer.Option(help="One of `mole methods` [default: mole with gates, else normalized].")
     ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 30,

@@ -1,4 +1,4 @@
-"""The one seam of a composition method: how much of each LoRA, in which step."""
+"""The one seam of a composition method: which passes a step runs, how much of each LoRA in each, and their mixture."""
 
 from __future__ import annotations
 
@@ -39,16 +39,20 @@ class Step:
 
 
 class Composition(ABC):
-    """How several LoRAs share one picture. Subclasses are final: they implement :meth:`weights` and nothing else.
+    """How several LoRAs share one picture.
 
-    Batching, guidance, text encoders, seeds and the choice of LoRAs are done once, by the pipeline.
+    A method that runs the denoiser once a step implements :meth:`weights` and nothing else. One that runs it several
+    times says so with :meth:`passes` and :meth:`evaluations`, and with :meth:`combine` unless predictions are averaged.
+    Batching, guidance, text encoders, seeds and the choice of LoRAs are done once, outside of methods.
 
     Attributes:
         name: The name in :data:`COMPOSITIONS`.
+        source: Where the method comes from.
         needs_gates: Whether the method reads trained gates; then a pipeline without gates refuses it.
     """
 
     name: ClassVar[str]
+    source: ClassVar[str]
     needs_gates: ClassVar[bool] = False
 
     @abstractmethod
@@ -64,6 +68,33 @@ class Composition(ABC):
         Returns:
             ``(rows, num_experts)`` with zeros where ``keep`` is zero, or ``None``: the gates in the layers decide.
         """
+
+    def passes(self, keep: Tensor, step: Step) -> Tensor | None:
+        """Weight of every LoRA in every pass of this step; by default one pass with :meth:`weights`.
+
+        All passes get the same sample, timestep and prompt embeddings, and run as one widened batch.
+
+        Returns:
+            ``(passes, rows, num_experts)``, or ``None``: one pass, weighed by the gates in the layers.
+        """
+        weights = self.weights(keep, step)
+        return None if weights is None else weights[None]
+
+    def combine(self, predictions: Tensor, weights: Tensor) -> Tensor:
+        """One prediction from those of all passes, before guidance; by default their mean.
+
+        Args:
+            predictions: ``(passes, batch, ...)``; with guidance the batch is the unconditional rows, then the others.
+            weights: What :meth:`passes` returned; its rows are 1 or the batch.
+
+        Returns:
+            ``(batch, ...)``.
+        """
+        return predictions.mean(dim=0)
+
+    def evaluations(self, num_loras: int) -> int:
+        """How often a step evaluates the denoiser with this many LoRAs kept. Guidance doubles the batch, not this."""
+        return 1
 
 
 def _floats(timesteps: Sequence[float] | Tensor) -> list[float]:

@@ -15,6 +15,7 @@ class Linear(Composition):
     """
 
     name = "linear"
+    source = "Mixture of LoRA Experts (ICLR 2024), eq. 1"
 
     def weights(self, keep: Tensor, step: Step | None) -> Tensor:
         return keep

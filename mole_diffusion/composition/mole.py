@@ -15,6 +15,7 @@ class MoLE(Composition):
     """
 
     name = "mole"
+    source = "Mixture of LoRA Experts (ICLR 2024), eqs. 5-13"
     needs_gates = True
 
     def weights(self, keep: Tensor, step: Step | None) -> None:

@@ -32,8 +32,8 @@ class Attachment:
             the stock ``AttnProcessor2_0`` get a :class:`MoLEAttnProcessor`, everything else a hook. With
             ``"processors"`` a component without such a layer is an error.
         add: Adds the experts' share to a site's output.
-        begin: Called with the root's arguments before every forward pass of the component.
-        end: Called with its output after, or with ``None`` after an exception.
+        begin: Called with the root's arguments before every forward pass of the component; may return others.
+        end: Called with its output after, or with ``None`` after an exception; may return another output.
 
     Raises:
         AttachError: If the model is compiled, has fused projections, or the engine finds nothing to do.
@@ -46,8 +46,8 @@ class Attachment:
         sites: Sequence[Site],
         engine: Engine,
         add: AddExperts,
-        begin: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None],
-        end: Callable[[Any], None],
+        begin: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]] | None],
+        end: Callable[[Any], Any],
     ) -> None:
         self.component = component
         self.model = model
@@ -115,15 +115,15 @@ class Attachment:
                 hook = functools.partial(_site_hook, self._add, site)
                 self._site_hooks[name] = site.module.register_forward_hook(hook, with_kwargs=True)
 
-    def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._refuse_fused()
         self._place_hooks()  # somebody may have replaced our processors since (IP-Adapter, attention slicing)
-        self._begin(model, args, kwargs)
+        return self._begin(model, args, kwargs)
 
-    def _after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
-        self._end(output)
+    def _after_forward(self, model: nn.Module, args: Any, output: Any) -> Any:
+        result = self._end(output)
         if output is None or self._fired is None:  # an exception is on its way, or the check was passed before
-            return
+            return result
         missing = [site.module_name for site in self.sites if site.module_name not in self._fired]
         self._fired = set() if missing else None  # look again next time
         if missing:
@@ -133,6 +133,7 @@ class Attachment:
                 f"pass, so their LoRAs did nothing: {shown}. Something bypasses or replaced these modules (fused "
                 "projections, skipped layers); undo that, or load LoRAs without them."
             )
+        return result
 
     def _refuse_fused(self) -> None:
         fused = [name for name, (layer, _) in self._attentions.items() if getattr(layer, "fused_projections", False)]

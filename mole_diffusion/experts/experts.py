@@ -6,6 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -13,10 +14,11 @@ from torch import Tensor, nn
 
 from ..lora import LoRA, LoRAFactors
 from .attach import ENGINES, AttachError, Attachment, Engine
+from .passes import narrow, tensors, widen
 from .run import Run, in_backward
 from .site import Site, group_sites
 from .stack import ExpertStack
-from .weigher import Weigher
+from .weigher import Weigher, WidensBatch
 
 
 class Experts:
@@ -236,7 +238,7 @@ class Experts:
         if run.weigher is None or not run.active:
             return output
         projections = site.group.project(site, hidden_states, output)
-        batch = len(projections.tensors[site.name])
+        batch = len(projections.tensors[site.name]) // run.passes
         if len(run.keep) not in (1, batch) or len(run.scale) not in (1, batch):
             raise ValueError(
                 f"`keep` has {len(run.keep)} rows and `scale` {len(run.scale)}, but {site.component} runs a batch of "
@@ -277,30 +279,45 @@ class Experts:
         if engine == "processors" and not denoiser:
             engine = "auto"  # a text encoder has no attention processors
 
-        def begin(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def begin(
+            root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
             device = next((x.device for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
-            self._begin(component, device, _denoiser_inputs(root, args, kwargs) if denoiser else {})
+            run = self._begin(component, device, _denoiser_inputs(root, args, kwargs) if denoiser else {})
+            if run.passes == 1:
+                return None
+            batch = len(_sample(_by_name(root, args, kwargs)))
+            return widen(args, batch, run.passes), widen(kwargs, batch, run.passes)
 
-        def end(output: Any) -> None:
+        def end(output: Any) -> Any:
             self._running.discard(component)
             for site in sites:
                 site.group.forget()
-            for tensor in _tensors(output):
+            for tensor in tensors(output):
                 if tensor.requires_grad:
                     # The backward pass of several forward passes comes in reverse; each announces itself here, before
                     # any of its checkpoints is recomputed.
                     tensor.register_hook(functools.partial(self._resume, self._runs[component]))
+            run = self._runs.get(component)
+            if output is None or run is None or run.passes == 1:
+                return None
+            several: Any = run.weigher
+            return narrow(output, run.passes, lambda predictions: several.combine(predictions, run))
 
         self._attachments[component] = Attachment(component, model, sites, engine, self.add, begin, end)
         self._sites.update({site.name: site for site in sites})
 
-    def _begin(self, component: str, device: torch.device | None, inputs: dict[str, Any]) -> None:
+    def _begin(self, component: str, device: torch.device | None, inputs: dict[str, Any]) -> Run:
         self._resumed.pop(component, None)
         self._alone.pop(component, None)
         previous = self._runs.pop(component, None)
         index = 0 if previous is None else previous.index + 1
-        self._runs[component] = self._new_run(component, index, device, inputs)
+        run = self._new_run(component, index, device, inputs)
+        if isinstance(run.weigher, WidensBatch) and run.active and run.timestep is not None:
+            run = replace(run, passes=run.weigher.passes(run))
+        self._runs[component] = run
         self._running.add(component)
+        return run
 
     def _resume(self, run: Run, gradient: Tensor) -> None:
         self._resumed[run.component] = run
@@ -334,9 +351,8 @@ def _by_module(loras: Sequence[LoRA]) -> dict[str, dict[str, list[LoRAFactors | 
 
 
 def _denoiser_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    names = list(inspect.signature(model.forward).parameters)
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    sample = given.get("sample", given.get("hidden_states"))
+    given = _by_name(model, args, kwargs)
+    sample = _sample(given)
     size = (sample.shape[-2], sample.shape[-1]) if isinstance(sample, Tensor) and sample.ndim == 4 else None
     return {
         "timestep": given.get("timestep"),
@@ -345,15 +361,13 @@ def _denoiser_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     }
 
 
-def _tensors(output: Any) -> Iterator[Tensor]:
-    """All tensors in what a model returned: a tensor, a tuple, or a dictionary-like output class."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        yield from _tensors(tuple(output.values()))
-    elif isinstance(output, tuple | list):
-        for part in output:
-            yield from _tensors(part)
+def _by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    names = list(inspect.signature(model.forward).parameters)
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _sample(given: Mapping[str, Any]) -> Any:
+    return given.get("sample", given.get("hidden_states"))
 
 
 def _check_weights(weights: Tensor, projected: Tensor, site: Site, num_experts: int | None) -> None:

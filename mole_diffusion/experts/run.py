@@ -29,6 +29,8 @@ class Run:
         timestep: As the denoiser was given it; ``None`` in a text encoder.
         encoder_hidden_states: The prompt embeddings the denoiser was given; ``None`` in a text encoder.
         sample_size: ``(height, width)`` of the denoiser's sample where it has them.
+        passes: How many times the batch runs at once, one block of rows after another; see :class:`WidensBatch`. The
+            other attributes are those of one such pass.
         notes: What a weigher wants to remember for the rest of this pass and for its recomputation.
     """
 
@@ -41,6 +43,7 @@ class Run:
     timestep: Tensor | float | None = None
     encoder_hidden_states: Tensor | None = None
     sample_size: tuple[int, int] | None = None
+    passes: int = 1
     notes: dict[str, Any] = field(default_factory=dict)
 
 

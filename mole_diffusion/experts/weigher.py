@@ -33,6 +33,23 @@ class Weigher(Protocol):
         ...
 
 
+@runtime_checkable
+class WidensBatch(Weigher, Protocol):
+    """A weigher that asks the denoiser for several predictions of one sample and makes one of them.
+
+    The batch runs several times over in one forward pass: all its rows for the first pass, then all for the second.
+    ``weights`` then answers for the widened batch.
+    """
+
+    def passes(self, run: Run) -> int:
+        """How many, at least 1. Asked once, when the denoiser's forward pass begins; text encoders run once."""
+        ...
+
+    def combine(self, predictions: Tensor, run: Run) -> Tensor:
+        """Predictions ``(passes, batch, ...)`` to what the caller of the denoiser gets, ``(batch, ...)``."""
+        ...
+
+
 class ConstantWeights:
     """The same numbers in every layer, as plain and normalised sums of LoRAs have them (eqs. 1 and 2).
 

@@ -1,0 +1,27 @@
+"""`mole methods`: the ways to compose LoRAs."""
+
+from __future__ import annotations
+
+COUNTS = (1, 2, 3)
+
+
+def methods() -> None:
+    """List the composition methods: where each comes from, what a step costs, and what it needs.
+
+    The cost is the number of UNet evaluations a step for one, two and three LoRAs.
+
+    Example:
+
+    \b
+      mole methods
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from mole_diffusion.composition import COMPOSITIONS
+
+    table = Table("method", "UNet evaluations a step", "needs", "source")
+    for name, method in COMPOSITIONS.items():
+        cost = ", ".join(str(method().evaluations(count)) for count in COUNTS)
+        table.add_row(name, cost, "trained gates" if method.needs_gates else "–", method.source)
+    Console(markup=False, highlight=False).print(table)

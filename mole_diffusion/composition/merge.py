@@ -1,0 +1,34 @@
+"""Plain sum of LoRAs times one scale."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from .base import Composition, Step
+
+
+class Merge(Composition):
+    """LoRA Merge: ``W x + s sum_i E_i(x)``, one scale for every LoRA, however many there are.
+
+    The baseline of "Multi-LoRA Composition for Image Generation" (https://arxiv.org/abs/2402.16843), which sets the
+    scale to 0.8. At 1 it is :class:`Linear`.
+
+    Args:
+        scale: s.
+
+    Raises:
+        ValueError: `scale` is not finite.
+    """
+
+    name = "merge"
+    source = "Multi-LoRA Composition (arXiv 2402.16843), LoRA Merge"
+
+    def __init__(self, scale: float = 0.8) -> None:
+        if not math.isfinite(scale):
+            raise ValueError(f"`scale` must be finite, got {scale}. The authors use 0.8.")
+        self.scale = scale
+
+    def weights(self, keep: Tensor, step: Step | None) -> Tensor:
+        return self.scale * keep

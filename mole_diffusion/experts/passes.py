@@ -1,0 +1,52 @@
+"""Several forward passes of the denoiser as one, over a widened batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+def widen(value: Any, batch: int, passes: int) -> Any:
+    """What a denoiser was given, for a batch that comes `passes` times over.
+
+    Args:
+        value: Arguments in any nesting of tuples, lists and dictionaries. Tensors whose first axis is the batch
+            (sample, prompt embeddings, added conditions, residuals of a ControlNet) are repeated; others stay.
+        batch: Rows of the sample.
+        passes: How many times.
+    """
+    if isinstance(value, Tensor):
+        return value.repeat(passes, *[1] * (value.ndim - 1)) if value.ndim and len(value) == batch else value
+    if isinstance(value, Mapping):
+        return {name: widen(part, batch, passes) for name, part in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(widen(part, batch, passes) for part in value)
+    return value
+
+
+def narrow(output: Any, passes: int, combine: Callable[[Tensor], Tensor]) -> Any:
+    """The output of the widened batch as that of one pass.
+
+    Args:
+        output: A tensor, a tuple, or a dictionary-like output class of tensors ``(passes * batch, ...)``.
+        passes: As in :func:`widen`.
+        combine: ``(passes, batch, ...) -> (batch, ...)``.
+    """
+    if isinstance(output, Tensor):
+        return combine(output.unflatten(0, (passes, -1)))
+    if isinstance(output, Mapping):
+        return type(output)(**{name: narrow(part, passes, combine) for name, part in output.items()})
+    return type(output)(narrow(part, passes, combine) for part in output)
+
+
+def tensors(output: Any) -> Iterator[Tensor]:
+    """All tensors in what a model returned: a tensor, a tuple, or a dictionary-like output class."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        yield from tensors(tuple(output.values()))
+    elif isinstance(output, tuple | list):
+        for part in output:
+            yield from tensors(part)
