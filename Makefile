@@ -27,10 +27,10 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# mypy sees the package as it is installed: pipelines/ is a folder of its own here and a sub-package there.
+# mypy sees the package as it is installed: pipelines/ and metrics/ are folders of their own here and sub-packages there.
 types: $(STAMP)
 	@rm -rf $(TYPES) && mkdir -p $(TYPES)
-	@ln -s $(CURDIR)/mole_diffusion/* $(CURDIR)/pipelines $(TYPES)/
+	@ln -s $(CURDIR)/mole_diffusion/* $(CURDIR)/pipelines $(CURDIR)/metrics $(TYPES)/
 	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p mole_diffusion
 
 $(STAMP): pyproject.toml constraints.txt

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import metrics as metrics
     from . import toybox as toybox
     from .gating import GateConfig as GateConfig
     from .gating import MoLEModel as MoLEModel
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# In a checkout that is not installed, `pipelines/` lies beside this folder and not in it.
+# In a checkout that is not installed, `pipelines/` and `metrics/` lie beside this folder and not in it.
 _root = Path(__file__).resolve().parent.parent
 if (_root / "pyproject.toml").is_file() and (_root / "pipelines" / "__init__.py").is_file():
     __path__.append(str(_root))
@@ -41,7 +42,7 @@ _HOME = {  # public name -> the sub-package that has it
     "GateTrainingConfig": "training",
     "train_gates": "training",
 }
-_SUBMODULES = ("toybox",)
+_SUBMODULES = ("toybox", "metrics")
 
 __all__ = [*_HOME, *_SUBMODULES]
 

@@ -64,6 +64,9 @@ COMMANDS = [
     ["train-lora"],
     ["train-gates"],
     ["balance-study"],
+    ["evaluate"],
+    ["benchmark", "run"],
+    ["benchmark", "report"],
     ["toybox", "build"],
     ["toybox", "show"],
 ]

@@ -8,7 +8,9 @@ import typer
 from typer.core import TyperGroup
 
 from .balance_study import balance_study
+from .benchmark import benchmark
 from .demo import demo
+from .evaluate import evaluate
 from .generate import generate
 from .inspect import inspect
 from .methods import methods
@@ -46,9 +48,11 @@ app.command()(demo)
 app.command()(generate)
 app.command()(inspect)
 app.command()(methods)
+app.command()(evaluate)
 app.command("train-lora")(train_lora)
 app.command("train-gates")(train_gates)
 app.command("balance-study")(balance_study)
+app.add_typer(benchmark, name="benchmark")
 app.add_typer(toybox, name="toybox")
 
 

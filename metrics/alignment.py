@@ -1,0 +1,193 @@
+"""Alignment with the prompt and with a concept's pictures, as cosines of features."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .averages import Averages
+from .encoders import ImageEncoder, TextCache, TextImageEncoder, embed_images
+from .pictures import Pictures
+
+Scale = Literal["cosine", "clipscore"]
+
+
+def text_alignment(image_features: Tensor, text_features: Tensor, scale: Scale = "cosine") -> Tensor:
+    """How well each picture fits its prompt.
+
+    Args:
+        image_features: `(pictures, width)`, of any length.
+        text_features: `(pictures, width)`, the prompt of each.
+        scale: "cosine", -1 to 1; or "clipscore", `2.5 · max(cosine, 0)`, which the numbers of "Mixture of LoRA
+            Experts" seem to be (CLIPScore, https://arxiv.org/abs/2104.08718, up to its factor w).
+
+    Returns:
+        `(pictures,)`.
+
+    Raises:
+        ValueError: The scale is unknown, or there are not as many prompts as pictures.
+    """
+    check_scale(scale)
+    if image_features.shape != text_features.shape:
+        raise ValueError(
+            f"there are {len(image_features)} pictures and {len(text_features)} prompts "
+            f"(features {tuple(image_features.shape)} and {tuple(text_features.shape)}). Give one prompt per picture."
+        )
+    cosine = torch.nn.functional.cosine_similarity(image_features, text_features.to(image_features.device), dim=-1)
+    return cosine if scale == "cosine" else 2.5 * cosine.clamp(min=0)
+
+
+def image_alignment(image_features: Tensor, reference_features: Tensor) -> Tensor:
+    """How well each picture fits a concept: mean cosine to the concept's pictures.
+
+    As in the evaluation of Custom Diffusion (https://arxiv.org/abs/2212.04488), which the paper follows.
+
+    Args:
+        image_features: `(pictures, width)`.
+        reference_features: `(references, width)`.
+
+    Returns:
+        `(pictures,)`.
+
+    Raises:
+        ValueError: There is no reference.
+    """
+    if not len(reference_features):
+        raise ValueError("a concept has no pictures to compare with. Give at least one reference.")
+    pictures = torch.nn.functional.normalize(image_features, dim=-1)
+    references = torch.nn.functional.normalize(reference_features.to(image_features.device), dim=-1)
+    return (pictures @ references.T).mean(dim=-1)
+
+
+class TextAlignment(Averages):
+    """Mean CLIP cosine between pictures and their prompts. The result's name tells the scale.
+
+    Args:
+        clip: Any open_clip model as a :class:`~mole_diffusion.clip.DifferentiableCLIP`.
+        scale: As in :func:`text_alignment`.
+        batch_size: Pictures at a time.
+    """
+
+    higher_is_better = True
+
+    def __init__(self, clip: TextImageEncoder, scale: Scale = "cosine", *, batch_size: int = 32) -> None:
+        check_scale(scale)
+        super().__init__([text_name(scale)])
+        self.clip, self.scale, self.batch_size = clip, scale, batch_size
+        self._texts = TextCache(clip)
+
+    def update(self, images: Pictures, prompts: Sequence[str]) -> None:
+        """Measures pictures with one prompt each.
+
+        Raises:
+            TypeError, ValueError: They are of another type or shape, or not as many.
+        """
+        texts = self._texts.embed(prompts) if len(prompts) else torch.empty(0, 1)
+        features = embed_images(self.clip, images, batch_size=self.batch_size)
+        self.add(text_alignment(features, texts, self.scale)[:, None])
+
+
+class ImageAlignment(Averages):
+    """Cosine between pictures and the reference pictures of each concept: by concept, and the mean over concepts.
+
+    Args:
+        encoder: CLIP, or a :class:`VisionBackbone` such as DINOv2.
+        references: Concept to its pictures.
+        batch_size: Pictures at a time.
+
+    Raises:
+        ValueError: There is no concept, or one has no pictures.
+    """
+
+    higher_is_better = True
+
+    def __init__(
+        self, encoder: ImageEncoder, references: Mapping[str, Sequence[Image.Image]], *, batch_size: int = 32
+    ) -> None:
+        check_references(references)
+        super().__init__(list(references))
+        self.encoder, self.batch_size = encoder, batch_size
+        self._references = references
+        self._features: dict[str, Tensor] = {}
+
+    def reference_features(self, concept: str) -> Tensor:
+        """Features of a concept's pictures, computed once."""
+        if concept not in self._features:
+            self._features[concept] = embed_images(self.encoder, list(self._references[concept]))
+        return self._features[concept]
+
+    def update(self, images: Pictures, concepts: Sequence[Sequence[str]] | None = None) -> None:
+        """Measures pictures.
+
+        Args:
+            images: The pictures.
+            concepts: Which concepts each picture should show; `None`: all of them.
+
+        Raises:
+            TypeError, ValueError: They are of another type or shape, not as many, or a concept is unknown.
+        """
+        features = embed_images(self.encoder, images, batch_size=self.batch_size)
+        wanted = asked_for(concepts, self.names, len(features))
+        self.add(wanted_only(torch.stack([self._align(features, name) for name in self.names], dim=1), wanted))
+
+    def _align(self, features: Tensor, concept: str) -> Tensor:
+        return image_alignment(features, self.reference_features(concept))
+
+    def compute(self) -> dict[str, float]:
+        """Mean by concept, and under "mean" the mean over concepts."""
+        return with_mean(self.means())
+
+
+def text_name(scale: str) -> str:
+    """The name of text alignment in every table."""
+    return f"text alignment ({scale})"
+
+
+def with_mean(by_concept: Mapping[str, float]) -> dict[str, Any]:
+    return {**by_concept, "mean": sum(by_concept.values()) / len(by_concept)}
+
+
+def check_scale(scale: str) -> None:
+    if scale not in get_args(Scale):
+        raise ValueError(f"`scale` must be one of {list(get_args(Scale))}, got {scale!r}.")
+
+
+def check_references(references: Mapping[str, Sequence[Image.Image]]) -> None:
+    """Raises: ValueError where there is no concept, or one has no pictures."""
+    if not references:
+        raise ValueError("there is no concept: `references` is empty. Give the pictures of at least one.")
+    for name, pictures in references.items():
+        if not len(pictures):
+            raise ValueError(
+                f"concept {name!r} has no reference pictures. Give at least one, or leave the concept out."
+            )
+        if name == "mean":
+            raise ValueError("a concept cannot be called 'mean', the name of the mean over concepts. Rename it.")
+
+
+def asked_for(concepts: Sequence[Sequence[str]] | None, names: Sequence[str], count: int) -> Tensor:
+    """`(count, len(names))` bool: which picture should show which concept.
+
+    Raises:
+        ValueError: There are not as many entries as pictures, or an entry names no known concept.
+    """
+    if concepts is None:
+        return torch.ones(count, len(names), dtype=torch.bool)
+    if len(concepts) != count:
+        raise ValueError(f"there are {count} pictures and {len(concepts)} lists of concepts. Give one per picture.")
+    asked = torch.zeros(count, len(names), dtype=torch.bool)
+    for row, wanted in enumerate(concepts):
+        for name in wanted:
+            if name not in names:
+                raise ValueError(f"concept {name!r} of picture {row} has no references. Known are {', '.join(names)}.")
+            asked[row, names.index(name)] = True
+    return asked
+
+
+def wanted_only(values: Tensor, wanted: Tensor) -> Tensor:
+    """`values` with NaN where a picture was not asked for a concept."""
+    return values.masked_fill(~wanted.to(values.device), float("nan"))

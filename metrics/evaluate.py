@@ -1,0 +1,134 @@
+"""Alignment of a folder of pictures, wherever they come from."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from .alignment import image_alignment, text_alignment, text_name
+from .encoders import ImageEncoder, TextCache, TextImageEncoder, embed_images
+from .pictures import picture_files, read_picture
+
+_AT_A_TIME = 128  # pictures in memory
+
+
+@dataclass
+class Evaluation:
+    """What `evaluate_folder` measured.
+
+    Attributes:
+        rows: One for each picture that could be read: "picture", "prompt" and its numbers.
+        failures: Name of a picture that could not be read to the reason.
+    """
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    failures: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def means(self) -> dict[str, float]:
+        """Mean of each number over the rows."""
+        names = [name for name in self.rows[0] if name not in ("picture", "prompt")]
+        return {name: sum(row[name] for row in self.rows) / len(self.rows) for name in names}
+
+
+def evaluate_folder(
+    images: str | os.PathLike[str],
+    prompts: str | os.PathLike[str],
+    references: Mapping[str, str | os.PathLike[str]],
+    clip: TextImageEncoder,
+    *,
+    image_encoder: ImageEncoder | None = None,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> Evaluation:
+    """Measures every picture of a folder against its prompt and against the pictures of each concept.
+
+    Args:
+        images: The folder.
+        prompts: A text file with a prompt a line, in the order of the pictures' names, or one line for all; or a JSON
+            file of picture names to prompts.
+        references: Concept to the folder with its pictures.
+        clip: Measures text alignment.
+        image_encoder: Measures image alignment; `None`: `clip`.
+        batch_size: Pictures at a time.
+        progress: Whether to show a bar.
+
+    Returns:
+        A picture that cannot be read is among the failures, and the others are measured.
+
+    Raises:
+        ValueError: There are no pictures, not as many prompts, a concept without pictures, a broken reference, or not
+            one readable picture. Nothing is measured then.
+    """
+    files = picture_files(images)
+    by_file = dict(zip(files, read_prompts(prompts, [file.name for file in files]), strict=True))
+    encoder = image_encoder or clip
+    known = {name: embed_images(encoder, _read_references(name, folder)) for name, folder in references.items()}
+    texts, result = TextCache(clip), Evaluation()
+    for start in range(0, len(files), _AT_A_TIME):
+        pictures: dict[Path, Image.Image] = {}
+        for file in files[start : start + _AT_A_TIME]:
+            try:
+                pictures[file] = read_picture(file)
+            except ValueError as error:
+                result.failures[file.name] = str(error)
+        if not pictures:
+            continue
+        features = embed_images(clip, list(pictures.values()), batch_size=batch_size, progress=progress)
+        text_features = texts.embed([by_file[file] for file in pictures])
+        columns = {
+            text_name(scale): text_alignment(features, text_features, scale) for scale in ("cosine", "clipscore")
+        }
+        if known:
+            other = encoder is not clip
+            seen = embed_images(encoder, list(pictures.values()), batch_size=batch_size) if other else features
+            aligned = {f"image alignment: {name}": image_alignment(seen, known[name]) for name in known}
+            columns |= aligned | {"image alignment: mean": sum(aligned.values()) / len(aligned)}
+        for row, file in enumerate(pictures):
+            numbers = {name: float(values[row]) for name, values in columns.items()}
+            result.rows.append({"picture": file.name, "prompt": by_file[file], **numbers})
+    if not result.rows:
+        raise ValueError(
+            f"not one picture of {images} could be read. The first: {next(iter(result.failures.values()))}"
+        )
+    return result
+
+
+def read_prompts(file: str | os.PathLike[str], names: Sequence[str]) -> list[str]:
+    """A prompt for each picture, from a text or JSON file.
+
+    Raises:
+        ValueError: There are not as many prompts as pictures, or a picture has none.
+    """
+    path = Path(file)
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".json":
+        by_name = json.loads(text)
+        if not isinstance(by_name, dict) or not all(isinstance(prompt, str) for prompt in by_name.values()):
+            raise ValueError(f'{path} must hold an object of picture names to prompts, {{"0.png": "a cat", …}}.')
+        missing = [name for name in names if name not in by_name]
+        if missing:
+            raise ValueError(f"{path} has no prompt for {len(missing)} of {len(names)} pictures: {missing[0]} …")
+        return [by_name[name] for name in names]
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    if len(prompts) == 1:
+        prompts *= len(names)
+    if len(prompts) != len(names):
+        raise ValueError(
+            f"{path} has {len(prompts)} prompts, and there are {len(names)} pictures. Give one line for each, in the "
+            "order of their names, one line for all, or a JSON file of names to prompts."
+        )
+    return prompts
+
+
+def _read_references(concept: str, folder: str | os.PathLike[str]) -> list[Image.Image]:
+    try:
+        return [read_picture(file) for file in picture_files(folder)]
+    except ValueError as error:
+        raise ValueError(f"references of concept {concept!r}: {error}") from None

@@ -1,0 +1,64 @@
+"""The truth on the toybox: which concepts a picture shows, and whose look went to the wrong object."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+
+from ..toybox.oracle import Detection, Oracle, judge
+from .averages import Averages
+
+NAMES = ("omission rate", "confusion rate", "all-present rate", "count error")
+
+
+def concept_presence(detections: Sequence[Detection], concepts: Sequence[str]) -> dict[str, float]:
+    """What the objects found in one picture say about the concepts it should show.
+
+    Args:
+        detections: The objects found in it.
+        concepts: Names of the toybox's subjects.
+
+    Returns:
+        "omission rate": share of concepts without an object of their class. "confusion rate": share of concepts whose
+        object wears another look, or whose look another object wears. "all-present rate": 1 if every concept stands
+        there in its own look, else 0. "count error": difference between the number of objects and of concepts.
+
+    Raises:
+        ValueError: There is no concept, or one is not a subject of the toybox.
+    """
+    if not concepts:
+        raise ValueError("there is no concept to look for: `concepts` is empty.")
+    findings = judge(detections, concepts).values()
+    omitted = sum(not finding.class_present for finding in findings)
+    confused = sum(bool(f.leaked_to) or (f.class_present and not f.present) for f in findings)
+    shown = all(finding.present for finding in findings)
+    count_error = abs(len(detections) - len(concepts))
+    return dict(
+        zip(NAMES, (omitted / len(concepts), confused / len(concepts), float(shown), float(count_error)), strict=True)
+    )
+
+
+class ConceptPresence(Averages):
+    """Omission, confusion, all-present rate and count error, averaged over pictures of the toybox.
+
+    Args:
+        oracle: Another one than the default.
+    """
+
+    def __init__(self, oracle: Oracle | None = None) -> None:
+        super().__init__(list(NAMES))
+        self.oracle = oracle or Oracle()
+
+    def update(self, images: Sequence[Image.Image], concepts: Sequence[Sequence[str]]) -> None:
+        """Looks at pictures, with the subjects each should show.
+
+        Raises:
+            ValueError: There are none, not as many lists of concepts, a subject is unknown, or a picture is not 64×64.
+        """
+        if not images or len(images) != len(concepts):
+            raise ValueError(f"there are {len(images)} pictures and {len(concepts)} lists of concepts. Give one each.")
+        found = self.oracle.detect(images)
+        rows = [list(concept_presence(*pair).values()) for pair in zip(found, concepts, strict=True)]
+        self.add(torch.tensor(rows, dtype=torch.float64))

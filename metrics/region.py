@@ -1,0 +1,103 @@
+"""Image alignment of the place that holds a concept, where a missing concept counts as 0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..toybox.oracle import Oracle
+from .alignment import asked_for, check_references, image_alignment
+from .averages import Averages
+from .encoders import ImageEncoder, embed_images
+
+Box: TypeAlias = tuple[int, int, int, int]
+Detector: TypeAlias = Callable[[Image.Image, str], Box | None]
+"""Where a picture shows a concept: left, top, right, bottom in pixels, or `None` where it does not."""
+
+
+def oracle_detector(oracle: Oracle | None = None) -> Detector:
+    """The toybox's own detector: the box of the object of a subject's class."""
+    seer = oracle or Oracle()
+    return lambda image, concept: seer(image, [concept])[concept].box
+
+
+def region_alignment(
+    encoder: ImageEncoder, image: Image.Image, box: Box | None, reference_features: Tensor
+) -> tuple[float, bool]:
+    """Alignment of what is inside a box with a concept's pictures, and whether there was one.
+
+    Args:
+        encoder: CLIP or another backbone.
+        image: The whole picture.
+        box: As a detector gave it.
+        reference_features: `(references, width)`.
+
+    Returns:
+        Mean cosine, 0 without a box, and whether there is one. Evaluations that leave misses out of the mean reward a
+        method that draws a concept rarely but well.
+
+    Raises:
+        ValueError: The box is empty or leaves the picture.
+    """
+    if box is None:
+        return 0.0, False
+    left, top, right, bottom = box
+    if not (0 <= left < right <= image.width and 0 <= top < bottom <= image.height):
+        raise ValueError(f"the detector gave the box {box} in a picture of {image.width}×{image.height} pixels.")
+    features = embed_images(encoder, [image.crop(box)])
+    return image_alignment(features, reference_features).item(), True
+
+
+class RegionAlignment(Averages):
+    """Image alignment of the box that holds each concept, a miss counted as 0, with the detection rate beside it.
+
+    Args:
+        encoder: CLIP, or a :class:`VisionBackbone` such as DINOv2.
+        references: Concept to its pictures, compared as they are.
+        detector: Finds a concept in a picture; on the toybox :func:`oracle_detector`.
+
+    Raises:
+        ValueError: There is no concept, or one has no pictures.
+    """
+
+    higher_is_better = True
+
+    def __init__(
+        self, encoder: ImageEncoder, references: Mapping[str, Sequence[Image.Image]], detector: Detector
+    ) -> None:
+        check_references(references)
+        self.concepts = list(references)
+        super().__init__([*self.concepts, *(f"detected {name}" for name in self.concepts)])
+        self.encoder, self.detector = encoder, detector
+        self._features = {name: embed_images(encoder, list(pictures)) for name, pictures in references.items()}
+
+    def update(self, images: Sequence[Image.Image], concepts: Sequence[Sequence[str]] | None = None) -> None:
+        """Measures pictures.
+
+        Args:
+            images: The pictures.
+            concepts: Which concepts each should show; `None`: all.
+
+        Raises:
+            ValueError: There are none, not as many lists of concepts, or a concept or box is wrong.
+        """
+        if not images:
+            raise ValueError("there is no picture to measure: `images` is empty.")
+        wanted = asked_for(concepts, self.concepts, len(images))
+        values = torch.full((len(images), 2, len(self.concepts)), float("nan"), dtype=torch.float64)
+        for row, column in wanted.nonzero().tolist():
+            image, name = images[row], self.concepts[column]
+            score, found = region_alignment(self.encoder, image, self.detector(image, name), self._features[name])
+            values[row, :, column] = torch.tensor([score, float(found)], dtype=torch.float64)
+        self.add(values.flatten(1))
+
+    def compute(self) -> dict[str, float]:
+        """Alignment by concept, "mean" over concepts, and "detection rate" over concepts."""
+        means = self.means()
+        scores = {name: means[name] for name in self.concepts if name in means}
+        found = [means[f"detected {name}"] for name in scores]
+        return {**scores, "mean": sum(scores.values()) / len(scores), "detection rate": sum(found) / len(found)}

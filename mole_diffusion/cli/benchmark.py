@@ -1,0 +1,71 @@
+"""`mole benchmark`: every way to compose, on the same prompts and seeds."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .inputs import Device, pick_device, quiet_loading
+
+SOME_FAILED = 1
+
+benchmark = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Compare compositions by the same prompts, seeds and scales.",
+)
+
+Config = Annotated[Path, typer.Argument(help="What to compare, .yaml.")]
+Out = Annotated[Path | None, typer.Option(help="Folder of the benchmark [default: outputs/benchmark/NAME OF CONFIG].")]
+
+
+@benchmark.command()
+def run(config: Config, out: Out = None, device: Device = "auto") -> None:
+    """Draw and measure every picture of a benchmark that is missing.
+
+    Started again it goes on where it stopped. Several processes share the work: `accelerate launch --no_python`, or
+    any launcher that sets RANK and WORLD_SIZE. A row that fails says why in its file, the rest goes on, and the exit
+    code is 1.
+
+    Examples:
+
+    \b
+      mole benchmark run benchmarks/table1.yaml
+      accelerate launch --no_python --num_processes 4 mole benchmark run benchmarks/table1.yaml --out runs/table1
+    """
+    from mole_diffusion.metrics import BenchmarkConfig, run_benchmark
+
+    settings = BenchmarkConfig.from_file(config)
+    local = os.environ.get("LOCAL_RANK")
+    where = pick_device(device)
+    if where.type == "cuda" and where.index is None and local is not None:
+        where = pick_device(f"cuda:{local}")
+    folder = _folder(config, out)
+    with quiet_loading():
+        failed = run_benchmark(settings, folder, device=where, progress=True)
+    typer.echo(f"rows: {folder / 'rows'}")
+    if failed:
+        typer.echo(f"mole: {failed} rows failed; each says why in its file below {folder / 'rows'}", err=True)
+        raise typer.Exit(SOME_FAILED)
+
+
+@benchmark.command()
+def report(config: Config, out: Out = None) -> None:
+    """Write the tables, plots and picture sheets of a benchmark, of as much as there is.
+
+    Example:
+
+    \b
+      mole benchmark report benchmarks/table1.yaml
+    """
+    from mole_diffusion.metrics import BenchmarkConfig, write_report
+
+    path = write_report(BenchmarkConfig.from_file(config), _folder(config, out))
+    typer.echo(f"report: {path}")
+
+
+def _folder(config: Path, out: Path | None) -> Path:
+    return out or Path("outputs/benchmark") / config.stem

@@ -1,0 +1,256 @@
+"""Alignment against naive formulas and torchmetrics' own, known limits, and two processes against one."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torchmetrics.multimodal import CLIPScore
+
+from mole_diffusion import toybox
+from mole_diffusion.clip import DifferentiableCLIP
+from mole_diffusion.metrics import (
+    ImageAlignment,
+    RegionAlignment,
+    TextAlignment,
+    VisionBackbone,
+    embed_images,
+    image_alignment,
+    read_picture,
+    region_alignment,
+    text_alignment,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+CONCEPTS = ["cat", "boot"]
+PROMPTS = ["a photo of a cat on grass", "a photo of a red boot on snow", "a photo of a cat on grass"]
+
+
+@pytest.fixture(scope="module")
+def clip() -> DifferentiableCLIP:
+    return DifferentiableCLIP(toybox.clip_dir())
+
+
+def pictures() -> list[Image.Image]:
+    """Three pictures of two sizes."""
+    return [
+        *toybox.references("cat")[:1],
+        toybox.references("boot")[0].resize((80, 96)),
+        *toybox.references("cat")[1:2],
+    ]
+
+
+def references() -> dict[str, list[Image.Image]]:
+    return {name: toybox.references(name) for name in CONCEPTS}
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    x, y = a.double().numpy(), b.double().numpy()
+    return float((x * y).sum() / (np.sqrt((x * x).sum()) * np.sqrt((y * y).sum())))
+
+
+def as_tensor(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
+
+
+def test_text_alignment_is_the_mean_cosine(clip: DifferentiableCLIP) -> None:
+    values = [
+        cosine(clip.encode_image(as_tensor(image))[0], clip.encode_text([prompt])[0])
+        for image, prompt in zip(pictures(), PROMPTS, strict=True)
+    ]
+    metric = TextAlignment(clip, batch_size=2)
+    metric.update(pictures()[:2], PROMPTS[:2])
+    metric.update(pictures()[2:], PROMPTS[2:])
+    assert metric.compute() == pytest.approx({"text alignment (cosine)": sum(values) / 3}, abs=1e-6)
+    metric = TextAlignment(clip, scale="clipscore")
+    metric.update(pictures(), PROMPTS)
+    scaled = sum(2.5 * max(value, 0) for value in values) / 3
+    assert metric.compute() == pytest.approx({"text alignment (clipscore)": scaled}, abs=1e-6)
+
+
+def test_a_negative_cosine_is_zero_on_the_scale_of_clipscore() -> None:
+    image, text = torch.tensor([[1.0, 0.0], [3.0, 4.0]]), torch.tensor([[-1.0, 0.0], [2.0, 0.0]])
+    assert text_alignment(image, text).tolist() == pytest.approx([-1, 0.6])
+    assert text_alignment(image, text, "clipscore").tolist() == pytest.approx([0, 1.5])
+
+
+class Adapter(nn.Module):
+    """The toybox's CLIP in the form that torchmetrics asks for."""
+
+    def __init__(self, clip: DifferentiableCLIP) -> None:
+        super().__init__()
+        self.clip = clip
+        self.config = object()
+
+    def get_image_features(self, pixels: Tensor) -> Tensor:
+        return self.clip.encode_image(pixels)
+
+    def get_text_features(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.clip.encode_text([PROMPTS[int(i)] for i in ids])
+
+
+def process(images: Any = None, text: Any = None, **_: Any) -> dict[str, Tensor]:
+    if images is not None:
+        return {"pixel_values": torch.stack([image / 255 for image in images])}
+    ids = torch.tensor([PROMPTS.index(prompt) for prompt in text])
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)[:, None]}
+
+
+def test_text_alignment_agrees_with_clipscore_of_torchmetrics(clip: DifferentiableCLIP) -> None:
+    images, prompts = [toybox.references(name)[0] for name in ("cat", "boot", "mug")], PROMPTS
+    theirs = CLIPScore(model_name_or_path=lambda: (Adapter(clip), process))
+    theirs.update([(as_tensor(image)[0] * 255).byte() for image in images], list(prompts))
+    ours = TextAlignment(clip)
+    ours.update(images, prompts)
+    # Theirs is 100 times the mean cosine, cut at zero.
+    assert 100 * max(ours.compute()["text alignment (cosine)"], 0) == pytest.approx(theirs.compute().item(), abs=1e-3)
+
+
+def test_image_alignment_is_the_mean_over_pairs_by_concept(clip: DifferentiableCLIP) -> None:
+    metric = ImageAlignment(clip, references())
+    metric.update(pictures(), [["cat"], ["boot", "cat"], ["cat"]])
+    features = [clip.encode_image(as_tensor(image))[0] for image in pictures()]
+    expected = {}
+    for name, rows in (("cat", [0, 1, 2]), ("boot", [1])):
+        known = [clip.encode_image(as_tensor(image))[0] for image in toybox.references(name)]
+        expected[name] = float(np.mean([[cosine(features[row], one) for one in known] for row in rows]))
+    expected["mean"] = (expected["cat"] + expected["boot"]) / 2
+    assert metric.compute() == pytest.approx(expected, abs=1e-6)
+
+
+def test_an_identical_picture_is_one(clip: DifferentiableCLIP) -> None:
+    image = toybox.references("cat")[0]
+    metric = ImageAlignment(clip, {"cat": [image]})
+    metric.update([image])
+    assert metric.compute() == pytest.approx({"cat": 1.0, "mean": 1.0}, abs=1e-6)
+    tensor = ImageAlignment(clip, {"cat": [image]})
+    tensor.update(as_tensor(image))
+    assert tensor.compute() == metric.compute()
+
+
+def test_metrics_run_in_half_precision_and_are_reset(clip: DifferentiableCLIP) -> None:
+    metric = TextAlignment(clip)
+    metric.update(pictures(), PROMPTS)
+    before = metric.compute()
+    half = TextAlignment(DifferentiableCLIP(toybox.clip_dir()).to(torch.bfloat16))
+    half.update(pictures(), PROMPTS)
+    assert half.compute() == pytest.approx(before, abs=0.02)
+    metric.reset()
+    with pytest.warns(UserWarning, match="compute"), pytest.raises(ValueError, match="has measured nothing yet"):
+        metric.compute()
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_any_vision_backbone_of_transformers(pooled: bool) -> None:
+    from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
+
+    config = Dinov2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+    processor = BitImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    model = Dinov2Model(config)
+    if not pooled:
+        model.forward = lambda pixel_values, run=model.forward: type(
+            "Out", (), {"last_hidden_state": run(pixel_values)[0]}
+        )
+    backbone = VisionBackbone(model, processor)
+    image = toybox.references("cat")[0]
+    token = model(processor(images=image, return_tensors="pt")["pixel_values"]).last_hidden_state[0, 0]
+    features = embed_images(backbone, [image, image.resize((50, 70))])
+    assert torch.allclose(features[0], token / token.norm(), atol=1e-5)
+    assert torch.allclose(features.norm(dim=-1), torch.ones(2))
+
+
+def test_a_region_is_measured_inside_its_box_and_a_miss_is_zero(clip: DifferentiableCLIP) -> None:
+    canvas = Image.new("RGB", (96, 64), "green")
+    image = toybox.references("cat")[0]
+    canvas.paste(image, (20, 0))
+    known = embed_images(clip, references()["cat"])
+    inside = float(np.mean([cosine(embed_images(clip, [image])[0], one) for one in known]))
+    assert region_alignment(clip, canvas, (20, 0, 84, 64), known) == (pytest.approx(inside, abs=1e-6), True)
+
+    def detector(picture: Image.Image, concept: str) -> tuple[int, int, int, int] | None:
+        return (20, 0, 84, 64) if picture is canvas and concept == "cat" else None
+
+    metric = RegionAlignment(clip, references(), detector)
+    metric.update([canvas, image], [["cat", "boot"], ["cat"]])
+    half = inside / 2
+    assert metric.compute() == pytest.approx(
+        {"cat": half, "boot": 0.0, "mean": half / 2, "detection rate": 0.25}, abs=1e-6
+    )
+    with pytest.raises(ValueError, match=r"the detector gave the box \(0, 0, 97, 64\) in a picture of 96×64"):
+        region_alignment(clip, canvas, (0, 0, 97, 64), known)
+
+
+def test_wrong_input_is_refused_and_leaves_the_metric_as_it_was(clip: DifferentiableCLIP, tmp_path: Path) -> None:
+    text, image = TextAlignment(clip), ImageAlignment(clip, references())
+    text.update(pictures(), PROMPTS)
+    before = text.compute()
+    for bad, error, message in (
+        (lambda: text.update([], []), ValueError, "there is no picture to measure"),
+        (lambda: text.update(pictures(), PROMPTS[:2]), ValueError, "there are 3 pictures and 2 prompts"),
+        (lambda: text.update(pictures(), "a cat"), TypeError, "`prompts` must be a list of strings"),
+        (lambda: text.update(["cat.png"], ["a cat"]), TypeError, "must be a tensor or a list of PIL images"),
+        (lambda: text.update(255 * as_tensor(pictures()[0]), ["a cat"]), ValueError, r"they must lie in \[0, 1\]"),
+        (lambda: TextAlignment(clip, "percent"), ValueError, r"must be one of \['cosine', 'clipscore'\], got 'perce"),
+        (lambda: image.update(pictures(), [["cat"]]), ValueError, "3 pictures and 1 lists of concepts"),
+        (lambda: image.update(pictures()[:1], [["dog"]]), ValueError, "'dog' of picture 0 has no references. Known"),
+        (lambda: ImageAlignment(clip, {"cat": []}), ValueError, "concept 'cat' has no reference pictures"),
+        (lambda: ImageAlignment(clip, {}), ValueError, "there is no concept"),
+        (lambda: image_alignment(torch.ones(1, 2), torch.ones(0, 2)), ValueError, "has no pictures to compare with"),
+    ):
+        with pytest.raises(error, match=message):
+            bad()
+    assert text.compute() == before
+    (tmp_path / "cut.png").write_bytes(png(tmp_path)[:-60])
+    with pytest.raises(ValueError, match=r"cut\.png cannot be read as a picture: .*Write it again"):
+        read_picture(tmp_path / "cut.png")
+
+
+def png(folder: Path) -> bytes:
+    pictures()[0].save(folder / "whole.png")
+    return (folder / "whole.png").read_bytes()
+
+
+WORKER = """
+import sys, torch, torch.distributed as dist
+from mole_diffusion.clip import DifferentiableCLIP
+from mole_diffusion import toybox
+from mole_diffusion.metrics import ConceptPresence, ImageAlignment, TextAlignment
+from tests.test_metrics_alignment import measure
+rank, port = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+print(measure(slice(0, 1) if rank == 0 else slice(1, None)))
+dist.destroy_process_group()
+"""
+
+
+def measure(part: slice) -> list[Any]:
+    clip = DifferentiableCLIP(toybox.clip_dir())
+    text, image = TextAlignment(clip, batch_size=1), ImageAlignment(clip, references(), batch_size=1)
+    text.update(pictures()[part], PROMPTS[part])
+    image.update(pictures()[part], [["cat"], ["boot"], ["cat"]][part])
+    return [text.compute(), image.compute()]
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_gives() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-c", WORKER]
+    workers = [
+        subprocess.Popen(
+            [*command, str(rank), port], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    outputs = [worker.communicate() for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], outputs
+    assert [output.strip() for output, _ in outputs] == [str(measure(slice(None)))] * 2  # to the last digit

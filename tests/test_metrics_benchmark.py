@@ -1,0 +1,254 @@
+"""A benchmark: what it draws, what it records, and that it comes out the same however often it is killed."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from typer.testing import CliRunner
+
+from mole_diffusion import MoLEStableDiffusionPipeline, toybox
+from mole_diffusion.cli import app
+from mole_diffusion.composition import COMPOSITIONS, Merge
+from mole_diffusion.metrics import BenchmarkConfig, run_benchmark, write_report
+from mole_diffusion.metrics.benchmark_run import read_rows
+from mole_diffusion.metrics.compare import correlation, paired_bootstrap, wins
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL: dict[str, Any] = {
+    "name": "small",
+    "base": "toybox",
+    "concepts": "toybox",
+    "compositions": ["cat+boot+teapot", "mug+robot"],
+    "methods": ["linear", {"merge": {"scale": 0.5}}, "mole"],
+    "gates": "toybox",
+    "prompts": ["a photo of {concepts} on grass"],
+    "seeds": 2,
+    "scale": 0.9,
+    "steps": 1,
+    "clip": "toybox",
+}
+FREE: dict[str, Any] = SMALL | {"gates": None, "methods": ["linear", "composite"], "seeds": 3}
+
+
+def config(**changes: Any) -> BenchmarkConfig:
+    return BenchmarkConfig.from_dict(SMALL | changes)
+
+
+def scores(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without what depends on the machine."""
+    return [{key: value for key, value in row.items() if key not in ("seconds", "memory (MiB)")} for row in rows]
+
+
+def files(folder: Path) -> dict[str, tuple[int, bytes]]:
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes())
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished benchmark; there are no gates for the second composition."""
+    folder = tmp_path_factory.mktemp("benchmark")
+    assert run_benchmark(config(), folder) == 2
+    return folder
+
+
+def test_every_row_is_there_and_a_failure_says_why(done: Path) -> None:
+    rows = read_rows(config(), done)
+    assert len(rows) == 12
+    failed = [row for row in rows if "error" in row]
+    assert [(row["composition"], row["method"], row["seed"]) for row in failed] == [
+        ("mug+robot", "mole", 0),
+        ("mug+robot", "mole", 1),
+    ]
+    assert "ValueError: no gates for 'mug+robot' ship" in failed[0]["error"]
+    row = next(row for row in rows if row["method"] == "merge(scale=0.5)")
+    assert row["text alignment (clipscore)"] == pytest.approx(2.5 * max(row["text alignment (cosine)"], 0), abs=1e-6)
+    by_concept = row["image alignment by concept"]
+    assert list(by_concept) == ["cat", "boot", "teapot"]
+    assert row["image alignment"] == pytest.approx(sum(by_concept.values()) / 3)
+    assert row["UNet evaluations"] == 1
+    assert {"omission rate", "confusion rate", "all-present rate", "region alignment", "seconds"} <= set(row)
+
+
+def test_pictures_are_those_of_a_call_with_the_same_seed(done: Path) -> None:
+    pipe = MoLEStableDiffusionPipeline.from_pretrained(toybox.base_dir())
+    pipe.set_progress_bar_config(disable=True)
+    names = ["cat", "boot", "teapot"]
+    pipe.load_loras({name: toybox.lora_path(name) for name in names})
+    options: dict[str, Any] = {"num_inference_steps": 1, "guidance_scale": 5.0, "loras": dict.fromkeys(names, 0.9)}
+    for method, label in ((Merge(0.5), "merge(scale=0.5)"), ("mole", "mole")):
+        if method == "mole":
+            pipe.load_gates(toybox.gates_dir("cat+boot+teapot"))
+        pipe.set_composition(method)
+        prompt = toybox.subject_prompt(names, "grass")
+        expected = pipe(prompt, generator=torch.manual_seed(1), **options).images[0]
+        path = done / "pictures" / "cat+boot+teapot" / label / "p00-s0001.png"
+        with Image.open(path) as drawn:
+            assert drawn.tobytes() == expected.tobytes()
+
+
+def test_started_again_it_does_only_what_is_missing(done: Path) -> None:
+    before = files(done)
+    gone = done / "rows" / "mug+robot" / "linear" / "p00-s0001.json"
+    gone.unlink()
+    assert run_benchmark(config(), done) == 2  # those that failed are tried again
+    after = files(done)
+    changed = {name for name in after if after[name] != before[name]}
+    assert set(after) == set(before)
+    failed = {f"rows/mug+robot/mole/p00-s000{seed}.json" for seed in (0, 1)}
+    picture = "pictures/mug+robot/linear/p00-s0001.png"
+    assert changed == {str(gone.relative_to(done)), picture} | failed
+    assert after[picture][1] == before[picture][1]
+
+
+def test_a_folder_holds_one_benchmark(done: Path) -> None:
+    with pytest.raises(ValueError, match="holds a benchmark with another 'steps': 1 and not 2"):
+        run_benchmark(config(steps=2), done)
+
+
+def test_a_method_that_is_added_joins(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Half(Merge):
+        name = "half"
+
+    monkeypatch.setitem(COMPOSITIONS, "half", Half)
+    assert "half" in [method.label for method in config(methods="all").methods]
+    assert "mole" not in [method.label for method in config(methods="all", gates=None).methods]
+
+
+def test_the_report_has_the_means_and_names_the_failures(done: Path) -> None:
+    path = write_report(config(), done)
+    text = path.read_text(encoding="utf-8")
+    rows = [row for row in read_rows(config(), done) if "error" not in row]
+    for label in ("linear", "merge(scale=0.5)", "mole"):
+        mine = [row["image alignment"] for row in rows if row["method"] == label]
+        line = next(line for line in text.splitlines() if line.startswith(f"| {label} | {len(mine)} |"))
+        assert f"| {np.mean(mine):.3f} |" in line
+    assert "10 pictures measured, 2 failed, 0 missing" in text
+    assert "no gates for 'mug+robot' ship" in text
+    assert "## Difference to mole" in text
+    assert "## Alignment against the truth" in text
+    for name in ("scatter.png", "cat+boot+teapot.png", "mug+robot.png"):
+        with Image.open(path.parent / name) as picture:
+            picture.verify()
+    with (path.parent / "rows.csv").open(encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == 12
+    assert float(table[0]["image alignment: cat"]) == rows[0]["image alignment by concept"]["cat"]
+
+
+def test_a_report_of_nothing_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"has no measured row\. Run `mole benchmark run` first"):
+        write_report(config(), tmp_path)
+
+
+def test_bootstrap_wins_and_correlation() -> None:
+    rng = np.random.default_rng(3)
+    a, b = rng.normal(0.3, 1, 40), rng.normal(0, 1, 40)
+    ours, theirs = dict(enumerate(a)), {k: b[k] for k in reversed(range(40))} | {99: 5.0}
+    mean, low, high = paired_bootstrap(ours, theirs)
+    assert mean == pytest.approx((a - b).mean())
+    spread = (a - b).std(ddof=1) / 40**0.5  # the interval of the normal approximation
+    assert (low, high) == pytest.approx((mean - 1.96 * spread, mean + 1.96 * spread), abs=0.15 * spread)
+    assert paired_bootstrap(ours, ours) == (0, 0, 0)
+    with pytest.raises(ValueError, match="no picture in common"):
+        paired_bootstrap({1: 0.0}, {2: 0.0})
+    table = {"x": {"a": 1.0, "b": 2.0}, "y": {"a": 3.0, "b": 3.0}, "z": {"a": 0.0}}
+    assert wins(table) == {"a": 1.5, "b": 1.5}
+    assert wins(table, higher_is_better=False) == {"a": 2.5, "b": 0.5}
+    assert correlation([1, 2, 3], [2, 4, 6]) == pytest.approx(1)
+    assert correlation([1, 2, 3], [1, 1, 1]) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 3}, "unknown key 'seed'. A benchmark has name, base"),
+        ({"compositions": ["cat+dog"]}, "'cat\\+dog' has 'dog', which is no concept. Known are cat, boot"),
+        ({"compositions": ["cat+cat"]}, "'cat\\+cat' has 'cat' twice"),
+        ({"compositions": []}, "`compositions` must be a list with at least one entry"),
+        ({"methods": ["lineal"]}, "'lineal' is no method. Write a name, one of linear"),
+        ({"methods": [{"merge": {"size": 1}}]}, "unexpected keyword argument 'size'"),
+        ({"methods": ["mole"], "gates": None}, "'mole' needs gates. Say where they lie"),
+        ({"methods": ["linear", "linear"]}, "methods has 'linear' twice"),
+        ({"prompts": ["a photo"]}, 'a prompt needs "{concepts}"'),
+        ({"seeds": [0, 0]}, "seeds has 0 twice"),
+        ({"seeds": 0}, "`seeds` must be a list with at least one entry"),
+        ({"steps": 0}, "`steps` must be a number of at least 1, got 0"),
+        ({"concepts": {"cat": {"lora": "x"}}}, "concept 'cat' must have exactly lora, phrase, description, references"),
+    ],
+)
+def test_a_wrong_config_says_what_is_wrong(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(**changes)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_studies_that_ship_can_be_read(path: Path) -> None:
+    study = BenchmarkConfig.from_file(path)
+    assert len(study.cells()) == len(study.compositions) * len(COMPOSITIONS) * len(study.prompts) * len(study.seeds)
+    assert study.prompt(0, ["cat", "boot"]) == toybox.subject_prompt(["cat", "boot"], "grass")
+
+
+def test_on_the_command_line(done: Path, tmp_path: Path) -> None:
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(SMALL))
+    run = CliRunner().invoke(app, ["benchmark", "run", str(path), "--out", str(done), "--device", "cpu"])
+    assert run.exit_code == 1, run.output
+    assert "2 rows failed" in run.stderr
+    report = CliRunner().invoke(app, ["benchmark", "report", str(path), "--out", str(done)])
+    assert report.exit_code == 0, report.output
+    assert str(done / "report" / "report.md") in report.stdout
+    path.write_text("name: [")
+    broken = CliRunner().invoke(app, ["benchmark", "run", str(path)])
+    assert broken.exit_code == 2
+    assert broken.stderr.startswith(f"mole: {path}:")
+
+
+@pytest.mark.slow
+def test_killed_and_started_again_it_gives_the_same_table(tmp_path: Path) -> None:
+    path = tmp_path / "free.yaml"
+    path.write_text(yaml.safe_dump(FREE))
+    study, killed, whole = BenchmarkConfig.from_file(path), tmp_path / "killed", tmp_path / "whole"
+
+    def start() -> list[subprocess.Popen[bytes]]:
+        code = "from mole_diffusion.cli import main; main()"
+        command = [sys.executable, "-c", code, "benchmark", "run", str(path), "--out", str(killed), "--device", "cpu"]
+        environments = [{**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"} for rank in range(2)]
+        return [
+            subprocess.Popen(command, cwd=ROOT, env=e, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            for e in environments
+        ]
+
+    workers = start()
+    while not list(killed.glob("rows/*/*/*.json")):
+        assert all(worker.poll() in (None, 0) for worker in workers)
+        time.sleep(0.01)
+    for worker in workers:
+        worker.send_signal(signal.SIGKILL)
+        worker.wait()
+    there = len(read_rows(study, killed))
+    assert 0 < there < len(study.cells())
+    assert [worker.wait() for worker in start()] == [0, 0]
+    assert run_benchmark(study, whole) == 0
+    assert scores(read_rows(study, killed)) == scores(read_rows(study, whole))
+    assert len(read_rows(study, killed)) == len(study.cells())
+    assert [row["UNet evaluations"] for row in read_rows(study, whole)][:6] == [1, 1, 1, 3, 3, 3]
+    tables = [write_report(study, folder).read_text().split("## Cost")[0] for folder in (killed, whole)]
+    assert tables[0] == tables[1]
+    assert json.loads((killed / "benchmark.json").read_text()) == json.loads((whole / "benchmark.json").read_text())
