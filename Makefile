@@ -7,10 +7,11 @@ TYPES := build/types/mole_diffusion
 # Once installed, nothing asks a network.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help setup demo test lint types clean
+.PHONY: help setup demo test notebooks lint types clean
 help:
 	@echo "make demo    three LoRAs in one picture: writes a picture sheet and says where"
 	@echo "make test    the tests"
+	@echo "make notebooks  run the notebooks, as the tests do"
 	@echo "make lint    ruff: rules and format"
 	@echo "make types   mypy"
 	@echo "make clean   remove .venv and what was built"
@@ -22,6 +23,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q --durations=10
+
+notebooks: $(STAMP)
+	$(BIN)/python -m pytest -q tests/test_notebooks.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
