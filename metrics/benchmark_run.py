@@ -7,6 +7,7 @@ die at any time and lose no more than the picture it was drawing, and no process
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import time
@@ -93,8 +94,10 @@ def _done(folder: Path, cell: Cell) -> bool:
 
 
 def _claim(folder: Path, config: BenchmarkConfig) -> None:
-    """Writes the configuration into the folder; raises ValueError where another one lies there."""
-    path, plain = folder / CONFIG, json.loads(json.dumps(dataclasses.asdict(config)))
+    """Writes the configuration, with the LoRAs' hashes, into the folder; ValueError where another one lies there."""
+    used = dict.fromkeys(name for names in config.compositions for name in names)
+    files = {name: _sha256(config, name) for name in used}
+    path, plain = folder / CONFIG, json.loads(json.dumps(dataclasses.asdict(config) | {"LoRA files": files}))
     if not path.is_file():
         write_json(path, plain)
         return
@@ -105,6 +108,14 @@ def _claim(folder: Path, config: BenchmarkConfig) -> None:
             f"{folder} holds a benchmark with another {changed[0]!r}: {before.get(changed[0])!r} and not "
             f"{plain[changed[0]]!r}. Rows of both would not compare; choose another folder."
         )
+
+
+def _sha256(config: BenchmarkConfig, name: str) -> str:
+    path = Path(config.concepts[name].lora)
+    if not path.is_file():
+        raise ValueError(f"concept {name!r}: there is no LoRA file {path}.")
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _run_cell(config: BenchmarkConfig, folder: Path, cell: Cell, drawer: _Drawer, judge: _Judge) -> bool:

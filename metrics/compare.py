@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 
 RESAMPLES = 2000
 
+Key = TypeVar("Key", bound=Hashable)
+
 
 def paired_bootstrap(
-    ours: Mapping[Hashable, float], theirs: Mapping[Hashable, float], *, seed: int = 0
+    ours: Mapping[Key, float], theirs: Mapping[Key, float], *, seed: int = 0
 ) -> tuple[float, float, float]:
     """Mean difference of two methods over what both have, with its 95 % interval.
 

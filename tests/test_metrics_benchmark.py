@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,6 +121,24 @@ def test_started_again_it_does_only_what_is_missing(done: Path) -> None:
 def test_a_folder_holds_one_benchmark(done: Path) -> None:
     with pytest.raises(ValueError, match="holds a benchmark with another 'steps': 1 and not 2"):
         run_benchmark(config(steps=2), done)
+
+
+def test_rows_of_other_loras_do_not_mix_in(tmp_path: Path) -> None:
+    shutil.copy(toybox.lora_path("cat"), tmp_path / "a.safetensors")
+    concept = {
+        "lora": str(tmp_path / "a.safetensors"),
+        "phrase": "<v1> cat",
+        "description": "striped cat",
+        "references": "toybox",
+    }
+    study = config(concepts={"cat": concept}, compositions=["cat"], methods=["linear"], gates=None, seeds=1)
+    assert run_benchmark(study, tmp_path / "out") == 0
+    shutil.copy(toybox.lora_path("boot"), tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="holds a benchmark with another 'LoRA files'"):
+        run_benchmark(study, tmp_path / "out")
+    (tmp_path / "a.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"concept 'cat': there is no LoRA file .*a\.safetensors"):
+        run_benchmark(study, tmp_path / "out")
 
 
 def test_a_method_that_is_added_joins(monkeypatch: pytest.MonkeyPatch) -> None:

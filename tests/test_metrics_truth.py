@@ -13,7 +13,7 @@ from PIL import Image
 
 from mole_diffusion import toybox
 from mole_diffusion.metrics import ConceptPresence, GateReport, concept_presence, gate_statistics, oracle_detector
-from mole_diffusion.toybox import Scene
+from mole_diffusion.toybox import Look, Scene
 from mole_diffusion.toybox.subjects import SUBJECTS
 from mole_diffusion.toybox.world import compose_scene
 from tests.composing import NAMES, composing_pipeline, draw
@@ -67,6 +67,14 @@ def test_another_look_on_a_concept_and_its_look_on_a_stranger_are_confusions() -
     found = oracle.detect([toybox.render(replace(whole, objects=(*whole.objects[:2], stranger)))])[0]
     assert concept_presence(found, CONCEPTS) == {
         "omission rate": 1 / 3,
+        "confusion rate": 1 / 3,
+        "all-present rate": 0.0,
+        "count error": 0.0,
+    }
+    repainted = replace(whole.objects[0], look=Look("green", "pink", "dotted"))  # nobody's
+    found = oracle.detect([toybox.render(replace(whole, objects=(repainted, *whole.objects[1:])))])[0]
+    assert concept_presence(found, CONCEPTS) == {
+        "omission rate": 0.0,
         "confusion rate": 1 / 3,
         "all-present rate": 0.0,
         "count error": 0.0,
