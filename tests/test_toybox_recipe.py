@@ -167,4 +167,4 @@ def test_a_part_that_cannot_be_reused_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"cannot reuse \['unet'\]; parts that can be taken over are \['vae', 'clip'\]"
     ):
-        recipe.build(tmp_path, reuse=("unet",))  # type: ignore[arg-type]
+        recipe.build(tmp_path, reuse=("unet",))

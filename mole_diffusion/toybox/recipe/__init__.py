@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
@@ -20,7 +19,7 @@ from ..subjects import SUBJECTS
 from . import base, clip, gates, loras, measure, vae, words
 from .tokenizer import make_tokenizer
 
-Reusable = Literal["vae", "clip"]
+REUSABLE = ("vae", "clip")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +47,7 @@ def build(
     device: str | torch.device = "cpu",
     effort: Effort | None = None,
     compile_model: bool = False,
-    reuse: Collection[Reusable] = (),
+    reuse: Collection[str] = (),
 ) -> Path:
     """Train the toybox from nothing, or go on where an earlier run was interrupted.
 
@@ -58,7 +57,7 @@ def build(
         device: Where to train.
         effort: How long.
         compile_model: Compile the base for training; a fifth faster on CPU, after two minutes of compiling.
-        reuse: Parts to take from the installed toybox instead of training them: the autoencoder, the CLIP.
+        reuse: Which of ``REUSABLE`` to take from the installed toybox instead of training it.
 
     Returns:
         The ``assets`` folder, laid out as inside the package.
@@ -66,9 +65,9 @@ def build(
     Raises:
         ValueError: ``reuse`` names something else.
     """
-    unknown = sorted(set(reuse) - set(get_args(Reusable)))
+    unknown = sorted(set(reuse) - set(REUSABLE))
     if unknown:
-        raise ValueError(f"cannot reuse {unknown}; parts that can be taken over are {list(get_args(Reusable))}.")
+        raise ValueError(f"cannot reuse {unknown}; parts that can be taken over are {list(REUSABLE)}.")
     work, effort, device = Path(out), effort or Effort(), torch.device(device)
     assets, installed = work / "assets", base_dir().parent
     work.mkdir(parents=True, exist_ok=True)
