@@ -23,7 +23,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("outputs/demo"),
     seed: Annotated[int, typer.Option(help="First of three seeds.")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 25,
-    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance.")] = 5.0,
+    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance.")] = 3.0,
     device: Device = "auto",
 ) -> None:
     """Compose three subjects of the toybox with learned gates, beside the plain ways of composing them.

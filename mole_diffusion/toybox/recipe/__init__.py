@@ -35,7 +35,7 @@ class Effort:
     num_scenes: int = 40960
     clip_steps: int = 1000
     clip_batch: int = 64
-    lora_steps: int = 200
+    lora_steps: int = 500
     gate_steps: int = 80
     pictures: int = 200
 

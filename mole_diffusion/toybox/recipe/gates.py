@@ -14,13 +14,19 @@ from mole_diffusion.training import Concept, GateTrainingConfig, train_gates
 
 from ..subjects import references, subject, subject_prompt
 from ..world import GROUNDS
+from .measure import GUIDANCE_SCALE
 
 SETS = ("cat+boot+teapot",)
 
 
 def gate_training(*, seed: int, num_steps: int) -> GateTrainingConfig:
     return GateTrainingConfig(
-        gates=GateConfig(), steps=num_steps, warmup_steps=min(10, num_steps // 5), batch_size=4, seed=seed
+        gates=GateConfig(),
+        steps=num_steps,
+        warmup_steps=min(10, num_steps // 5),
+        batch_size=4,
+        guidance_scale=GUIDANCE_SCALE,
+        seed=seed,
     )
 
 

@@ -15,7 +15,7 @@ from mole_diffusion.training.lora import TEXT_ENCODER_TARGETS
 from ..subjects import SUBJECTS, reference_captions, references
 
 # Ranks are mixed and five LoRAs have a text encoder too, as files from different people do.
-RANKS = dict(zip(SUBJECTS, (8, 4, 16, 8, 4, 12, 8, 16, 4, 8, 6, 10), strict=True))
+RANKS = dict(zip(SUBJECTS, (8, 4, 16, 8, 8, 12, 8, 16, 8, 8, 6, 10), strict=True))
 WITH_TEXT_ENCODER = ("boot", "mug", "clock", "fish", "flower")
 IN_KOHYA_LAYOUT = ("cat", "clock")
 
