@@ -63,13 +63,13 @@ def test_a_gate_on_hidden_states_reads_convolutions_too(components: dict[str, An
     """Also where a stride makes the output smaller than the input."""
     experts = Experts([make_lora(components, name, i, targets=EVERYTHING) for i, name in enumerate(("a", "b"))])
     experts.attach(models(components))
-    for token_axis in ("flatten", 2, "pooled"):
+    for token_axis in ("flatten", 2, "pooled", "token"):
         gates = gates_for(experts, components, input="hidden", token_axis=token_axis)
         with gates.record() as record:
             assert run_unet(components).isfinite().all()
         place = "unet.down_blocks.0.downsamplers.0"
         spec = next(spec for spec in gates.specs if spec.name == place)
-        assert spec.positions == {"flatten": 256, 2: 4, "pooled": 1}[token_axis]
+        assert spec.positions == {"flatten": 256, 2: 4, "pooled": 1, "token": 1}[token_axis]
         assert record.gates[place].shape == (2, 2)
 
 

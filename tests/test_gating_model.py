@@ -25,6 +25,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "block experts": {"experts": "block"},
     "hidden": {"scope": "transformer", "input": "hidden", "token_axis": 2},
     "nothing": {"scope": "matrix", "input": "none"},
+    "token": {"token_axis": "token"},
+    "token hidden": {"scope": "layer", "input": "hidden", "token_axis": "token"},
 }
 
 
@@ -96,8 +98,10 @@ def test_masks_renormalise_and_nothing_kept_is_the_base(
     first = record.names[0]  # later gates see other hidden states under the mask
     with gates.record() as masked, experts.using(keep=torch.tensor([1, 0, 1])):
         run_unet(components)
-    expected = record.gates[first] * torch.tensor([1.0, 0.0, 1.0])
-    torch.testing.assert_close(masked.gates[first], expected / expected.sum(-1, keepdim=True))
+    expected = record.tokens[first] * torch.tensor([1.0, 0.0, 1.0])
+    torch.testing.assert_close(masked.tokens[first], expected / expected.sum(-1, keepdim=True))
+    torch.testing.assert_close(masked.gates[first], masked.tokens[first].mean(dim=1))
+    assert masked.tokens[first].shape[1] == (256 if name.startswith("token") else 1)
     for values in masked.gates.values():
         torch.testing.assert_close(values.sum(dim=-1), torch.ones(2))
         assert values[:, 1].abs().max() == 0
@@ -274,7 +278,7 @@ def test_a_block_called_alone_is_weighed(components: dict[str, Any], experts: Ex
 def test_other_resolutions(components: dict[str, Any], experts: Experts) -> None:
     inputs = unet_inputs(batch=1, size=24)
     inputs["sample"] = inputs["sample"][:, :, :11]  # 11 x 24: an odd side is halved rounding up
-    for axis in ("pooled", 3):
+    for axis in ("pooled", 3, "token"):
         gates_for(experts, components, token_axis=axis)
         assert run_unet(components, **inputs).isfinite().all()
     gates_for(experts, components, token_axis="flatten")

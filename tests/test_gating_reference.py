@@ -200,6 +200,39 @@ def test_rank_space_gates_equal_the_literal_ones(
     assert len(record.names) == 2
 
 
+@pytest.mark.parametrize("gate_input", ["experts", "hidden"])
+def test_token_gates_equal_the_equations_token_by_token(
+    model: Denoiser, experts: Experts, loras: list[LoRA], gate_input: Any
+) -> None:
+    """Eqs. 9-13 where every token is a picture of its own."""
+    module = "transformer_blocks.1.attn1.to_v"
+    config = GateConfig(scope="matrix", token_axis="token", input=gate_input, temperature=0.7)
+    gates = MoLEModel.from_experts(experts, config).double()
+    experts.weigher = gates
+    gate: Any = gates.get_submodule(f"gates.transformer/{module.replace('.', '/')}")
+    gate.log_temperature.data = torch.tensor(0.7, dtype=torch.float64).log()  # not rounded to fp32
+    read = 3 * WIDTH if gate_input == "experts" else WIDTH
+    e = torch.randn(3, read, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    ups = [
+        lora.factors["transformer"][module].up.double() * lora.factors["transformer"][module].scaling for lora in loras
+    ]
+    rank_space = torch.cat([part @ up for part, up in zip(e.split(WIDTH, dim=-1), ups, strict=False)], dim=-1)
+    gate.weight.data = (rank_space if gate_input == "experts" else e)[:, None]
+    layer = model.get_submodule(module)
+    x = sample().flatten(2).transpose(1, 2)
+    output = layer(x)
+    seen = []
+    for row in range(BATCH):
+        for token in range(x.shape[1]):
+            here = x[row, token : token + 1]
+            outputs = [here @ reference.delta(literal(lora, module)).T for lora in loras]
+            expected = reference.literal_gate(outputs if gate_input == "experts" else [here], e.T, "rms", 0.7)
+            mixed = reference.eq12_13_mixture(here @ layer.weight.detach().T, outputs, expected)
+            torch.testing.assert_close(output[row, token : token + 1], mixed, atol=1e-12, rtol=0)
+            seen.append(torch.tensor(expected))
+    assert torch.stack(seen).std(dim=0).min() > 0.05  # tokens differ
+
+
 @pytest.mark.parametrize("token_axis", ["pooled", "flatten"])
 def test_block_experts_equal_equations_5_to_13(
     model: Denoiser, experts: Experts, loras: list[LoRA], token_axis: Any

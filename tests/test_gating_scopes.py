@@ -12,11 +12,12 @@ from mole_diffusion.experts import Experts
 from mole_diffusion.gating import GateConfig
 from mole_diffusion.gating.scopes import firing_order, gate_name
 from mole_diffusion.gating.spec import plan_gates
-from tests.running import make_lora, models, run_text, run_unet
+from tests.running import EVERYTHING, make_lora, models, run_text, run_unet
 from tests.tiny import ATTENTION
 
 BLOCK = "down_blocks.0.attentions.1.transformer_blocks.0"
 ENCODER = "text_model.encoder.layers.3"
+TIME = r"\.time_emb_proj$"
 
 
 @pytest.mark.parametrize(
@@ -107,13 +108,15 @@ def test_every_adapted_module_has_exactly_one_gate(components: dict[str, Any]) -
         ({"gate_sum": float("nan")}, "`gate_sum` must be positive and finite"),
         ({"normalization": "batch"}, "`normalization` must be one of"),
         ({"experts": "all"}, "`experts` must be one of"),
-        ({"token_axis": 0}, "'flatten' or a grid size of at least 1, got 0"),
+        ({"token_axis": 0}, "'token' or a grid size of at least 1, got 0"),
         ({"token_axis": True}, "got True"),
         ({"token_axis": "mean"}, "got 'mean'"),
         ({"temperature": 0.0}, "positive and finite, got 0.0"),
         ({"temperature": float("inf")}, "positive and finite"),
         ({"experts": "block", "scope": "layer"}, "needs scope='block'"),
         ({"experts": "block", "token_axis": 4}, "'pooled' or 'flatten', got 4"),
+        ({"experts": "block", "token_axis": "token"}, "'pooled' or 'flatten', got 'token'"),
+        ({"scope": "network", "token_axis": "token"}, "token_axis='token' needs a scope whose modules see the same"),
         ({"gate_summ": 2}, r"Unknown keys \['gate_summ'\]"),
     ],
 )
@@ -125,3 +128,20 @@ def test_bad_configurations(values: dict[str, Any], message: str) -> None:
 def test_configuration_survives_a_dictionary() -> None:
     config = GateConfig(scope="layer", token_axis=4, normalization="l2", temperature=2.0, learn_temperature=False)
     assert GateConfig.from_dict(config.to_dict()) == config
+
+
+def test_with_a_gate_per_token_words_and_pixels_are_weighed_apart(components: dict[str, Any]) -> None:
+    """A block's keys and values read the prompt, a residual block's time projection one vector; the rest, pixels."""
+    reach = (*EVERYTHING, TIME)
+    experts = Experts([make_lora(components, name, i, targets=reach) for i, name in enumerate(("a", "b"))])
+    experts.attach(models(components))
+    specs = {spec.name: spec for spec in plan_gates(experts, GateConfig(token_axis="token"))}
+    block = "unet.mid_block.attentions.0.transformer_blocks.0"
+    prefix = block.removeprefix("unet.")
+    assert set(specs[f"{block}.text"].modules) == {f"{prefix}.attn2.to_k", f"{prefix}.attn2.to_v"}
+    assert not specs[f"{block}.text"].spatial
+    assert {f"{prefix}.attn1.to_k", f"{prefix}.attn2.to_q", f"{prefix}.ff.net.2"} <= set(specs[block].modules)
+    time = specs["unet.down_blocks.0.resnets.0.time"]
+    assert time.modules == ("down_blocks.0.resnets.0.time_emb_proj",)
+    pooled = {spec.name for spec in plan_gates(experts, GateConfig())}
+    assert pooled < set(specs)

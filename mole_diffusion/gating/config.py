@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 Scope = Literal["matrix", "layer", "block", "transformer", "network"]
 GateInput = Literal["experts", "hidden", "none"]
 Normalization = Literal["l2", "rms", "layer_norm"]
-TokenAxis = Literal["pooled", "flatten"] | int
+TokenAxis = Literal["pooled", "flatten", "token"] | int
 ExpertKind = Literal["module", "block"]
 
 
@@ -28,7 +28,9 @@ class GateConfig:
             learned number per LoRA (CAT, with ``scope="matrix"``): what it lacks is what a gate's input is worth.
         token_axis: What becomes of the positions of an expert output. ``"pooled"``: their mean, any resolution. An
             integer k: means over a k x k grid (k stretches of a text), any resolution. ``"flatten"``: every position
-            has its own parameters, as the paper writes it, so the gate fits one resolution only.
+            has its own parameters, as the paper writes it, so the gate fits one resolution only. ``"token"``: nothing;
+            the same parameters, as many as pooled, are asked at every position, which gets weights of its own, so that
+            a LoRA can act on its own part of a picture and its own words of a prompt.
         normalization: The paper's "Normalization" over all entries of the concatenated expert outputs: divide by the
             L2 norm, by the root mean square, or centre first (layer norm without affine parameters).
         temperature: Start value of tau. Positive.
@@ -68,16 +70,20 @@ class GateConfig:
                 raise ValueError(f"`{name}` must be one of {list(get_args(allowed))}, got {value!r}.")
         axis = self.token_axis
         is_grid = isinstance(axis, int) and not isinstance(axis, bool)
-        if axis not in ("pooled", "flatten") and not (is_grid and int(axis) >= 1):
-            raise ValueError(f"`token_axis` must be 'pooled', 'flatten' or a grid size of at least 1, got {axis!r}.")
+        if axis not in ("pooled", "flatten", "token") and not (is_grid and int(axis) >= 1):
+            raise ValueError(
+                f"`token_axis` must be 'pooled', 'flatten', 'token' or a grid size of at least 1, got {axis!r}."
+            )
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
             raise ValueError(
                 f"`temperature` must be positive and finite, got {self.temperature}. Use 1.0 for a plain softmax."
             )
         if self.experts == "block" and self.scope != "block":
             raise ValueError(f"experts='block' needs scope='block', got scope={self.scope!r}.")
-        if self.experts == "block" and is_grid:
+        if self.experts == "block" and axis not in ("pooled", "flatten"):
             raise ValueError(f"experts='block' needs token_axis='pooled' or 'flatten', got {axis!r}.")
+        if self.scope == "network" and axis == "token":
+            raise ValueError("token_axis='token' needs a scope whose modules see the same tokens, not scope='network'.")
         if self.experts == "block" and self.input != "experts":
             raise ValueError(f"experts='block' needs input='experts', got input={self.input!r}.")
         if self.input == "none" and axis != "pooled":

@@ -103,15 +103,15 @@ def masked_softmax(logits: Tensor, keep: Tensor, null_expert: bool = False) -> T
     """Softmax over the kept logits, which equals ``g_i m_i / sum_j g_j m_j``.
 
     Args:
-        logits: ``(batch, N)``, or ``(batch, N + 1)`` with a null expert in the end.
-        keep: ``(batch | 1, N)`` of 0 and 1. A row that keeps none gives zeros.
+        logits: ``(batch, tokens, N)``, or with ``N + 1`` and a null expert in the end.
+        keep: ``(batch | 1, 1, N)`` of 0 and 1. A row that keeps none gives zeros.
         null_expert: Whether the last logit is of an expert that adds nothing: always kept, and left out of the result.
 
     Returns:
-        ``(batch, N)``.
+        ``(batch, tokens, N)``.
     """
     if null_expert:
-        with_null = torch.cat([keep, torch.ones_like(keep[:, :1])], dim=-1)
-        return masked_softmax(logits, with_null)[:, :-1]
+        with_null = torch.cat([keep, torch.ones_like(keep[..., :1])], dim=-1)
+        return masked_softmax(logits, with_null)[..., :-1]
     kept = logits.masked_fill(keep == 0, torch.finfo(logits.dtype).min)
     return torch.softmax(kept, dim=-1) * keep

@@ -16,12 +16,13 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..experts import Experts, Projections, Run, Site
 from ..lora import LoRA
 from .binding import Binding, Current, up_blocks
 from .block import BlockExperts
-from .config import GateConfig
+from .config import GateConfig, TokenAxis
 from .gate import Gate, masked_softmax
 from .record import GateRecord
 from .spec import GateSpec, plan_gates, with_positions
@@ -147,7 +148,9 @@ class MoLEModel(ModelMixin, ConfigMixin):
         self._binding = binding
 
     def weights(self, site: Site, projections: Projections, run: Run) -> Tensor | None:
-        """Final weights ``(batch, 1, N)`` of one module. The first of a scope to run sets them for the whole scope.
+        """Final weights of one module, ``(batch, 1, N)``, or ``(batch, tokens, N)`` with ``token_axis="token"``.
+
+        The first of a scope to run sets them for the whole scope.
 
         Raises:
             ValueError: If a module runs before those its gate reads, or a flattened gate meets another resolution.
@@ -160,7 +163,7 @@ class MoLEModel(ModelMixin, ConfigMixin):
             return binding.blocks[spec.name].weights()
         current: Current | None = run.notes.get(spec.name)
         if site.name in spec.entry_sites and not (current is not None and current.source() is projections):
-            features = _read(spec, site, projections)
+            features = _read(spec, site, projections, self.gate_config.token_axis)
             size = None
             if spec.spatial and isinstance(self.gate_config.token_axis, int):
                 size = _grid(spec, site, projections) or token_grid(features.shape[1], run.sample_size, spec.name)
@@ -249,7 +252,7 @@ class MoLEModel(ModelMixin, ConfigMixin):
         return gate
 
     def _weigh(self, spec: GateSpec, features: Tensor, size: tuple[int, int] | None, run: Run) -> Tensor:
-        """Eqs. 9-11 and the mask: expert outputs or their coordinates to final weights ``(batch, 1, N)``."""
+        """Eqs. 9-11 and the mask: expert outputs or their coordinates to final weights ``(batch, tokens | 1, N)``."""
         gate = self._gate(spec)
         if gate.weight.device != features.device:
             gate.to(features.device)
@@ -258,14 +261,15 @@ class MoLEModel(ModelMixin, ConfigMixin):
             reduced = reduce_tokens(features, self.gate_config.token_axis, spec.positions, size, spec.name)
             everywhere = len(spec.experts) == self.num_experts
             index = slice(None) if everywhere else list(spec.experts)
-            keep = run.keep.to(features.device)[:, index]
-            kept = masked_softmax(gate(reduced), keep, self.gate_config.null_expert)
+            keep = run.keep.to(features.device)[:, None, index]
+            logits = gate(reduced).unflatten(0, (len(features), -1))  # (batch, tokens | 1, experts here)
+            kept = masked_softmax(logits, keep, self.gate_config.null_expert)
             kept = kept * keep.sum(dim=-1, keepdim=True).clamp_min(1) ** self._sum_exponent
-            gates = kept.new_zeros(len(kept), self.num_experts)
-            gates[:, index] = kept  # a LoRA that does not touch this scope has no share
+            gates = kept.new_zeros(*kept.shape[:2], self.num_experts)
+            gates[..., index] = kept  # a LoRA that does not touch this scope has no share
             if self._record is not None:
                 self._record.add(spec.name, run, gates)
-            return (gates * run.scale.to(gates.device))[:, None]
+            return gates * run.scale.to(gates.device)[:, None]
 
     def _hook_block(self, binding: Binding, spec: GateSpec, experts: Experts) -> None:
         """Have a block run once more under each LoRA whenever these gates weigh it."""
@@ -300,13 +304,15 @@ def _need_attached(experts: Experts) -> None:
         raise ValueError("These experts hang on no model; call `experts.attach(components)` first.")
 
 
-def _read(spec: GateSpec, site: Site, projections: Projections) -> Tensor:
+def _read(spec: GateSpec, site: Site, projections: Projections, axis: TokenAxis) -> Tensor:
     """What a gate is given, ``(batch, tokens, width)``: expert outputs in rank space, a hidden state, or a constant."""
     if spec.hidden_features is None:
         return torch.cat([projections.tensors[name] for name in spec.entry_sites], dim=-1)
     hidden_states = projections.hidden_states
     if spec.hidden_features == 0:
         return torch.ones(len(hidden_states), 1, 1, device=hidden_states.device)
+    if axis == "token" and site.stack.is_convolution:  # a stride leaves fewer positions to weigh than there are to read
+        hidden_states = F.adaptive_avg_pool2d(hidden_states, site.spatial)
     return site.positions(hidden_states)
 
 

@@ -40,8 +40,9 @@ class GateRecord:
         accumulate: Keep every pass (all denoising steps) instead of the latest one of each model.
 
     Attributes:
-        gates: Gate name to ``(batch, N)``, with graph, of the latest pass.
+        gates: Gate name to ``(batch, N)``, with graph, of the latest pass: means over the tokens, where these differ.
         passes: Gate name to the list of all recorded passes, each ``(batch, N)``.
+        tokens: Gate name to ``(batch, tokens, N)`` of the latest pass, without graph; one token where all share a gate.
     """
 
     def __init__(self, specs: Sequence[GateSpec], lora_names: Sequence[str], accumulate: bool = False) -> None:
@@ -49,11 +50,14 @@ class GateRecord:
         self.lora_names = tuple(lora_names)
         self.accumulate = accumulate
         self.passes: dict[str, list[Tensor]] = {}
+        self.tokens: dict[str, Tensor] = {}
 
     def add(self, name: str, run: Run, gates: Tensor) -> None:
-        """Note the gates ``(batch, N)`` of one place in one pass."""
+        """Note the gates ``(batch, tokens | 1, N)`` of one place in one pass."""
         if in_backward():
             return
+        self.tokens[name] = gates.detach()
+        gates = gates.mean(dim=1)
         if self.accumulate:
             self.passes.setdefault(name, []).append(gates)
         else:

@@ -105,7 +105,7 @@ def plan_gates(experts: Experts, config: GateConfig) -> list[GateSpec]:
         sites = [site for site in experts.sites.values() if site.component == component]
         scopes: dict[str, list[Site]] = {}
         for site in sorted(sites, key=lambda site: firing_order(site.module_name)):
-            scopes.setdefault(gate_name(config.scope, component, site.module_name), []).append(site)
+            scopes.setdefault(_scope(site, config), []).append(site)
         specs += [_plan(name, members, config) for name, members in scopes.items()]
     return specs
 
@@ -118,7 +118,7 @@ def with_positions(spec: GateSpec, config: GateConfig, experts: Experts) -> Gate
             there will be.
     """
     axis = config.token_axis
-    if axis == "pooled":
+    if axis in ("pooled", "token"):
         positions = 1
     elif axis == "flatten":
         entry = experts.sites[spec.entry_sites[0]]
@@ -132,6 +132,16 @@ def with_positions(spec: GateSpec, config: GateConfig, experts: Experts) -> Gate
     else:
         positions = int(axis) ** 2 if spec.spatial else int(axis)
     return dataclasses.replace(spec, positions=positions)
+
+
+def _scope(site: Site, config: GateConfig) -> str:
+    """Name of the gate that weighs a module. One weight per token cannot serve modules with other tokens."""
+    name = gate_name(config.scope, site.component, site.module_name)
+    if config.token_axis != "token" or config.scope == "matrix":
+        return name
+    if site.reads_text:
+        return f"{name}.text"
+    return f"{name}.time" if "emb" in site.module_name else name
 
 
 def _plan(name: str, members: Sequence[Site], config: GateConfig) -> GateSpec:

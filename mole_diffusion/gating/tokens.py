@@ -13,6 +13,8 @@ def reduce_tokens(features: Tensor, axis: TokenAxis, positions: int, size: tuple
 
     All three readings are linear, so pooling ``A x`` and applying B is pooling ``B A x``.
 
+    With ``"token"`` every position is a sample of its own, ``(batch * tokens, 1, features)``.
+
     Args:
         features: Expert outputs, or their coordinates in rank space.
         axis: As in :class:`GateConfig`.
@@ -24,6 +26,8 @@ def reduce_tokens(features: Tensor, axis: TokenAxis, positions: int, size: tuple
         ValueError: If ``"flatten"`` meets another number of tokens.
     """
     tokens = features.shape[1]
+    if axis == "token":
+        return features.flatten(0, 1)[:, None]
     if axis == "pooled":
         return features.mean(dim=1, keepdim=True)
     if axis == "flatten":
