@@ -25,6 +25,7 @@ HIGHER_IS_BETTER = {
     "region alignment": True,
     "detection rate": True,
     "all-present rate": True,
+    "presence rate": True,
     "omission rate": False,
     "confusion rate": False,
     "count error": False,
@@ -234,7 +235,7 @@ def _sheet(config: BenchmarkConfig, out: str | os.PathLike[str], names: Sequence
     columns = [(prompt, seed) for seed in config.seeds for prompt in range(len(config.prompts))][:COLUMNS_OF_A_SHEET]
     rows = []
     for method in config.methods:
-        paths = [picture_path(out, Cell(composition, method, prompt, seed)) for prompt, seed in columns]
+        paths = [picture_path(out, Cell(composition, method, tuple(names), prompt, seed)) for prompt, seed in columns]
         rows.append((method.label, [read_picture(path) for path in paths if path.is_file()]))
     if not any(pictures for _, pictures in rows):
         return None

@@ -204,7 +204,7 @@ def test_bootstrap_wins_and_correlation() -> None:
         ({"compositions": []}, "`compositions` must be a list with at least one entry"),
         ({"methods": ["lineal"]}, "'lineal' is no method. Write a name, one of linear"),
         ({"methods": [{"merge": {"size": 1}}]}, "unexpected keyword argument 'size'"),
-        ({"methods": ["mole"], "gates": None}, "'mole' needs gates. Say where they lie"),
+        ({"methods": ["mole"], "gates": None}, "'mole' needs gates. Say what to train them on"),
         ({"methods": ["linear", "linear"]}, "methods has 'linear' twice"),
         ({"prompts": ["a photo"]}, 'a prompt needs "{concepts}"'),
         ({"seeds": [0, 0]}, "seeds has 0 twice"),
@@ -221,7 +221,6 @@ def test_a_wrong_config_says_what_is_wrong(changes: dict[str, Any], message: str
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_studies_that_ship_can_be_read(path: Path) -> None:
     study = BenchmarkConfig.from_file(path)
-    assert len(study.cells()) == len(study.compositions) * len(COMPOSITIONS) * len(study.prompts) * len(study.seeds)
     assert study.prompt(0, ["cat", "boot"]) == toybox.subject_prompt(["cat", "boot"], "grass")
 
 
