@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .benchmark_config import BenchmarkConfig
 from .benchmark_rows import IMAGE, TEXT, Row, by_case, by_picture, is_whole, labels, mean, num_kept, of
@@ -37,8 +37,9 @@ class PaperRow:
     image: tuple[float, ...]
 
     def mean(self, measure: str) -> float:
+        """To four digits, more than any table prints, so that equal numbers are equal."""
         values: tuple[float, ...] = getattr(self, measure)
-        return sum(values) / len(values)
+        return round(sum(values) / len(values), 4)
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,20 @@ class PaperTable:
     title: str
     note: str
     rows: tuple[PaperRow, ...]
+
+
+class Ordering(NamedTuple):
+    """Whether an ordering of two of the paper's numbers holds here.
+
+    Attributes:
+        holds: It does, going by the means.
+        sure: The interval of the difference leaves 0 out.
+        sentence: The whole of it in words.
+    """
+
+    holds: bool
+    sure: bool
+    sentence: str
 
 
 def read_paper(path: str | os.PathLike[str]) -> PaperTable:
@@ -92,14 +107,16 @@ def paper_section(config: BenchmarkConfig, rows: Sequence[Row]) -> str:
         theirs = [number(row.mean(measure)) for measure in MEASURES]
         lines.append([*count, row.method, *theirs, str(row.ours) if mine else "–", *ours])
     header = [*(["LoRAs"] if table.rows[0].loras is not None else []), "in the paper", "text", "image"]
-    verdicts = [*_between_methods(config, table, whole), *_between_counts(table, whole)]
-    held = sum(": holds" in verdict for verdict in verdicts)
+    orderings = [*_between_methods(config, table, whole), *_between_counts(table, whole)]
+    held = [one.sure for one in orderings if one.holds]
     parts = [
         "## Beside the paper\n",
         f"{table.title}. {table.note} Orderings can be compared, digits cannot: base, CLIP and concepts are others.\n",
         markdown_table([*header, "here", TEXT, IMAGE], lines),
-        f"{held} of {len(verdicts)} orderings hold.\n" if verdicts else "",
-        "\n".join(f"- {verdict}" for verdict in verdicts),
+        f"{len(held)} of {len(orderings)} orderings hold, {sum(held)} of these with an interval that leaves out 0.\n"
+        if orderings
+        else "",
+        "\n".join(f"- {one.sentence}" for one in orderings),
     ]
     return "\n".join(part for part in parts if part) + "\n"
 
@@ -109,9 +126,9 @@ def _mine(rows: Sequence[Row], row: PaperRow) -> list[Row]:
     return [r for r in of(rows, str(row.ours)) if row.loras in (None, num_kept(r))]
 
 
-def _between_methods(config: BenchmarkConfig, table: PaperTable, rows: Sequence[Row]) -> list[str]:
+def _between_methods(config: BenchmarkConfig, table: PaperTable, rows: Sequence[Row]) -> list[Ordering]:
     """Two methods, with the same number of LoRAs."""
-    verdicts = []
+    orderings = []
     for pair in combinations([row for row in table.rows if _mine(rows, row)], 2):
         if pair[0].loras != pair[1].loras:
             continue
@@ -125,18 +142,15 @@ def _between_methods(config: BenchmarkConfig, table: PaperTable, rows: Sequence[
                 continue
             difference = paired_bootstrap(ours, theirs)
             where = "" if worse.loras is None else f" with {worse.loras} LoRAs"
-            verdicts.append(
+            holds, sure = difference[0] > 0, difference[1] > 0 or difference[2] < 0
+            sentence = (
                 f"{name}{where}, {better.method} over {worse.method} ({better.mean(measure):.3f} over "
-                f"{worse.mean(measure):.3f} in the paper): {_verdict(difference)}; {better.ours} − {worse.ours} is "
+                f"{worse.mean(measure):.3f} in the paper): {'holds' if holds else 'does not hold'}"
+                f"{'' if sure else ', but the interval has 0 inside'}; {better.ours} − {worse.ours} is "
                 f"{interval(difference)}.{_in_how_many(config, mine, better, worse, measure)}"
             )
-    return verdicts
-
-
-def _verdict(difference: tuple[float, float, float]) -> str:
-    middle, low, high = difference
-    sure = "" if low > 0 or high < 0 else ", but the interval has 0 inside"
-    return ("holds" if middle > 0 else "does not hold") + sure
+            orderings.append(Ordering(holds, sure, sentence))
+    return orderings
 
 
 def _in_how_many(config: BenchmarkConfig, rows: Sequence[Row], better: PaperRow, worse: PaperRow, measure: str) -> str:
@@ -147,25 +161,27 @@ def _in_how_many(config: BenchmarkConfig, rows: Sequence[Row], better: PaperRow,
     means = [m for m in by_case(config, rows, MEASURES[measure]).values() if {better.ours, worse.ours} <= m.keys()]
     here = sum(m[str(better.ours)] > m[str(worse.ours)] for m in means)
     there = sum(a > b for a, b in theirs)
-    return f" In the paper so in {there} of {len(theirs)} compositions, here in {here} of {len(means)}."
+    return f" In the paper that is so in {there} of {len(theirs)} compositions, here in {here} of {len(means)}."
 
 
-def _between_counts(table: PaperTable, rows: Sequence[Row]) -> list[str]:
-    """One method, with the fewest and with the most LoRAs."""
-    verdicts = []
+def _between_counts(table: PaperTable, rows: Sequence[Row]) -> list[Ordering]:
+    """One method, with the fewest and with the most LoRAs: other compositions, so nothing can be paired."""
+    orderings = []
     there = [row for row in table.rows if row.loras is not None and _mine(rows, row)]
     for method in dict.fromkeys(row.method for row in there):
         mine = sorted((row for row in there if row.method == method), key=lambda row: row.loras or 0)
         few, many = mine[0], mine[-1]
         for measure, name in MEASURES.items():
             before, after = (mean(_mine(rows, row), name) for row in (few, many))
-            if few.loras == many.loras or before is None or after is None:
+            if before is None or after is None or few.mean(measure) == many.mean(measure):
                 continue
             rises = many.mean(measure) > few.mean(measure)
-            verdicts.append(
+            holds = (after > before) == rises
+            sentence = (
                 f"{name}, {method} from {few.loras} to {many.loras} LoRAs {'rises' if rises else 'falls'} "
                 f"({few.mean(measure):.3f} to {many.mean(measure):.3f} in the paper): "
-                f"{'holds' if (after > before) == rises else 'does not hold'}; {before:.3f} to {after:.3f} here, of "
-                "other compositions."
+                f"{'holds' if holds else 'does not hold'}; {before:.3f} to {after:.3f} here, without an interval, "
+                "since the compositions are others."
             )
-    return verdicts
+            orderings.append(Ordering(holds, False, sentence))
+    return orderings
