@@ -255,6 +255,11 @@ def test_on_the_command_line(done: Path, tmp_path: Path) -> None:
     report = CliRunner().invoke(app, ["benchmark", "report", str(path), "--out", str(done)])
     assert report.exit_code == 0, report.output
     assert str(done / "report" / "report.md") in report.stdout
+    page = ["--page", str(tmp_path / "results")]
+    report = CliRunner().invoke(app, ["benchmark", "report", str(path), "--out", str(done), *page])
+    assert report.exit_code == 0, report.output
+    assert (tmp_path / "results" / "small.md").is_file()
+    assert (tmp_path / "results" / "small" / "cat+boot+teapot.png").is_file()
     path.write_text("name: [")
     broken = CliRunner().invoke(app, ["benchmark", "run", str(path)])
     assert broken.exit_code == 2
