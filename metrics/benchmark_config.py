@@ -5,10 +5,26 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from ..composition import COMPOSITIONS, Composition
+from .benchmark_methods import Method, read_methods
+
+_DEFAULTS: dict[str, Any] = {
+    "keep": "all",
+    "gates": None,
+    "train_prompts": [],
+    "training": {},
+    "seeds": 4,
+    "batch": 1,
+    "scale": 1.0,
+    "steps": 25,
+    "guidance_scale": 5.0,
+    "image_encoder": None,
+    "reference": None,
+    "paper": None,
+}
 
 
 @dataclass(frozen=True)
@@ -17,7 +33,7 @@ class Concept:
 
     Attributes:
         lora: Its file.
-        phrase: What a prompt calls it, such as "<v1> cat".
+        phrase: What a prompt calls it, its rare token first: "<v1> cat".
         description: What CLIP, which does not know rare words, reads instead, such as "striped orange cat".
         references: Folder with its pictures, or "toybox".
     """
@@ -29,34 +45,35 @@ class Concept:
 
 
 @dataclass(frozen=True)
-class Method:
-    """A composition method with its arguments; `label` names it in tables."""
-
-    name: str
-    arguments: tuple[tuple[str, Any], ...] = ()
-
-    @property
-    def label(self) -> str:
-        arguments = ", ".join(f"{key}={value}" for key, value in self.arguments)
-        return f"{self.name}({arguments})" if arguments else self.name
-
-    def build(self) -> Composition:
-        return COMPOSITIONS[self.name](**dict(self.arguments))
-
-
-@dataclass(frozen=True)
 class Cell:
-    """One picture of a benchmark: which LoRAs, composed how, for which prompt and seed."""
+    """One picture of a benchmark: which LoRAs, composed how, for which prompt and seed.
+
+    Attributes:
+        composition: Names of its LoRAs, "cat+boot+teapot".
+        method: How they are composed.
+        kept: Those that are not masked out. The prompt names only these.
+        prompt: Index of the prompt.
+        seed: Of the starting noise.
+    """
 
     composition: str
     method: Method
+    kept: tuple[str, ...]
     prompt: int
     seed: int
 
     @property
+    def loras(self) -> list[str]:
+        """Names of all its LoRAs."""
+        return self.composition.split("+")
+
+    @property
     def path(self) -> Path:
         """Where its picture and its row lie, without suffix, below their folders."""
-        return Path(self.composition) / self.method.label / f"p{self.prompt:02d}-s{self.seed:04d}"
+        folder = Path(self.composition) / self.method.label
+        if len(self.kept) < len(self.loras):
+            folder /= "+".join(self.kept)
+        return folder / f"p{self.prompt:02d}-s{self.seed:04d}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,15 +85,22 @@ class BenchmarkConfig:
         base: "toybox", a folder or a Hub id.
         concepts: By name.
         compositions: Names of concepts, in the order in which their LoRAs are loaded.
-        methods: What is compared.
-        gates: "toybox", or a folder with a folder of gates per composition ("cat+boot"); `None` without gates.
+        methods: What is compared; see :func:`read_methods`. Gates that are missing are trained as `training` says.
+        keep: Which LoRAs of a composition draw: "all", or every choice of a number of them; the others are masked out.
+        gates: "toybox", or a folder with a folder of gates per composition ("cat+boot"); `None`: gates are trained.
+        train_prompts: Templates on which gates are trained, none of them among `prompts`.
         prompts: Templates; "{concepts}" becomes "a <v1> cat, a <v2> boot and a …".
         seeds: Of the starting noise.
+        batch: Seeds of one prompt that are drawn in one call. A picture does not depend on those beside it, but for
+            the last digits of floating-point numbers; and it always has the same beside it, so that a benchmark
+            comes out the same however often it is interrupted.
         scale: Of every LoRA.
         steps: Denoising steps.
         guidance_scale: Of classifier-free guidance.
         clip: As :func:`load_clip` takes it.
         image_encoder: For image alignment, a vision model of transformers; `None`: CLIP.
+        reference: Label of the method that the report compares the others with.
+        paper: YAML file with a table of the paper, to stand beside this one in the report; see :mod:`.paper`.
     """
 
     name: str
@@ -84,18 +108,23 @@ class BenchmarkConfig:
     concepts: Mapping[str, Concept]
     compositions: Sequence[Sequence[str]]
     methods: Sequence[Method]
+    keep: Sequence[str | int]
     gates: str | None
+    train_prompts: Sequence[str]
     prompts: Sequence[str]
     seeds: Sequence[int]
+    batch: int
     scale: float
     steps: int
     guidance_scale: float
     clip: str
     image_encoder: str | None
+    reference: str
+    paper: str | None
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> BenchmarkConfig:
-        """Reads a YAML file.
+        """Reads a YAML file. `paper` is looked for beside it.
 
         Raises:
             ValueError: It is no YAML, has an unknown key, lacks one, or holds a value that is not allowed.
@@ -104,6 +133,8 @@ class BenchmarkConfig:
 
         try:
             values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            if isinstance(values, dict) and isinstance(values.get("paper"), str):
+                values["paper"] = str(Path(path).parent / values["paper"])
             return cls.from_dict(values)
         except (yaml.YAMLError, ValueError) as error:
             raise ValueError(f"{os.fspath(path)}: {error}") from None
@@ -115,13 +146,10 @@ class BenchmarkConfig:
         Raises:
             ValueError: As :meth:`from_file`.
         """
-        known = [field.name for field in fields(cls)]
+        known = [*(field.name for field in fields(cls)), "training"]
         if not isinstance(given, dict):
             raise ValueError(f"a benchmark is a mapping of {', '.join(known)}, got {type(given).__name__}.")
-        defaults = {
-            "gates": None, "seeds": 4, "scale": 1.0, "steps": 25, "guidance_scale": 5.0, "image_encoder": None,
-        }  # fmt: skip
-        values = {**defaults, **given}
+        values = {**_DEFAULTS, **given}
         unknown, missing = sorted(set(values) - set(known)), [key for key in known if key not in values]
         if unknown or missing:
             what = f"unknown key {unknown[0]!r}" if unknown else f"missing key {missing[0]!r}"
@@ -129,17 +157,37 @@ class BenchmarkConfig:
         values["concepts"] = _concepts(values["concepts"])
         values["compositions"] = [_composition(entry, values["concepts"]) for entry in _list(values, "compositions")]
         _no_repeats("compositions", ["+".join(names) for names in values["compositions"]])
-        values["methods"] = _methods(values["methods"], has_gates=values["gates"] is not None)
-        for prompt in _list(values, "prompts"):
-            if not isinstance(prompt, str) or "{concepts}" not in prompt:
-                raise ValueError(f'a prompt needs "{{concepts}}" where the concepts go, got {prompt!r}.')
-        _no_repeats("prompts", values["prompts"])
+        values["keep"] = _keep(values["keep"], values["compositions"])
+        for key in ("prompts", "train_prompts"):
+            _check_prompts(key, _list(values, key) if key == "prompts" or values[key] else [])
+        both = [prompt for prompt in values["train_prompts"] if prompt in values["prompts"]]
+        if both:
+            raise ValueError(f"`train_prompts` has {both[0]!r}, which is measured too. Train on other prompts.")
+        training = values.pop("training")
+        if not isinstance(training, dict):
+            raise ValueError(f"`training` must be a mapping of settings such as {{steps: 100}}, got {training!r}.")
+        values["methods"] = read_methods(
+            values["methods"],
+            has_gates=values["gates"] is not None,
+            can_train=bool(values["train_prompts"]),
+            training=training,
+        )
+        labels = [method.label for method in values["methods"]]
+        if values["reference"] is None:
+            values["reference"] = "normalized" if "normalized" in labels else labels[0]
+        if values["reference"] not in labels:
+            raise ValueError(f"`reference` must be one of {', '.join(labels)}, got {values['reference']!r}.")
         seeds = values["seeds"]
         values["seeds"] = list(range(seeds)) if isinstance(seeds, int) else seeds
         if not all(isinstance(seed, int) and seed >= 0 for seed in _list(values, "seeds")):
             raise ValueError(f"`seeds` must be a number of seeds or a list of integers, got {seeds!r}.")
         _no_repeats("seeds", values["seeds"])
-        for key, kind, least in (("steps", int, 1), ("guidance_scale", int | float, 0), ("scale", int | float, None)):
+        for key, kind, least in (
+            ("steps", int, 1),
+            ("batch", int, 1),
+            ("guidance_scale", int | float, 0),
+            ("scale", int | float, None),
+        ):
             value = values[key]
             if isinstance(value, bool) or not isinstance(value, kind) or (least is not None and value < least):
                 raise ValueError(
@@ -147,22 +195,37 @@ class BenchmarkConfig:
                 )
         return cls(**values)
 
-    def cells(self) -> list[Cell]:
-        """All pictures, those of one composition together."""
+    def batches(self) -> list[list[Cell]]:
+        """All pictures, those that are drawn together in one list; those of one composition and method in a row."""
+        chunks = [self.seeds[k : k + self.batch] for k in range(0, len(self.seeds), self.batch)]
         return [
-            Cell("+".join(names), method, prompt, seed)
+            [Cell("+".join(names), method, kept, prompt, seed) for seed in chunk]
             for names in self.compositions
             for method in self.methods
+            for kept in self.kept(names)
             for prompt in range(len(self.prompts))
-            for seed in self.seeds
+            for chunk in chunks
         ]
+
+    def cells(self) -> list[Cell]:
+        """All pictures, those of one composition together."""
+        return [cell for batch in self.batches() for cell in batch]
+
+    def kept(self, names: Sequence[str]) -> list[tuple[str, ...]]:
+        """Which LoRAs of a composition draw together: every choice that `keep` asks for, once."""
+        counts = [len(names) if keep == "all" else int(keep) for keep in self.keep]
+        return list(dict.fromkeys(kept for count in counts for kept in combinations(names, count)))
 
     def prompt(self, index: int, names: Sequence[str], *, described: bool = False) -> str:
         """The prompt for these concepts: with the words of the LoRAs, or described in those that CLIP knows."""
+        return self.fill(self.prompts[index], names, described=described)
+
+    def fill(self, template: str, names: Sequence[str], *, described: bool = False) -> str:
+        """A template with these concepts in the place of "{concepts}"."""
         said = [self.concepts[name].description if described else self.concepts[name].phrase for name in names]
         phrases = [f"a {phrase}" for phrase in said]
         together = phrases[0] if len(phrases) == 1 else ", ".join(phrases[:-1]) + f" and {phrases[-1]}"
-        return self.prompts[index].replace("{concepts}", together)
+        return template.replace("{concepts}", together)
 
 
 def _concepts(given: Any) -> dict[str, Concept]:
@@ -200,29 +263,25 @@ def _composition(entry: Any, concepts: Mapping[str, Concept]) -> list[str]:
     return names
 
 
-def _methods(given: Any, has_gates: bool) -> list[Method]:
-    if given == "all":  # a method added later joins without a change
-        given = [name for name, method in COMPOSITIONS.items() if has_gates or not method.needs_gates]
-    if not isinstance(given, list) or not given:
-        raise ValueError(f'`methods` must be "all" or a list of names, got {given!r}.')
-    methods = []
-    for entry in given:
-        name, arguments = next(iter(entry.items())) if isinstance(entry, dict) and len(entry) == 1 else (entry, {})
-        if not isinstance(name, str) or name not in COMPOSITIONS or not isinstance(arguments, dict):
-            raise ValueError(
-                f"{entry!r} is no method. Write a name, one of {', '.join(COMPOSITIONS)}, or a name with its arguments "
-                "such as {merge: {scale: 1.0}}."
-            )
-        method = Method(name, tuple(arguments.items()))
-        try:
-            built = method.build()
-        except TypeError as error:
-            raise ValueError(f"method {entry!r}: {error}") from None
-        if built.needs_gates and not has_gates:
-            raise ValueError(f"method {name!r} needs gates. Say where they lie: `gates: folder`, or `gates: toybox`.")
-        methods.append(method)
-    _no_repeats("methods", [method.label for method in methods])
-    return methods
+def _keep(given: Any, compositions: Sequence[Sequence[str]]) -> list[str | int]:
+    entries = given if isinstance(given, list) else [given]
+    for entry in entries:
+        number = isinstance(entry, int) and not isinstance(entry, bool) and entry >= 1
+        if not (number or entry == "all"):
+            raise ValueError(f'`keep` is "all" or how many LoRAs to keep, alone or in a list, got {entry!r}.')
+        few = [names for names in compositions if number and entry > len(names)]
+        if few:
+            raise ValueError(f"`keep` has {entry}, and {'+'.join(few[0])} has only {len(few[0])} LoRAs.")
+    if not entries:
+        raise ValueError('`keep` is an empty list. Write "all", or how many LoRAs to keep.')
+    return entries
+
+
+def _check_prompts(key: str, prompts: Sequence[Any]) -> None:
+    for prompt in prompts:
+        if not isinstance(prompt, str) or "{concepts}" not in prompt:
+            raise ValueError(f'a prompt needs "{{concepts}}" where the concepts go, got {prompt!r}.')
+    _no_repeats(key, prompts)
 
 
 def _list(values: Mapping[str, Any], key: str) -> list[Any]:

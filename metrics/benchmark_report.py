@@ -2,51 +2,43 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from PIL import Image
 
 from ..files import atomic_path
-from ..sheets import picture_sheet
-from .alignment import text_name
-from .benchmark_config import BenchmarkConfig, Cell
-from .benchmark_run import picture_path, read_rows
-from .compare import correlation, paired_bootstrap, wins
-from .pictures import read_picture
-from .tables import markdown_table, number, write_csv
+from . import benchmark_tables as tables
+from .benchmark_config import BenchmarkConfig
+from .benchmark_gates import SECONDS, gates_folder
+from .benchmark_plots import draw_gates, draw_scatter, draw_sheet
+from .benchmark_rows import Row, labels
+from .benchmark_run import read_rows
+from .paper import paper_section
+from .tables import write_csv
 
-TEXT = text_name("clipscore")
-IMAGE = "image alignment"
-HIGHER_IS_BETTER = {
-    TEXT: True,
-    text_name("cosine"): True,
-    IMAGE: True,
-    "region alignment": True,
-    "detection rate": True,
-    "all-present rate": True,
-    "omission rate": False,
-    "confusion rate": False,
-    "count error": False,
-}
-TRUTHS = ("all-present rate", "omission rate", "confusion rate")
-COLUMNS_OF_A_SHEET = 6
-
-Row = dict[str, Any]
+SHEETS_SHOWN = 3
 
 
-def write_report(config: BenchmarkConfig, out: str | os.PathLike[str]) -> Path:
-    """Writes `report.md` with its tables, `rows.csv`, `methods.csv`, `scatter.png` and a sheet per composition.
+def write_report(
+    config: BenchmarkConfig, out: str | os.PathLike[str], *, page: str | os.PathLike[str] | None = None
+) -> Path:
+    """Writes the report with its tables, plots and a sheet of pictures per composition, of as much as there is.
 
     Args:
         config: The benchmark.
-        out: Its folder; the report goes into `report/` there.
+        out: Its folder; into `report/` there go `report.md`, `rows.csv`, `methods.csv`, `scatter.png`, a sheet for
+            each composition and a heat map for each composition and method with gates.
+        page: Also write the report to this Markdown file, with the pictures it shows in a folder of the same name
+            beside it, reduced to 256 colours.
 
     Returns:
-        Path of `report.md`.
+        Path of `report.md`, or of the page.
 
     Raises:
-        ValueError: There is not one row that was measured.
+        ValueError: There is not one row that was measured, or the paper's table cannot be read.
     """
     folder = Path(out) / "report"
     rows = read_rows(config, out)
@@ -54,189 +46,111 @@ def write_report(config: BenchmarkConfig, out: str | os.PathLike[str]) -> Path:
     if not good:
         why = f" The first error: {rows[0]['error']}" if rows else " Run `mole benchmark run` first."
         raise ValueError(f"{os.fspath(out)} has no measured row.{why}")
-    measures = [name for name in HIGHER_IS_BETTER if any(name in row for row in good)]
     write_csv(folder / "rows.csv", [_flat(row) for row in rows])
-    write_csv(folder / "methods.csv", _by_method(config, good, measures))
-    _scatter(config, good, folder / "scatter.png")
-    sheets = [_sheet(config, out, names, folder) for names in config.compositions]
-    missing = len(config.cells()) - len(rows)
+    write_csv(folder / "methods.csv", tables.means_by_method(config, good))
+    draw_scatter(config, good, folder / "scatter.png")
+    sheets, heat_maps = _sheets(config, out, folder), _heat_maps(config, good, folder)
     parts = [
         f"# {config.name}\n",
-        f"{len(config.compositions)} compositions, {len(config.prompts)} prompts, {len(config.seeds)} seeds, "
-        f"{config.steps} steps, guidance {config.guidance_scale:g}, scale {config.scale:g}, base {config.base}, "
-        f"CLIP {config.clip}. {len(good)} pictures measured, {len(rows) - len(good)} failed, {missing} missing.\n",
+        _setting(config, rows),
         "## Methods\n",
-        "Means over pictures that were measured.\n",
-        _method_table(config, good, measures),
-        _difference_tables(config, good, measures),
+        "Means over pictures.\n",
+        tables.method_table(config, good),
+        tables.difference_table(config, good),
+        tables.count_table(config, good),
+        paper_section(config, good),
+        tables.correlation_table(config, good),
+        _picture(folder / "scatter.png", "text against image alignment"),
         "## Wins\n",
         "In how many compositions a method has the best mean; ties share.\n",
-        _wins_table(config, good, measures),
+        tables.wins_table(config, good),
         "## Cost of a picture\n",
-        _cost_table(config, good),
-        _correlation_table(good, measures),
+        tables.cost_table(config, good, _training_minutes(config, Path(out))),
         "## Compositions\n",
-        _composition_table(config, good, measures),
-        "![text against image alignment](scatter.png)\n",
-        *(f"![{sheet.stem}]({sheet.name})\n" for sheet in sheets if sheet is not None),
-        _failures(rows),
+        tables.case_tables(config, good),
+        "## Gates\n" if heat_maps else "",
+        *(_picture(path, path.stem) for path in heat_maps),
+        "## Pictures\n",
+        *(_picture(path, path.stem) for path in sheets[:SHEETS_SHOWN]),
+        f"The first {SHEETS_SHOWN} of {len(sheets)} compositions.\n" if len(sheets) > SHEETS_SHOWN else "",
+        tables.failure_table(rows),
     ]
+    text = "\n".join(part for part in parts if part)
     with atomic_path(folder / "report.md") as temporary:
-        temporary.write_text("\n".join(part for part in parts if part), encoding="utf-8")
-    return folder / "report.md"
+        temporary.write_text(text, encoding="utf-8")
+    if page is None:
+        return folder / "report.md"
+    shown = [folder / "scatter.png", *heat_maps, *sheets[:SHEETS_SHOWN]]
+    return _write_page(text, shown, Path(page))
+
+
+def _write_page(text: str, pictures: Sequence[Path], page: Path) -> Path:
+    for path in pictures:
+        with Image.open(path) as picture, atomic_path(page.with_suffix("") / path.name) as temporary:
+            picture.convert("RGB").quantize(256).save(temporary, optimize=True)
+        text = text.replace(f"]({_link(path.name)})", f"]({_link(f'{page.stem}/{path.name}')})")
+    with atomic_path(page) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return page
+
+
+def _setting(config: BenchmarkConfig, rows: Sequence[Row]) -> str:
+    failed = sum("error" in row for row in rows)
+    trained = [method for method in config.methods if method.training is not None]
+    steps = sorted({method.training.steps for method in trained if method.training is not None})
+    return (
+        f"{len(config.compositions)} compositions, {len(config.prompts)} prompts, {len(config.seeds)} seeds, "
+        f"{config.steps} steps, guidance {config.guidance_scale:g}, scale {config.scale:g}, base {config.base}, "
+        f"CLIP {config.clip}. {len(rows) - failed} pictures measured, {failed} failed, "
+        f"{len(config.cells()) - len(rows)} missing."
+        + (
+            f" Gates of {', '.join(method.label for method in trained)} were trained for each composition, "
+            f"{' or '.join(str(count) for count in steps)} steps, on prompts that are not measured."
+            if trained
+            else ""
+        )
+        + "\n"
+    )
 
 
 def _flat(row: Row) -> Row:
+    nested = ("image alignment by concept", "gates")
+    plain = {key: value for key, value in row.items() if key not in nested}
     by_concept = row.get("image alignment by concept", {})
-    plain = {key: value for key, value in row.items() if key != "image alignment by concept"}
     return plain | {f"image alignment: {name}": value for name, value in by_concept.items()}
 
 
-def _labels(config: BenchmarkConfig) -> list[str]:
-    return [method.label for method in config.methods]
+def _sheets(config: BenchmarkConfig, out: str | os.PathLike[str], folder: Path) -> list[Path]:
+    paths = {folder / f"{'+'.join(names)}.png": names for names in config.compositions}
+    return [path for path, names in paths.items() if draw_sheet(config, out, names, path)]
 
 
-def _mean(rows: Sequence[Row], name: str) -> float | None:
-    values = [row[name] for row in rows if row.get(name) is not None]
-    return sum(values) / len(values) if values else None
-
-
-def _of(rows: Sequence[Row], method: str, composition: str | None = None) -> list[Row]:
-    return [r for r in rows if r["method"] == method and composition in (None, r["composition"])]
-
-
-def _by_method(config: BenchmarkConfig, rows: Sequence[Row], measures: Sequence[str]) -> list[Row]:
-    names = [*measures, "UNet evaluations", "seconds", "memory (MiB)"]
-    return [
-        {"method": label, "pictures": len(_of(rows, label))} | {name: _mean(_of(rows, label), name) for name in names}
-        for label in _labels(config)
-    ]
-
-
-def _method_table(config: BenchmarkConfig, rows: Sequence[Row], measures: Sequence[str]) -> str:
-    lines = [
-        [label, str(len(_of(rows, label))), *(number(_mean(_of(rows, label), name)) for name in measures)]
-        for label in _labels(config)
-    ]
-    return markdown_table(["method", "pictures", *measures], lines)
-
-
-def _difference_tables(config: BenchmarkConfig, rows: Sequence[Row], measures: Sequence[str]) -> str:
-    """Each method minus the reference, with paired bootstrap intervals."""
-    labels = _labels(config)
-    reference = "mole" if "mole" in labels else labels[0]
-    keyed = {label: {(r["composition"], r["prompt"], r["seed"]): r for r in _of(rows, label)} for label in labels}
-    others = [label for label in labels if label != reference and keyed[label].keys() & keyed[reference].keys()]
-    if not others:
-        return ""
-    lines = []
-    for label in others:
-        cells = []
-        for name in measures:
-            ours, theirs = (
-                {key: row[name] for key, row in keyed[m].items() if name in row} for m in (label, reference)
-            )
-            mean, low, high = paired_bootstrap(ours, theirs)
-            cells.append(f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]")
-        lines.append([label, *cells])
-    head = f"## Difference to {reference}\n\nPaired by composition, prompt and seed; 95 % bootstrap intervals.\n\n"
-    return head + markdown_table(["method", *measures], lines)
-
-
-def _composition_means(config: BenchmarkConfig, rows: Sequence[Row], name: str) -> dict[str, dict[str, float]]:
-    means: dict[str, dict[str, float]] = {}
+def _heat_maps(config: BenchmarkConfig, rows: Sequence[Row], folder: Path) -> list[Path]:
+    """Draws one for each composition and method with gates; returns those of the first composition that has any."""
+    shown: list[Path] = []
     for names in config.compositions:
         composition = "+".join(names)
-        for label in _labels(config):
-            mean = _mean(_of(rows, label, composition), name)
-            if mean is not None:
-                means.setdefault(composition, {})[label] = mean
-    return means
+        paths = {label: folder / f"gates-{label}-{composition}.png" for label in labels(config)}
+        drawn = [path for label, path in paths.items() if draw_gates(rows, label, composition, path)]
+        shown = shown or drawn
+    return shown
 
 
-def _wins_table(config: BenchmarkConfig, rows: Sequence[Row], measures: Sequence[str]) -> str:
-    points = {
-        name: wins(_composition_means(config, rows, name), higher_is_better=HIGHER_IS_BETTER[name]) for name in measures
-    }
-    lines = [[label, *(f"{points[name].get(label, 0):g}" for name in measures)] for label in _labels(config)]
-    return markdown_table(["method", *measures], lines)
-
-
-def _cost_table(config: BenchmarkConfig, rows: Sequence[Row]) -> str:
-    lines = []
-    for label in _labels(config):
-        mine = _of(rows, label)
-        memory = max((row["memory (MiB)"] for row in mine if row["memory (MiB)"] is not None), default=None)
-        evaluations, seconds = _mean(mine, "UNet evaluations"), _mean(mine, "seconds")
-        lines.append([label, number(evaluations, 0), number(seconds, 2), number(memory, 0)])
-    header = ["method", "UNet evaluations", "seconds", "peak GPU memory (MiB)"]
-    return markdown_table(header, lines)
-
-
-def _correlation_table(rows: Sequence[Row], measures: Sequence[str]) -> str:
-    """How far the alignments can be trusted, where the truth is known."""
-    truths = [name for name in TRUTHS if name in measures]
-    if not truths:
-        return ""
-    alignments = [name for name in measures if "alignment" in name]
-    lines = [
-        [name, *(number(correlation([r[name] for r in rows], [r[truth] for r in rows]), 2) for truth in truths)]
-        for name in alignments
-    ]
-    head = "## Alignment against the truth\n\nPearson's r over pictures.\n\n"
-    return head + markdown_table(["", *truths], lines)
-
-
-def _composition_table(config: BenchmarkConfig, rows: Sequence[Row], measures: Sequence[str]) -> str:
-    lines = []
-    for names in config.compositions:
-        for label in _labels(config):
-            mine = _of(rows, label, "+".join(names))
-            lines.append(["+".join(names), label, *(number(_mean(mine, name)) for name in measures)])
-    return markdown_table(["composition", "method", *measures], lines)
-
-
-def _failures(rows: Sequence[Row]) -> str:
-    failed = [row for row in rows if "error" in row]
-    if not failed:
-        return ""
-    lines = [[r["composition"], r["method"], str(r["prompt"]), str(r["seed"]), r["error"]] for r in failed]
-    return "## Failed\n\n" + markdown_table(["composition", "method", "prompt", "seed", "error"], lines)
-
-
-def _scatter(config: BenchmarkConfig, rows: Sequence[Row], path: Path) -> None:
-    """Text against image alignment: a small dot for each composition, a large one for a method's mean."""
-    # The object-oriented half of matplotlib: pyplot would choose a window system and keep figures alive.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.5, 5), layout="constrained")
-    axes = figure.subplots()
-    by_text, by_image = (_composition_means(config, rows, name) for name in (TEXT, IMAGE))
-    for index, label in enumerate(_labels(config)):
-        points = [(by_text[c][label], by_image[c][label]) for c in by_text if label in by_text[c]]
-        if points:
-            x, y = zip(*points, strict=True)
-            colour = f"C{index}"
-            axes.scatter(x, y, s=14, color=colour, alpha=0.5)
-            axes.scatter([sum(x) / len(x)], [sum(y) / len(y)], s=90, color=colour, edgecolors="black", label=label)
-    axes.set_xlabel(TEXT)
-    axes.set_ylabel(IMAGE)
-    axes.set_title(config.name)
-    axes.legend()
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=130)
-
-
-def _sheet(config: BenchmarkConfig, out: str | os.PathLike[str], names: Sequence[str], folder: Path) -> Path | None:
-    """Methods down, prompts and seeds across; `None` where no picture is there."""
-    composition = "+".join(names)
-    # A prompt each first, then the next seed, so that few columns show much.
-    columns = [(prompt, seed) for seed in config.seeds for prompt in range(len(config.prompts))][:COLUMNS_OF_A_SHEET]
-    rows = []
+def _training_minutes(config: BenchmarkConfig, out: Path) -> dict[str, float]:
+    """By method, what the training of its gates took, as far as it is known."""
+    minutes: dict[str, float] = {}
     for method in config.methods:
-        paths = [picture_path(out, Cell(composition, method, prompt, seed)) for prompt, seed in columns]
-        rows.append((method.label, [read_picture(path) for path in paths if path.is_file()]))
-    if not any(pictures for _, pictures in rows):
-        return None
-    captions = [f"prompt {prompt}, seed {seed}" for prompt, seed in columns]
-    return picture_sheet(rows, folder / f"{composition}.png", title=composition, columns=captions)
+        for names in config.compositions if method.training is not None else []:
+            path = gates_folder(config, out, "+".join(names), method) / SECONDS
+            if path.is_file():
+                seconds = json.loads(path.read_text(encoding="utf-8"))
+                minutes[method.label] = minutes.get(method.label, 0.0) + seconds / 60
+    return minutes
+
+
+def _picture(path: Path, name: str) -> str:
+    return f"![{name}]({_link(path.name)})\n"
+
+
+def _link(path: str) -> str:
+    return f"<{path}>" if " " in path else path

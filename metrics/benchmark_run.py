@@ -1,7 +1,7 @@
 """Running a benchmark: pictures and rows as they come, resumed where it stopped, shared by several processes.
 
 Each row is a file of its own, written in one step after its picture. A row that is there is done; so a process may
-die at any time and lose no more than the picture it was drawing, and no process waits for another.
+die at any time and lose no more than the pictures it was drawing, and no process waits for another.
 """
 
 from __future__ import annotations
@@ -10,32 +10,25 @@ import dataclasses
 import hashlib
 import json
 import os
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
-from torch import nn
 
 from ..files import atomic_path, write_json
-from ..pipelines import MoLEStableDiffusionPipeline
-from .alignment import image_alignment, text_alignment, text_name
 from .benchmark_config import BenchmarkConfig, Cell
-from .encoders import ImageEncoder, TextCache, VisionBackbone, embed_images, load_clip
-from .pictures import picture_files, read_picture
-from .presence import concept_presence
-from .region import region_alignment
+from .benchmark_draw import Drawer
+from .benchmark_judge import Judge
+from .benchmark_share import process_share, share
 
 CONFIG, PICTURES, ROWS = "benchmark.json", "pictures", "rows"
-
-
-def process_share() -> tuple[int, int]:
-    """Index and number of processes, as `accelerate launch` and `torchrun` tell them; (0, 1) alone."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+_BY_NAME = ("methods", "LoRA files")
+"""What rows are named after, so that a folder may hold more of them than one benchmark asks for."""
+_NO_MATTER = ("name", "compositions", "concepts", "keep", "reference", "paper")
+"""What rows do not depend on, or are named after: the concepts' LoRA files and words stand in for these."""
 
 
 def run_benchmark(
@@ -57,19 +50,19 @@ def run_benchmark(
     """
     folder = Path(out)
     _claim(folder, config)
-    rank, processes = process_share()
-    # Shared out before looking at what is done, so that processes that look at different times agree.
-    mine = [cell for cell in config.cells()[rank::processes] if not _done(folder, cell)]
+    mine = [batch for batch in share(config, *process_share()) if not all(_done(folder, cell) for cell in batch)]
     if not mine:
         return 0
-    drawer, judge = _Drawer(config, device), _Judge(config, device)
+    judge = Judge(config, device)
+    drawer = Drawer(config, folder, device, clip=judge.clip, references=judge.pictures)
     failed = 0
-    with _bar(len(mine), progress) as bar:
-        for _, cells in groupby(mine, key=lambda cell: cell.composition):
-            drawer.forget()
-            for cell in cells:
-                failed += _run_cell(config, folder, cell, drawer, judge)
-                bar.update()
+    with _bar(sum(len(batch) for batch in mine), progress) as bar:
+        for _, batches in groupby(mine, key=lambda batch: (batch[0].composition, batch[0].method.label)):
+            group = list(batches)
+            unready = _prepare(drawer, group[0][0], bar)
+            for batch in group:
+                failed += _run_batch(config, folder, batch, drawer, judge, unready)
+                bar.update(len(batch))
     return failed
 
 
@@ -94,20 +87,34 @@ def _done(folder: Path, cell: Cell) -> bool:
 
 
 def _claim(folder: Path, config: BenchmarkConfig) -> None:
-    """Writes the configuration, with the LoRAs' hashes, into the folder; ValueError where another one lies there."""
+    """Writes into the folder what its rows depend on, or raises ValueError where they depend on something else."""
+    path, mine = folder / CONFIG, json.loads(json.dumps(_what_matters(config)))
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    for key, value in mine.items():
+        known = before.get(key, value)
+        if key in _BY_NAME:
+            changed = next((name for name in value if known.get(name, value[name]) != value[name]), None)
+            known, value = (known, known | value) if changed is None else (known[changed], value[changed])
+            mine[key] = value
+        else:
+            changed = None if known == value else key
+        if changed is not None:
+            raise ValueError(
+                f"{folder} holds a benchmark with another {key!r}: {known!r} and not {value!r}. "
+                "Rows of both would not compare; choose another folder."
+            )
+    if mine != before:
+        write_json(path, mine)
+
+
+def _what_matters(config: BenchmarkConfig) -> dict[str, Any]:
+    settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in _NO_MATTER}
     used = dict.fromkeys(name for names in config.compositions for name in names)
-    files = {name: _sha256(config, name) for name in used}
-    path, plain = folder / CONFIG, json.loads(json.dumps(dataclasses.asdict(config) | {"LoRA files": files}))
-    if not path.is_file():
-        write_json(path, plain)
-        return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    changed = [key for key in plain if before.get(key) != plain[key]]
-    if changed:
-        raise ValueError(
-            f"{folder} holds a benchmark with another {changed[0]!r}: {before.get(changed[0])!r} and not "
-            f"{plain[changed[0]]!r}. Rows of both would not compare; choose another folder."
-        )
+    files = {name: dataclasses.asdict(config.concepts[name]) | {"sha256": _sha256(config, name)} for name in used}
+    return settings | {
+        "methods": {method.label: dataclasses.asdict(method) for method in config.methods},
+        "LoRA files": files,
+    }
 
 
 def _sha256(config: BenchmarkConfig, name: str) -> str:
@@ -118,153 +125,51 @@ def _sha256(config: BenchmarkConfig, name: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _run_cell(config: BenchmarkConfig, folder: Path, cell: Cell, drawer: _Drawer, judge: _Judge) -> bool:
-    """Whether it failed. Whatever goes wrong with one row is written there, and the others go on."""
-    row: dict[str, Any] = {
-        "composition": cell.composition,
-        "method": cell.method.label,
-        "prompt": cell.prompt,
-        "seed": cell.seed,
-    }
+def _prepare(drawer: Drawer, cell: Cell, bar: Any) -> Exception | None:
+    """Gets ready for the pictures of a composition and method; what went wrong is for their rows to say."""
+
+    def show(step: int, numbers: Mapping[str, float]) -> None:
+        bar.set_postfix_str(f"gates {cell.method.label} {cell.composition}: step {step}")
+
     try:
-        picture, cost = drawer.draw(cell)
-        with atomic_path(picture_path(folder, cell)) as temporary:
-            picture.save(temporary)
-        row |= judge.measure(picture, cell) | cost
+        drawer.prepare(cell.composition, cell.method, show)
     except Exception as error:
-        row["error"] = f"{type(error).__name__}: {error}"
-    write_json(_row_path(folder, cell), row)
-    return "error" in row
+        return error
+    finally:
+        bar.set_postfix_str("")
+    return None
 
 
-class _Drawer:
-    """One pipeline, with the LoRAs and gates of one composition at a time."""
+def _run_batch(
+    config: BenchmarkConfig, folder: Path, batch: list[Cell], drawer: Drawer, judge: Judge, unready: Exception | None
+) -> int:
+    """How many rows failed. Whatever goes wrong with a batch is written into its rows, and the others go on.
 
-    def __init__(self, config: BenchmarkConfig, device: torch.device | str) -> None:
-        self._config = config
-        self._device = torch.device(device)
-        self._pipe = MoLEStableDiffusionPipeline.from_pretrained(_base(config.base)).to(self._device)
-        self._pipe.set_progress_bar_config(disable=True)
-        self._composition: str | None = None
-        self._evaluations = 0
-        self._pipe.unet.register_forward_hook(self._count)
-
-    def forget(self) -> None:
-        """Takes the LoRAs off."""
-        self._composition = None
-        self._pipe.unload_loras()
-
-    def draw(self, cell: Cell) -> tuple[Image.Image, dict[str, Any]]:
-        """The picture, and what it cost: UNet evaluations, seconds, and MiB of GPU memory at its peak."""
-        names, pipe = cell.composition.split("+"), self._pipe
-        self._load(cell.composition)
-        if cell.method.build().needs_gates and pipe.gates is None:
-            pipe.load_gates(self._gates(cell.composition))
-        pipe.set_composition(cell.method.build())
-        self._evaluations = 0
-        cuda = self._device.type == "cuda"
-        if cuda:
-            torch.cuda.synchronize(self._device)
-            torch.cuda.reset_peak_memory_stats(self._device)
-        start = time.perf_counter()
-        picture = pipe(
-            self._config.prompt(cell.prompt, names),
-            loras=dict.fromkeys(names, self._config.scale),
-            num_inference_steps=self._config.steps,
-            guidance_scale=self._config.guidance_scale,
-            generator=torch.Generator().manual_seed(cell.seed),
-        ).images[0]
-        memory = torch.cuda.max_memory_allocated(self._device) / 2**20 if cuda else None
-        cost = {"UNet evaluations": self._evaluations, "seconds": time.perf_counter() - start, "memory (MiB)": memory}
-        return picture, cost
-
-    def _load(self, composition: str) -> None:
-        if self._composition == composition:
-            return
-        names = composition.split("+")
-        self._pipe.load_loras({name: self._config.concepts[name].lora for name in names})
-        self._composition = composition
-
-    def _gates(self, composition: str) -> Path:
-        if self._config.gates == "toybox":
-            from .. import toybox
-
-            return toybox.gates_dir(composition)
-        return Path(str(self._config.gates)) / composition
-
-    def _count(self, unet: nn.Module, args: Any, output: Any) -> None:
-        experts = self._pipe.experts
-        run = None if experts is None else experts.context
-        self._evaluations += 1 if run is None else run.passes
-
-
-class _Judge:
-    """Measures pictures; every prompt and reference is embedded once."""
-
-    def __init__(self, config: BenchmarkConfig, device: torch.device | str) -> None:
-        self._config = config
-        self._clip = load_clip(config.clip).to(device)
-        self._encoder: ImageEncoder = self._clip
-        if config.image_encoder is not None:
-            self._encoder = VisionBackbone.from_pretrained(config.image_encoder).to(device)
-        self._texts = TextCache(self._clip)
-        used = dict.fromkeys(name for names in config.compositions for name in names)
-        self._references = {name: embed_images(self._encoder, self._pictures(name)) for name in used}
-        self._oracle: Any = None
-        if all(config.concepts[name].references == "toybox" for name in used):
-            from ..toybox.oracle import Oracle
-
-            self._oracle = Oracle()
-
-    def measure(self, picture: Image.Image, cell: Cell) -> dict[str, Any]:
-        """All numbers of one picture."""
-        names = cell.composition.split("+")
-        features = embed_images(self._clip, [picture])
-        text = self._texts.embed([self._config.prompt(cell.prompt, names, described=True)])
-        row: dict[str, Any] = {
-            text_name(scale): text_alignment(features, text, scale).item() for scale in ("cosine", "clipscore")
+    A batch of which some rows are there is drawn as a whole again, so that pictures do not depend on what was there.
+    """
+    missing = [index for index, cell in enumerate(batch) if not _done(folder, cell)]
+    try:
+        if unready is not None:
+            raise unready
+        drawn = drawer.draw(batch)
+        measured = judge.measure([picture for picture, _ in drawn], batch)
+        for index in missing:
+            with atomic_path(picture_path(folder, batch[index])) as temporary:
+                drawn[index][0].save(temporary)
+        results = [numbers | cost for numbers, (_, cost) in zip(measured, drawn, strict=True)]
+    except Exception as error:
+        results = [{"error": f"{type(error).__name__}: {error}"}] * len(batch)
+    for index in missing:
+        cell = batch[index]
+        row = {
+            "composition": cell.composition,
+            "method": cell.method.label,
+            "kept": "+".join(cell.kept),
+            "prompt": cell.prompt,
+            "seed": cell.seed,
         }
-        seen = features if self._encoder is self._clip else embed_images(self._encoder, [picture])
-        aligned = {name: image_alignment(seen, self._references[name]).item() for name in names}
-        row |= {"image alignment": _mean(list(aligned.values())), "image alignment by concept": aligned}
-        return row if self._oracle is None else row | self._look(picture, names)
-
-    def _look(self, picture: Image.Image, names: Sequence[str]) -> dict[str, Any]:
-        from ..toybox.oracle import judge
-
-        detections = self._oracle.detect([picture])[0]
-        boxes = {name: finding.box for name, finding in judge(detections, names).items()}
-        regions = {
-            name: region_alignment(self._encoder, picture, boxes[name], self._references[name]) for name in names
-        }
-        return {
-            **concept_presence(detections, names),
-            "region alignment": _mean([score for score, _ in regions.values()]),
-            "detection rate": _mean([float(found) for _, found in regions.values()]),
-        }
-
-    def _pictures(self, name: str) -> list[Image.Image]:
-        folder = self._config.concepts[name].references
-        if folder == "toybox":
-            from .. import toybox
-
-            return toybox.references(name)
-        try:
-            return [read_picture(file) for file in picture_files(folder)]
-        except ValueError as error:
-            raise ValueError(f"references of concept {name!r}: {error}") from None
-
-
-def _base(base: str) -> str:
-    if base == "toybox":
-        from .. import toybox
-
-        return str(toybox.base_dir())
-    return base
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+        write_json(_row_path(folder, cell), row | results[index])
+    return sum("error" in results[index] for index in missing)
 
 
 @contextmanager

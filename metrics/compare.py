@@ -1,4 +1,4 @@
-"""Comparing methods on the same prompts and seeds: paired bootstrap, wins, correlation."""
+"""Comparing methods on the same prompts and seeds: paired bootstrap, wins, correlations."""
 
 from __future__ import annotations
 
@@ -63,3 +63,14 @@ def correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
     if len(x) < 2 or min(x) == max(x) or min(y) == max(y):
         return None
     return float(np.corrcoef(x, y)[0, 1])
+
+
+def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
+    """Spearman's rho: Pearson's r of ranks, those that tie sharing their mean rank; `None` as :func:`correlation`."""
+    return correlation(_ranks(x), _ranks(y))
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    _, places, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return [float(rank) for rank in (last - (counts - 1) / 2)[places]]

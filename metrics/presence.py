@@ -10,7 +10,7 @@ from PIL import Image
 from ..toybox.oracle import Detection, Oracle, judge
 from .averages import Averages
 
-NAMES = ("omission rate", "confusion rate", "all-present rate", "count error")
+NAMES = ("presence rate", "omission rate", "confusion rate", "all-present rate", "count error")
 
 
 def concept_presence(detections: Sequence[Detection], concepts: Sequence[str]) -> dict[str, float]:
@@ -21,9 +21,10 @@ def concept_presence(detections: Sequence[Detection], concepts: Sequence[str]) -
         concepts: Names of the toybox's subjects.
 
     Returns:
-        "omission rate": share of concepts without an object of their class. "confusion rate": share of concepts whose
-        object wears another look, or whose look another object wears. "all-present rate": 1 if every concept stands
-        there in its own look, else 0. "count error": difference between the number of objects and of concepts.
+        "presence rate": share of concepts that stand there in their own look. "omission rate": share of concepts
+        without an object of their class. "confusion rate": share of concepts whose object wears another look, or whose
+        look another object wears. "all-present rate": 1 if every concept stands there in its own look, else 0.
+        "count error": difference between the number of objects and of concepts.
 
     Raises:
         ValueError: There is no concept, or one is not a subject of the toybox.
@@ -33,15 +34,14 @@ def concept_presence(detections: Sequence[Detection], concepts: Sequence[str]) -
     findings = judge(detections, concepts).values()
     omitted = sum(not finding.class_present for finding in findings)
     confused = sum(bool(f.leaked_to) or (f.class_present and not f.present) for f in findings)
-    shown = all(finding.present for finding in findings)
+    present = sum(finding.present for finding in findings)
     count_error = abs(len(detections) - len(concepts))
-    return dict(
-        zip(NAMES, (omitted / len(concepts), confused / len(concepts), float(shown), float(count_error)), strict=True)
-    )
+    rates = [count / len(concepts) for count in (present, omitted, confused)]
+    return dict(zip(NAMES, (*rates, float(present == len(concepts)), float(count_error)), strict=True))
 
 
 class ConceptPresence(Averages):
-    """Omission, confusion, all-present rate and count error, averaged over pictures of the toybox.
+    """Presence, omission, confusion, all-present rate and count error, averaged over pictures of the toybox.
 
     Args:
         oracle: Another one than the default.

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from mole_diffusion.cli.gate_inputs import read_concepts, read_config, read_prompts
+from mole_diffusion import toybox
+from mole_diffusion.cli.gate_inputs import read_concepts, read_config, read_prompts, toybox_loras
 from mole_diffusion.gating import GateConfig
 from mole_diffusion.lora import load_lora, save_lora
 from mole_diffusion.training import GateTrainingConfig
@@ -169,3 +170,19 @@ def test_bad_input_is_one_line_and_exit_code_2(world: Path, tmp_path: Path) -> N
         assert message in lines[0], (case, lines[0])
         assert "Traceback" not in done.output
     assert not (tmp_path / "gates").exists()
+
+
+def test_a_toybox_subject_needs_only_its_name() -> None:
+    entries, known = toybox_loras(["boot", "mine=mine.safetensors", "cat"])
+    assert entries == [f"boot={toybox.lora_path('boot')}", "mine=mine.safetensors", f"cat={toybox.lora_path('cat')}"]
+    assert list(known) == ["boot", "cat"]
+    described = known["boot"].describe(toybox.subject_prompt(["boot"], "grass"))
+    assert described == toybox.described_prompt(["boot"], "grass")
+    assert len(known["boot"].references) == len(toybox.references("boot"))
+    with pytest.raises(ValueError, match="dragon"):
+        toybox_loras(["dragon"])
+
+
+def test_the_settings_of_table_7_are_settings() -> None:
+    settings = read_config(None, Path(__file__).parents[1] / "benchmarks" / "table7.yaml", None, {})
+    assert settings.balance == "uniform"

@@ -41,6 +41,7 @@ def spoilt(rng: np.random.Generator) -> tuple[Image.Image, dict[str, float]]:
         first, second = objects[:2]
         objects[:2] = [replace(first, look=second.look), replace(second, look=first.look)]
     truth = {
+        "presence rate": 1 - (omitted + confused) / 3,
         "omission rate": omitted / 3,
         "confusion rate": confused / 3,
         "all-present rate": float(kind == 0),
@@ -66,6 +67,7 @@ def test_another_look_on_a_concept_and_its_look_on_a_stranger_are_confusions() -
     stranger = replace(whole.objects[2], class_name="mug", look=whole.objects[0].look)  # a mug in the cat's look
     found = oracle.detect([toybox.render(replace(whole, objects=(*whole.objects[:2], stranger)))])[0]
     assert concept_presence(found, CONCEPTS) == {
+        "presence rate": 2 / 3,
         "omission rate": 1 / 3,
         "confusion rate": 1 / 3,
         "all-present rate": 0.0,
@@ -74,6 +76,7 @@ def test_another_look_on_a_concept_and_its_look_on_a_stranger_are_confusions() -
     repainted = replace(whole.objects[0], look=Look("green", "pink", "dotted"))  # nobody's
     found = oracle.detect([toybox.render(replace(whole, objects=(repainted, *whole.objects[1:])))])[0]
     assert concept_presence(found, CONCEPTS) == {
+        "presence rate": 2 / 3,
         "omission rate": 0.0,
         "confusion rate": 1 / 3,
         "all-present rate": 0.0,

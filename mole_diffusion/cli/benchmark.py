@@ -24,17 +24,18 @@ Out = Annotated[Path | None, typer.Option(help="Folder of the benchmark [default
 
 @benchmark.command()
 def run(config: Config, out: Out = None, device: Device = "auto") -> None:
-    """Draw and measure every picture of a benchmark that is missing.
+    """Draw and measure every picture of a benchmark that is missing; train the gates it asks for first.
 
-    Started again it goes on where it stopped. Several processes share the work: `accelerate launch --no_python`, or
-    any launcher that sets RANK and WORLD_SIZE. A row that fails says why in its file, the rest goes on, and the exit
-    code is 1.
+    Started again it goes on where it stopped. Several processes share the work under any launcher that sets RANK and
+    WORLD_SIZE: `torchrun`, or `accelerate launch --multi_gpu --no_python`, with GPUs or without. (Without
+    `--multi_gpu` accelerate starts a single process where there is no GPU.) A row that fails says why in its file, the
+    rest goes on, and the exit code is 1.
 
     Examples:
 
     \b
       mole benchmark run benchmarks/table1.yaml
-      accelerate launch --no_python --num_processes 4 mole benchmark run benchmarks/table1.yaml --out runs/table1
+      torchrun --nproc-per-node 4 --no-python mole benchmark run benchmarks/table1.yaml --out runs/table1
     """
     from mole_diffusion.metrics import BenchmarkConfig, run_benchmark
 
@@ -53,17 +54,25 @@ def run(config: Config, out: Out = None, device: Device = "auto") -> None:
 
 
 @benchmark.command()
-def report(config: Config, out: Out = None) -> None:
+def report(
+    config: Config,
+    out: Out = None,
+    page: Annotated[
+        Path | None, typer.Option(help="Also write it as NAME OF CONFIG.md, with small pictures, into this folder.")
+    ] = None,
+) -> None:
     """Write the tables, plots and picture sheets of a benchmark, of as much as there is.
 
-    Example:
+    Examples:
 
     \b
       mole benchmark report benchmarks/table1.yaml
+      mole benchmark report benchmarks/table1.yaml --page docs/results
     """
     from mole_diffusion.metrics import BenchmarkConfig, write_report
 
-    path = write_report(BenchmarkConfig.from_file(config), _folder(config, out))
+    file = None if page is None else page / f"{config.stem}.md"
+    path = write_report(BenchmarkConfig.from_file(config), _folder(config, out), page=file)
     typer.echo(f"report: {path}")
 
 

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from mole_diffusion.clip import DifferentiableCLIP
     from mole_diffusion.training import Concept, GateTrainingConfig
 
-Lora = Annotated[list[str], typer.Option(metavar="NAME=FILE", help="A LoRA; once for each, two at least.")]
+Lora = Annotated[
+    list[str],
+    typer.Option(metavar="NAME=FILE", help="A LoRA; once for each, two at least. A toybox subject needs only NAME."),
+]
 Token = Annotated[
     list[str] | None,
     typer.Option(metavar="NAME=TOKEN", help="Rare token of a LoRA, which CLIP must not read; once for each."),
@@ -88,8 +91,9 @@ def read_gate_training(
     Raises:
         ValueError: Something is missing or does not fit.
     """
-    files = read_pairs("--lora", lora)
-    concepts = read_concepts(files, token, class_name, description, references)
+    own, known = toybox_loras(lora) if base == "toybox" else (list(lora), {})
+    files = read_pairs("--lora", own)
+    concepts = known | read_concepts(files, token, class_name, description, references)
     texts = read_prompts(prompt, prompts, template, concepts)
     if clip is None and base != "toybox":
         raise ValueError("--clip is missing. Give a folder, or --clip ViT-B-32 --clip-pretrained laion2b_s34b_b79k.")
@@ -103,6 +107,28 @@ def read_gate_training(
         pipe = MoLEStableDiffusionPipeline.from_pretrained(find_base(base)).to(where)
     pipe.load_loras(files)
     return GateTrainingInputs(pipe, config, texts, guide, concepts)
+
+
+def toybox_loras(lora: Sequence[str]) -> tuple[list[str], dict[str, Concept]]:
+    """The entries of --lora with the file of every toybox subject that stands there by its name alone, and what it is.
+
+    Raises:
+        ValueError: There is no such subject.
+    """
+    from mole_diffusion import toybox
+    from mole_diffusion.training import Concept
+
+    names = [entry for entry in lora if "=" not in entry]
+    entries = [f"{entry}={toybox.lora_path(entry)}" if entry in names else entry for entry in lora]
+    return entries, {
+        name: Concept(
+            token=toybox.token(name),
+            class_name=toybox.class_name(name),
+            description=f"{toybox.subject(name).look} {toybox.class_name(name)}",
+            references=toybox.references(name),
+        )
+        for name in names
+    }
 
 
 def read_concepts(

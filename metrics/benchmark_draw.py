@@ -1,0 +1,162 @@
+"""Drawing the pictures of a benchmark, one composition and method after another."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from ..clip import DifferentiableCLIP
+from ..gating import GateRecord
+from ..pipelines import MoLEStableDiffusionPipeline
+from .benchmark_config import BenchmarkConfig, Cell
+from .benchmark_gates import gates_folder, train_missing_gates
+from .benchmark_methods import Method
+
+
+class Drawer:
+    """One pipeline, with the LoRAs of one composition and the gates of one method at a time.
+
+    Args:
+        config: The benchmark.
+        out: Its folder.
+        device: Where to compute.
+        clip: Guides where gates are trained.
+        references: Pictures of a concept, for trainings that compare with them.
+    """
+
+    def __init__(
+        self,
+        config: BenchmarkConfig,
+        out: Path,
+        device: torch.device | str,
+        *,
+        clip: DifferentiableCLIP,
+        references: Callable[[str], Sequence[Image.Image]],
+    ) -> None:
+        self._config, self._out = config, out
+        self._device = torch.device(device)
+        self._clip, self._references = clip, references
+        self._pipe = MoLEStableDiffusionPipeline.from_pretrained(_base(config.base)).to(self._device)
+        self._pipe.set_progress_bar_config(disable=True)
+        self._composition: str | None = None
+        self._evaluations = 0
+        self._pipe.unet.register_forward_hook(self._count)
+
+    def prepare(
+        self, composition: str, method: Method, on_step_end: Callable[[int, Mapping[str, float]], None]
+    ) -> None:
+        """Gets LoRAs and gates ready for :meth:`draw`; gates that are missing are trained first.
+
+        Raises:
+            ValueError, OSError: LoRAs or gates do not fit or are not there, or the training fails.
+        """
+        pipe = self._pipe
+        if self._composition != composition:
+            self._composition = None
+            pipe.unload_loras()
+            pipe.load_loras({name: self._config.concepts[name].lora for name in composition.split("+")})
+            self._composition = composition
+        pipe.unload_gates()
+        way = method.build()
+        if way.needs_gates:
+            train_missing_gates(
+                self._config,
+                self._out,
+                pipe,
+                composition,
+                method,
+                clip=self._clip,
+                references=self._references,
+                on_step_end=on_step_end,
+            )
+            # From the file also where they were just trained, so that a run that was interrupted draws the same.
+            pipe.load_gates(gates_folder(self._config, self._out, composition, method))
+        pipe.set_composition(way)
+
+    def draw(self, cells: Sequence[Cell]) -> list[tuple[Image.Image, dict[str, Any]]]:
+        """The pictures of cells that differ in their seeds only, drawn together.
+
+        Returns:
+            Each with what it cost: UNet evaluations, seconds (its part of the call's), and MiB of GPU memory at the
+            peak of the call; and with its gates, the mean over steps of each place's weights, if it has any.
+        """
+        first, pipe = cells[0], self._pipe
+        self._evaluations = 0
+        cuda = self._device.type == "cuda"
+        if cuda:
+            torch.cuda.synchronize(self._device)
+            torch.cuda.reset_peak_memory_stats(self._device)
+        start = time.perf_counter()
+        record, pictures = self._call(cells)
+        cost = {
+            "UNet evaluations": self._evaluations,
+            "seconds": (time.perf_counter() - start) / len(cells),
+            # Of the CPU only the peak of the whole process is to be had, which tells nothing about one method.
+            "memory (MiB)": torch.cuda.max_memory_allocated(self._device) / 2**20 if cuda else None,
+        }
+        if record is None or not first.method.build().needs_gates or pipe.gates is None:
+            return [(picture, cost) for picture in pictures]
+        gates = gates_by_picture(record, len(cells))
+        return [(picture, cost | {"gates": used}) for picture, used in zip(pictures, gates, strict=True)]
+
+    def _call(self, cells: Sequence[Cell]) -> tuple[GateRecord | None, list[Image.Image]]:
+        pipe, config, first = self._pipe, self._config, cells[0]
+
+        def call() -> list[Image.Image]:
+            output = pipe(
+                [config.prompt(first.prompt, first.kept)] * len(cells),
+                loras=dict.fromkeys(first.kept, config.scale),
+                num_inference_steps=config.steps,
+                guidance_scale=config.guidance_scale,
+                generator=[torch.Generator().manual_seed(cell.seed) for cell in cells],
+            )
+            return list(output.images)
+
+        if pipe.gates is None:
+            return None, call()
+        with pipe.gates.record(accumulate=True) as record:
+            return record, call()
+
+    def _count(self, unet: nn.Module, args: Any, output: Any) -> None:
+        experts = self._pipe.experts
+        run = None if experts is None else experts.context
+        self._evaluations += 1 if run is None else run.passes
+
+
+def gates_by_picture(record: GateRecord, pictures: int) -> list[dict[str, list[float | None]]]:
+    """The mean over all passes of each place's weights, for each picture of one call.
+
+    Returns:
+        By picture, place to one number per LoRA; `None` where a LoRA does not touch a place.
+    """
+    means = []
+    for place in record.names:
+        # A pass has the pictures' rows once, or twice under guidance; one row where gates do not look at the picture.
+        rows = [gates.detach().double().cpu() for gates in record.passes[place]]
+        rows = [gates.expand(pictures, -1) if len(gates) == 1 else gates for gates in rows]
+        means.append(torch.stack([part for gates in rows for part in gates.split(pictures)]).mean(dim=0))
+    values, present = torch.stack(means, dim=1), record.present()
+    return [
+        {
+            place: [
+                round(value, 6) if there else None
+                for value, there in zip(values[picture, row].tolist(), present[row].tolist(), strict=True)
+            ]
+            for row, place in enumerate(record.names)
+        }
+        for picture in range(pictures)
+    ]
+
+
+def _base(base: str) -> str:
+    if base == "toybox":
+        from .. import toybox
+
+        return str(toybox.base_dir())
+    return base

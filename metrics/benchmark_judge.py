@@ -1,0 +1,84 @@
+"""Measuring the pictures of a benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+
+from .alignment import image_alignment, text_alignment, text_name
+from .benchmark_config import BenchmarkConfig, Cell
+from .encoders import ImageEncoder, TextCache, VisionBackbone, embed_images, load_clip
+from .pictures import picture_files, read_picture
+from .presence import concept_presence
+from .region import region_alignment
+
+
+class Judge:
+    """Measures pictures; every prompt and reference is embedded once."""
+
+    def __init__(self, config: BenchmarkConfig, device: torch.device | str) -> None:
+        self._config = config
+        self.clip = load_clip(config.clip).to(device)
+        self._encoder: ImageEncoder = self.clip
+        if config.image_encoder is not None:
+            self._encoder = VisionBackbone.from_pretrained(config.image_encoder).to(device)
+        self._texts = TextCache(self.clip)
+        used = dict.fromkeys(name for names in config.compositions for name in names)
+        self._references = {name: embed_images(self._encoder, self.pictures(name)) for name in used}
+        self._oracle: Any = None
+        if all(config.concepts[name].references == "toybox" for name in used):
+            from ..toybox.oracle import Oracle
+
+            self._oracle = Oracle()
+
+    def measure(self, pictures: Sequence[Image.Image], cells: Sequence[Cell]) -> list[dict[str, Any]]:
+        """All numbers of pictures that were drawn together, as to the concepts that were kept."""
+        names = cells[0].kept
+        features = embed_images(self.clip, pictures)
+        text = self._texts.embed([self._config.prompt(cell.prompt, names, described=True) for cell in cells])
+        texts = {text_name(scale): text_alignment(features, text, scale) for scale in ("cosine", "clipscore")}
+        seen = features if self._encoder is self.clip else embed_images(self._encoder, pictures)
+        aligned = {name: image_alignment(seen, self._references[name]) for name in names}
+        looks = [{} for _ in pictures] if self._oracle is None else self._look(pictures, names)
+        rows = []
+        for index, look in enumerate(looks):
+            by_concept = {name: values[index].item() for name, values in aligned.items()}
+            row: dict[str, Any] = {name: values[index].item() for name, values in texts.items()}
+            row |= {"image alignment": _mean(list(by_concept.values())), "image alignment by concept": by_concept}
+            rows.append(row | look)
+        return rows
+
+    def _look(self, pictures: Sequence[Image.Image], names: Sequence[str]) -> list[dict[str, float]]:
+        from ..toybox.oracle import judge
+
+        looks = []
+        for picture, detections in zip(pictures, self._oracle.detect(pictures), strict=True):
+            boxes = {name: finding.box for name, finding in judge(detections, names).items()}
+            regions = [region_alignment(self._encoder, picture, boxes[name], self._references[name]) for name in names]
+            looks.append(
+                {
+                    **concept_presence(detections, names),
+                    "region alignment": _mean([score for score, _ in regions]),
+                    "detection rate": _mean([float(found) for _, found in regions]),
+                }
+            )
+        return looks
+
+    def pictures(self, name: str) -> list[Image.Image]:
+        """The reference pictures of a concept."""
+        folder = self._config.concepts[name].references
+        if folder == "toybox":
+            from .. import toybox
+
+            return toybox.references(name)
+        try:
+            return [read_picture(file) for file in picture_files(folder)]
+        except ValueError as error:
+            raise ValueError(f"references of concept {name!r}: {error}") from None
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,107 @@
+"""The methods a benchmark compares, read strictly: compositions, with gates that lie there or are trained for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..composition import COMPOSITIONS, Composition
+from ..training import GateTrainingConfig
+
+PRESETS: dict[str, tuple[str, dict[str, Any]]] = {"cat": ("mole", {"gates": {"input": "none", "scope": "matrix"}})}
+"""Methods by name that are a composition with gates of a kind of their own: name of the composition, settings of the
+training. "cat" is CAT of "LoRA Soups" (https://arxiv.org/abs/2410.13025): one learned number per LoRA and matrix."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to compose, as a benchmark compares it.
+
+    Attributes:
+        name: Of the composition.
+        label: Its name in tables, and of its folders.
+        arguments: Of the composition.
+        training: How its gates are trained where there are none yet; `None`: it has none, or they lie where the
+            benchmark says.
+    """
+
+    name: str
+    label: str
+    arguments: tuple[tuple[str, Any], ...] = ()
+    training: GateTrainingConfig | None = None
+
+    def build(self) -> Composition:
+        return COMPOSITIONS[self.name](**dict(self.arguments))
+
+
+def read_methods(given: Any, *, has_gates: bool, can_train: bool, training: Mapping[str, Any]) -> list[Method]:
+    """The methods of a benchmark.
+
+    Args:
+        given: "all", or a list of names, alone or with their arguments, `{merge: {scale: 1.0}}`. `label` and, where
+            there are gates, `training` may stand among these: `{mole: {label: "layer", training: {steps: 100}}}`.
+        has_gates: Whether gates lie somewhere. They are used by every method that has no training of its own.
+        can_train: Whether there are prompts to train on.
+        training: Settings that all trainings share.
+
+    Raises:
+        ValueError: A method is unknown, has an argument that is not allowed, or lacks gates; or a label comes twice.
+    """
+    if given == "all":  # a method added later joins without a change
+        given = [name for name in COMPOSITIONS if has_gates or can_train or not COMPOSITIONS[name].needs_gates]
+        given += [name for name in PRESETS if can_train]
+    if not isinstance(given, list) or not given:
+        raise ValueError(f'`methods` must be "all" or a list of names, got {given!r}.')
+    methods = [_method(entry, has_gates=has_gates, can_train=can_train, training=training) for entry in given]
+    labels = [method.label for method in methods]
+    repeated = next((label for label in labels if labels.count(label) > 1), None)
+    if repeated is not None:
+        raise ValueError(f"methods has {repeated!r} twice. Give one a label of its own: {{mole: {{label: other}}}}.")
+    return methods
+
+
+def _method(entry: Any, *, has_gates: bool, can_train: bool, training: Mapping[str, Any]) -> Method:
+    given, arguments = next(iter(entry.items())) if isinstance(entry, dict) and len(entry) == 1 else (entry, {})
+    known = (*COMPOSITIONS, *PRESETS)
+    if not isinstance(given, str) or given not in known or not isinstance(arguments, dict):
+        raise ValueError(
+            f"{entry!r} is no method. Write a name, one of {', '.join(known)}, or a name with its arguments "
+            "such as {merge: {scale: 1.0}}."
+        )
+    name, preset = PRESETS.get(given, (given, None))
+    own = {key: value for key, value in arguments.items() if key not in ("label", "training")}
+    label = arguments.get("label", _default_label(given, own))
+    if not isinstance(label, str) or not label.strip(". ") or "/" in label or "\\" in label:
+        raise ValueError(f"method {entry!r}: a label names a folder too, so it cannot be {label!r}.")
+    try:
+        needs_gates = COMPOSITIONS[name](**own).needs_gates
+    except TypeError as error:
+        raise ValueError(f"method {entry!r}: {error}") from None
+    wishes = arguments.get("training")
+    if wishes is not None and not (needs_gates and isinstance(wishes, dict)):
+        raise ValueError(f"method {entry!r}: `training` is a mapping of settings, of a method that has gates.")
+    trains = needs_gates and (wishes is not None or preset is not None or not has_gates)
+    if trains and not can_train:
+        raise ValueError(
+            f"method {given!r} needs gates. Say what to train them on, `train_prompts: [...]`"
+            + (", or where they lie: `gates: folder`, or `gates: toybox`." if name == given else ".")
+        )
+    settings = GateTrainingConfig.from_dict(_merged(training, preset or {}, wishes or {})) if trains else None
+    return Method(name, label, tuple(own.items()), settings)
+
+
+def _default_label(name: str, arguments: Mapping[str, Any]) -> str:
+    inside = ", ".join(f"{key}={value}" for key, value in arguments.items())
+    return f"{name}({inside})" if inside else name
+
+
+def _merged(*settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The later goes before the earlier, in `gates` setting by setting."""
+    merged: dict[str, Any] = {}
+    for given in settings:
+        both = (merged.get("gates"), given.get("gates"))
+        merged |= given
+        if all(isinstance(gates, Mapping) for gates in both):
+            merged["gates"] = {**both[0], **both[1]}  # type: ignore[dict-item]
+    return merged

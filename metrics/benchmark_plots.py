@@ -1,0 +1,98 @@
+"""The pictures of a benchmark's report."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ..files import atomic_path
+from ..sheets import gate_heat_map, picture_sheet
+from .benchmark_config import BenchmarkConfig, Cell
+from .benchmark_rows import IMAGE, TEXT, Row, by_case, is_whole, labels, of
+from .benchmark_run import picture_path
+from .pictures import read_picture
+
+MOST_COLUMNS = 6  # on a sheet
+MOST_PLACES = 40  # on a heat map that can still be read
+
+
+def draw_scatter(config: BenchmarkConfig, rows: Sequence[Row], path: Path) -> None:
+    """Text against image alignment: a small dot for each composition, a large one for a method's mean."""
+    # The object-oriented half of matplotlib: pyplot would choose a window system and keep figures alive.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.5, 5), layout="constrained")
+    axes = figure.subplots()
+    by_text, by_image = (by_case(config, rows, name) for name in (TEXT, IMAGE))
+    for index, label in enumerate(labels(config)):
+        points = [(by_text[c][label], by_image[c][label]) for c in by_text if label in by_text[c]]
+        if points:
+            x, y = zip(*points, strict=True)
+            colour = f"C{index}"
+            axes.scatter(x, y, s=14, color=colour, alpha=0.5)
+            axes.scatter([sum(x) / len(x)], [sum(y) / len(y)], s=90, color=colour, edgecolors="black", label=label)
+    axes.set_xlabel(TEXT)
+    axes.set_ylabel(IMAGE)
+    axes.set_title(config.name)
+    axes.legend()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=100)
+
+
+def draw_sheet(config: BenchmarkConfig, out: str | os.PathLike[str], names: Sequence[str], path: Path) -> bool:
+    """Methods down, prompts and seeds across; or kept LoRAs across where there are several choices of them.
+
+    Returns:
+        Whether there was a picture to show.
+    """
+    composition, choices = "+".join(names), config.kept(names)
+    # A prompt each first, then the next seed, so that few columns show much.
+    draws = [(prompt, seed) for seed in config.seeds for prompt in range(len(config.prompts))]
+    draws = draws[: MOST_COLUMNS if len(choices) == 1 else 1]
+    columns = [(kept, prompt, seed) for kept in choices for prompt, seed in draws]
+    rows = []
+    for method in config.methods:
+        paths = [picture_path(out, Cell(composition, method, *column)) for column in columns]
+        rows.append((method.label, [read_picture(path) for path in paths if path.is_file()]))
+    if not any(pictures for _, pictures in rows):
+        return False
+    if len(choices) == 1:
+        captions = [f"prompt {prompt}, seed {seed}" for prompt, seed in draws]
+    else:
+        captions = ["all" if len(kept) == len(names) else "+".join(kept) for kept in choices]
+    picture_sheet(rows, path, title=composition, columns=captions)
+    return True
+
+
+def draw_gates(rows: Sequence[Row], method: str, composition: str, path: Path) -> bool:
+    """The weights that the gates gave, mean over steps and pictures. Returns whether there are any."""
+    mine = [r for r in of(rows, method) if r["composition"] == composition and is_whole(r) and "gates" in r]
+    if not mine:
+        return False
+    places = list(mine[0]["gates"])
+    numbers = [[[float("nan") if v is None else v for v in row["gates"][place]] for place in places] for row in mine]
+    means = torch.tensor(numbers, dtype=torch.float64).mean(dim=0)
+    if len(places) > MOST_PLACES:
+        places, means = _by_block(places, means)
+    gate_heat_map(means, places, composition.split("+"), path, title=f"{method}: gates, mean over steps and pictures")
+    return True
+
+
+def _by_block(places: Sequence[str], means: torch.Tensor) -> tuple[list[str], torch.Tensor]:
+    """The mean over all places of a block, as far as a LoRA touches them."""
+    blocks = [_block(place) for place in places]
+    names = list(dict.fromkeys(blocks))
+    rows = [means[[block == name for block in blocks]].nanmean(dim=0) for name in names]
+    return [f"{name} (mean of {blocks.count(name)})" for name in names], torch.stack(rows)
+
+
+def _block(place: str) -> str:
+    """The name up to the number of the block: "unet.mid_block.attentions.0.transformer_blocks.0"."""
+    parts = place.split(".")
+    numbers = [index for index, part in enumerate(parts) if part.isdigit()]
+    blocks = [index for index in numbers if parts[index - 1] in ("transformer_blocks", "layers", "resnets")]
+    end = blocks[0] if blocks else numbers[-1] if numbers else len(parts) - 1
+    return ".".join(parts[: end + 1])

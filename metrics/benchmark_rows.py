@@ -1,0 +1,81 @@
+"""The rows of a benchmark, looked at from several sides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .alignment import text_name
+from .benchmark_config import BenchmarkConfig
+
+TEXT, IMAGE = text_name("clipscore"), "image alignment"
+HIGHER_IS_BETTER = {
+    TEXT: True,
+    IMAGE: True,
+    "region alignment": True,
+    "presence rate": True,
+    "all-present rate": True,
+    "omission rate": False,
+    "confusion rate": False,
+    text_name("cosine"): True,
+    "detection rate": True,
+    "count error": False,
+}
+SHOWN = list(HIGHER_IS_BETTER)[:7]
+"""Those that tables in the report have room for; the others are in the CSV files."""
+
+Row = dict[str, Any]
+
+
+def measured(rows: Sequence[Row]) -> list[str]:
+    """The measures of the tables, as far as rows have them."""
+    return [name for name in SHOWN if any(name in row for row in rows)]
+
+
+def labels(config: BenchmarkConfig) -> list[str]:
+    return [method.label for method in config.methods]
+
+
+def case(row: Row) -> str:
+    """What was drawn: the composition, and which of its LoRAs were kept if not all."""
+    return row["composition"] if is_whole(row) else f"{row['composition']}, only {row['kept']}"
+
+
+def is_whole(row: Row) -> bool:
+    """Whether all LoRAs of the composition were kept."""
+    return bool(row["kept"] == row["composition"])
+
+
+def num_kept(row: Row) -> int:
+    """How many LoRAs drew the picture."""
+    return row["kept"].count("+") + 1
+
+
+def of(rows: Sequence[Row], method: str) -> list[Row]:
+    return [row for row in rows if row["method"] == method]
+
+
+def mean(rows: Sequence[Row], name: str) -> float | None:
+    values = [row[name] for row in rows if row.get(name) is not None]
+    return sum(values) / len(values) if values else None
+
+
+def by_picture(rows: Sequence[Row], method: str, name: str) -> dict[tuple[str, str, int, int], float]:
+    """What every method draws, to the method's number there: what a comparison pairs."""
+    return {
+        (row["composition"], row["kept"], row["prompt"], row["seed"]): row[name]
+        for row in of(rows, method)
+        if name in row
+    }
+
+
+def by_case(config: BenchmarkConfig, rows: Sequence[Row], name: str) -> dict[str, dict[str, float]]:
+    """Case to method to mean."""
+    means: dict[str, dict[str, float]] = {}
+    for one in dict.fromkeys(case(row) for row in rows):
+        mine = [row for row in rows if case(row) == one]
+        for label in labels(config):
+            value = mean(of(mine, label), name)
+            if value is not None:
+                means.setdefault(one, {})[label] = value
+    return means
