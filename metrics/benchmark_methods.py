@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..composition import COMPOSITIONS, Composition
+from ..gating import GateConfig
 from ..training import GateTrainingConfig
 
-PRESETS: dict[str, tuple[str, dict[str, Any]]] = {"cat": ("mole", {"gates": {"input": "none", "scope": "matrix"}})}
+CAT = GateConfig(input="none", scope="matrix")
+PRESETS: dict[str, tuple[str, dict[str, Any]]] = {"cat": ("mole", {"gates": CAT.to_dict()})}
 """Methods by name that are a composition with gates of a kind of their own: name of the composition, settings of the
 training. "cat" is CAT of "LoRA Soups" (https://arxiv.org/abs/2410.13025): one learned number per LoRA and matrix."""
 

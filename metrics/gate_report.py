@@ -16,7 +16,7 @@ class GateStatistics(NamedTuple):
     """Of gates `(rows, num_loras)`, each row for itself.
 
     Attributes:
-        share: `(rows, num_loras)`, the gates.
+        share: `(rows, num_loras)`, each LoRA's part of what all LoRAs got. Rows sum to one, but for a row of zeros.
         entropy: `(rows,)`, in nats: 0 where one LoRA has all, `log num_loras` where all have the same.
         effective: `(rows,)`, the effective number of LoRAs, `exp(entropy)`.
     """
@@ -30,16 +30,17 @@ def gate_statistics(gates: Tensor) -> GateStatistics:
     """Entropy and effective number of LoRAs of each row of gates.
 
     Args:
-        gates: `(rows, num_loras)`; rows sum to one.
+        gates: `(rows, num_loras)`. They sum to less than one where a null expert took the rest.
 
     Raises:
-        ValueError: A row is no set of gates.
+        ValueError: The shape is another, or a gate is negative.
     """
     gates = gates.detach().double().cpu()
-    if gates.ndim != 2 or (gates < 0).any() or not torch.allclose(gates.sum(-1), gates.new_ones(()), atol=1e-4):
-        raise ValueError(f"gates must be (rows, num_loras) with rows that sum to one, got shape {tuple(gates.shape)}.")
-    entropy = -torch.special.xlogy(gates, gates).sum(dim=-1)
-    return GateStatistics(gates, entropy, entropy.exp())
+    if gates.ndim != 2 or (gates < 0).any():
+        raise ValueError(f"gates must be (rows, num_loras), none below zero, got {tuple(gates.shape)}: {gates}.")
+    share = gates / gates.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(gates.dtype).tiny)
+    entropy = -torch.special.xlogy(share, share).sum(dim=-1)
+    return GateStatistics(share, entropy, entropy.exp())
 
 
 class GateReport(Averages):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from mole_diffusion.clip import DifferentiableCLIP
-from mole_diffusion.gating import MoLEModel
+from mole_diffusion.gating import GateConfig, MoLEModel
 from mole_diffusion.pipelines import MoLEStableDiffusionPipeline
 from mole_diffusion.training import Concept, GateTrainingConfig, train_gates
 from tests.test_clip import write_clip
@@ -35,6 +35,9 @@ def mole_pipeline(loras: int = 2) -> Any:
 
 def config(**changes: Any) -> GateTrainingConfig:
     settings: dict[str, Any] = {
+        "gates": GateConfig(),
+        "identity_weight": 0.0,
+        "balance": "uniform",
         "steps": 2,
         "batch_size": 1,
         "warmup_steps": 0,

@@ -160,7 +160,6 @@ def test_bad_input_is_one_line_and_exit_code_2(world: Path, tmp_path: Path) -> N
         "no such lora": (call(world, "train-gates", "--lora", "fox=no/fox.safetensors", *good), "no/fox.safetensors"),
         "bad setting": (call(world, "train-gates", *good, "--set", "eta=2"), "`eta` must lie between 0"),
         "bad tracker": (call(world, "train-gates", *good, "--log-with", "paper"), "`log_with` must be"),
-        "no balance": (call(world, "balance-study", *good, "--set", "balance=off"), "no balance loss to study"),
     }
     for case, (arguments, message) in cases.items():
         done = mole(*arguments)
@@ -185,4 +184,4 @@ def test_a_toybox_subject_needs_only_its_name() -> None:
 
 def test_the_settings_of_table_7_are_settings() -> None:
     settings = read_config(None, Path(__file__).parents[1] / "benchmarks" / "table7.yaml", None, {})
-    assert settings.balance == "uniform"
+    assert settings.guidance_scale == 3.0

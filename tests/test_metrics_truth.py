@@ -99,12 +99,15 @@ def test_the_oracle_is_a_detector_of_regions() -> None:
 def test_gate_statistics_are_the_definitions() -> None:
     gates = torch.tensor([[0.5, 0.25, 0.25], [1.0, 0.0, 0.0], [1 / 3, 1 / 3, 1 / 3]])
     share, entropy, effective = gate_statistics(gates)
-    assert torch.equal(share, gates.double())
+    torch.testing.assert_close(share, gates.double())
     for row, h, e in zip(gates.tolist(), entropy.tolist(), effective.tolist(), strict=True):
         naive = -sum(g * math.log(g) for g in row if g > 0)
         assert (h, e) == pytest.approx((naive, math.exp(naive)), abs=1e-6)
-    with pytest.raises(ValueError, match="rows that sum to one"):
-        gate_statistics(torch.ones(2, 3))
+    for less, same in zip(gate_statistics(0.3 * gates), (share, entropy, effective), strict=True):  # a null expert's rest
+        torch.testing.assert_close(less, same, atol=1e-7, rtol=0)
+    assert gate_statistics(torch.zeros(1, 3)).share.tolist() == [[0, 0, 0]]
+    with pytest.raises(ValueError, match="none below zero"):
+        gate_statistics(torch.tensor([[1.5, -0.5]]))
 
 
 def test_the_report_has_every_place_and_step() -> None:
@@ -120,6 +123,7 @@ def test_the_report_has_every_place_and_step() -> None:
     result = report.compute()
     place = record.names[-1]
     rows = torch.cat(record.passes[place]).double()
+    rows = rows / rows.sum(dim=-1, keepdim=True)  # which fp32 gates do to 1e-7
     assert result[f"{place}: share of dog"] == pytest.approx(rows[:, 1].mean().item(), abs=1e-9)
     at_step = torch.cat([record.passes[p][1] for p in record.names if not p.startswith("text_encoder")]).double()
     entropy = -(at_step * at_step.clamp(min=1e-300).log()).sum(-1)

@@ -147,6 +147,19 @@ def test_loras_draw_their_subjects_and_the_base_does_not(composed: MoLEStableDif
     assert present["lora"] >= 5
 
 
+def test_the_gates_that_ship_draw_more_subjects_than_the_normalised_sum(composed: MoLEStableDiffusionPipeline) -> None:
+    """On the grounds they were not trained on."""
+    names = toybox.demo_subjects()
+    composed.load_loras({name: toybox.lora_path(name) for name in names})
+    composed.load_gates(toybox.gates_dir("+".join(names)))
+    oracle, present = toybox.Oracle(), {}
+    for method in ("normalized", "mole"):
+        composed.set_composition(method)
+        pictures = _draw(composed, [toybox.subject_prompt(names, ground) for ground in ("brick", "slate") * 4])
+        present[method] = sum(oracle(picture, names)[name].present for picture in pictures for name in names)
+    assert present["mole"] >= present["normalized"] + 6
+
+
 def test_the_report_says_how_good_it_is() -> None:
     report = json.loads((toybox.base_dir().parent / "report.json").read_text())
     assert set(report["base"]) == {"1", "2", "3", "4", "5", "6"}

@@ -16,6 +16,7 @@ from mole_diffusion.toybox.recipe.base import _LAYOUT_LABELS as LABELS
 from mole_diffusion.toybox.recipe.base import layout, layout_loss
 from mole_diffusion.toybox.recipe.clip import wrong_scene
 from mole_diffusion.toybox.recipe.loop import AveragedWeights, run_stage, step_rng, trapezoid
+from mole_diffusion.toybox.recipe.loras import company_scenes, lora_config
 from mole_diffusion.toybox.recipe.words import IGNORED, NOUN_LABELS, reading
 from mole_diffusion.toybox.shapes import CLASSES, PATTERNS
 from mole_diffusion.toybox.vocabulary import MAX_TOKENS
@@ -168,3 +169,22 @@ def test_a_part_that_cannot_be_reused_is_refused(tmp_path: Path) -> None:
         ValueError, match=r"cannot reuse \['unet'\]; parts that can be taken over are \['vae', 'clip'\]"
     ):
         recipe.build(tmp_path, reuse=("unet",))
+
+
+@pytest.mark.parametrize("name", list(toybox.subjects()))
+def test_a_lora_is_trained_on_its_subject_alone_and_in_company(name: str) -> None:
+    config = lora_config(name, seed=0, num_steps=10)
+    assert config.captions is not None
+    assert len(config.captions) == 5 + 10
+    assert all(caption.count(toybox.token(name)) == 1 for caption in config.captions)
+    scenes = company_scenes(name)
+    for scene, caption in zip(scenes, config.captions[5:], strict=True):
+        subject, *others = scene.objects
+        assert subject.look == toybox.subject(name).look
+        assert len(others) in (1, 2)
+        assert len({thing.class_name for thing in scene.objects}) == len(scene.objects)
+        said = [
+            caption.index(thing.class_name) for thing in sorted(scene.objects, key=lambda thing: (thing.x, thing.y))
+        ]
+        assert said == sorted(said)  # from left to right
+        assert all(f"{thing.look} {thing.class_name}" in caption for thing in others)

@@ -16,7 +16,7 @@ from mole_diffusion.training import PRESETS, GateTrainingConfig
     [
         ({"balance_weight": -1.0}, "`balance_weight` must be 0 or more, got -1.0.*paper takes 0.5"),
         ({"local_weight": float("nan")}, "`local_weight` must be 0 or more, got nan. 0 switches the term off"),
-        ({"global_weight": 0.0}, "are all 0: nothing says what the pictures should show"),
+        ({"global_weight": 0.0, "identity_weight": 0.0}, "are all 0: nothing says what the pictures should show"),
         ({"balance": "even"}, r"`balance` must be one of \['uniform', 'floor', 'off'\], got 'even'"),
         ({"loss_shape": "square"}, "`loss_shape` must be one of"),
         ({"picture": "blurred"}, "`picture` must be one of"),
@@ -70,7 +70,8 @@ def test_a_preset_with_changes() -> None:
     gates = GateConfig(scope="layer", token_axis="flatten")
     assert config == dataclasses.replace(paper, steps=7, learning_rate=1e-3, gates=gates)
     assert GateTrainingConfig.from_dict({}) == GateTrainingConfig()
-    assert GateTrainingConfig.from_dict({"gates": {"token_axis": 4}}).gates == GateConfig(token_axis=4)
+    changed = GateTrainingConfig.from_dict({"gates": {"token_axis": 4}})
+    assert changed.gates == dataclasses.replace(GateTrainingConfig().gates, token_axis=4)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -82,5 +83,6 @@ def test_a_configuration_survives_a_dictionary(preset: str) -> None:
 def test_the_papers_own_numbers() -> None:
     paper = GateTrainingConfig.from_dict({}, "paper")
     assert (paper.steps, paper.batch_size, paper.learning_rate, paper.rollout_steps) == (400, 2, 1e-5, 50)
+    assert (paper.global_weight, paper.local_weight, paper.identity_weight) == (1.0, 1.0, 0.0)
     assert (paper.balance, paper.balance_weight, paper.gates.learn_temperature) == ("uniform", 0.5, True)
-    assert (paper.gates.token_axis, paper.gates.scope, paper.gates.input) == ("flatten", "block", "experts")
+    assert paper.gates == GateConfig(token_axis="flatten", scope="block", input="experts")

@@ -29,8 +29,9 @@ class GateConfig:
         token_axis: What becomes of the positions of an expert output. ``"pooled"``: their mean, any resolution. An
             integer k: means over a k x k grid (k stretches of a text), any resolution. ``"flatten"``: every position
             has its own parameters, as the paper writes it, so the gate fits one resolution only. ``"token"``: nothing;
-            the same parameters, as many as pooled, are asked at every position, which gets weights of its own, so that
-            a LoRA can act on its own part of a picture and its own words of a prompt.
+            the same parameters, as many as pooled, are asked at every position, which gets weights of its own: two
+            LoRAs at full strength need not meet. Keys and values of the prompt, and projections of the time, which see
+            other tokens, then have gates of their own in a scope.
         normalization: The paper's "Normalization" over all entries of the concatenated expert outputs: divide by the
             L2 norm, by the root mean square, or centre first (layer norm without affine parameters).
         temperature: Start value of tau. Positive.

@@ -16,10 +16,12 @@ Balance = Literal["uniform", "floor", "off"]
 Picture = Literal["clean", "noisy"]
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "default": {},
+    "default": {"gates": {"token_axis": "token", "scope": "layer", "null_expert": True}},
     "paper": {
         "gates": {"token_axis": "flatten", "scope": "block"},
         "local_weight": 1.0,
+        "identity_weight": 0.0,
+        "balance": "uniform",
         "rollout_steps": 50,
         "gradient_steps": 0,
         "eta": 1.0,
@@ -39,6 +41,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "learn_temperature": False,
         },
         "local_weight": 1.0,
+        "identity_weight": 0.0,
         "loss_shape": "log",
         "balance": "off",
         "rollout_steps": 20,
@@ -110,13 +113,13 @@ class GateTrainingConfig:
         ValueError: A value is out of range.
     """
 
-    gates: GateConfig = field(default_factory=GateConfig)
+    gates: GateConfig = field(default_factory=lambda: GateConfig(**PRESETS["default"]["gates"]))
     global_weight: float = 1.0
     local_weight: float = 0.0
-    identity_weight: float = 0.0
+    identity_weight: float = 0.5
     identity_crops: int = 3
     loss_shape: LossShape = "linear"
-    balance: Balance = "uniform"
+    balance: Balance = "off"
     balance_weight: float = 0.5
     balance_floor: float = 0.1
     rollout_steps: int = 8
@@ -126,10 +129,10 @@ class GateTrainingConfig:
     picture: Picture = "clean"
     eta: float = 0.0
     guidance_scale: float = 5.0
-    steps: int = 200
-    batch_size: int = 2
+    steps: int = 40
+    batch_size: int = 4
     gradient_accumulation: int = 1
-    learning_rate: float = 1e-3
+    learning_rate: float = 1e-2
     learning_rate_schedule: LearningRateSchedule = "cosine"
     warmup_steps: int = 10
     weight_decay: float = 0.0

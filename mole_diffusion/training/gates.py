@@ -211,7 +211,8 @@ class _Training:
             images = walker.decode(walker.picture_latents(prediction, noisy, now, latents))
             terms = self.guidance.terms(images, chosen)
         weights, present = record.rows(), record.present()
-        shares = weights / weights.sum(dim=-1, keepdim=True)  # of what the LoRAs got: `gate_sum` and the null one aside
+        # Of what the LoRAs got: `gate_sum` and the null expert, which may have all of it, aside.
+        shares = weights / weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
         loss = self.guidance.loss(terms).mean()
         numbers = {name: term.mean() for name, term in terms.items()}
         if config.balance == "uniform":

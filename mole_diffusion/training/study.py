@@ -42,7 +42,7 @@ def balance_study(
 
     Args:
         pipe: A MoLE pipeline with the LoRAs loaded.
-        config: Of every training, but for balance and temperature. Must have a balance loss.
+        config: Of every training, but for balance and temperature. Where it has no balance loss, the paper's is taken.
         prompts, clip, concepts: As in `train_gates`.
         temperatures: Raised ones, fixed in training, each without the balance loss.
         out: Folder for study.json, study.csv, study.md, entropy.png, weights.png and, in a folder each, the gates. Run
@@ -54,10 +54,10 @@ def balance_study(
         tenth of training, the mean of every loss term and the mean weight of every LoRA in the last tenth.
 
     Raises:
-        ValueError: `config` has no balance loss, a temperature is not positive, or as in `train_gates`.
+        ValueError: A temperature is not positive, or as in `train_gates`.
     """
     if config.balance == "off":
-        raise ValueError('`balance` is "off", so there is no balance loss to study. Set balance="uniform" or "floor".')
+        config = dataclasses.replace(config, balance="uniform")
     folder = Path(out)
     rows: list[dict[str, Any]] = []
     entropies: dict[str, list[float]] = {}

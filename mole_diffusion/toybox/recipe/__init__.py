@@ -35,8 +35,8 @@ class Effort:
     num_scenes: int = 40960
     clip_steps: int = 1000
     clip_batch: int = 64
-    lora_steps: int = 500
-    gate_steps: int = 80
+    lora_steps: int = 600
+    gate_steps: int = 40
     pictures: int = 200
 
 

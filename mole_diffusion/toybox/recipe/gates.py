@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from mole_diffusion.clip import DifferentiableCLIP
-from mole_diffusion.gating import GateConfig
 from mole_diffusion.pipelines import MoLEStableDiffusionPipeline
 from mole_diffusion.training import Concept, GateTrainingConfig, train_gates
 
@@ -16,25 +15,21 @@ from ..subjects import references, subject, subject_prompt
 from ..world import GROUNDS
 from .measure import GUIDANCE_SCALE
 
-SETS = ("cat+boot+teapot",)
+SETS = ("cat+boot+teapot", "mug+house+clock", "boot+fish+flower", "teapot+mug+car", "robot+clock+boat")
+TRAINED_ON = GROUNDS[:4]  # the other two are for measuring
 
 
 def gate_training(*, seed: int, num_steps: int) -> GateTrainingConfig:
     return GateTrainingConfig(
-        gates=GateConfig(),
         steps=num_steps,
         warmup_steps=min(10, num_steps // 5),
-        batch_size=4,
         guidance_scale=GUIDANCE_SCALE,
         seed=seed,
     )
 
 
 def train_set(names: str, assets: Path, work_dir: Path, *, seed: int, device: torch.device, num_steps: int) -> None:
-    """Train and save the gates of one set of subjects; CLIP reads looks where the prompts have tokens.
-
-    The references are there for the terms that compare with them, should a configuration have any.
-    """
+    """Train and save the gates of one set of subjects; CLIP reads looks where the prompts have tokens."""
     pipe = MoLEStableDiffusionPipeline.from_pretrained(assets / "base").to(device)
     pipe.load_loras({name: assets / "loras" / f"{name}.safetensors" for name in names.split("+")})
     items = [subject(name) for name in names.split("+")]
@@ -50,7 +45,7 @@ def train_set(names: str, assets: Path, work_dir: Path, *, seed: int, device: to
     train_gates(
         pipe,
         gate_training(seed=seed, num_steps=num_steps),
-        prompts=[subject_prompt(order, ground) for order in permutations(names.split("+")) for ground in GROUNDS],
+        prompts=[subject_prompt(order, ground) for order in permutations(names.split("+")) for ground in TRAINED_ON],
         concepts=concepts,
         clip=DifferentiableCLIP(assets / "clip"),
         out=assets / "gates" / names,

@@ -1,9 +1,14 @@
-"""One LoRA a subject, trained by ``train_lora`` from the five reference pictures."""
+"""One LoRA a subject, trained by ``train_lora`` from its five reference pictures and ten in company.
+
+Trained on pictures of the subject alone, a LoRA learns that there is nothing else in a picture, and its look fades as
+soon as a prompt names other things.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -12,17 +17,42 @@ from mole_diffusion.lora import save_lora
 from mole_diffusion.training import LoRATrainingConfig, train_lora
 from mole_diffusion.training.lora import TEXT_ENCODER_TARGETS
 
-from ..subjects import SUBJECTS, reference_captions, references
+from ..render import render
+from ..subjects import SUBJECTS, reference_captions, reference_scenes, subject
+from ..world import CLASSES, GROUNDS, Scene, article, compose_scene, phrase_caption, random_look
 
 # Ranks are mixed and five LoRAs have a text encoder too, as files from different people do.
 RANKS = dict(zip(SUBJECTS, (8, 4, 16, 8, 8, 12, 8, 16, 8, 8, 6, 10), strict=True))
 WITH_TEXT_ENCODER = ("boot", "mug", "clock", "fish", "flower")
 IN_KOHYA_LAYOUT = ("cat", "clock")
+NUM_IN_COMPANY = 10
+
+
+def company_scenes(name: str) -> list[Scene]:
+    """Scenes that show the subject beside one or two other things, of other classes and of any look."""
+    item = subject(name)
+    rng = np.random.default_rng([6, list(SUBJECTS).index(name)])
+    scenes = []
+    for k in range(NUM_IN_COMPANY):
+        others = rng.permutation([other for other in CLASSES if other != item.class_name])[: 1 + k % 2]
+        names, looks = [item.class_name, *map(str, others)], [item.look, *(random_look(rng) for _ in others)]
+        scenes.append(compose_scene(names, looks, str(rng.choice(GROUNDS)), rng))
+    return scenes
+
+
+def company_caption(name: str, scene: Scene) -> str:
+    """From left to right, as all captions: the subject by its token, the others by their looks."""
+    item = subject(name)
+    phrases = []
+    for thing in sorted(scene.objects, key=lambda thing: (thing.x, thing.y)):
+        words = item.token if thing.class_name == item.class_name else str(thing.look)
+        phrases.append(f"{article(words)} {words} {thing.class_name}")
+    return phrase_caption(phrases, scene.ground)
 
 
 def lora_config(name: str, *, seed: int, num_steps: int) -> LoRATrainingConfig:
     return LoRATrainingConfig(
-        captions=reference_captions(name),
+        captions=[*reference_captions(name), *(company_caption(name, scene) for scene in company_scenes(name))],
         rank=RANKS[name],
         text_encoder_targets=TEXT_ENCODER_TARGETS if name in WITH_TEXT_ENCODER else (),
         steps=num_steps,
@@ -40,7 +70,8 @@ def train_subject(
     """Train and save one subject's LoRA, in kohya's layout too where the subject has one."""
     config = lora_config(name, seed=seed, num_steps=num_steps)
     with sdpa_kernel(SDPBackend.MATH):  # see clip.py
-        factors = train_lora(pipe, references(name), config, work=work_dir / "loras" / name)
+        scenes = [*reference_scenes(name), *company_scenes(name)]
+        factors = train_lora(pipe, [render(scene) for scene in scenes], config, work=work_dir / "loras" / name)
     save_lora(factors, assets / "loras" / f"{name}.safetensors", dtype=torch.float16)
     if name in IN_KOHYA_LAYOUT:
         save_lora(factors, assets / "loras-kohya" / f"{name}.safetensors", layout="kohya", dtype=torch.float16)
