@@ -103,7 +103,9 @@ def test_gate_statistics_are_the_definitions() -> None:
     for row, h, e in zip(gates.tolist(), entropy.tolist(), effective.tolist(), strict=True):
         naive = -sum(g * math.log(g) for g in row if g > 0)
         assert (h, e) == pytest.approx((naive, math.exp(naive)), abs=1e-6)
-    for less, same in zip(gate_statistics(0.3 * gates), (share, entropy, effective), strict=True):  # a null expert's rest
+    for less, same in zip(
+        gate_statistics(0.3 * gates), (share, entropy, effective), strict=True
+    ):  # a null expert's rest
         torch.testing.assert_close(less, same, atol=1e-7, rtol=0)
     assert gate_statistics(torch.zeros(1, 3)).share.tolist() == [[0, 0, 0]]
     with pytest.raises(ValueError, match="none below zero"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,7 @@ class GateReport:
             ),
             "",
             "```python",
-            f"pipe.load_loras({{{', '.join(f'{name!r}: ...' for name in gates.lora_names)}}})",
+            f"pipe.load_loras({{{', '.join(f'{json.dumps(name)}: ...' for name in gates.lora_names)}}})",
             "pipe.load_gates(folder)",
             "```",
             "",
