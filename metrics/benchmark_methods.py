@@ -41,7 +41,8 @@ def read_methods(given: Any, *, has_gates: bool, can_train: bool, training: Mapp
     """The methods of a benchmark.
 
     Args:
-        given: "all", or a list of names, alone or with their arguments, `{merge: {scale: 1.0}}`. `label` and, where
+        given: "all", or a list of names, alone or with their arguments, `{merge: {scale: 1.0}}`; "all" may be one of
+            them. `label` and, where
             there are gates, `training` may stand among these: `{mole: {label: "layer", training: {steps: 100}}}`.
         has_gates: Whether gates lie somewhere. They are used by every method that has no training of its own.
         can_train: Whether there are prompts to train on.
@@ -50,12 +51,14 @@ def read_methods(given: Any, *, has_gates: bool, can_train: bool, training: Mapp
     Raises:
         ValueError: A method is unknown, has an argument that is not allowed, or lacks gates; or a label comes twice.
     """
-    if given == "all":  # a method added later joins without a change
-        given = [name for name in COMPOSITIONS if has_gates or can_train or not COMPOSITIONS[name].needs_gates]
-        given += [name for name in PRESETS if can_train]
+    every = [name for name in COMPOSITIONS if has_gates or can_train or not COMPOSITIONS[name].needs_gates]
+    every += [name for name in PRESETS if can_train]
+    given = ["all"] if given == "all" else given
     if not isinstance(given, list) or not given:
         raise ValueError(f'`methods` must be "all" or a list of names, got {given!r}.')
-    methods = [_method(entry, has_gates=has_gates, can_train=can_train, training=training) for entry in given]
+    # "all" takes in a method that is added later without a change.
+    named = [method for entry in given for method in (every if entry == "all" else [entry])]
+    methods = [_method(entry, has_gates=has_gates, can_train=can_train, training=training) for entry in named]
     labels = [method.label for method in methods]
     repeated = next((label for label in labels if labels.count(label) > 1), None)
     if repeated is not None:

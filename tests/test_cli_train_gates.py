@@ -19,7 +19,13 @@ from tests.test_cli import mole
 from tests.test_clip import write_clip
 from tests.tiny import ATTENTION, random_lora, tiny_pipeline
 
-TINY = ["rollout_steps=1", "guidance_scale=1", "gates.scope=network"]
+TINY = [
+    "rollout_steps=1",
+    "guidance_scale=1",
+    "gates.scope=network",
+    "gates.token_axis=pooled",
+    "gates.null_expert=false",
+]
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +97,7 @@ def test_later_sources_of_settings_go_first(tmp_path: Path) -> None:
     assert config.gates == GateConfig(scope="matrix", temperature=3.0, token_axis="flatten")
     assert read_config(None, file, None, {}).loss_shape == "log"
     assert read_config(None, None, None, {}) == GateTrainingConfig()
-    assert read_config(None, None, None, {"steps": 20}).warmup_steps == 2
+    assert read_config(None, None, None, {"steps": 20}).warmup_steps == 5
     assert read_config(None, None, ["warmup_steps=4"], {"steps": 20}).warmup_steps == 4
 
 

@@ -197,6 +197,8 @@ def test_choices_come_once_and_pairs_are_all_of_them() -> None:
 
 def test_all_methods_include_cat_where_gates_are_trained() -> None:
     assert [method.label for method in config(methods="all").methods] == [*COMPOSITIONS, *PRESETS]
+    more = config(methods=["all", {"mole": {"label": "other", "training": {"steps": 3}}}])
+    assert [method.label for method in more.methods] == [*COMPOSITIONS, *PRESETS, "other"]
     free = config(methods="all", train_prompts=[])
     assert not {"mole", "cat"} & {method.label for method in free.methods}
     given = config(methods="all", gates="toybox")

@@ -230,7 +230,7 @@ def read_config(
         return chosen
     # Few steps, say for a trial, should not ask for a shorter warm-up too.
     own = GateTrainingConfig.from_dict({"preset": values.get("preset", "default")}).warmup_steps
-    return GateTrainingConfig.from_dict({**values, "warmup_steps": min(own, chosen.steps // 10)})
+    return GateTrainingConfig.from_dict({**values, "warmup_steps": min(own, chosen.steps // 4)})
 
 
 def load_yaml(text: str) -> Any:

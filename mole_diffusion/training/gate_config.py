@@ -16,7 +16,7 @@ Balance = Literal["uniform", "floor", "off"]
 Picture = Literal["clean", "noisy"]
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "default": {"gates": {"token_axis": "token", "scope": "layer", "null_expert": True}},
+    "default": {"gates": {"input": "hidden", "token_axis": "token", "scope": "layer", "null_expert": True}},
     "paper": {
         "gates": {"token_axis": "flatten", "scope": "block"},
         "local_weight": 1.0,
