@@ -24,6 +24,7 @@ TINY = [
     "guidance_scale=1",
     "gates.scope=network",
     "gates.token_axis=pooled",
+    "gates.input=experts",
     "gates.null_expert=false",
 ]
 

@@ -58,7 +58,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_gates_are_trained_as_each_method_says(done: Path) -> None:
     cat, layer = (MoLEModel.from_pretrained(done / "gates" / label / "cat+boot") for label in ("cat", "layer"))
     assert (cat.gate_config.input, cat.gate_config.scope) == ("none", "matrix")
-    assert (layer.gate_config.input, layer.gate_config.scope) == ("experts", "layer")
+    assert (layer.gate_config.input, layer.gate_config.scope) == ("hidden", "layer")
     record = json.loads((done / "gates" / "cat" / "cat+boot" / "training.json").read_text())
     assert record["config"]["steps"] == 1
     # CLIP reads descriptions, and every order of the concepts is trained on.
@@ -85,7 +85,7 @@ def test_rows_tell_the_gates_that_were_used(done: Path) -> None:
     row = next(row for row in read_rows(config(), done) if row["method"] == "layer" and "error" not in row)
     assert len(row["gates"]) == MoLEModel.from_pretrained(done / "gates" / "layer" / "cat+boot").num_gates
     for weights in row["gates"].values():
-        assert sum(weight for weight in weights if weight is not None) == pytest.approx(1, abs=1e-5)
+        assert 0 < sum(weight for weight in weights if weight is not None) < 1  # the null expert has the rest
     assert any(None in weights for weights in row["gates"].values())  # not every LoRA is in the text encoder
 
 
