@@ -142,7 +142,14 @@ SHORT = recipe.Effort(
 )
 
 
+@pytest.fixture
+def one_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gates for one set instead of all, to save time."""
+    monkeypatch.setattr(recipe.gates, "SETS", recipe.gates.SETS[:1])
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_set")
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_the_whole_recipe_runs_and_a_second_run_finds_all_done(tmp_path: Path) -> None:
     assets = recipe.build(tmp_path, effort=SHORT)
@@ -156,6 +163,7 @@ def test_the_whole_recipe_runs_and_a_second_run_finds_all_done(tmp_path: Path) -
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_set")
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_build_takes_over_the_installed_parts_it_is_told_to(tmp_path: Path) -> None:
     assets = recipe.build(tmp_path, effort=SHORT, reuse=("vae", "clip"))
