@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -51,9 +49,6 @@ class Averages(Metric):
         if not any(count):
             raise ValueError(f"{type(self).__name__} has measured nothing yet. Call `update` first.")
         return {name: t / _UNIT / c for name, t, c in zip(self.names, total, count, strict=True) if c}
-
-    def update(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError
 
     def compute(self) -> dict[str, float]:
         return self.means()
