@@ -116,19 +116,10 @@ def toybox_loras(lora: Sequence[str]) -> tuple[list[str], dict[str, Concept]]:
         ValueError: There is no such subject.
     """
     from mole_diffusion import toybox
-    from mole_diffusion.training import Concept
 
     names = [entry for entry in lora if "=" not in entry]
     entries = [f"{entry}={toybox.lora_path(entry)}" if entry in names else entry for entry in lora]
-    return entries, {
-        name: Concept(
-            token=toybox.token(name),
-            class_name=toybox.class_name(name),
-            description=f"{toybox.subject(name).look} {toybox.class_name(name)}",
-            references=toybox.references(name),
-        )
-        for name in names
-    }
+    return entries, {name: toybox.concept(name) for name in names}
 
 
 def read_concepts(

@@ -15,6 +15,7 @@ from .subjects import SUBJECTS, described_prompt, references, subject, subject_p
 from .world import GROUNDS, Look, Scene, SceneObject
 
 if TYPE_CHECKING:
+    from .concepts import concept
     from .oracle import Detection, Finding, Oracle
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "base_dir",
     "class_name",
     "clip_dir",
+    "concept",
     "demo_subjects",
     "described_prompt",
     "gates_dir",
@@ -45,11 +47,15 @@ _DEMO = ("cat", "boot", "teapot")
 
 
 def __getattr__(name: str) -> object:
-    # The oracle needs torch, which takes seconds to import; names, tokens and pictures do not.
+    # The oracle and gate training need torch, which takes seconds to import; names, tokens and pictures do not.
     if name in ("Oracle", "Detection", "Finding"):
         from . import oracle
 
         return getattr(oracle, name)
+    if name == "concept":
+        from .concepts import concept
+
+        return concept
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -9,9 +9,10 @@ import torch
 
 from mole_diffusion.clip import DifferentiableCLIP
 from mole_diffusion.pipelines import MoLEStableDiffusionPipeline
-from mole_diffusion.training import Concept, GateTrainingConfig, train_gates
+from mole_diffusion.training import GateTrainingConfig, train_gates
 
-from ..subjects import references, subject, subject_prompt
+from ..concepts import concept
+from ..subjects import subject_prompt
 from ..world import GROUNDS
 from .measure import GUIDANCE_SCALE
 
@@ -32,21 +33,11 @@ def train_set(names: str, assets: Path, work_dir: Path, *, seed: int, device: to
     """Train and save the gates of one set of subjects; CLIP reads looks where the prompts have tokens."""
     pipe = MoLEStableDiffusionPipeline.from_pretrained(assets / "base").to(device)
     pipe.load_loras({name: assets / "loras" / f"{name}.safetensors" for name in names.split("+")})
-    items = [subject(name) for name in names.split("+")]
-    concepts = {
-        item.name: Concept(
-            token=item.token,
-            class_name=item.class_name,
-            description=f"{item.look} {item.class_name}",
-            references=references(item.name),
-        )
-        for item in items
-    }
     train_gates(
         pipe,
         gate_training(seed=seed, num_steps=num_steps),
         prompts=[subject_prompt(order, ground) for order in permutations(names.split("+")) for ground in TRAINED_ON],
-        concepts=concepts,
+        concepts={name: concept(name) for name in names.split("+")},
         clip=DifferentiableCLIP(assets / "clip"),
         out=assets / "gates" / names,
         work=work_dir / "gates" / names,
