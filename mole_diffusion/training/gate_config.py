@@ -31,6 +31,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "learning_rate": 1e-5,
         "learning_rate_schedule": "constant",
         "warmup_steps": 0,
+        "checkpoint_every": 5,
     },
     "official": {
         "gates": {
@@ -57,6 +58,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "learning_rate_schedule": "constant",
         "warmup_steps": 0,
         "weight_decay": 1e-2,
+        "checkpoint_every": 5,
     },
 }
 """Field values by name of the preset; what is not named is the field's own default.
@@ -67,6 +69,9 @@ no gradient there and so is off, and still noisy pictures are decoded. Its gates
 queries and values only, wherever the LoRAs are. What differs from it: it reads the hidden state before the first layer
 norm of the block and we after it, its walks start at a lightly noised training picture and ours at noise, its text
 directions are means over 80 templates, and an odd last loss, which it drops, counts.
+
+Their walks take the gradient at every step and so last many times ours; a checkpoint is more often, so that an
+interruption costs minutes.
 """
 
 
