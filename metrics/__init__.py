@@ -14,7 +14,7 @@ from .evaluate import Evaluation, evaluate_folder
 from .gate_report import GateReport, GateStatistics, gate_statistics
 from .pictures import Pictures, picture_files, read_picture
 from .presence import ConceptPresence, concept_presence
-from .region import Detector, RegionAlignment, oracle_detector, region_alignment
+from .region import Detector, RegionAlignment, oracle_detector, reference_regions, region_alignment
 
 __all__ = [
     "BenchmarkConfig",
@@ -39,6 +39,7 @@ __all__ = [
     "oracle_detector",
     "picture_files",
     "read_picture",
+    "reference_regions",
     "region_alignment",
     "run_benchmark",
     "text_alignment",

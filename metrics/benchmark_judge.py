@@ -13,7 +13,7 @@ from .benchmark_config import BenchmarkConfig, Cell
 from .encoders import ImageEncoder, TextCache, VisionBackbone, embed_images, load_clip
 from .pictures import picture_files, read_picture
 from .presence import concept_presence
-from .region import region_alignment
+from .region import oracle_detector, reference_regions, region_alignment
 
 
 class Judge:
@@ -33,6 +33,10 @@ class Judge:
             from ..toybox.oracle import Oracle
 
             self._oracle = Oracle()
+            find = oracle_detector(self._oracle)
+            self._regions = {
+                name: embed_images(self._encoder, reference_regions(find, name, self.pictures(name))) for name in used
+            }
 
     def measure(self, pictures: Sequence[Image.Image], cells: Sequence[Cell]) -> list[dict[str, Any]]:
         """All numbers of pictures that were drawn together, as to the concepts that were kept."""
@@ -57,7 +61,7 @@ class Judge:
         looks = []
         for picture, detections in zip(pictures, self._oracle.detect(pictures), strict=True):
             boxes = {name: finding.box for name, finding in judge(detections, names).items()}
-            regions = [region_alignment(self._encoder, picture, boxes[name], self._references[name]) for name in names]
+            regions = [region_alignment(self._encoder, picture, boxes[name], self._regions[name]) for name in names]
             looks.append(
                 {
                     **concept_presence(detections, names),

@@ -25,6 +25,28 @@ def oracle_detector(oracle: Oracle | None = None) -> Detector:
     return lambda image, concept: seer(image, [concept])[concept].box
 
 
+def reference_regions(detector: Detector, concept: str, references: Sequence[Image.Image]) -> list[Image.Image]:
+    """What a concept's pictures hold of it, cut out.
+
+    A cut-out compares with cut-outs: beside a whole picture it may look like nothing at all, and then a method would
+    do well to draw nothing, since a miss counts 0. (On the toybox, cosines of the very same object are 0.97 between
+    cut-outs and -0.10 between a cut-out and a whole picture.)
+
+    Raises:
+        ValueError: The detector does not find the concept in one of them.
+    """
+    cut = []
+    for index, picture in enumerate(references):
+        box = detector(picture, concept)
+        if box is None:
+            raise ValueError(
+                f"the detector does not find concept {concept!r} in its reference picture {index}. Leave that picture "
+                "out, or let the detector give the box of the whole picture."
+            )
+        cut.append(_cut(picture, box))
+    return cut
+
+
 def region_alignment(
     encoder: ImageEncoder, image: Image.Image, box: Box | None, reference_features: Tensor
 ) -> tuple[float, bool]:
@@ -34,7 +56,7 @@ def region_alignment(
         encoder: CLIP or another backbone.
         image: The whole picture.
         box: As a detector gave it.
-        reference_features: `(references, width)`.
+        reference_features: `(references, width)`, of :func:`reference_regions`.
 
     Returns:
         Mean cosine, 0 without a box, and whether there is one. Evaluations that leave misses out of the mean reward a
@@ -45,11 +67,15 @@ def region_alignment(
     """
     if box is None:
         return 0.0, False
+    features = embed_images(encoder, [_cut(image, box)])
+    return image_alignment(features, reference_features).item(), True
+
+
+def _cut(image: Image.Image, box: Box) -> Image.Image:
     left, top, right, bottom = box
     if not (0 <= left < right <= image.width and 0 <= top < bottom <= image.height):
         raise ValueError(f"the detector gave the box {box} in a picture of {image.width}×{image.height} pixels.")
-    features = embed_images(encoder, [image.crop(box)])
-    return image_alignment(features, reference_features).item(), True
+    return image.crop(box)
 
 
 class RegionAlignment(Averages):
@@ -57,11 +83,11 @@ class RegionAlignment(Averages):
 
     Args:
         encoder: CLIP, or a :class:`VisionBackbone` such as DINOv2.
-        references: Concept to its pictures, compared as they are.
+        references: Concept to its pictures; what the detector finds in them is compared.
         detector: Finds a concept in a picture; on the toybox :func:`oracle_detector`.
 
     Raises:
-        ValueError: There is no concept, or one has no pictures.
+        ValueError: There is no concept, one has no pictures, or the detector does not find it in one of them.
     """
 
     higher_is_better = True
@@ -73,7 +99,10 @@ class RegionAlignment(Averages):
         self.concepts = list(references)
         super().__init__([*self.concepts, *(f"detected {name}" for name in self.concepts)])
         self.encoder, self.detector = encoder, detector
-        self._features = {name: embed_images(encoder, list(pictures)) for name, pictures in references.items()}
+        self._features = {
+            name: embed_images(encoder, reference_regions(detector, name, pictures))
+            for name, pictures in references.items()
+        }
 
     def update(self, images: Sequence[Image.Image], concepts: Sequence[Sequence[str]] | None = None) -> None:
         """Measures pictures.

@@ -25,11 +25,13 @@ from mole_diffusion.metrics import (
     VisionBackbone,
     embed_images,
     image_alignment,
+    oracle_detector,
     read_picture,
     region_alignment,
     text_alignment,
 )
 from mole_diffusion.metrics.averages import Averages
+from mole_diffusion.toybox.world import compose_scene
 
 ROOT = Path(__file__).resolve().parent.parent
 CONCEPTS = ["cat", "boot"]
@@ -173,14 +175,18 @@ def test_a_region_is_measured_inside_its_box_and_a_miss_is_zero(clip: Differenti
     canvas = Image.new("RGB", (96, 64), "green")
     image = toybox.references("cat")[0]
     canvas.paste(image, (20, 0))
-    known = embed_images(clip, references()["cat"])
+    corner = (0, 0, 40, 40)
+    shown = {name: list(pictures) for name, pictures in references().items()}
+    known = embed_images(clip, [picture.crop(corner) for picture in shown["cat"]])
     inside = float(np.mean([cosine(embed_images(clip, [image])[0], one) for one in known]))
     assert region_alignment(clip, canvas, (20, 0, 84, 64), known) == (pytest.approx(inside, abs=1e-6), True)
 
     def detector(picture: Image.Image, concept: str) -> tuple[int, int, int, int] | None:
+        if any(picture is one for one in shown[concept]):
+            return corner
         return (20, 0, 84, 64) if picture is canvas and concept == "cat" else None
 
-    metric = RegionAlignment(clip, references(), detector)
+    metric = RegionAlignment(clip, shown, detector)
     metric.update([canvas, image], [["cat", "boot"], ["cat"]])
     half = inside / 2
     assert metric.compute() == pytest.approx(
@@ -188,6 +194,21 @@ def test_a_region_is_measured_inside_its_box_and_a_miss_is_zero(clip: Differenti
     )
     with pytest.raises(ValueError, match=r"the detector gave the box \(0, 0, 97, 64\) in a picture of 96×64"):
         region_alignment(clip, canvas, (0, 0, 97, 64), known)
+    with pytest.raises(ValueError, match="does not find concept 'cat' in its reference picture 0"):
+        RegionAlignment(clip, shown, lambda picture, concept: None)
+
+
+def test_on_the_toybox_a_right_region_beats_a_wrong_look_and_that_a_miss(clip: DifferentiableCLIP) -> None:
+    rng = np.random.default_rng(0)
+    look, other = toybox.subject("cat").look, toybox.subject("teapot").look
+    found = {}
+    for name, worn in (("right", [look, other]), ("wrong look", [other, look]), ("missing", [other])):
+        classes = ["cat", "teapot"] if name != "missing" else ["teapot"]
+        metric = RegionAlignment(clip, {"cat": toybox.references("cat")}, oracle_detector())
+        metric.update([toybox.render(compose_scene(classes, worn, "slate", rng)) for _ in range(5)])
+        found[name] = metric.compute()
+    assert found["right"]["mean"] > found["wrong look"]["mean"] + 0.05 > 0.5
+    assert found["missing"] == {"cat": 0.0, "mean": 0.0, "detection rate": 0.0}
 
 
 def test_wrong_input_is_refused_and_leaves_the_metric_as_it_was(clip: DifferentiableCLIP, tmp_path: Path) -> None:
