@@ -17,6 +17,7 @@ from ..pipelines import MoLEStableDiffusionPipeline
 from .benchmark_config import BenchmarkConfig, Cell
 from .benchmark_gates import gates_folder, train_missing_gates
 from .benchmark_methods import Method
+from .memory import peak_memory
 
 
 class Drawer:
@@ -47,6 +48,7 @@ class Drawer:
         self._composition: str | None = None
         self._evaluations = 0
         self._pipe.unet.register_forward_hook(self._count)
+        self._memory: dict[tuple[Any, ...], float | None] = {}
 
     def prepare(
         self, composition: str, method: Method, on_step_end: Callable[[int, Mapping[str, float]], None]
@@ -83,45 +85,48 @@ class Drawer:
         """The pictures of cells that differ in their seeds only, drawn together.
 
         Returns:
-            Each with what it cost: UNet evaluations, seconds (its part of the call's), and MiB of GPU memory at the
-            peak of the call; and with its gates, the mean over steps of each place's weights, if it has any.
+            Each with what it cost: UNet evaluations, seconds (its part of the call's), and MiB of memory that a call
+            takes at its peak beyond the weights; and with its gates, the mean over steps of each place's weights, if
+            it has any.
         """
         first, pipe = cells[0], self._pipe
         self._evaluations = 0
-        cuda = self._device.type == "cuda"
-        if cuda:
-            torch.cuda.synchronize(self._device)
-            torch.cuda.reset_peak_memory_stats(self._device)
         start = time.perf_counter()
-        record, pictures = self._call(cells)
+        record, pictures = self._draw(cells)
         cost = {
             "UNet evaluations": self._evaluations,
             "seconds": (time.perf_counter() - start) / len(cells),
-            # Of the CPU only the peak of the whole process is to be had, which tells nothing about one method.
-            "memory (MiB)": torch.cuda.max_memory_allocated(self._device) / 2**20 if cuda else None,
+            "memory (MiB)": self._peak_memory(cells),
         }
         if record is None or not first.method.build().needs_gates or pipe.gates is None:
             return [(picture, cost) for picture in pictures]
         gates = gates_by_picture(record, len(cells))
         return [(picture, cost | {"gates": used}) for picture, used in zip(pictures, gates, strict=True)]
 
-    def _call(self, cells: Sequence[Cell]) -> tuple[GateRecord | None, list[Image.Image]]:
-        pipe, config, first = self._pipe, self._config, cells[0]
+    def _draw(self, cells: Sequence[Cell]) -> tuple[GateRecord | None, list[Image.Image]]:
+        if self._pipe.gates is None:
+            return None, self._call(cells, self._config.steps)
+        with self._pipe.gates.record(accumulate=True) as record:
+            return record, self._call(cells, self._config.steps)
 
-        def call() -> list[Image.Image]:
-            output = pipe(
-                [config.prompt(first.prompt, first.kept)] * len(cells),
-                loras=dict.fromkeys(first.kept, config.scale),
-                num_inference_steps=config.steps,
-                guidance_scale=config.guidance_scale,
-                generator=[torch.Generator().manual_seed(cell.seed) for cell in cells],
-            )
-            return list(output.images)
+    def _call(self, cells: Sequence[Cell], steps: int) -> list[Image.Image]:
+        config, first = self._config, cells[0]
+        output = self._pipe(
+            [config.prompt(first.prompt, first.kept)] * len(cells),
+            loras=dict.fromkeys(first.kept, config.scale),
+            num_inference_steps=steps,
+            guidance_scale=config.guidance_scale,
+            generator=[torch.Generator().manual_seed(cell.seed) for cell in cells],
+        )
+        return list(output.images)
 
-        if pipe.gates is None:
-            return None, call()
-        with pipe.gates.record(accumulate=True) as record:
-            return record, call()
+    def _peak_memory(self, cells: Sequence[Cell]) -> float | None:
+        """Of a call of one step, which takes what every step does; measured once where nothing makes a difference."""
+        first = cells[0]
+        key = (first.composition, first.method.label, tuple(first.kept), len(cells))
+        if key not in self._memory:
+            self._memory[key] = peak_memory(lambda: self._call(cells, 1), self._device)
+        return self._memory[key]
 
     def _count(self, unet: nn.Module, args: Any, output: Any) -> None:
         experts = self._pipe.experts

@@ -89,7 +89,7 @@ def cost_table(config: BenchmarkConfig, rows: Sequence[Row], training: Mapping[s
         line = [label, number(mean(mine, "UNet evaluations"), 0), number(mean(mine, "seconds"), 2)]
         line += [number(peak, 0)] if memory else []
         lines.append([*line, number(training.get(label), 1)] if training else line)
-    header = ["method", "UNet evaluations", "seconds", *(["peak GPU memory of a call (MiB)"] if memory else [])]
+    header = ["method", "UNet evaluations", "seconds", *(["memory beyond the weights (MiB)"] if memory else [])]
     drawing = sum(row["seconds"] for row in rows) / 60
     total = f"\nDrawing took {drawing:.0f} minutes" + (
         f" and training {sum(training.values()):.0f}" if training else ""

@@ -94,6 +94,7 @@ def test_every_row_is_there_and_a_failure_says_why(done: Path) -> None:
     assert row["image alignment"] == pytest.approx(sum(by_concept.values()) / 3)
     assert row["UNet evaluations"] == 1
     assert {"omission rate", "confusion rate", "all-present rate", "region alignment", "seconds"} <= set(row)
+    assert row["memory (MiB)"] > 1  # beyond the weights, on the CPU as on a GPU
 
 
 def test_pictures_are_those_of_a_call_with_the_same_seed(done: Path) -> None:
