@@ -12,9 +12,11 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from mole_diffusion import MoLEStableDiffusionPipeline, toybox
+from mole_diffusion.clip import DifferentiableCLIP
 from mole_diffusion.lora import inspect_lora, load_lora
 from mole_diffusion.toybox.recipe.clip import wrong_scene
 from mole_diffusion.toybox.recipe.loras import IN_KOHYA_LAYOUT, RANKS, WITH_TEXT_ENCODER
+from mole_diffusion.toybox.recipe.measure import measure_clip
 from mole_diffusion.toybox.shapes import CLASSES
 from mole_diffusion.toybox.world import COLORS, article, full_caption, random_scene
 
@@ -165,3 +167,9 @@ def test_the_report_says_how_good_it_is() -> None:
     assert set(report["base"]) == {"1", "2", "3", "4", "5", "6"}
     assert set(report["subjects"]) == set(toybox.subjects())
     assert report["oracle"]["rendered"]["hits"] > 0.99
+    assert set(report["clip"]) == {"object missing", "wrong look", "looks swapped"}
+
+
+def test_the_clip_sees_what_the_report_says() -> None:
+    seen = measure_clip(DifferentiableCLIP(toybox.clip_dir()), num_scenes=60)
+    assert seen == pytest.approx(json.loads((toybox.base_dir().parent / "report.json").read_text())["clip"], abs=0.15)

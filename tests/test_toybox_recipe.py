@@ -156,6 +156,7 @@ def test_the_whole_recipe_runs_and_a_second_run_finds_all_done(tmp_path: Path) -
     report = json.loads((assets / "report.json").read_text())
     assert set(report["base"]) == {"1", "2", "3", "4", "5", "6"}
     assert sorted(report["subjects"]) == sorted(toybox.subjects())
+    assert set(report["clip"].values()) <= {0.0, 1.0}  # one scene
     files = {path: path.read_bytes() for path in assets.rglob("*.safetensors")}
     assert len(files) == 3 + 1 + len(toybox.subjects()) + 2 + len(recipe.gates.SETS)
     recipe.build(tmp_path, effort=SHORT)

@@ -1,9 +1,10 @@
-"""How good the toybox is, by its own oracle: the base, the subject LoRAs, and the oracle itself."""
+"""How good the toybox is, by its own oracle: the base, the subject LoRAs, its CLIP, and the oracle itself."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,14 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 from tqdm.auto import tqdm
 
+from mole_diffusion.clip import DifferentiableCLIP
 from mole_diffusion.pipelines import MoLEStableDiffusionPipeline
 
 from ..oracle import Detection, Oracle
-from ..render import render
+from ..render import render, render_array
 from ..shapes import CLASSES
-from ..subjects import SUBJECTS, subject_prompt
-from ..world import GROUNDS, article, phrase_caption, random_scene
+from ..subjects import SUBJECTS, described_prompt, subject, subject_prompt
+from ..world import GROUNDS, article, compose_scene, phrase_caption, random_look, random_scene
 from .loop import step_rng
 
 NUM_INFERENCE_STEPS = 25
@@ -132,6 +134,38 @@ def measure_oracle(vae: AutoencoderKL | None, *, num_scenes: int, seed: int = 0)
     }
 
 
+@torch.no_grad()
+def measure_clip(clip: DifferentiableCLIP, *, num_scenes: int, seed: int = 0) -> dict[str, float]:
+    """How often CLIP finds that a prompt of three subjects suits its scene better than one with a thing wrong.
+
+    Returns:
+        Share of scenes, 0.5 for one who guesses, where the wrong scene lacks an object ("object missing"), has an
+        object with a look of no subject ("wrong look"), or has the right looks on the wrong objects ("looks swapped").
+    """
+    rng = step_rng(seed, "measure-clip", 0)
+    names, scenes = [], []
+    for _ in range(num_scenes):
+        three = [str(name) for name in rng.choice(list(SUBJECTS), size=3, replace=False)]
+        items = [subject(name) for name in three]
+        scene = compose_scene(
+            [item.class_name for item in items], [item.look for item in items], str(rng.choice(GROUNDS)), rng
+        )
+        first, second, third = scene.objects
+        swapped = (replace(first, look=second.look), replace(second, look=third.look), replace(third, look=first.look))
+        wrong = {
+            "object missing": (second, third),
+            "wrong look": (replace(first, look=random_look(rng)), second, third),
+            "looks swapped": swapped,
+        }
+        names.append(three)
+        scenes.append([scene, *(replace(scene, objects=objects) for objects in wrong.values())])
+    prompts = [described_prompt(three, group[0].ground) for three, group in zip(names, scenes, strict=True)]
+    pixels = np.stack([render_array(scene) for group in scenes for scene in group])
+    features = clip.encode_image(torch.from_numpy(pixels).permute(0, 3, 1, 2)).unflatten(0, (num_scenes, -1))
+    scores = torch.einsum("skw,sw->ks", features.float(), clip.encode_text(prompts).float())
+    return {kind: (scores[0] > other).float().mean().item() for kind, other in zip(wrong, scores[1:], strict=True)}
+
+
 def _close(detection: Detection, box: tuple[int, int, int, int]) -> bool:
     """The centres lie within a third of the object's size."""
     x = (detection.box[0] + detection.box[2] - box[0] - box[2]) / 2
@@ -149,7 +183,8 @@ def _round_trip(vae: AutoencoderKL, picture: Image.Image) -> Image.Image:
 def measure(assets: Path, *, seed: int, device: torch.device, num_pictures: int) -> dict:
     """Everything that is said of the shipped toybox; the numbers of its ``report.json``.
 
-    Rows of the base have ``num_pictures`` pictures each, the oracle as many scenes, every subject a quarter of that.
+    Rows of the base have ``num_pictures`` pictures each, the oracle and CLIP as many scenes, every subject a quarter of
+    that.
     """
     pipe = MoLEStableDiffusionPipeline.from_pretrained(assets / "base").to(device)
     table = measure_base(pipe, num_pictures=num_pictures, seed=seed)
@@ -163,6 +198,7 @@ def measure(assets: Path, *, seed: int, device: torch.device, num_pictures: int)
         "base": {str(n): {"all": complete, "each": shown} for n, (complete, shown) in table.items()},
         "subjects": rates,
         "subjects_mean": float(np.mean(list(rates.values()))),
+        "clip": measure_clip(DifferentiableCLIP(assets / "clip"), num_scenes=num_pictures, seed=seed),
         "oracle": {
             "rendered": measure_oracle(None, num_scenes=num_pictures, seed=seed),
             "autoencoder": measure_oracle(pipe.vae, num_scenes=num_pictures, seed=seed),
