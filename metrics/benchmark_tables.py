@@ -108,6 +108,8 @@ def correlation_table(config: BenchmarkConfig, rows: Sequence[Row]) -> str:
     lines = []
     for alignment in (name for name in measured(rows) if "alignment" in name):
         for side, points in sides.items():
+            if len(points) < 3:  # two always lie on a line
+                continue
             pairs = [([row[alignment] for row in points], [row[truth] for row in points]) for truth in truths]
             cells = (f"{number(correlation(*pair), 2)} / {number(rank_correlation(*pair), 2)}" for pair in pairs)
             lines.append([alignment, f"{len(points)} {side}", *cells])

@@ -134,6 +134,10 @@ def test_correlations_with_the_truth(page: Path, tmp_path: Path) -> None:
     assert cells[3] == f"{number(pearson, 2)} / {number(spearman, 2)}"
     assert cells[5] == "– / –"  # the confusion rate never changes
     assert f"| {TEXT} | 3 means of methods |" in table
+    two = config(methods=["normalized", "linear"])
+    fill(two, tmp_path / "two")
+    text_of_two = write_report(two, tmp_path / "two").read_text(encoding="utf-8")
+    assert "means of methods" not in section(text_of_two, "How far can one trust alignment?")  # two make a line
 
 
 def test_numbers_of_loras_and_cost(page: Path) -> None:
