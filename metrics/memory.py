@@ -24,7 +24,7 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> float | Non
 
     Returns:
         On a GPU as its allocator says, on the CPU the highest running sum of all allocations that torch's profiler
-        sees, the same each time; `None` on other devices.
+        sees, the same each time but for some bytes; `None` on other devices.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
