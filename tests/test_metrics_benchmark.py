@@ -23,11 +23,13 @@ from typer.testing import CliRunner
 from mole_diffusion import MoLEStableDiffusionPipeline, toybox
 from mole_diffusion.cli import app
 from mole_diffusion.composition import COMPOSITIONS, Merge
-from mole_diffusion.metrics import BenchmarkConfig, run_benchmark, write_report
+from mole_diffusion.metrics import BenchmarkConfig, RegionAlignment, oracle_detector, run_benchmark, write_report
+from mole_diffusion.metrics.benchmark_judge import Judge
 from mole_diffusion.metrics.benchmark_run import read_rows
 from mole_diffusion.metrics.compare import correlation, paired_bootstrap, rank_correlation, wins
 from mole_diffusion.metrics.paper import read_paper
 from mole_diffusion.toybox.recipe.gates import TRAINED_ON
+from mole_diffusion.toybox.world import compose_scene
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL: dict[str, Any] = {
@@ -95,6 +97,19 @@ def test_every_row_is_there_and_a_failure_says_why(done: Path) -> None:
     assert row["UNet evaluations"] == 1
     assert {"omission rate", "confusion rate", "all-present rate", "region alignment", "seconds"} <= set(row)
     assert row["memory (MiB)"] > 1  # beyond the weights, on the CPU as on a GPU
+
+
+def test_regions_are_measured_as_the_metric_does() -> None:
+    study, names = config(), ["cat", "boot", "teapot"]
+    looks = [toybox.subject(name).look for name in names]
+    picture = toybox.render(compose_scene(names, looks, "slate", np.random.default_rng(0)))
+    judge = Judge(study, "cpu")
+    references = {name: toybox.references(name) for name in names}
+    metric = RegionAlignment(judge.clip, references, oracle_detector())
+    expected = metric([picture])
+    measured = judge.measure([picture], study.cells()[:1])[0]
+    assert measured["region alignment"] == pytest.approx(expected["mean"], abs=1e-5) != 0
+    assert measured["detection rate"] == expected["detection rate"] == 1
 
 
 def test_pictures_are_those_of_a_call_with_the_same_seed(done: Path) -> None:
