@@ -38,6 +38,7 @@ def load_clip(source: str) -> DifferentiableCLIP:
 
     Raises:
         ValueError: It is neither.
+        OSError: Its weights cannot be loaded, say without a network.
     """
     if source == "toybox":
         from .. import toybox

@@ -35,6 +35,7 @@ class DifferentiableCLIP(nn.Module):
     Raises:
         ValueError: The folder lacks one of its files; `pretrained` is missing, or given for a folder; open_clip does
             not know the name; or the model wants another preprocessing than the one above.
+        OSError: The weights cannot be downloaded, or do not fit the architecture.
     """
 
     mean: Tensor
@@ -43,7 +44,15 @@ class DifferentiableCLIP(nn.Module):
     def __init__(self, model_name_or_dir: str | os.PathLike[str], pretrained: str | None = None) -> None:
         super().__init__()
         name = _open_clip_name(os.fspath(model_name_or_dir), pretrained)
-        self.model: Any = open_clip.create_model(name, pretrained=pretrained).eval().requires_grad_(False)
+        try:
+            model = open_clip.create_model(name, pretrained=pretrained)
+        except RuntimeError as error:  # no network and nothing in the cache, or weights of another architecture
+            what = name if pretrained is None else f"{name} with the weights {pretrained!r}"
+            raise OSError(
+                f"open_clip cannot load {what}: {error} Load it once with a network, or give a folder with "
+                f"open_clip_config.json and {_WEIGHTS} that fit each other."
+            ) from error
+        self.model: Any = model.eval().requires_grad_(False)
         self._tokenizer: Any = open_clip.get_tokenizer(name)
         settings = open_clip.get_model_preprocess_cfg(self.model)
         size = settings["size"]

@@ -110,6 +110,9 @@ def test_what_cannot_be_loaded_says_why(folder: Path, tmp_path: Path) -> None:
         DifferentiableCLIP(tmp_path)
     with pytest.raises(ValueError, match="knows square pictures"):
         DifferentiableCLIP(write_clip(tmp_path, resize_mode="squash"))
+    save_file({"logit_scale": torch.ones(())}, write_clip(tmp_path) / "open_clip_model.safetensors")
+    with pytest.raises(OSError, match=r"(?s)open_clip cannot load local-dir:.*Load it once with a network, or give a"):
+        DifferentiableCLIP(tmp_path)
 
 
 @pytest.mark.parametrize("images", [torch.zeros(3, 8, 8), torch.zeros(1, 4, 8, 8), torch.zeros(1, 3, 8, 8).byte()])
