@@ -17,7 +17,7 @@ from ..pipelines import MoLEStableDiffusionPipeline
 from .benchmark_config import BenchmarkConfig, Cell
 from .benchmark_gates import gates_folder, train_missing_gates
 from .benchmark_methods import Method
-from .memory import peak_memory
+from .memory import call_memory
 
 
 class Drawer:
@@ -96,7 +96,7 @@ class Drawer:
         cost = {
             "UNet evaluations": self._evaluations,
             "seconds": (time.perf_counter() - start) / len(cells),
-            "memory (MiB)": self._peak_memory(cells),
+            "memory (MiB)": self._call_memory(cells),
         }
         if record is None or not first.method.build().needs_gates or pipe.gates is None:
             return [(picture, cost) for picture in pictures]
@@ -120,12 +120,12 @@ class Drawer:
         )
         return list(output.images)
 
-    def _peak_memory(self, cells: Sequence[Cell]) -> float | None:
+    def _call_memory(self, cells: Sequence[Cell]) -> float | None:
         """Of a call of one step, which takes what every step does; measured once where nothing makes a difference."""
         first = cells[0]
         key = (first.composition, first.method.label, tuple(first.kept), len(cells))
         if key not in self._memory:
-            self._memory[key] = peak_memory(lambda: self._call(cells, 1), self._device)
+            self._memory[key] = call_memory(lambda: self._call(cells, 1), self._device)
         return self._memory[key]
 
     def _count(self, unet: nn.Module, args: Any, output: Any) -> None:

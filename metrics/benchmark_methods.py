@@ -42,8 +42,8 @@ def read_methods(given: Any, *, has_gates: bool, can_train: bool, training: Mapp
 
     Args:
         given: "all", or a list of names, alone or with their arguments, `{merge: {scale: 1.0}}`; "all" may be one of
-            them. `label` and, where
-            there are gates, `training` may stand among these: `{mole: {label: "layer", training: {steps: 100}}}`.
+            them. `label` and, where there are gates, `training` may stand among these:
+            `{mole: {label: "layer", training: {steps: 100}}}`.
         has_gates: Whether gates lie somewhere. They are used by every method that has no training of its own.
         can_train: Whether there are prompts to train on.
         training: Settings that all trainings share.

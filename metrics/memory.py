@@ -13,7 +13,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 
-def peak_memory(call: Callable[[], object], device: torch.device) -> float | None:
+def call_memory(call: Callable[[], object], device: torch.device) -> float | None:
     """MiB that tensors take at the peak of a call, beyond those that were there: weights do not count.
 
     Call it once before, so that nothing is counted that is made once and stays.

@@ -18,6 +18,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "shared" / "data" / "loras"
 KOHYA = FOLDER / "sd15_disney_kohya.safetensors"
 DIFFUSERS = FOLDER / "sd15_disney_diffusers.safetensors"
 
+# Somebody's LoRA, which this repository may not contain; tests/test_lora_*.py read all layouts without it.
 pytestmark = pytest.mark.skipif(
     not (KOHYA.is_file() and DIFFUSERS.is_file()), reason=f"no real LoRA files beside the repository, in {FOLDER}"
 )

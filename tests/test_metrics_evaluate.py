@@ -127,6 +127,7 @@ def test_prompts_by_name(folder: Path) -> None:
         evaluate_folder(folder / "pictures", names, {}, clip)
 
 
+# Somebody's photos, which this repository may not contain; the tests above run the same path on drawn pictures.
 @pytest.mark.skipif(not PHOTOS.is_dir(), reason=f"no photos at {PHOTOS}")
 def test_real_photos_run_through(tmp_path: Path) -> None:
     torch.manual_seed(0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mole_diffusion.metrics.memory import peak_memory
+from mole_diffusion.metrics.memory import call_memory
 
 MIB = 2**18  # numbers in float32
 
@@ -20,14 +20,14 @@ def test_the_peak_is_what_lives_at_once() -> None:
         torch.ones(MIB)
 
     for _ in range(2):
-        assert peak_memory(call, torch.device("cpu")) == pytest.approx(12, abs=1e-3)
+        assert call_memory(call, torch.device("cpu")) == pytest.approx(12, abs=1e-3)
 
 
 def test_what_was_there_does_not_count() -> None:
     weights = torch.ones(8 * MIB)
-    assert peak_memory(lambda: weights[: 2 * MIB] * 2, torch.device("cpu")) == pytest.approx(2, abs=1e-3)
-    assert peak_memory(lambda: None, torch.device("cpu")) == pytest.approx(0, abs=1e-3)
+    assert call_memory(lambda: weights[: 2 * MIB] * 2, torch.device("cpu")) == pytest.approx(2, abs=1e-3)
+    assert call_memory(lambda: None, torch.device("cpu")) == pytest.approx(0, abs=1e-3)
 
 
 def test_other_devices_tell_nothing() -> None:
-    assert peak_memory(lambda: torch.ones(1), torch.device("mps")) is None
+    assert call_memory(lambda: torch.ones(1), torch.device("mps")) is None
