@@ -10,6 +10,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..errors import MoLEError
 from .processor import AddExperts, MoLEAttnProcessor
 from .site import Site
 
@@ -18,7 +19,7 @@ ENGINES: tuple[Engine, ...] = ("auto", "hooks", "processors")
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
-class AttachError(ValueError):
+class AttachError(MoLEError):
     """Experts cannot be hung on a model, or would silently do nothing there."""
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from mole_diffusion.errors import MoLEError
+
 SHOWN_KEYS = 3
 
 
-class LoRAError(ValueError):
+class LoRAError(MoLEError):
     """A LoRA that cannot be used as it is: a broken file, an unknown layout, a module it does not fit.
 
     The message names the file, its layout and component where known, the first offending keys, and a remedy.

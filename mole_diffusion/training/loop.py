@@ -13,11 +13,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..errors import MoLEError
+
 MixedPrecision = Literal["no", "fp16", "bf16"]
 LearningRateSchedule = Literal["cosine", "constant"]
 
 
-class TrainingDivergedError(ValueError):
+class TrainingDivergedError(MoLEError):
     """The loss became NaN or infinite; the message names the step."""
 
 
