@@ -62,11 +62,15 @@ class Drawer:
         if self._composition != composition:
             self._composition = None
             pipe.unload_loras()
-            pipe.load_loras({name: self._config.concepts[name].lora for name in composition.split("+")})
+            concepts = {name: self._config.concepts[name] for name in composition.split("+")}
+            pipe.load_loras(
+                {name: concept.lora for name, concept in concepts.items()},
+                triggers={name: concept.phrase for name, concept in concepts.items()},
+            )
             self._composition = composition
         pipe.unload_gates()
         way = method.build()
-        if way.needs_gates:
+        if "gates" in way.needs:
             train_missing_gates(
                 self._config,
                 self._out,
@@ -98,7 +102,7 @@ class Drawer:
             "seconds": (time.perf_counter() - start) / len(cells),
             "memory (MiB)": self._call_memory(cells),
         }
-        if record is None or not first.method.build().needs_gates or pipe.gates is None:
+        if record is None or "gates" not in first.method.build().needs or pipe.gates is None:
             return [(picture, cost) for picture in pictures]
         gates = gates_by_picture(record, len(cells))
         return [(picture, cost | {"gates": used}) for picture, used in zip(pictures, gates, strict=True)]

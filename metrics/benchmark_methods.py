@@ -51,7 +51,7 @@ def read_methods(given: Any, *, has_gates: bool, can_train: bool, training: Mapp
     Raises:
         ValueError: A method is unknown, has an argument that is not allowed, or lacks gates; or a label comes twice.
     """
-    every = [name for name in COMPOSITIONS if has_gates or can_train or not COMPOSITIONS[name].needs_gates]
+    every = [name for name in COMPOSITIONS if has_gates or can_train or "gates" not in COMPOSITIONS[name].needs]
     every += [name for name in PRESETS if can_train]
     given = ["all"] if given == "all" else given
     if not isinstance(given, list) or not given:
@@ -80,7 +80,7 @@ def _method(entry: Any, *, has_gates: bool, can_train: bool, training: Mapping[s
     if not isinstance(label, str) or not label.strip(". ") or "/" in label or "\\" in label:
         raise ValueError(f"method {entry!r}: a label names a folder too, so it cannot be {label!r}.")
     try:
-        needs_gates = COMPOSITIONS[name](**own).needs_gates
+        needs_gates = "gates" in COMPOSITIONS[name](**own).needs
     except TypeError as error:
         raise ValueError(f"method {entry!r}: {error}") from None
     wishes = arguments.get("training")

@@ -52,6 +52,11 @@ class DiffusersContract(Base):
             if name not in known and name not in ("callback", "callback_steps"):
                 raise TypeError(f"{type(self).__name__} has no argument {name!r}. LoRAs are chosen with `loras`.")
 
+    def _named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a call of the diffusers pipeline by their names."""
+        names = list(inspect.signature(_stock_class(type(self)).__call__).parameters)[1:]
+        return {**dict(zip(names, args, strict=False)), **kwargs}
+
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
         """As in diffusers, but the models, which both pipelines share, keep their precision unless ``dtype`` is given.

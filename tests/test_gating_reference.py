@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mole_diffusion.experts import ConstantWeights, Experts
+from mole_diffusion.experts import Experts
 from mole_diffusion.gating import GateConfig, MoLEModel, masked_softmax
 from mole_diffusion.gating.gate import Gate
 from mole_diffusion.lora import LoRA, LoRAFactors
 from tests import reference
+from tests.weighing import Numbers
 
 WIDTH, SIZE, BATCH = 6, (3, 4), 2
 PROJECTIONS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0")
@@ -133,9 +134,9 @@ def test_weights_equal_equations_1_and_2(model: Denoiser, experts: Experts, lora
     layer = model.get_submodule(module)
     weight, x = layer.weight.detach(), sample().flatten(2).transpose(1, 2)
     touching = [literal(lora, module) for lora in loras[:2]]
-    experts.weigher = ConstantWeights(torch.ones(3))
+    experts.weigher = Numbers(torch.ones(3))
     torch.testing.assert_close(layer(x), x @ reference.eq1_linear(weight, touching).T, atol=1e-12, rtol=1e-12)
-    experts.weigher = ConstantWeights(torch.tensor([0.25, 0.75, 0.0]))
+    experts.weigher = Numbers(torch.tensor([0.25, 0.75, 0.0]))
     expected = x @ reference.eq2_normalized(weight, touching, [0.25, 0.75]).T
     torch.testing.assert_close(layer(x), expected, atol=1e-12, rtol=1e-12)
 

@@ -37,8 +37,9 @@ def test_without_loras_it_draws_what_the_stock_pipeline_draws() -> None:
 def test_the_signature_is_the_stock_one_and_loras() -> None:
     ours = inspect.signature(MoLEStableDiffusionPipeline.__call__).parameters
     stock = inspect.signature(StableDiffusionPipeline.__call__).parameters
-    assert [name for name in ours if name != "loras"] == list(stock)
-    assert ours["loras"].kind is inspect.Parameter.KEYWORD_ONLY
+    own = ("loras", "regions", "spans")
+    assert [name for name in ours if name not in own] == list(stock)
+    assert all(ours[name].kind is inspect.Parameter.KEYWORD_ONLY for name in own)
     assert ours["guidance_scale"].default == 7.5
     assert "bare base model" in (MoLEStableDiffusionPipeline.__call__.__doc__ or "")
 
@@ -214,10 +215,32 @@ def test_from_pipe_of_a_composing_pipeline_shares_its_loras() -> None:
     assert torch.equal(draw(pipe), draw(composing_pipeline()))
 
 
-def test_from_pipe_with_another_unet_starts_without_loras() -> None:
+def test_from_pipe_with_another_unet_refuses_loras_that_would_act_in_half() -> None:
     pipe = composing_pipeline("cat")
+    base = draw(composing_pipeline())
     other = MoLEStableDiffusionPipeline.from_pipe(pipe, unet=composing_pipeline().unet)
-    assert other.experts is None
+    with pytest.raises(ValueError, match=r"LoRAs cat were loaded into another unet than this pipeline has now"):
+        draw(other)
+    assert torch.equal(draw(other, loras=[]), base)  # also the text encoder, which both share
+    pipe.unload_loras()
+    assert torch.equal(draw(other), base)
+    other.load_loras({"cat": lora_states(other)["cat"]})
+    assert not torch.equal(draw(other), base)
+
+
+def test_a_second_pipeline_of_the_same_models_finds_their_loras() -> None:
+    pipe = composing_pipeline("cat", "dog")
+    base = draw(composing_pipeline())
+    other = MoLEStableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    assert other.experts is pipe.experts
+    assert torch.equal(draw(other, loras=[]), base)
+    assert torch.equal(draw(other, loras=["cat"]), draw(pipe, loras=["cat"]))
+    with pytest.raises(ValueError, match="named 'cat' is loaded already"):
+        other.load_loras({"cat": lora_states(other)["cat"]})
+    other.unload_loras()
+    assert pipe.experts is None
+    assert torch.equal(draw(pipe), base)
 
 
 @pytest.mark.parametrize("half", ["vae", "unet"])

@@ -145,7 +145,7 @@ def test_a_wrong_unload_says_what_is_wrong(pipe: Any, names: Any, error: Any, me
     [
         ("average", ValueError, r"there is no composition 'average'\. Known are: linear, normalized, .*mole"),
         ("mole", ValueError, r"composition 'mole' needs gates, and none are loaded.*load_gates.*init_gates"),
-        (None, TypeError, r"must be a name or a Composition, got None \(NoneType\)"),
+        (7, TypeError, r"must be a name or a Composition, got 7 \(int\)"),
         (Normalized, TypeError, "must be a name or a Composition"),
     ],
 )

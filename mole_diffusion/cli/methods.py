@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mole_diffusion.composition import Composition
+
 COUNTS = (1, 2, 3)
 
 
@@ -22,6 +27,13 @@ def methods() -> None:
 
     table = Table("method", "UNet evaluations a step", "needs", "source")
     for name, method in COMPOSITIONS.items():
-        cost = ", ".join(str(method().evaluations(count)) for count in COUNTS)
-        table.add_row(name, cost, "trained gates" if method.needs_gates else "–", method.source)
+        cost = ", ".join(f"{method().evaluations(count):g}" for count in COUNTS)
+        table.add_row(name, cost, _needs(method()), method.source)
     Console(markup=False, highlight=False).print(table)
+
+
+NEEDS = {"gates": "trained gates", "words": "trigger words"}
+
+
+def _needs(method: Composition) -> str:
+    return ", ".join(text for need, text in NEEDS.items() if need in method.needs) or "–"

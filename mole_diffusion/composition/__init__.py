@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
-from .base import Composition, Step
+from .base import Composition
+from .call import Call, Role
 from .composite import Composite
 from .linear import Linear
+from .masks import Masks
 from .merge import Merge
 from .mole import MoLE
 from .normalized import Normalized
-from .numbers import NumberWeigher
+from .regional import RegionalComposition
+from .regions import RegionMap
+from .step import Step
+from .steps import StepComposition
 from .switch import Switch
 
 COMPOSITIONS: dict[str, type[Composition]] = {
-    method.name: method for method in (Linear, Normalized, Merge, Switch, Composite, MoLE)
+    method.name: method for method in (Linear, Normalized, Merge, Switch, Composite, Masks, MoLE)
 }
 
 __all__ = [
     "COMPOSITIONS",
+    "Call",
     "Composite",
     "Composition",
     "Linear",
+    "Masks",
     "Merge",
     "MoLE",
     "Normalized",
-    "NumberWeigher",
+    "RegionMap",
+    "RegionalComposition",
+    "Role",
     "Step",
+    "StepComposition",
     "Switch",
 ]

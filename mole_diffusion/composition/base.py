@@ -1,105 +1,71 @@
-"""The one seam of a composition method: which passes a step runs, how much of each LoRA in each, and their mixture."""
+"""The one seam of a composition method: how much of each LoRA every module gets, at every place of its input."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from ..experts import Projections, Run, Site
 
-@dataclass(frozen=True)
-class Step:
-    """Where in the denoising the model is called.
-
-    Args:
-        timestep: The timestep the denoiser was given, a number or a tensor of one or more (equal) entries.
-        timesteps: All timesteps of this sampling run, in the order in which they come.
-    """
-
-    timestep: Tensor | float
-    timesteps: Sequence[float] | Tensor
-
-    @property
-    def index(self) -> int:
-        """Position of this step, from 0. Schedulers that visit a timestep twice (Heun) stay in the same step.
-
-        Steps are told apart by their timesteps and not by counting calls, because a pipeline may call its denoiser
-        several times in a step, or enter the schedule in the middle (image to image).
-        """
-        now = _first(self.timestep)
-        return sum(timestep > now for timestep in set(_floats(self.timesteps)))
-
-    @property
-    def total(self) -> int:
-        """Number of steps."""
-        return len(set(_floats(self.timesteps)))
+Need = Literal["gates", "attention", "words", "prior"]
 
 
 class Composition(ABC):
     """How several LoRAs share one picture.
 
-    A method that runs the denoiser once a step implements :meth:`weights` and nothing else. One that runs it several
-    times says so with :meth:`passes` and :meth:`evaluations`, and with :meth:`combine` unless predictions are averaged.
-    Batching, guidance, text encoders, seeds and the choice of LoRAs are done once, outside of methods.
+    A method *is* what weighs: it is asked for every adapted module of every forward pass. One that gives a number per
+    LoRA and step, alike in all modules, stands on :class:`~mole_diffusion.composition.StepComposition` instead, and one
+    that gives every LoRA its pixels and words on :class:`~mole_diffusion.composition.RegionalComposition`. Batching,
+    guidance, seeds and the choice of LoRAs are done once, outside of methods.
+
+    Nothing of a call is kept on the method: what it wants to remember until the call ends goes into
+    ``run.call.state``, for the rest of a forward pass into ``run.notes``.
 
     Attributes:
         name: The name in :data:`COMPOSITIONS`.
         source: Where the method comes from.
-        needs_gates: Whether the method reads trained gates; then a pipeline without gates refuses it.
+        needs: What a pipeline must bring. ``"gates"``: trained gates, handed over in :attr:`gates`. ``"words"``: where
+            in the prompt each LoRA's trigger words stand (``run.call.words``). ``"attention"``: the attention of the
+            denoiser (``watches``, ``attended``). ``"prior"``: the first steps are drawn once without LoRAs before the
+            picture is begun, until :meth:`prior_done`.
+        gates: Where it needs them.
     """
 
     name: ClassVar[str]
     source: ClassVar[str]
-    needs_gates: ClassVar[bool] = False
+    needs: frozenset[Need] = frozenset()
+    gates: object | None = None
 
     @abstractmethod
-    def weights(self, keep: Tensor, step: Step | None) -> Tensor | None:
-        """Weight of every LoRA in this step, before the user's own scales.
+    def weigh(self, site: Site, projections: Projections, run: Run) -> Tensor | None:
+        """Weights of all LoRAs for one module in one forward pass, times ``run.keep`` and ``run.scale``.
 
         Args:
-            keep: ``(rows, num_experts)``, 1 for a LoRA that takes part and 0 for one masked out; ``rows`` is 1 or
-                the batch. Every row keeps at least one.
-            step: The denoising step, or ``None`` while a text encoder reads the prompt, so that a method declares
-                the state of the text encoder instead of inheriting what was active last.
+            site: The module, and the LoRAs' factors there.
+            projections: ``A x`` of this module and of those that read the same tensor.
+            run: The forward pass: component, keep, scale, timestep, prompt embeddings, and the call it belongs to.
 
         Returns:
-            ``(rows, num_experts)`` with zeros where ``keep`` is zero, or ``None``: the gates in the layers decide.
+            ``(batch | 1, tokens | 1, num_experts)``, or ``None``: nothing is added here.
         """
 
-    def passes(self, keep: Tensor, step: Step) -> Tensor | None:
-        """Weight of every LoRA in every pass of this step; by default one pass with :meth:`weights`.
-
-        All passes get the same sample, timestep and prompt embeddings, and run as one widened batch.
-
-        Returns:
-            ``(passes, rows, num_experts)``, or ``None``: one pass, weighed by the gates in the layers.
-        """
-        weights = self.weights(keep, step)
-        return None if weights is None else weights[None]
-
-    def combine(self, predictions: Tensor, weights: Tensor) -> Tensor:
-        """One prediction from those of all passes, before guidance; by default their mean.
-
-        Args:
-            predictions: ``(passes, batch, ...)``; with guidance the batch is the unconditional rows, then the others.
-            weights: What :meth:`passes` returned; its rows are 1 or the batch.
-
-        Returns:
-            ``(batch, ...)``.
-        """
-        return predictions.mean(dim=0)
-
-    def evaluations(self, num_loras: int) -> int:
-        """How often a step evaluates the denoiser with this many LoRAs kept. Guidance doubles the batch, not this."""
+    def passes(self, run: Run) -> int:
+        """How many passes of the denoiser this step takes; they run as one widened batch. Asked once a step."""
         return 1
 
+    def combine(self, predictions: Tensor, run: Run) -> Tensor:
+        """One prediction ``(batch, ...)`` from those of all passes ``(passes, batch, ...)``; by default their mean."""
+        return predictions.mean(dim=0)
 
-def _floats(timesteps: Sequence[float] | Tensor) -> list[float]:
-    return [float(timestep) for timestep in (timesteps.tolist() if isinstance(timesteps, Tensor) else timesteps)]
+    def evaluations(self, num_loras: int) -> float:
+        """Denoiser evaluations per step of a picture with this many LoRAs kept, those of a prior pass spread over them.
 
+        Guidance doubles the batch, not this.
+        """
+        return 1
 
-def _first(timestep: Tensor | float) -> float:
-    return float(timestep.flatten()[0]) if isinstance(timestep, Tensor) else float(timestep)
+    def prior_done(self, run: Run) -> bool:
+        """Whether the pass without LoRAs that comes before the picture has shown enough with this forward pass."""
+        return True

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Composition, Step
+from .step import Step
+from .steps import StepComposition
 
 
-class Composite(Composition):
+class Composite(StepComposition):
     """LoRA Composite: one pass for each kept LoRA alone at full weight; their predictions are averaged.
 
     "Multi-LoRA Composition for Image Generation" (https://arxiv.org/abs/2402.16843). Conditional and unconditional
@@ -23,14 +24,14 @@ class Composite(Composition):
     def weights(self, keep: Tensor, step: Step | None) -> Tensor:
         return keep
 
-    def passes(self, keep: Tensor, step: Step) -> Tensor:
+    def weights_by_pass(self, keep: Tensor, step: Step) -> Tensor:
         kept_by_any = keep.any(dim=0).nonzero().flatten()  # LoRAs, one pass each
         passes = torch.zeros(len(kept_by_any), *keep.shape, dtype=keep.dtype, device=keep.device)
         for index, lora in enumerate(kept_by_any.tolist()):
             passes[index, :, lora] = keep[:, lora]
         return passes
 
-    def combine(self, predictions: Tensor, weights: Tensor) -> Tensor:
+    def mix(self, predictions: Tensor, weights: Tensor) -> Tensor:
         # Where rows keep different LoRAs, a row counts the passes of its own; one that keeps none has the base in all.
         counts = weights.sum(dim=-1)  # (passes, rows), 0 or 1
         counts = torch.where(counts.sum(dim=0) == 0, torch.ones_like(counts), counts)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .base import Composition, Step
+from .step import Step
+from .steps import StepComposition
 
 
-class Linear(Composition):
+class Linear(StepComposition):
     """Linear arithmetic composition: ``W x + sum_i E_i(x)``, every LoRA at full weight.
 
     Eq. 1 of "Mixture of LoRA Experts" (https://openreview.net/forum?id=uWvKBCYh4S). One LoRA is exactly that LoRA;

@@ -6,10 +6,11 @@ import math
 
 from torch import Tensor
 
-from .base import Composition, Step
+from .step import Step
+from .steps import StepComposition
 
 
-class Merge(Composition):
+class Merge(StepComposition):
     """LoRA Merge: ``W x + s sum_i E_i(x)``, one scale for every LoRA, however many there are.
 
     The baseline of "Multi-LoRA Composition for Image Generation" (https://arxiv.org/abs/2402.16843), which sets the

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .base import Composition, Step
+from ..experts import Projections, Run, Site
+from ..gating import MoLEModel
+from .base import Composition, Need
 
 
 class MoLE(Composition):
@@ -12,11 +14,19 @@ class MoLE(Composition):
 
     Eqs. 5-13 of "Mixture of LoRA Experts" (https://openreview.net/forum?id=uWvKBCYh4S). The gates live in
     :mod:`mole_diffusion.gating`; masking a LoRA renormalises the others in proportion.
+
+    Args:
+        gates: The gates; a pipeline hands over its own.
     """
 
     name = "mole"
     source = "Mixture of LoRA Experts (ICLR 2024), eqs. 5-13"
-    needs_gates = True
+    needs: frozenset[Need] = frozenset({"gates"})
 
-    def weights(self, keep: Tensor, step: Step | None) -> None:
-        return None
+    def __init__(self, gates: MoLEModel | None = None) -> None:
+        self.gates: MoLEModel | None = gates
+
+    def weigh(self, site: Site, projections: Projections, run: Run) -> Tensor | None:
+        if self.gates is None:
+            raise ValueError('composition "mole" has no gates. Load some with `pipe.load_gates`, or pass MoLE(gates).')
+        return self.gates.weigh(site, projections, run)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .base import Composition, Step
+from .step import Step
+from .steps import StepComposition
 
 
-class Normalized(Composition):
+class Normalized(StepComposition):
     """Normalised linear arithmetic (NLA): ``W x + sum_i w_i E_i(x)`` with ``w_i = 1 / N`` over the kept LoRAs.
 
     Eq. 2 of "Mixture of LoRA Experts" (https://openreview.net/forum?id=uWvKBCYh4S). The weights sum to one in the

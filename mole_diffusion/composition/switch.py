@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .base import Composition, Step
+from .step import Step
+from .steps import StepComposition
 
 
-class Switch(Composition):
+class Switch(StepComposition):
     """LoRA Switch: in each step one LoRA alone at full weight, the next one after every few steps.
 
     "Multi-LoRA Composition for Image Generation" (https://arxiv.org/abs/2402.16843): step k, from 0, draws with the

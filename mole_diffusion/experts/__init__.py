@@ -5,14 +5,12 @@ from __future__ import annotations
 from .attach import AttachError
 from .experts import Experts
 from .processor import MoLEAttnProcessor
-from .run import Run, in_backward
+from .run import Run, Weigher, in_backward
 from .site import Projections, Site
 from .stack import ExpertStack
-from .weigher import ConstantWeights, Weigher
 
 __all__ = [
     "AttachError",
-    "ConstantWeights",
     "ExpertStack",
     "Experts",
     "MoLEAttnProcessor",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import MoLEError
-from .processor import AddExperts, MoLEAttnProcessor
+from .processor import AddExperts, AttentionSeam, MoLEAttnProcessor
 from .site import Site
 
 Engine = Literal["auto", "hooks", "processors"]
@@ -33,11 +33,12 @@ class Attachment:
             the stock ``AttnProcessor2_0`` get a :class:`MoLEAttnProcessor`, everything else a hook. With
             ``"processors"`` a component without such a layer is an error.
         add: Adds the experts' share to a site's output.
+        seam: What an attention layer of a denoiser asks, by its name; ``None`` in a text encoder.
         begin: Called with the root's arguments before every forward pass of the component; may return others.
         end: Called with its output after, or with ``None`` after an exception; may return another output.
 
     Raises:
-        AttachError: If the model is compiled, has fused projections, or the engine finds nothing to do.
+        AttachError: If the engine finds nothing to do.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Attachment:
         sites: Sequence[Site],
         engine: Engine,
         add: AddExperts,
+        seam: Callable[[str, Attention], AttentionSeam] | None,
         begin: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]] | None],
         end: Callable[[Any], Any],
     ) -> None:
@@ -54,15 +56,16 @@ class Attachment:
         self.model = model
         self.sites = list(sites)
         self._add = add
+        self._seam = seam
         self._handles: list[RemovableHandle] = []
         self._site_hooks: dict[str, RemovableHandle] = {}
+        self._watch_hooks: dict[str, RemovableHandle] = {}
         # attention name -> (layer, its own processor, ours)
         self._swapped: dict[str, tuple[Attention, Any, MoLEAttnProcessor]] = {}
         self._fired: set[str] | None = set()
 
-        _refuse_compiled(component, model)
         self._attentions = _attentions(model, self.sites)
-        self._refuse_fused()
+        self._layers = dict(_attention_layers(model)) if seam is not None else {}
         self._begin = begin
         self._end = end
         if engine != "hooks":
@@ -81,11 +84,12 @@ class Attachment:
         for attention, original, ours in self._swapped.values():
             if attention.processor is ours:
                 attention.processor = original
-        for handle in [*self._handles, *self._site_hooks.values()]:
+        for handle in [*self._handles, *self._site_hooks.values(), *self._watch_hooks.values()]:
             handle.remove()
         self._swapped.clear()
         self._handles.clear()
         self._site_hooks.clear()
+        self._watch_hooks.clear()
 
     def fired(self, site: Site) -> None:
         """Note that a site was reached; only the first forward pass is watched."""
@@ -93,21 +97,29 @@ class Attachment:
             self._fired.add(site.module_name)
 
     def _swap_processors(self) -> None:
-        for name, (attention, sites) in self._attentions.items():
+        # Layers of a denoiser that no LoRA touches too: a method may want to see all attention maps.
+        layers = {**self._layers, **{name: layer for name, (layer, _) in self._attentions.items()}}
+        for name, attention in layers.items():
             original: Any = attention.processor
             # Only the plain processor is understood; IP-Adapter, sliced and other attention keep theirs and get hooks.
             if type(original) is AttnProcessor2_0:
-                attention.processor = ours = MoLEAttnProcessor(sites, self._add)
+                _, sites = self._attentions.get(name, (attention, {}))
+                seam = None if self._seam is None else self._seam(name, attention)
+                attention.processor = ours = MoLEAttnProcessor(sites, self._add, seam)
                 self._swapped[name] = (attention, original, ours)
 
     def _place_hooks(self) -> None:
         """One hook on every site that no processor of ours serves now, and none on the others."""
+        ours_now = {name for name, (attention, _, ours) in self._swapped.items() if attention.processor is ours}
         served = {
-            site.module_name
-            for name, (attention, _, ours) in self._swapped.items()
-            if attention.processor is ours
-            for site in self._attentions[name][1].values()
+            site.module_name for name in ours_now & set(self._attentions) for site in self._attentions[name][1].values()
         }
+        for name, layer in self._layers.items():
+            if name in ours_now and name in self._watch_hooks:
+                self._watch_hooks.pop(name).remove()
+            elif name not in ours_now and name not in self._watch_hooks and self._seam is not None:
+                watch = functools.partial(_watch_hook, self._seam(name, layer))
+                self._watch_hooks[name] = layer.register_forward_hook(watch, with_kwargs=True)
         for site in self.sites:
             name = site.module_name
             if name in served and name in self._site_hooks:
@@ -117,7 +129,7 @@ class Attachment:
                 self._site_hooks[name] = site.module.register_forward_hook(hook, with_kwargs=True)
 
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._refuse_fused()
+        _refuse_fused(self.component, self._attentions)
         self._place_hooks()  # somebody may have replaced our processors since (IP-Adapter, attention slicing)
         return self._begin(model, args, kwargs)
 
@@ -136,13 +148,20 @@ class Attachment:
             )
         return result
 
-    def _refuse_fused(self) -> None:
-        fused = [name for name, (layer, _) in self._attentions.items() if getattr(layer, "fused_projections", False)]
-        if fused:
-            raise AttachError(
-                f"{self.component} has fused query, key and value projections ({fused[0]} and others), which bypass "
-                "the modules the LoRAs adapt. Call `unfuse_qkv_projections()` first."
-            )
+
+def refuse_unfit(component: str, model: nn.Module, sites: Sequence[Site]) -> None:
+    """Raises AttachError if a model is compiled or has fused projections, so that experts there would do nothing."""
+    _refuse_compiled(component, model)
+    _refuse_fused(component, _attentions(model, sites))
+
+
+def _refuse_fused(component: str, attentions: Mapping[str, tuple[Any, dict[str, Site]]]) -> None:
+    fused = [name for name, (layer, _) in attentions.items() if getattr(layer, "fused_projections", False)]
+    if fused:
+        raise AttachError(
+            f"{component} has fused query, key and value projections ({fused[0]} and others), which bypass "
+            "the modules the LoRAs adapt. Call `unfuse_qkv_projections()` first."
+        )
 
 
 def _site_hook(
@@ -150,6 +169,27 @@ def _site_hook(
 ) -> Tensor:
     hidden_states: Tensor = args[0] if args else next(iter(kwargs.values()))
     return add(site, hidden_states, output)
+
+
+def _watch_hook(
+    seam: AttentionSeam, attention: Attention, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
+) -> None:
+    """Shows what a layer with somebody else's processor attended to, from its own projections of the same input."""
+    if not seam.watched():
+        return
+    hidden_states = args[0] if args else kwargs["hidden_states"]
+    context = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
+    context = context[0] if isinstance(context, tuple) else context  # an IP-Adapter's: the text, then its pictures
+    query = attention.to_q(hidden_states)
+    key = attention.to_k(hidden_states if context is None else context)
+    query, key = (x.unflatten(-1, (attention.heads, -1)).transpose(1, 2) for x in (query, key))
+    seam.attended(query, key, output)
+
+
+def _attention_layers(model: nn.Module) -> Iterator[tuple[str, Attention]]:
+    for name, module in model.named_modules():
+        if isinstance(module, Attention):
+            yield name, module
 
 
 def _attentions(model: nn.Module, sites: Sequence[Site]) -> dict[str, tuple[Any, dict[str, Site]]]:

@@ -4,21 +4,55 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from ..lora import LoRA, LoRAFactors
-from .attach import ENGINES, AttachError, Attachment, Engine
+from .attach import ENGINES, AttachError, Attachment, Engine, refuse_unfit
 from .passes import narrow, tensors, widen
-from .run import Run, in_backward
+from .run import Run, Weigher, in_backward
+from .seam import LayerSeam
 from .site import Site, group_sites
 from .stack import ExpertStack
-from .weigher import Weigher, WidensBatch
+
+
+@dataclass(frozen=True, eq=False)
+class _Choice:
+    """What ``using`` set: it belongs to the thread (or task) that is inside of the ``with`` and to nobody else."""
+
+    keep: Tensor
+    scale: Tensor
+    silent: bool
+    weigher: Weigher | None = None
+    call: Any = None
+    moved: dict[torch.device | None, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def on(self, device: torch.device | None) -> tuple[Tensor, Tensor]:
+        """`keep` and `scale` there; the same tensors every time, so that a weigher can tell that nothing changed."""
+        if device not in self.moved:
+            self.moved[device] = self.keep.to(device), self.scale.to(device)
+        return self.moved[device]
+
+
+class _Passes(threading.local):
+    """The forward passes of one thread, by component."""
+
+    def __init__(self) -> None:
+        self.runs: dict[str, Run] = {}
+        self.running: set[str] = set()
+        self.resumed: dict[str, Run] = {}
+        self.alone: dict[str, tuple[tuple[Any, ...], Run]] = {}
+
+
+# By experts; replaced as a whole and never changed, so that a context keeps what it was given.
+_CHOICES: ContextVar[Mapping[int, _Choice]] = ContextVar("mole_diffusion.experts.choices", default={})  # noqa: B039
 
 
 class Experts:
@@ -27,11 +61,13 @@ class Experts:
     Every adapted module computes ``y = W x + sum_i gamma_i E_i(x)``. Factors are frozen; gradients flow to the weights
     gamma and to x. Without a weigher, or with every LoRA masked out, the model is the base model bit for bit.
 
+    Several threads may run the model at once, each inside a :meth:`using` of its own.
+
     Example::
 
         experts = Experts([cat, boot])
         experts.attach({"unet": pipe.unet, "text_encoder": pipe.text_encoder})
-        experts.weigher = ConstantWeights(torch.tensor([0.5, 0.5]))
+        experts.weigher = composition.Normalized()
         with experts.using(keep=torch.tensor([1, 0])):
             ...
         experts.detach()
@@ -54,15 +90,11 @@ class Experts:
         self._factors = _by_module(self.loras)
         self._sites: dict[str, Site] = {}
         self._attachments: dict[str, Attachment] = {}
-        self._runs: dict[str, Run] = {}
-        self._running: set[str] = set()
-        self._resumed: dict[str, Run] = {}
-        self._alone: dict[str, tuple[tuple[Weigher | None, Tensor, Tensor], Run]] = {}
+        self._passes = _Passes()
+        self._latest: dict[str, Run] = {}
         self._on_detach: list[Callable[[], None]] = []
         self._weigher: Weigher | None = None
-        self._keep = torch.ones(1, self.num_experts)
-        self._scale = torch.ones(1, self.num_experts)
-        self._silent = False
+        self._everything = _Choice(torch.ones(1, self.num_experts), torch.ones(1, self.num_experts), silent=False)
 
     @property
     def num_experts(self) -> int:
@@ -86,29 +118,29 @@ class Experts:
     @property
     def keep(self) -> Tensor:
         """``(rows | 1, N)`` of 0 and 1: the LoRAs that take part. Gates are renormalised over them."""
-        return self._keep
+        return self._choice.keep
 
     @property
     def scale(self) -> Tensor:
         """``(rows | 1, N)``: a factor on the final weights."""
-        return self._scale
+        return self._choice.scale
 
     @property
     def context(self) -> Run | None:
         """The denoiser's latest forward pass: timestep, prompt embeddings, sample size. ``None`` before the first."""
-        denoisers = [run for run in self._runs.values() if run.timestep is not None]
+        denoisers = [run for run in self._passes.runs.values() if run.timestep is not None]
         return denoisers[-1] if denoisers else None
 
     @property
     def weigher(self) -> Weigher | None:
-        """Who weighs; ``None`` is the base model."""
+        """Who weighs where no ``using`` says otherwise; ``None`` is the base model."""
         return self._weigher
 
     @weigher.setter
     def weigher(self, weigher: Weigher | None) -> None:
-        if weigher is not None and not hasattr(weigher, "weights"):
+        if weigher is not None and not isinstance(weigher, Weigher):
             given = type(weigher).__name__
-            raise TypeError(f"A weigher needs a method `weights(site, projections, run)`, got {given}.")
+            raise TypeError(f"A weigher needs a method `weigh(site, projections, run)`, got {given}.")
         bind = getattr(weigher, "bind", None)
         if bind is not None:
             bind(self)
@@ -130,19 +162,33 @@ class Experts:
             raise ValueError(f"`engine` must be one of {list(ENGINES)}, got {engine!r}.")
         if self.attached:
             raise ValueError("These experts are attached already; call `detach()` first.")
+        planned = self.check(components)
+        try:
+            for name, model in components.items():
+                # The denoiser also where no LoRA touches it: it says which step it is, and shows its attention.
+                if name in planned or (isinstance(model, nn.Module) and _is_denoiser(model)):
+                    self._attach_component(name, model, planned.get(name, []), engine)
+            self.weigher = self._weigher  # whoever was set before now sees these modules
+        except Exception:
+            self.detach()
+            raise
+
+    def check(self, components: Mapping[str, nn.Module]) -> dict[str, list[Site]]:
+        """Whether :meth:`attach` would take these components; changes nothing on them, also where others hang there.
+
+        Returns:
+            By component, the places where experts will sit.
+
+        Raises:
+            AttachError, ValueError: As :meth:`attach`.
+        """
         missing = [name for name in self.components if not isinstance(components.get(name), nn.Module)]
         if missing:
             raise AttachError(
                 f"The LoRAs {list(self.names)} touch {missing}, but the model has only {sorted(components)}. "
                 "Give those components, or load LoRAs without them."
             )
-        try:
-            for name in self.components:
-                self._attach_component(name, components[name], engine)
-            self.weigher = self._weigher  # whoever was set before now sees these modules
-        except Exception:
-            self.detach()
-            raise
+        return {name: self._sites_of(name, components[name]) for name in self.components}
 
     def detach(self) -> None:
         """Give the model back bit-identical, with its own attention processors and without a hook of ours."""
@@ -153,10 +199,8 @@ class Experts:
         self._on_detach.clear()
         self._attachments.clear()
         self._sites = {}
-        self._runs.clear()
-        self._running.clear()
-        self._resumed.clear()
-        self._alone.clear()
+        self._latest.clear()
+        self._passes = _Passes()
 
     def component(self, name: str) -> nn.Module:
         """The model a component was attached to."""
@@ -171,42 +215,67 @@ class Experts:
 
         A part of the model that is called alone is in a pass of its own, with the present settings.
         """
-        if component in self._running:
-            return self._runs[component]
-        if in_backward() and component in self._runs:
-            return self._resumed.get(component, self._runs[component])
-        settings = (self._weigher, self._keep, self._scale)
-        before, run = self._alone.get(component, (None, None))
+        passes = self._passes
+        if component in passes.running:
+            return passes.runs[component]
+        if in_backward() and component in self._latest:
+            return passes.resumed.get(component, self._latest[component])  # a GPU's backward is a thread of its own
+        settings = (self._weigher, self._choice)
+        before, run = passes.alone.get(component, (None, None))
         if before is None or run is None or any(a is not b for a, b in zip(before, settings, strict=True)):
             run = self._new_run(component, -1, None, {})
-            self._alone[component] = settings, run
+            passes.alone[component] = settings, run
         return run
 
     @contextmanager
-    def using(self, keep: Tensor | None = None, scale: Tensor | None = None) -> Iterator[None]:
+    def using(
+        self,
+        keep: Tensor | None = None,
+        scale: Tensor | None = None,
+        weigher: Weigher | None = None,
+        call: Any = None,
+    ) -> Iterator[None]:
         """Choose and scale LoRAs inside a ``with`` block; what was set before comes back on exit.
+
+        The choice holds for this thread alone.
 
         Args:
             keep: ``(N,)`` or ``(rows, N)`` of 0 and 1. Rows are the batch of the model's forward, or one.
             scale: ``(N,)`` or ``(rows, N)``, multiplies the final weights.
+            weigher: Who weighs inside the block.
+            call: Handed on to the weigher as ``run.call``.
                 What is not given stays as it is outside the block.
 
         Raises:
             ValueError: On another shape, a value of ``keep`` that is neither 0 nor 1, or a scale that is not finite.
         """
-        before = self._keep, self._scale, self._silent
+        before = self._choice
+        kept, scales = before.keep, before.scale
         if keep is not None:
-            self._keep = self._rows("keep", keep)
-            if not torch.isin(self._keep, torch.tensor([0.0, 1.0], device=self._keep.device)).all():
+            kept = self._rows("keep", keep)
+            if not torch.isin(kept, torch.tensor([0.0, 1.0], device=kept.device)).all():
                 raise ValueError(f"`keep` must hold 0 and 1 only, got {keep.tolist()}. Use `scale` for other weights.")
         if scale is not None:
-            self._scale = self._rows("scale", scale)
+            scales = self._rows("scale", scale)
         # Looked at once here, because a look at a tensor on a GPU in every module would stall it.
-        self._silent = not (self._keep * self._scale.to(self._keep.device)).any().item()
+        silent = not (kept * scales.to(kept.device)).any().item()
+        weigher = before.weigher if weigher is None else weigher
+        choice = _Choice(kept, scales, silent, weigher, before.call if call is None else call)
+        token = _CHOICES.set({**_CHOICES.get(), id(self): choice})
         try:
             yield
         finally:
-            self._keep, self._scale, self._silent = before
+            _CHOICES.reset(token)
+
+    @property
+    def chosen(self) -> Weigher | None:
+        """Who weighs just now, in this thread."""
+        choice = self._choice
+        return self._weigher if choice.weigher is None else choice.weigher
+
+    @property
+    def _choice(self) -> _Choice:
+        return _CHOICES.get().get(id(self), self._everything)
 
     def matches(self) -> dict[str, dict[str, int]]:
         """Number of modules each LoRA touches, by LoRA and component."""
@@ -244,24 +313,41 @@ class Experts:
                 f"`keep` has {len(run.keep)} rows and `scale` {len(run.scale)}, but {site.component} runs a batch of "
                 f"{batch}. Give one row for all, or one for each (with guidance, for both halves)."
             )
-        weights = run.weigher.weights(site, projections, run)
+        weights = run.weigher.weigh(site, projections, run)
         if weights is None:
             return output
         projected = projections.tensors[site.name]
         weights = weights.to(projected.device)
-        per_rank = getattr(run.weigher, "per_rank", False)
-        _check_weights(weights, projected, site, None if per_rank else self.num_experts)
-        if not per_rank:
-            weights = site.stack.per_rank(weights)
-        return output + site.stack.expand(projected, weights, output)
+        _check_weights(weights, projected, site, self.num_experts)
+        return output + site.stack.expand(projected, site.stack.per_rank(weights), output)
+
+    def bias(self, component: str, layer: LayerSeam, query: Tensor, key: Tensor) -> Tensor | None:
+        """What the weigher adds to the scores of an attention layer of the denoiser, if anything."""
+        run = self.run(component)
+        ask = getattr(run.weigher, "attention_bias", None)
+        bias: Tensor | None = ask(layer, query, key, run) if run.active and ask is not None else None
+        return bias
+
+    def watched(self, component: str) -> bool:
+        """Whether the weigher wants to see what attention layers compute in the present pass."""
+        run = self.run(component)
+        watches = getattr(run.weigher, "watches", None)
+        return bool(run.active and watches is not None and watches(run))
+
+    def attended(self, component: str, layer: LayerSeam, query: Tensor, key: Tensor, output: Tensor) -> None:
+        """Show the weigher what an attention layer of the denoiser computed, if it wants to see it."""
+        if self.watched(component):
+            run = self.run(component)
+            weigher: Any = run.weigher
+            weigher.attended(layer, query, key, output, run)
 
     def __deepcopy__(self, memo: Any) -> NoReturn:
         # Copied hooks and processors would go on reading from this object, weighing the copy by the original's state.
         raise AttachError("A model with experts attached cannot be copied. Call `detach()` first, then copy.")
 
-    def _attach_component(self, component: str, model: nn.Module, engine: Engine) -> None:
+    def _sites_of(self, component: str, model: nn.Module) -> list[Site]:
         modules = dict(model.named_modules())
-        stacks = self._factors[component]
+        stacks = self._factors.get(component, {})
         unknown = [name for name in stacks if name not in modules]
         if unknown:
             raise AttachError(
@@ -275,7 +361,11 @@ class Experts:
             if name in stacks
         ]
         group_sites(sites, model)
-        denoiser = "timestep" in inspect.signature(model.forward).parameters
+        refuse_unfit(component, model, sites)
+        return sites
+
+    def _attach_component(self, component: str, model: nn.Module, sites: list[Site], engine: Engine) -> None:
+        denoiser = _is_denoiser(model)
         if engine == "processors" and not denoiser:
             engine = "auto"  # a text encoder has no attention processors
 
@@ -283,49 +373,55 @@ class Experts:
             root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
             device = next((x.device for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
-            run = self._begin(component, device, _denoiser_inputs(root, args, kwargs) if denoiser else {})
+            inputs = _denoiser_inputs if denoiser else _text_inputs
+            run = self._begin(component, device, inputs(root, args, kwargs))
             if run.passes == 1:
                 return None
             batch = len(_sample(_by_name(root, args, kwargs)))
             return widen(args, batch, run.passes), widen(kwargs, batch, run.passes)
 
         def end(output: Any) -> Any:
-            self._running.discard(component)
+            self._passes.running.discard(component)
             for site in sites:
                 site.group.forget()
             for tensor in tensors(output):
                 if tensor.requires_grad:
                     # The backward pass of several forward passes comes in reverse; each announces itself here, before
                     # any of its checkpoints is recomputed.
-                    tensor.register_hook(functools.partial(self._resume, self._runs[component]))
-            run = self._runs.get(component)
+                    tensor.register_hook(functools.partial(self._resume, self._passes.runs[component]))
+            run = self._passes.runs.get(component)
             if output is None or run is None or run.passes == 1:
                 return None
             several: Any = run.weigher
             return narrow(output, run.passes, lambda predictions: several.combine(predictions, run))
 
-        self._attachments[component] = Attachment(component, model, sites, engine, self.add, begin, end)
+        seam = functools.partial(LayerSeam, self, component) if denoiser else None
+        self._attachments[component] = Attachment(component, model, sites, engine, self.add, seam, begin, end)
         self._sites.update({site.name: site for site in sites})
 
     def _begin(self, component: str, device: torch.device | None, inputs: dict[str, Any]) -> Run:
-        self._resumed.pop(component, None)
-        self._alone.pop(component, None)
-        previous = self._runs.pop(component, None)
+        passes = self._passes
+        passes.resumed.pop(component, None)
+        passes.alone.pop(component, None)
+        previous = passes.runs.pop(component, None)
         index = 0 if previous is None else previous.index + 1
         run = self._new_run(component, index, device, inputs)
-        if isinstance(run.weigher, WidensBatch) and run.active and run.timestep is not None:
-            run = replace(run, passes=run.weigher.passes(run))
-        self._runs[component] = run
-        self._running.add(component)
+        several = getattr(run.weigher, "passes", None)
+        if several is not None and run.active and run.timestep is not None:
+            run = replace(run, passes=several(run))
+        passes.runs[component] = self._latest[component] = run
+        passes.running.add(component)
         return run
 
     def _resume(self, run: Run, gradient: Tensor) -> None:
-        self._resumed[run.component] = run
+        self._passes.resumed[run.component] = run
 
     def _new_run(self, component: str, index: int, device: torch.device | None, inputs: dict[str, Any]) -> Run:
-        active = self._weigher is not None and not self._silent
-        keep, scale = self._keep.to(device), self._scale.to(device)  # once a pass rather than once a module
-        return Run(component, index, self._weigher, keep, scale, active, **inputs)
+        choice = self._choice
+        weigher = self.chosen
+        active = weigher is not None and not choice.silent
+        keep, scale = choice.on(device)
+        return Run(component, index, weigher, keep, scale, active, call=choice.call, **inputs)
 
     def _rows(self, name: str, values: Tensor) -> Tensor:
         given = torch.as_tensor(values)
@@ -361,6 +457,14 @@ def _denoiser_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     }
 
 
+def _text_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {"input_ids": _by_name(model, args, kwargs).get("input_ids")}
+
+
+def _is_denoiser(model: nn.Module) -> bool:
+    return "timestep" in inspect.signature(model.forward).parameters
+
+
 def _by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     names = list(inspect.signature(model.forward).parameters)
     return {**dict(zip(names, args, strict=False)), **kwargs}
@@ -370,11 +474,11 @@ def _sample(given: Mapping[str, Any]) -> Any:
     return given.get("sample", given.get("hidden_states"))
 
 
-def _check_weights(weights: Tensor, projected: Tensor, site: Site, num_experts: int | None) -> None:
-    batch, tokens, ranks = projected.shape
-    last = ranks if num_experts is None else num_experts
-    fits = weights.ndim == 3 and weights.shape[2] == last
+def _check_weights(weights: Tensor, projected: Tensor, site: Site, num_experts: int) -> None:
+    batch, tokens, _ = projected.shape
+    fits = weights.ndim == 3 and weights.shape[2] == num_experts
     if not fits or weights.shape[0] not in (1, batch) or weights.shape[1] not in (1, tokens):
         raise ValueError(
-            f"The weights for {site.name} must be (1 or {batch}, 1 or {tokens}, {last}), got {tuple(weights.shape)}."
+            f"The weights for {site.name} must be (1 or {batch}, 1 or {tokens}, {num_experts}), got "
+            f"{tuple(weights.shape)}."
         )

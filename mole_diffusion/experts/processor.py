@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
@@ -12,6 +12,22 @@ from torch.nn import functional as F
 from .site import Site
 
 AddExperts = Callable[[Site, Tensor, Tensor], Tensor]
+
+
+class AttentionSeam(Protocol):
+    """What an attention layer asks while it attends; nothing of it costs anything where no weigher wants it."""
+
+    def watched(self) -> bool:
+        """Whether anybody wants to see this pass."""
+        ...
+
+    def bias(self, query: Tensor, key: Tensor) -> Tensor | None:
+        """An additive bias ``(batch, 1, pixels, words)``, or ``None``. Query and key: ``(batch, heads, tokens, d)``."""
+        ...
+
+    def attended(self, query: Tensor, key: Tensor, output: Tensor) -> None:
+        """Shows what was computed; ``output`` ``(batch, tokens, heads * d)`` is that before ``to_out``."""
+        ...
 
 
 class MoLEAttnProcessor:
@@ -24,11 +40,18 @@ class MoLEAttnProcessor:
         sites: Sites of this attention layer by the name of the projection: ``to_q``, ``to_k``, ``to_v``, ``to_out.0``.
             Without any, as when diffusers makes a new processor of the same class, it is the stock processor.
         add: ``(site, input, output) -> output with the experts' share``.
+        seam: Asked for a bias, and shown queries, keys and outputs.
     """
 
-    def __init__(self, sites: Mapping[str, Site] | None = None, add: AddExperts | None = None) -> None:
+    def __init__(
+        self,
+        sites: Mapping[str, Site] | None = None,
+        add: AddExperts | None = None,
+        seam: AttentionSeam | None = None,
+    ) -> None:
         self.sites = dict(sites or {})
         self._add = add
+        self._seam = seam
 
     def __call__(
         self,
@@ -80,8 +103,14 @@ class MoLEAttnProcessor:
             query = attn.norm_q(query)
         if attn.norm_k is not None:
             key = attn.norm_k(key)
+        if self._seam is not None:
+            bias = self._seam.bias(query, key)
+            if bias is not None:
+                attention_mask = bias if attention_mask is None else attention_mask + bias
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
         attended = attended.transpose(1, 2).reshape(batch, -1, width).to(query.dtype)
+        if self._seam is not None:
+            self._seam.attended(query, key, attended)
 
         hidden_states = attn.to_out[1](self._project("to_out.0", attn.to_out[0], attended))
         if is_image:

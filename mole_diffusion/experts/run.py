@@ -1,20 +1,20 @@
-"""What one forward pass of a component was started with."""
+"""What one forward pass of a component was started with, and who says how much of each LoRA a module gets in it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .weigher import Weigher
+    from .site import Projections, Site
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One forward pass of one component: who weighs, what is kept, and what the denoiser was told.
+    """One forward pass of one component: who weighs, what is kept, and what the model was told.
 
     Frozen when the pass begins, because gradient checkpointing runs parts of it again during the backward pass, when
     the surrounding ``experts.using(...)`` may long be left and other passes may have followed.
@@ -28,9 +28,12 @@ class Run:
         active: False if the experts add nothing in this pass.
         timestep: As the denoiser was given it; ``None`` in a text encoder.
         encoder_hidden_states: The prompt embeddings the denoiser was given; ``None`` in a text encoder.
+        input_ids: The tokens a text encoder was given, ``(rows, tokens)``; ``None`` in a denoiser.
         sample_size: ``(height, width)`` of the denoiser's sample where it has them.
-        passes: How many times the batch runs at once, one block of rows after another; see :class:`WidensBatch`. The
+        passes: How many times the batch runs at once, one block of rows after another; see :meth:`Weigher.passes`. The
             other attributes are those of one such pass.
+        call: What was handed to ``experts.using(call=...)``: the call of a pipeline this pass belongs to, for the
+            weigher to read. ``None`` outside of one.
         notes: What a weigher wants to remember for the rest of this pass and for its recomputation.
     """
 
@@ -42,9 +45,44 @@ class Run:
     active: bool
     timestep: Tensor | float | None = None
     encoder_hidden_states: Tensor | None = None
+    input_ids: Tensor | None = None
     sample_size: tuple[int, int] | None = None
     passes: int = 1
-    notes: dict[str, Any] = field(default_factory=dict)
+    call: Any = None
+    notes: dict[Any, Any] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Weigher(Protocol):
+    """Gives the final weights gamma of ``y = W x + up (gamma * down x)``.
+
+    :meth:`weigh` is all a weigher needs. The others are asked for where it has them:
+
+    ``bind(experts)``: told which experts it weighs, when it is set.
+    ``passes(run) -> int``: the denoiser's batch runs this many times over in one forward pass, all its rows for the
+    first pass, then all for the second; :meth:`weigh` then answers for the widened batch. Asked once, when the
+    denoiser's forward pass begins; text encoders run once.
+    ``combine(predictions, run)``: predictions ``(passes, batch, ...)`` to what the caller of the denoiser gets,
+    ``(batch, ...)``.
+    ``attention_bias(layer, query, key, run)``: an additive bias ``(batch, 1, pixels, words)`` for a cross-attention.
+    ``watches(run) -> bool``: whether it wants to see what attention layers compute in this pass of the denoiser, and
+    ``attended(layer, query, key, output, run)``: what one did. Layers are :class:`~.seam.LayerSeam`; query and key
+    ``(batch, heads, tokens, d)``; output ``(batch, tokens, heads * d)``.
+    """
+
+    def weigh(self, site: Site, projections: Projections, run: Run) -> Tensor | None:
+        """Weights for one module in one pass, with ``run.keep`` and ``run.scale`` already worked in.
+
+        Args:
+            site: The module.
+            projections: ``down x`` of this site and of those that read the same tensor, ``(batch, tokens, R)`` each.
+            run: The forward pass: keep, scale, timestep, prompt embeddings.
+
+        Returns:
+            ``(batch | 1, tokens | 1, N)``, or ``None`` to add nothing here. The same tensor, given again for another
+            module or in a later pass, is not worked through again.
+        """
+        ...
 
 
 def in_backward() -> bool:

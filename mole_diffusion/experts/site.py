@@ -24,7 +24,6 @@ class Site:
         reads_text: Whether its input are prompt embeddings: keys and values of a cross-attention.
         tokens: How many positions the last output had; ``None`` before the first call.
         input_tokens: The same of the last input.
-        spatial: ``(height, width)`` of the last output where it had them (convolutions), else ``None``.
     """
 
     def __init__(self, component: str, module_name: str, module: nn.Module, stack: ExpertStack) -> None:
@@ -36,7 +35,6 @@ class Site:
         self.reads_text = False
         self.tokens: int | None = None
         self.input_tokens: int | None = None
-        self.spatial: tuple[int, int] | None = None
         _check_fit(self)
 
     @property
@@ -61,8 +59,6 @@ class Site:
 
     def see(self, hidden_states: Tensor, output: Tensor) -> None:
         """Remember the shapes of the module's latest input and output."""
-        if self.stack.is_convolution:
-            self.spatial = (output.shape[-2], output.shape[-1])
         where = slice(2, None) if self.stack.is_convolution else slice(1, -1)
         self.tokens, self.input_tokens = output.shape[where].numel(), hidden_states.shape[where].numel()
 
@@ -71,11 +67,16 @@ class Projections:
     """``down x`` of every site in a group, for one input tensor.
 
     Attributes:
+        hidden_states: The input tensor.
         tensors: Site name to ``(batch, tokens, R)``.
+        spatial: ``(height, width)`` of the output where it has them (convolutions), else ``None``.
     """
 
-    def __init__(self, hidden_states: Tensor, tensors: dict[str, Tensor]) -> None:
+    def __init__(
+        self, hidden_states: Tensor, tensors: dict[str, Tensor], spatial: tuple[int, int] | None = None
+    ) -> None:
         self.hidden_states = hidden_states
+        self.spatial = spatial
         self.tensors = tensors
         self._waiting = set(tensors)
 
@@ -110,7 +111,8 @@ class SiteGroup:
             down = self._down_like(output)
             rows = [len(member.stack.down) for member in self.sites]
             parts = site.project(hidden_states, down).split(rows, dim=-1)
-            shared = Projections(hidden_states, {m.name: z for m, z in zip(self.sites, parts, strict=True)})
+            spatial = (output.shape[-2], output.shape[-1]) if site.stack.is_convolution else None
+            shared = Projections(hidden_states, {m.name: z for m, z in zip(self.sites, parts, strict=True)}, spatial)
             shared.take(site)
         self._open = None if shared.done else shared
         return shared

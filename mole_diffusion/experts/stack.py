@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..lora import LoRAFactors
+
+# Weights per LoRA to the same per rank, by the ranks of a module; an entry goes with the tensor it was made from.
+_BY_RANK: Any = WeakIdKeyDictionary()
 
 
 class ExpertStack:
@@ -74,10 +79,20 @@ class ExpertStack:
         return up
 
     def per_rank(self, weights: Tensor) -> Tensor:
-        """Weights per LoRA ``(batch, tokens, N)`` repeated for each of its ranks here: ``(batch, tokens, R)``."""
+        """Weights per LoRA ``(batch, tokens, N)`` repeated for each of its ranks here: ``(batch, tokens, R)``.
+
+        The answer is kept as long as ``weights`` lives, and shared by all modules of these ranks: a weigher that gives
+        the same tensor to many modules, or pass after pass, has it worked through once.
+        """
+        if weights.requires_grad:
+            return weights[..., self.expert_of_rank.to(weights.device)]
+        known = _BY_RANK.setdefault(weights, {})
+        if self.ranks in known:
+            return known[self.ranks]
         if self.expert_of_rank.device != weights.device:
             self.expert_of_rank = self.expert_of_rank.to(weights.device)
-        return weights[..., self.expert_of_rank]
+        by_rank = known[self.ranks] = weights[..., self.expert_of_rank]
+        return by_rank
 
     def expand(self, projected: Tensor, weights: Tensor, output: Tensor) -> Tensor:
         """``up (gamma * z)``, shaped like the module's ``output``.

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..experts import Run
+
 
 class BlockExperts:
     """Runs one block under every LoRA alone: ``E_i = F_{theta + delta_i}(x) - F_theta(x)``.
@@ -19,22 +21,20 @@ class BlockExperts:
     Args:
         experts: Indices of the LoRAs that touch the block.
         num_experts: N of the whole model.
-
-    Attributes:
-        solo: The LoRA that acts alone just now; ``None`` while the block runs as the base.
     """
 
     def __init__(self, experts: tuple[int, ...], num_experts: int) -> None:
         self.experts = experts
-        self.solo: int | None = None
         self._alone = torch.eye(num_experts)
 
-    def weights(self) -> Tensor | None:
-        """Weights of the modules inside the block in the present run: one LoRA in full, or none."""
-        return None if self.solo is None else self._alone[self.solo][None, None]
+    def weights(self, run: Run) -> Tensor | None:
+        """Weights of the modules inside the block just now: the LoRA that acts alone in full, or none."""
+        solo = run.notes.get(self)
+        return None if solo is None else self._alone[solo][None, None]
 
     def mix(
         self,
+        run: Run,
         block: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -44,6 +44,7 @@ class BlockExperts:
         """``O = F_theta(x) + sum_i g_i E_i``.
 
         Args:
+            run: The forward pass the block runs in.
             block: The block.
             args: What it was called with.
             kwargs: What it was called with.
@@ -54,10 +55,10 @@ class BlockExperts:
         changes = []
         try:
             for index in self.experts:
-                self.solo = index
+                run.notes[self] = index
                 changes.append(block.forward(*args, **kwargs) - output)
         finally:
-            self.solo = None
+            run.notes.pop(self, None)
         expert_outputs = torch.stack(changes, dim=2)  # (batch, tokens, experts, features)
         gates = weigh(expert_outputs).to(output.dtype)
         return output + torch.einsum("bn,blnd->bld", gates, expert_outputs)

@@ -147,7 +147,7 @@ class MoLEModel(ModelMixin, ConfigMixin):
                 self._gate(spec).set_up(up_blocks(spec, experts, self._gate(spec).weight.dtype))
         self._binding = binding
 
-    def weights(self, site: Site, projections: Projections, run: Run) -> Tensor | None:
+    def weigh(self, site: Site, projections: Projections, run: Run) -> Tensor | None:
         """Final weights of one module, ``(batch, 1, N)``, or ``(batch, tokens, N)`` with ``token_axis="token"``.
 
         The first of a scope to run sets them for the whole scope.
@@ -160,7 +160,7 @@ class MoLEModel(ModelMixin, ConfigMixin):
             raise ValueError(f"These gates do not weigh {site.name}. Set `experts.weigher = model` to bind them.")
         spec = binding.spec_of[site.name]
         if spec.block is not None:
-            return binding.blocks[spec.name].weights()
+            return binding.blocks[spec.name].weights(run)
         current: Current | None = run.notes.get(spec.name)
         if site.name in spec.entry_sites and not (current is not None and current.source() is projections):
             features = _read(spec, site, projections, self.gate_config.token_axis)
@@ -277,14 +277,14 @@ class MoLEModel(ModelMixin, ConfigMixin):
 
         def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
             run = experts.run(spec.component)
-            if run.weigher is not self or not run.active:
+            if not run.active or self not in (run.weigher, getattr(run.weigher, "gates", None)):
                 return output
 
             def weigh(expert_outputs: Tensor) -> Tensor:
                 weights = self._weigh(spec, expert_outputs.flatten(2), None, run)
                 return weights[:, 0, list(spec.experts)]
 
-            return mixer.mix(block, args, kwargs, output, weigh)
+            return mixer.mix(run, block, args, kwargs, output, weigh)
 
         block = experts.component(spec.component).get_submodule(spec.block or "")
         experts.on_detach(block.register_forward_hook(hook, with_kwargs=True).remove)
@@ -312,13 +312,13 @@ def _read(spec: GateSpec, site: Site, projections: Projections, axis: TokenAxis)
     if spec.hidden_features == 0:
         return torch.ones(len(hidden_states), 1, 1, device=hidden_states.device)
     if axis == "token" and site.stack.is_convolution:  # a stride leaves fewer positions to weigh than there are to read
-        hidden_states = F.adaptive_avg_pool2d(hidden_states, site.spatial)
+        hidden_states = F.adaptive_avg_pool2d(hidden_states, projections.spatial)
     return site.positions(hidden_states)
 
 
 def _grid(spec: GateSpec, site: Site, projections: Projections) -> tuple[int, int] | None:
     """Height and width of what a gate reads at a convolution; ``None`` elsewhere."""
     if spec.hidden_features is None or not site.stack.is_convolution:
-        return site.spatial
+        return projections.spatial
     height, width = projections.hidden_states.shape[-2:]
     return height, width

@@ -55,6 +55,7 @@ class LoRA:
         sha256: Of the file's bytes; of the sorted tensors for a state dict.
         factors: Component (`"unet"`, `"text_encoder"`, …) to module name, as in `named_modules()`, to factors.
             fp32, on the CPU.
+        triggers: Words that call it in a prompt, as far as its file tells.
     """
 
     name: str
@@ -62,6 +63,7 @@ class LoRA:
     layout: str
     sha256: str
     factors: dict[str, dict[str, LoRAFactors]]
+    triggers: tuple[str, ...] = ()
 
     @property
     def ranks(self) -> tuple[int, int]:

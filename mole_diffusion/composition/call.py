@@ -1,0 +1,68 @@
+"""What a method is told of the call of a pipeline that a forward pass belongs to, and where it keeps what it finds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+from .prompt import PromptWords
+from .regions import RegionMap
+
+Role = Literal["subject", "style", "utility"]
+ROLES: tuple[Role, ...] = ("subject", "style", "utility")
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a pipeline. Everything in it ends with the call.
+
+    Attributes:
+        names: The loaded LoRAs, in the order of the experts.
+        roles: One for each. A ``"subject"`` is a thing in the picture and acts where it is; a ``"style"`` acts
+            everywhere but on subjects' words; a ``"utility"`` (LCM, Lightning) acts everywhere and has no share.
+        scheduler: The scheduler that steps through this call.
+        words: Where in the prompts each LoRA's trigger words stand; ``None`` until the prompts are read, and where
+            they never are (prompt embeddings of unknown words).
+        regions: The regions a user gave; ``regions.fixed`` names the LoRAs that have one. ``None`` without.
+        found: The regions a method found, for the pipeline to hand out afterwards.
+        prior: Whether this is the pass without LoRAs that comes before the picture.
+        state: What a method remembers from step to step, by itself.
+    """
+
+    names: tuple[str, ...]
+    roles: tuple[Role, ...]
+    scheduler: Any = None
+    words: PromptWords | None = None
+    regions: RegionMap | None = None
+    found: RegionMap | None = None
+    prior: bool = False
+    state: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def timesteps(self) -> Sequence[float] | Tensor:
+        """All timesteps of the present sampling run."""
+        timesteps: Sequence[float] | Tensor = self.scheduler.timesteps
+        return timesteps
+
+
+_CURRENT: ContextVar[Call | None] = ContextVar("mole_diffusion.call", default=None)
+
+
+def current_call() -> Call | None:
+    """The call that runs in this thread."""
+    return _CURRENT.get()
+
+
+@contextmanager
+def running(call: Call) -> Iterator[None]:
+    """Makes `call` the current one inside the ``with``."""
+    token = _CURRENT.set(call)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)

@@ -1,0 +1,214 @@
+"""Masks found in the base model's own attention."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..errors import MoLEError
+from ..experts import Run
+from ..experts.seam import LayerSeam
+from .attention import WordMaps
+from .base import Need
+from .call import Call
+from .owners import owners
+from .regional import RegionalComposition, roles
+from .regions import RegionMap
+from .step import Step
+
+
+@dataclass(eq=False)
+class _Found:
+    """What is known of the present call."""
+
+    first_step: int | None = None
+    maps: WordMaps | None = None
+    region_map: RegionMap | None = None
+    keep: Tensor | None = None
+    seen: set[str] = field(default_factory=set)
+
+
+class Masks(RegionalComposition):
+    """Every LoRA acts on its own subject, at full strength; where that is, the base model says before LoRAs change it.
+
+    The first steps are drawn without LoRAs; in some of them, when things have found their places, the attention of the
+    pixels to each subject's words is read, and every pixel goes to the subject it attends to most, or to the background
+    (:func:`~mole_diffusion.composition.owners.owners`). Then the picture is begun again from the same noise, with LoRAs
+    where they belong. No training, no pictures, LoRAs never seen before.
+
+    The scheme of two phases is that of FreeFuse (https://arxiv.org/abs/2510.23515), whose masks come from another rule,
+    see :class:`~mole_diffusion.composition.FreeFuse`.
+
+    Args:
+        online: Do not begin again: LoRAs join in once masks are known. Costs no evaluation of the denoiser; what the
+            first steps laid out without LoRAs stays.
+        start: Where reading begins, as a part of all steps: attention of the very first says little.
+        stop: Where it ends. A picture that begins in the middle of the schedule (image to image) is read from its first
+            step on, for as long.
+        background: A pixel is a subject's if its attention to the words lies this many standard deviations above the
+            mean of the picture.
+        smoothing: Side of the square, in pixels of the latent, over which maps are averaged; odd.
+        neutral_words: Weight of a subject's LoRA on words that are nobody's; ``None`` is 1/N.
+        own_words: Added to the scores of a subject's pixels for the subject's own words (FreeFuse's gamma).
+        others_words: Taken from the scores of a subject's pixels for the words of others (FreeFuse's beta).
+
+    Raises:
+        MoLEError: A setting is out of its range.
+    """
+
+    name = "masks"
+    source = "attention of the base; after FreeFuse (arXiv 2510.23515)"
+
+    def __init__(
+        self,
+        *,
+        online: bool = False,
+        start: float = 0.12,
+        stop: float = 0.36,
+        background: float = 0.5,
+        smoothing: int = 3,
+        neutral_words: float | None = None,
+        own_words: float = 0.0,
+        others_words: float = 0.0,
+    ) -> None:
+        if not 0 <= start < stop < 1:
+            raise MoLEError(f"`start` and `stop` must be 0 <= start < stop < 1, got {start} and {stop}.")
+        if smoothing < 1 or smoothing % 2 == 0:
+            raise MoLEError(f"`smoothing` must be an odd number of pixels, got {smoothing}. 1 leaves maps as they are.")
+        for name, value in (("background", background), ("own_words", own_words), ("others_words", others_words)):
+            if not math.isfinite(value):
+                raise MoLEError(f"`{name}` must be finite, got {value}.")
+        self.online = online
+        self.start = start
+        self.stop = stop
+        self.background = background
+        self.smoothing = smoothing
+        self.neutral_words = neutral_words
+        self.own_words = own_words
+        self.others_words = others_words
+        self.needs: frozenset[Need] = frozenset({"words", "attention"} | (set() if online else {"prior"}))  # type: ignore[arg-type]
+
+    def evaluations(self, num_loras: int) -> float:
+        return 1 if self.online or num_loras <= 1 else 1 + self.stop
+
+    def prior_done(self, run: Run) -> bool:
+        call = self.call(run)
+        _, stop = self._window(call, run)
+        return _step(call, run).index + 1 >= stop
+
+    def watches(self, run: Run) -> bool:
+        if not isinstance(run.call, Call) or not (self.online or run.call.prior):
+            return False
+        found = self._found(run.call)
+        if found.region_map is not None or self._all_given(run.call, run):
+            return False
+        start, stop = self._window(run.call, run)
+        return start <= _step(run.call, run).index < stop
+
+    def attended(self, layer: LayerSeam, query: Tensor, key: Tensor, output: Tensor, run: Run) -> None:
+        found = self._found(run.call)
+        if found.maps is None:
+            found.maps = self.new_maps(run.call)
+        self.read(found.maps, layer, query, key, output, run)
+
+    def new_maps(self, call: Call) -> WordMaps:
+        """Something to collect attention in."""
+        return WordMaps(self.words(call))
+
+    def read(self, maps: WordMaps, layer: LayerSeam, query: Tensor, key: Tensor, output: Tensor, run: Run) -> None:
+        """Take in one layer."""
+        with torch.no_grad():
+            maps.add(layer, query, key, run)
+
+    def own(self, maps: WordMaps, taking_part: Tensor) -> Tensor:
+        """The rule: ``(pictures, N, height, width)`` of shares from what was read."""
+        return owners(maps.mean(), taking_part, background=self.background, smoothing=self.smoothing)
+
+    def regions(self, run: Run) -> RegionMap | None:
+        call = self.call(run)
+        found = self._found(call)
+        if self._all_given(call, run):
+            return call.regions
+        if call.prior:
+            return None
+        if self.online and found.region_map is None and _step(call, run).index < self._window(call, run)[1]:
+            return None
+        if found.region_map is None or found.keep is not run.keep:
+            found.region_map, found.keep = self._decide(call, found, run), run.keep
+            call.found = found.region_map
+        return found.region_map
+
+    def attention_bias(self, layer: LayerSeam, query: Tensor, key: Tensor, run: Run) -> Tensor | None:
+        if not layer.crossed or (self.own_words == 0 and self.others_words == 0):
+            return None
+        call, text = self.call(run), run.encoder_hidden_states
+        region_map = run.notes.get("regions") or (None if run.call.prior else self.regions(run))
+        if region_map is None or text is None or run.sample_size is None:
+            return None
+        from ..gating.tokens import token_grid
+
+        owned = self.words(call).of_embeddings(text).to(query.device, torch.float32)  # (rows, N, words)
+        shares = region_map.at(*token_grid(query.shape[2], run.sample_size, layer.name), device=query.device)
+        if len(shares) > 1:
+            shares = shares.repeat(len(query) // len(shares), 1, 1)
+        shares = shares * (run.keep * roles(run, "subject"))[:, None]
+        own = shares @ owned  # (rows, pixels, words): how much of the pixel belongs to the word's owner
+        others = shares.sum(dim=-1, keepdim=True) * owned.amax(dim=1)[:, None] - own
+        bias = self.own_words * own - self.others_words * others
+        return bias[:, None].to(query.dtype)
+
+    def _decide(self, call: Call, found: _Found, run: Run) -> RegionMap:
+        if found.maps is None or found.maps.empty:
+            raise MoLEError(
+                f"composition {self.name!r} saw no attention of the pixels to the prompt before LoRAs were to begin. "
+                "Draw with more steps, or give the regions yourself: `pipe(..., regions={...})`."
+            )
+        given = call.regions
+        fixed = set() if given is None else set(given.fixed)
+        kept = (run.keep * roles(run, "subject")).bool().cpu()
+        automatic = kept & torch.tensor([name not in fixed for name in call.names])
+        maps = found.maps
+        values = self.own(maps, automatic.to(maps.mean().device)).cpu()
+        if given is not None:
+            drawn = given.values.cpu()
+            if drawn.shape[-2:] != values.shape[-2:]:
+                drawn = torch.nn.functional.interpolate(drawn, size=values.shape[-2:], mode="area")
+            drawn = drawn * kept[..., None, None]
+            values = drawn + values * (1 - drawn.sum(dim=1, keepdim=True)).clamp(0, 1)  # what was given goes first
+        return RegionMap(values.clamp(0, 1), call.names, sorted(fixed))
+
+    def _all_given(self, call: Call, run: Run) -> bool:
+        """Whether every subject that takes part has a region of the user's."""
+        given = call.regions
+        if given is None:
+            return False
+        known = call.state.setdefault((self, "all given"), [None, False])
+        if known[0] is not run.keep:
+            kept = (run.keep * roles(run, "subject")).amax(dim=0).tolist()
+            known[:] = run.keep, all(name in given.fixed for name, k in zip(call.names, kept, strict=True) if k)
+        return bool(known[1])
+
+    def _found(self, call: Call) -> _Found:
+        found: _Found = call.state.setdefault((self, "found"), _Found())
+        return found
+
+    def _window(self, call: Call, run: Run) -> tuple[int, int]:
+        """First step that is read, and the one after the last."""
+        step, found = _step(call, run), self._found(call)
+        if found.first_step is None:
+            found.first_step = step.index
+        start = math.floor(self.start * step.total)
+        length = max(1, round(self.stop * step.total) - start)
+        start = max(start, found.first_step)
+        return min(start, step.total - 1), min(start + length, max(step.total - self.online, 1))
+
+
+def _step(call: Call, run: Run) -> Step:
+    if "step" not in run.notes:
+        assert run.timestep is not None
+        run.notes["step"] = Step(run.timestep, call.timesteps)
+    step: Step = run.notes["step"]
+    return step

@@ -1,0 +1,152 @@
+"""LoRAs that act where their subject is: on its pixels and on its words."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import MoLEError
+from ..experts import Projections, Run, Site
+from ..gating.tokens import token_grid
+from .base import Composition
+from .call import Call
+from .prompt import PromptWords
+from .regions import RegionMap
+
+
+class RegionalComposition(Composition):
+    """A method that says which pixels are whose; this class turns that into weights for every module.
+
+    A subject's LoRA has weight 1 on its own pixels and on its own words, in the text encoder as in the keys and values
+    of cross-attention, and 0 on those of others. On neutral words, and in modules that have no tokens (projections of
+    the time), N subjects have 1/N each. A style acts in full everywhere but on subjects' words; a utility everywhere.
+    A LoRA that is the only one in a call, and was given no region, is that LoRA plainly.
+
+    Unit strength where a LoRA belongs, instead of a share of one unit, is the rule of FreeFuse
+    (https://arxiv.org/abs/2510.23515); words by owner are TARA's (AAAI 2026).
+
+    Attributes:
+        neutral_words: Weight of a subject's LoRA on words that are nobody's; ``None`` is 1/N.
+    """
+
+    neutral_words: float | None = None
+
+    @abstractmethod
+    def regions(self, run: Run) -> RegionMap | None:
+        """Whose pixels are whose in this forward pass of the denoiser; ``None`` while LoRAs are to be left out.
+
+        As long as nothing changes it is the same object, so that weights are worked out once.
+        """
+
+    def weigh(self, site: Site, projections: Projections, run: Run) -> Tensor | None:
+        """``(batch | 1, tokens | 1, num_experts)``; the same tensor for all modules that see the same tokens."""
+        call = self.call(run)
+        if is_alone(call, run):
+            return self._kept(run, "alone", (), lambda: (run.keep * run.scale)[:, None])
+        if run.timestep is None:
+            ids = run.input_ids
+            assert ids is not None
+            return self._kept(run, "text", (ids,), lambda: self._words(self.words(call).of_tokens(ids), run))
+        if "regions" not in run.notes:
+            run.notes["regions"] = self.regions(run)
+        region_map: RegionMap | None = run.notes["regions"]
+        if region_map is None:
+            return None
+        if site.reads_text:
+            text = run.encoder_hidden_states
+            assert text is not None
+            return self._kept(run, "words", (text,), lambda: self._words(self.words(call).of_embeddings(text), run))
+        if projections.hidden_states.ndim == 2:
+            return self._kept(run, "vector", (), lambda: self._shares(run)[:, None])
+        projected = projections.tensors[site.name]
+        rows, tokens = projected.shape[:2]
+        height, width = projections.spatial or token_grid(tokens, run.sample_size, site.name)
+        return self._kept(
+            run, (height, width, rows), (region_map,), lambda: self._pixels(region_map, height, width, rows, run)
+        )
+
+    def call(self, run: Run) -> Call:
+        """The call a forward pass belongs to.
+
+        Raises:
+            MoLEError: It belongs to none, so that nobody knows the prompt.
+        """
+        if not isinstance(run.call, Call):
+            raise MoLEError(
+                f"composition {self.name!r} needs to know the prompt, and the model was called outside of a pipeline's "
+                "call. Draw with `pipe(...)`, inside `with pipe.composing():`, or after "
+                '`set_composition("normalized")`.'
+            )
+        return run.call
+
+    def words(self, call: Call) -> PromptWords:
+        """Whose words stand where in the prompts of a call.
+
+        Raises:
+            MoLEError: Nobody read the prompts.
+        """
+        if call.words is None:
+            raise MoLEError(
+                f"composition {self.name!r} needs to know where each LoRA's words stand, and got prompt embeddings or "
+                "a pipeline of plain diffusers, which do not tell. Pass the prompt to a composing pipeline, give "
+                '`spans={"cat": [4, 5]}` beside `prompt_embeds`, or use `set_composition("normalized")`.'
+            )
+        return call.words
+
+    def _kept(self, run: Run, key: object, made_of: tuple[Any, ...], make: Callable[[], Tensor]) -> Tensor:
+        """What `make` gives, kept until the call ends or what it is made of changes."""
+        kept: dict[Any, tuple[tuple[Any, ...], Tensor]] = run.call.state.setdefault((self, "weights"), {})
+        made_of = (*made_of, run.keep, run.scale)
+        found = kept.get(key)
+        if found is None or any(a is not b for a, b in zip(found[0], made_of, strict=True)):
+            kept[key] = found = made_of, make()
+        return found[1]
+
+    def _shares(self, run: Run) -> Tensor:
+        """``(rows, N)``: subjects share one unit, styles and utilities have one each."""
+        subject = roles(run, "subject")
+        kept = run.keep * subject
+        share = kept / kept.sum(dim=-1, keepdim=True).clamp(min=1)
+        return (share + run.keep * (1 - subject)) * run.scale
+
+    def _words(self, owned: Tensor, run: Run) -> Tensor:
+        """``(rows, tokens, N)`` from whose words they are, ``(rows, N, tokens)``."""
+        own = owned.transpose(1, 2).to(run.keep.dtype)  # (rows, tokens, N)
+        subject, style = roles(run, "subject"), roles(run, "style")
+        by_subject = (own * subject).amax(dim=-1, keepdim=True)  # also of one that is masked out
+        taken = own.amax(dim=-1, keepdim=True)
+        kept = (run.keep * subject)[:, None]
+        share = kept / kept.sum(dim=-1, keepdim=True).clamp(min=1) if self.neutral_words is None else self.neutral_words
+        subjects = own + (1 - taken) * share
+        styles = 1 - by_subject * (1 - own)
+        utility = 1 - subject - style
+        weights = subjects * subject + styles * style + utility
+        return weights * (run.keep * run.scale)[:, None]
+
+    def _pixels(self, region_map: RegionMap, height: int, width: int, rows: int, run: Run) -> Tensor:
+        """``(rows | 1, pixels, N)``: a region map has a row for each picture, a denoiser several for one."""
+        shares = region_map.at(height, width, device=run.keep.device)
+        subject = roles(run, "subject")
+        weights = shares * subject + (1 - subject)
+        if len(weights) > 1:
+            weights = weights.repeat(rows // len(weights), 1, 1)
+        return weights * (run.keep * run.scale)[:, None]
+
+
+def roles(run: Run, role: str) -> Tensor:
+    """``(N,)``: 1 for the LoRAs of that role."""
+    return torch.tensor([float(own == role) for own in run.call.roles], device=run.keep.device)
+
+
+def is_alone(call: Call, run: Run) -> bool:
+    """Whether at most one LoRA that is no utility takes part, and has the whole picture."""
+    known: dict[Any, tuple[Tensor, bool]] = call.state.setdefault("alone", {})
+    if run.component not in known or known[run.component][0] is not run.keep:
+        taking_part = run.keep * (1 - roles(run, "utility"))
+        one = bool((taking_part.sum(dim=-1) <= 1).all())
+        known[run.component] = run.keep, one and call.regions is None
+    return known[run.component][1]

@@ -1,0 +1,74 @@
+"""Which denoising step a forward pass belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .call import current_call
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where in the denoising the model is called.
+
+    Args:
+        timestep: The timestep the denoiser was given, a number or a tensor of one or more (equal) entries.
+        timesteps: All timesteps of this sampling run, in the order in which they come.
+        order: How often the scheduler evaluates the denoiser for a step (diffusers' ``scheduler.order``). By default
+            that of the running call's scheduler where the timesteps are its, else 1.
+    """
+
+    timestep: Tensor | float
+    timesteps: Sequence[float] | Tensor
+    order: int | None = None
+
+    @property
+    def index(self) -> int:
+        """Position of this step, from 0. The evaluations of a second-order scheduler stay in the same step.
+
+        Steps are told apart by their timesteps and not by counting calls, because a pipeline may call its denoiser
+        several times in a step, or enter the schedule in the middle (image to image).
+
+        Raises:
+            ValueError: The timestep is none of this run's.
+        """
+        now, places = _first(self.timestep), self._places
+        if now not in places:
+            raise ValueError(
+                f"the denoiser was called at timestep {now:g}, which is none of the {self.total} steps of the "
+                "pipeline's scheduler. A pipeline with a scheduler of its own draws with LoRAs inside "
+                "`with pipe.composing(scheduler=its.scheduler):`."
+            )
+        return places[now]
+
+    @property
+    def total(self) -> int:
+        """Number of steps."""
+        return len(set(self._places.values()))
+
+    @property
+    def _places(self) -> dict[float, int]:
+        values = _floats(self.timesteps)
+        order = self._order()
+        if order == 1:  # one timestep a step; some schedulers visit it twice
+            return {timestep: index for index, timestep in enumerate(dict.fromkeys(values))}
+        # First t_0, then for every further step the point on the way to it (KDPM2) or itself (Heun), and itself.
+        return {timestep: (index + order - 1) // order for index, timestep in enumerate(values)}
+
+    def _order(self) -> int:
+        if self.order is not None:
+            return self.order
+        call = current_call()
+        scheduler = None if call is None else call.scheduler
+        return int(getattr(scheduler, "order", 1)) if getattr(scheduler, "timesteps", None) is self.timesteps else 1
+
+
+def _floats(timesteps: Sequence[float] | Tensor) -> list[float]:
+    return [float(timestep) for timestep in (timesteps.tolist() if isinstance(timesteps, Tensor) else timesteps)]
+
+
+def _first(timestep: Tensor | float) -> float:
+    return float(timestep.flatten()[0]) if isinstance(timestep, Tensor) else float(timestep)

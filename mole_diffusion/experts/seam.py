@@ -1,0 +1,44 @@
+"""What one attention layer of a denoiser asks, passed on to whoever weighs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from diffusers.models.attention_processor import Attention
+
+    from .experts import Experts
+
+
+class LayerSeam:
+    """The :class:`~.processor.AttentionSeam` of one layer.
+
+    Args:
+        experts: They know who weighs in the present pass.
+        component: The denoiser.
+        name: Of the attention layer in it.
+        attention: The layer.
+
+    Attributes:
+        name: As given.
+        crossed: Whether it attends to the prompt.
+        scale: What scores are multiplied by before the softmax.
+    """
+
+    def __init__(self, experts: Experts, component: str, name: str, attention: Attention) -> None:
+        self._experts = experts
+        self._component = component
+        self.name = name
+        self.crossed = bool(attention.is_cross_attention)
+        self.scale = float(attention.scale)
+
+    def watched(self) -> bool:
+        return self._experts.watched(self._component)
+
+    def bias(self, query: Tensor, key: Tensor) -> Tensor | None:
+        return self._experts.bias(self._component, self, query, key)
+
+    def attended(self, query: Tensor, key: Tensor, output: Tensor) -> None:
+        self._experts.attended(self._component, self, query, key, output)

@@ -1,0 +1,123 @@
+"""What hangs on the models of a pipeline. It belongs to the models: every pipeline that has them finds it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from ..composition import Composition, Normalized, Role
+from ..errors import MoLEError
+from ..experts import Experts
+from ..gating import MoLEModel
+from ..lora import LoRA
+
+
+@dataclass(eq=False)
+class Loaded:
+    """LoRAs, and how they share a picture.
+
+    Attributes:
+        loras: By name, in the order of the experts.
+        experts: The same, on the models.
+        gates: If any are loaded.
+        composition: What was chosen; ``None`` leaves it to each call.
+        triggers: The words that call each LoRA.
+        called_by_name: The LoRAs whose triggers nobody told, so that their own name stands in for them.
+        roles: Of each LoRA.
+        running: How many calls draw now.
+    """
+
+    loras: dict[str, LoRA] = field(default_factory=dict)
+    experts: Experts | None = None
+    gates: MoLEModel | None = None
+    composition: Composition | None = None
+    triggers: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    called_by_name: frozenset[str] = frozenset()
+    roles: dict[str, Role] = field(default_factory=dict)
+    running: int = 0
+    lock: Any = field(default_factory=threading.RLock)
+
+    def refuse_while_drawing(self, wish: str) -> None:
+        """Raises MoLEError while a call draws: what hangs on the models cannot change under it."""
+        if self.running:
+            raise MoLEError(
+                f"cannot {wish} while a picture is being drawn with {', '.join(self.loras) or 'these models'}. Do it "
+                "after the call; to change which LoRAs draw from a step on, call `use_loras` in the callback."
+            )
+
+    def check(self, components: Mapping[str, nn.Module]) -> None:
+        """Makes sure that what is listed acts on these models, or says why not.
+
+        Raises:
+            MoLEError: A model was exchanged after loading, or carries the LoRAs of another pipeline.
+        """
+        for name, model in components.items():
+            other = _RECORDS.get(model)
+            if other is not None and other is not self and other.loras:
+                raise MoLEError(
+                    f"the {name} of this pipeline carries the LoRAs {', '.join(other.loras)} of another pipeline, "
+                    "which has other models beside it. Call `unload_loras()` there first."
+                )
+        experts = self.experts
+        if experts is None:
+            return
+        if not experts.attached:  # somebody called `experts.detach()`
+            experts.attach(components)
+        for name in experts.components:
+            if experts.component(name) is not components.get(name):
+                raise MoLEError(
+                    f"the LoRAs {', '.join(self.loras)} were loaded into another {name} than this pipeline has now, "
+                    "so they would do nothing there. Call `unload_loras()`, then `load_loras` again."
+                )
+
+    def hang(self, components: Mapping[str, nn.Module], loras: dict[str, LoRA]) -> None:
+        """Replaces the LoRAs on the models. Everything is checked first: if they are refused, nothing changes.
+
+        Raises:
+            MoLEError, ValueError: They do not fit, or the models are compiled or fused.
+        """
+        experts = Experts(list(loras.values())) if loras else None
+        if experts is not None:
+            experts.check(components)
+            for name in experts.components:
+                other = _RECORDS.get(components[name])
+                if other is not None and other is not self and other.loras:
+                    raise MoLEError(
+                        f"the {name} carries the LoRAs {', '.join(other.loras)} of another pipeline. Load into that "
+                        "pipeline, or call `unload_loras()` there first."
+                    )
+        if self.experts is not None:
+            self.experts.detach()
+        if experts is not None:
+            experts.attach(components)
+        self.loras, self.experts = loras, experts
+        for model in [model for model, record in _RECORDS.items() if record is self]:
+            del _RECORDS[model]
+        if experts is not None:
+            for name in experts.components:
+                _RECORDS[components[name]] = self
+        self.set_weigher()
+
+    def set_weigher(self) -> None:
+        """Who weighs outside of a pipeline's call: the chosen method, or the one that needs no words."""
+        if self.experts is not None:
+            self.experts.weigher = self.composition or Normalized()
+
+
+_RECORDS: WeakKeyDictionary[nn.Module, Loaded] = WeakKeyDictionary()
+
+
+def loaded_into(components: Mapping[str, nn.Module], own: Loaded | None) -> Loaded:
+    """What hangs on these models: a pipeline's own record if it has LoRAs, else what another pipeline hung there."""
+    if own is not None and own.loras:
+        return own
+    for model in components.values():
+        record = _RECORDS.get(model)
+        if record is not None:
+            return record
+    return own if own is not None else Loaded()
