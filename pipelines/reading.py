@@ -42,7 +42,7 @@ def prompt_words(pipe: Any, prompt: str | Sequence[str], loaded: Loaded, call: C
         fixed = () if call.regions is None else call.regions.fixed
         require_triggers(owned[:, taking_part], prompts, names, triggers, loaded.roles, fixed)
     ids = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
-    return PromptWords(ids, owned)
+    return PromptWords(ids, owned, tokenizer.eos_token_id)
 
 
 def given_words(spans: Spans, names: Sequence[str], prompt_embeds: Tensor | None) -> PromptWords:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from .base import Composition
 from .call import Call, Role
 from .composite import Composite
+from .freefuse import FreeFuse
 from .linear import Linear
 from .masks import Masks
 from .merge import Merge
 from .mole import MoLE
+from .norm_router import NormRouter
 from .normalized import Normalized
 from .regional import RegionalComposition
 from .regions import RegionMap
@@ -17,7 +19,7 @@ from .steps import StepComposition
 from .switch import Switch
 
 COMPOSITIONS: dict[str, type[Composition]] = {
-    method.name: method for method in (Linear, Normalized, Merge, Switch, Composite, Masks, MoLE)
+    method.name: method for method in (Linear, Normalized, Merge, Switch, Composite, Masks, FreeFuse, NormRouter, MoLE)
 }
 
 __all__ = [
@@ -25,10 +27,12 @@ __all__ = [
     "Call",
     "Composite",
     "Composition",
+    "FreeFuse",
     "Linear",
     "Masks",
     "Merge",
     "MoLE",
+    "NormRouter",
     "Normalized",
     "RegionMap",
     "RegionalComposition",

@@ -29,7 +29,7 @@ class WordMaps:
         return not self._sums
 
     def add(self, layer: LayerSeam, query: Tensor, key: Tensor, run: Run) -> None:
-        """Take in one cross-attention layer in one pass; only rows that are given a prompt count.
+        """Take in one cross-attention layer in one pass; only the rows that are given the prompt count.
 
         The layers of the finest level, where a pixel is one of the sample's, are left out where there are coarser ones:
         their maps follow edges and noise more than things.
@@ -43,31 +43,28 @@ class WordMaps:
         text = run.encoder_hidden_states
         if text is None or not layer.crossed or run.sample_size is None:
             return
-        rows = self.words.rows(text)
-        conditional = (rows >= 0).nonzero().flatten().to(query.device)
+        conditional = self.words.conditional(text).to(query.device)
+        if not len(conditional):
+            return
         owned = self.words.of_embeddings(text).to(query.device)[conditional].to(torch.float32)  # (rows, N, words)
         size = token_grid(query.shape[2], run.sample_size, layer.name)
         probabilities = attention_probabilities(query[conditional], key[conditional], layer.scale)
         # Mean over the words of a LoRA, so that one called by three words weighs no more than one called by one.
         maps = torch.einsum("rpw,rnw->rnp", probabilities, owned) / owned.sum(dim=-1).clamp(min=1)[..., None]
         maps = maps / maps.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)
-        by_picture = torch.zeros(self.words.pictures, *maps.shape[1:], device=maps.device)
-        by_picture.index_add_(0, rows[rows >= 0].to(maps.device), maps)
         self._size = run.sample_size
         before = self._sums.get(size)
-        self._sums[size] = by_picture if before is None else before + by_picture
+        self._sums[size] = maps if before is None else before + maps
 
     def mean(self) -> Tensor:
-        """``(pictures, N, height, width)`` in the sample's size; every map sums to about 1 over its pixels."""
+        """``(pictures, N, height, width)`` in the sample's size, all levels alike; maps sum to about 1 over pixels."""
         assert self._size is not None
         coarser = {size: maps for size, maps in self._sums.items() if size != self._size} or self._sums
-        total = torch.zeros(())
+        enlarged = []
         for size, maps in coarser.items():
-            grid = maps.unflatten(-1, size)
-            total = total + F.interpolate(grid, size=self._size, mode="bilinear", align_corners=False) / (
-                grid.sum(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(grid.dtype).tiny)
-            ) * (size[0] * size[1] / (self._size[0] * self._size[1]))
-        return total / len(coarser)
+            grid = F.interpolate(maps.unflatten(-1, size), size=self._size, mode="bilinear", align_corners=False)
+            enlarged.append(grid / grid.sum(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(grid.dtype).tiny))
+        return torch.stack(enlarged).mean(dim=0)
 
 
 def attention_probabilities(query: Tensor, key: Tensor, scale: float) -> Tensor:

@@ -15,8 +15,9 @@ from .attention import WordMaps
 from .base import Need
 from .call import Call
 from .owners import owners
-from .regional import RegionalComposition, roles
+from .regional import RegionalComposition
 from .regions import RegionMap
+from .roles import roles
 from .step import Step
 
 
@@ -125,7 +126,8 @@ class Masks(RegionalComposition):
 
     def own(self, maps: WordMaps, taking_part: Tensor) -> Tensor:
         """The rule: ``(pictures, N, height, width)`` of shares from what was read."""
-        return owners(maps.mean(), taking_part, background=self.background, smoothing=self.smoothing)
+        mean = maps.mean()
+        return owners(mean, taking_part.to(mean.device), background=self.background, smoothing=self.smoothing)
 
     def regions(self, run: Run) -> RegionMap | None:
         call = self.call(run)
@@ -171,7 +173,7 @@ class Masks(RegionalComposition):
         kept = (run.keep * roles(run, "subject")).bool().cpu()
         automatic = kept & torch.tensor([name not in fixed for name in call.names])
         maps = found.maps
-        values = self.own(maps, automatic.to(maps.mean().device)).cpu()
+        values = self.own(maps, automatic).cpu()
         if given is not None:
             drawn = given.values.cpu()
             if drawn.shape[-2:] != values.shape[-2:]:

@@ -18,11 +18,13 @@ class PromptWords:
         input_ids: The prompts as the text encoder is given them, ``(prompts, tokens)``; ``None`` where only embeddings
             are known.
         owned: ``(prompts, N, tokens)`` bool: which tokens are words of which LoRA.
+        end_of_text: The id of the token that ends a prompt.
     """
 
-    def __init__(self, input_ids: Tensor | None, owned: Tensor) -> None:
+    def __init__(self, input_ids: Tensor | None, owned: Tensor, end_of_text: int | None = None) -> None:
         self.input_ids = input_ids
         self.owned = owned
+        self._end_of_text = end_of_text
         self._embeddings: Tensor | None = None
         self._latest: tuple[Tensor, Tensor] | None = None
 
@@ -67,16 +69,44 @@ class PromptWords:
         self._latest = embeddings, found
         return found
 
+    def conditional(self, embeddings: Tensor) -> Tensor:
+        """The row of each picture that is given its prompt, ``(pictures,)``; empty in a pass of negative prompts only.
+
+        Args:
+            embeddings: What the denoiser is given, ``(rows, tokens, width)``.
+        """
+        rows = self.rows(embeddings)
+        parts = rows.unflatten(0, (-1, self.pictures)) if len(rows) % self.pictures == 0 else rows[None, :0]
+        whole = (parts >= 0).all(dim=1).nonzero().flatten()
+        if not len(whole) or not parts.numel():
+            return torch.zeros(0, dtype=torch.long)
+        return whole[-1] * self.pictures + torch.arange(self.pictures)
+
     def of_embeddings(self, embeddings: Tensor) -> Tensor:
         """Which tokens of the denoiser's rows are whose, ``(rows, N, tokens)`` bool.
 
         Args:
             embeddings: What the denoiser is given, ``(rows, tokens, width)``.
         """
+        return self._by_row(self.owned, embeddings)
+
+    def ends(self, embeddings: Tensor) -> Tensor:
+        """Where the denoiser's rows end their prompt, ``(rows, 1, tokens)`` bool; nowhere if only embeddings are known.
+
+        Args:
+            embeddings: What the denoiser is given, ``(rows, tokens, width)``.
+        """
+        if self.input_ids is None or self._end_of_text is None:
+            return self._by_row(torch.zeros_like(self.owned[:, :1]), embeddings)
+        ended = self.input_ids == self._end_of_text
+        first = ended & (ended.cumsum(dim=1) == 1)  # many tokenizers pad with it
+        return self._by_row(first[:, None], embeddings)
+
+    def _by_row(self, by_prompt: Tensor, embeddings: Tensor) -> Tensor:
+        """``(prompts, k, tokens)`` to ``(rows, k, tokens)``."""
         rows = self.rows(embeddings)
-        tokens = self.owned.shape[2]
-        found = torch.zeros(len(rows), self.owned.shape[1], embeddings.shape[1], dtype=torch.bool)
-        pictures_each = self.pictures // len(self.owned)
+        found = torch.zeros(len(rows), by_prompt.shape[1], embeddings.shape[1], dtype=torch.bool)
+        pictures_each = self.pictures // len(by_prompt)
         known = rows >= 0
-        found[known, :, :tokens] = self.owned[rows[known] // pictures_each]
+        found[known, :, : by_prompt.shape[2]] = by_prompt[rows[known] // pictures_each]
         return found.to(embeddings.device)

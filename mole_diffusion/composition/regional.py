@@ -6,7 +6,6 @@ from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import MoLEError
@@ -16,6 +15,7 @@ from .base import Composition
 from .call import Call
 from .prompt import PromptWords
 from .regions import RegionMap
+from .roles import roles
 
 
 class RegionalComposition(Composition):
@@ -135,11 +135,6 @@ class RegionalComposition(Composition):
         if len(weights) > 1:
             weights = weights.repeat(rows // len(weights), 1, 1)
         return weights * (run.keep * run.scale)[:, None]
-
-
-def roles(run: Run, role: str) -> Tensor:
-    """``(N,)``: 1 for the LoRAs of that role."""
-    return torch.tensor([float(own == role) for own in run.call.roles], device=run.keep.device)
 
 
 def is_alone(call: Call, run: Run) -> bool:
