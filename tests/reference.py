@@ -227,3 +227,18 @@ def adamw(weight: Tensor, gradients: Sequence[Tensor], rates: Sequence[float], d
 def entropy(gates: Sequence[float]) -> float:
     """- sum_i G_i log G_i, in nats."""
     return -math.fsum(g * math.log(g) for g in gates if g > 0)
+
+
+def stack_energy(loras: Sequence[FACTORS], weights: Sequence[float]) -> float:
+    """E = || sum_i w_i Delta W_i ||, the Frobenius norm of the summed change of a weight."""
+    total = torch.zeros_like(delta(loras[0]))
+    for factors, weight in zip(loras, weights, strict=True):
+        total = total + weight * delta(factors)
+    return math.sqrt(sum(float(entry) ** 2 for entry in total.flatten()))
+
+
+def stack_energy_scale(loras: Sequence[FACTORS], weights: Sequence[float]) -> float:
+    """min(1, max_i || w_i Delta W_i || / E)."""
+    loudest = max(stack_energy([factors], [weight]) for factors, weight in zip(loras, weights, strict=True))
+    together = stack_energy(loras, weights)
+    return min(1.0, loudest / together) if together > 0 else 1.0

@@ -126,6 +126,15 @@ def test_train_lora_writes_a_lora_that_loads(world: Path, tmp_path: Path) -> Non
     pipe = composing_pipeline()
     pipe.load_loras({"new": out})
     assert pipe.experts.loras[0].ranks == (2, 2)
+    assert pipe.experts.loras[0].triggers == ("mug dog",)
+    assert "mug dog" in mole("inspect", out).stdout
+    wordings = ["--prompt", "a mug", "--prompt", "a red mug dog"]
+    done = mole(
+        "train-lora", "--base", world / "base", *options, *wordings, "--steps", 1, "--batch-size", 1, "--out", out
+    )
+    assert done.exit_code == 0, done.output
+    pipe.load_loras({"other": out})
+    assert pipe.experts.loras[1].triggers == ("mug",)
 
 
 def test_train_lora_has_the_defaults_of_the_training() -> None:

@@ -78,6 +78,10 @@ def test_overlap_is_shared_and_boxes_that_meet_in_a_cell_do_not_overlap():
     assert three[:, 0, 12].tolist() == [1, 0, 0]
     meeting = drawn({"cat": (0, 0, 2, 64), "boot": (2, 0, 16, 64)}).values[0]
     assert meeting[:, 0, 0].tolist() == [0.25, 0.75]
+    crossing = drawn({"cat": (0, 0, 4, 64), "boot": (2, 0, 16, 64)}).values[0]
+    assert crossing[:, 0, 0].tolist() == [0.25 + 0.25 / 2, 0.25 / 2 + 0.5]
+    twice = drawn({"cat": [(0, 0, 1, 1), (0, 0, 1, 1)], "boot": (0, 0, 1, 1)}).values[0]
+    assert twice[:, 0, 0].tolist() == [0.5, 0.5]  # several regions are united, not added
 
 
 def test_edges_are_feathered_by_a_cell_and_the_picture_s_rim_is_no_edge():

@@ -12,6 +12,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEuler
 from PIL import Image
 from torch import Tensor
 
+from mole_diffusion.lora import inspect_lora
 from mole_diffusion.training import TEXT_ENCODER_TARGETS, LoRATrainingConfig, TrainingDivergedError, train_lora
 from mole_diffusion.training.loop import step_generator
 from mole_diffusion.training.lora import _pixels, _TrainingData
@@ -51,6 +52,9 @@ def flat(factors: dict[str, Any]) -> dict[str, Tensor]:
         ({"captions": ("a", "b")}, ValueError, "got 2 captions and 1 prompts"),
         ({"prompts": "a cat"}, TypeError, "`prompts` must be a sequence of strings, got the string 'a cat'"),
         ({"prompts": ("a cat", " ")}, ValueError, "is empty. Each must name the subject"),
+        ({"triggers": ("<v1> cat",)}, ValueError, "'a cat' has none of `triggers`, '<v1> cat'. Give the words"),
+        ({"triggers": ("",)}, ValueError, "'a cat' has none of `triggers`"),
+        ({"triggers": "a cat"}, TypeError, "`triggers` must be a sequence"),
         ({"unet_targets": ()}, ValueError, "there is nothing to train"),
         ({"unet_targets": "to_q"}, TypeError, "`unet_targets` must be a sequence"),
         ({"rank": 0}, ValueError, "`rank` must be at least 1, got 0"),
@@ -264,6 +268,7 @@ def test_a_trained_lora_lowers_the_loss_of_its_pictures(tmp_path: Path) -> None:
 def test_the_saved_file_says_how_it_was_trained(pipe: Any, tmp_path: Path) -> None:
     from safetensors import safe_open
 
-    train(pipe, config(steps=2), out=tmp_path / "cat.safetensors")
+    train(pipe, config(steps=2, triggers=("a Cat",)), out=tmp_path / "cat.safetensors")
     with safe_open(tmp_path / "cat.safetensors", "pt") as file:
         assert re.search(r'"prompts": \["a cat"\].*"rank": 2', file.metadata()["mole_diffusion.training"])
+    assert inspect_lora(tmp_path / "cat.safetensors").triggers == ("a Cat",)

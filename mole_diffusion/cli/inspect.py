@@ -9,7 +9,7 @@ import typer
 
 
 def inspect(file: Annotated[Path, typer.Argument(help="A LoRA, .safetensors.")]) -> None:
-    """Say what is in a LoRA file: layout, components, ranks, scaling, and the base model it was made for.
+    """Say what is in a LoRA file: layout, components, ranks, scaling, what base model it is for, what words call it.
 
     Example:
 
@@ -29,5 +29,6 @@ def inspect(file: Annotated[Path, typer.Argument(help="A LoRA, .safetensors.")])
     table.add_row("modules", ", ".join(f"{count} in {component}" for component, count in report.modules.items()))
     table.add_row("ranks", ranks)
     table.add_row("alphas", ", ".join(f"{alpha:g}" for alpha in report.alphas) or "none: scaling 1")
+    table.add_row("called by", ", ".join(report.triggers) or "no words named in the file")
     table.add_row("SHA-256", report.sha256)
     Console(markup=False, highlight=False).print(table)

@@ -47,8 +47,12 @@ def train_lora(
     from mole_diffusion.training import TEXT_ENCODER_TARGETS, LoRATrainingConfig
     from mole_diffusion.training import train_lora as train
 
+    phrase = f"{token} {class_name}"
+    prompts = prompt or [f"a photo of a {phrase}"]
     config = LoRATrainingConfig(
-        prompts=prompt or [f"a photo of a {token} {class_name}"],
+        prompts=prompts,
+        # Wordings of the user's own may have the token without the class.
+        triggers=[phrase if all(phrase.lower() in text.lower() for text in prompts) else token],
         rank=rank,
         text_encoder_targets=TEXT_ENCODER_TARGETS if text_encoder else (),
         steps=steps,

@@ -16,6 +16,7 @@ from mole_diffusion.lora.modules import ModuleIndex
 from mole_diffusion.lora.pairs import Pair, read_pairs
 from mole_diffusion.lora.scaling import adapter_configs, scaling
 from mole_diffusion.lora.sources import LoRAFile, read_source
+from mole_diffusion.lora.triggers import read_triggers
 
 
 def load_lora(
@@ -68,7 +69,8 @@ class _Reader:
         }
         if changes_nothing(factors):
             self._refuse("every factor is zero, so it would change nothing", "Train it, or use another checkpoint.")
-        return LoRA(name or self.file.name, self.file.source, self.layout, self.file.sha256, factors)
+        triggers = read_triggers(self.file.metadata)
+        return LoRA(name or self.file.name, self.file.source, self.layout, self.file.sha256, factors, triggers)
 
     def _homes(self) -> list[str]:
         """The component of each pair; pairs that do not say all go to the one model that has modules for all."""

@@ -10,6 +10,7 @@ from mole_diffusion.lora.families import family, text_width
 from mole_diffusion.lora.layouts import COMPONENTS
 from mole_diffusion.lora.pairs import read_pairs
 from mole_diffusion.lora.sources import read_source
+from mole_diffusion.lora.triggers import read_triggers
 
 UNSTATED = "unstated"
 
@@ -26,6 +27,7 @@ class LoRAReport:
         ranks: How many modules have which rank, by rank.
         alphas: Different alphas in the file, sorted; empty where it has none and so acts with scaling 1.
         family: Base models it was made for, guessed from the width of its cross-attention, or `"unknown"`.
+        triggers: Phrases that call it in a prompt, as the file names them; empty where it names none.
     """
 
     source: str
@@ -35,6 +37,7 @@ class LoRAReport:
     ranks: dict[int, int]
     alphas: tuple[float, ...]
     family: str
+    triggers: tuple[str, ...]
 
 
 def inspect_lora(path: str | os.PathLike[str]) -> LoRAReport:
@@ -55,4 +58,5 @@ def inspect_lora(path: str | os.PathLike[str]) -> LoRAReport:
         ranks=dict(sorted(ranks.items())),
         alphas=tuple(sorted({pair.alpha for pair in pairs if pair.alpha is not None})),
         family=family(text_width((pair.module, pair.down.shape[1]) for pair in pairs)),
+        triggers=read_triggers(file.metadata),
     )

@@ -16,6 +16,7 @@ from mole_diffusion.files import atomic_path
 from mole_diffusion.lora.errors import refusal
 from mole_diffusion.lora.factors import LoRA, LoRAFactors
 from mole_diffusion.lora.modules import TEXT_MODEL
+from mole_diffusion.lora.triggers import write_triggers
 
 Factors = Mapping[str, Mapping[str, LoRAFactors]]
 
@@ -31,7 +32,7 @@ def save_lora(
     """Write a LoRA; the same factors and metadata give the same bytes.
 
     Args:
-        lora: A LoRA, or its factors: component to module name to factors.
+        lora: A LoRA, whose triggers go into the file too, or its factors: component to module name to factors.
         path: Ends in `.safetensors`. Folders are made; an existing file is replaced in one step.
         layout: `"diffusers"` (what `pipe.load_lora_weights` takes; it has no reliable place for an alpha per module,
             so the scaling goes into `up`) or `"kohya"` (with `alpha`, factors untouched).
@@ -60,7 +61,8 @@ def save_lora(
             f"{len(overflowing)} tensors of the LoRA are not finite in {dtype}, {overflowing[0]} first. Save it in "
             "torch.float32 or torch.bfloat16."
         )
-    data = _stable(safetensors.torch.save(tensors, {"format": "pt", **(metadata or {})}))
+    triggers = write_triggers(lora.triggers) if isinstance(lora, LoRA) else {}
+    data = _stable(safetensors.torch.save(tensors, {"format": "pt", **triggers, **(metadata or {})}))
     with atomic_path(target) as temporary:
         temporary.write_bytes(data)
     return target

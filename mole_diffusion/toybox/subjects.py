@@ -24,6 +24,11 @@ class Subject:
     look: Look
     token: str
 
+    @property
+    def trigger(self) -> str:
+        """The words that call it in a prompt: token and class, as in "<v1> cat"."""
+        return f"{self.token} {self.class_name}"
+
 
 _LOOKS = {
     "cat": Look("orange", "white", "striped"),
@@ -76,7 +81,7 @@ def reference_captions(name: str) -> list[str]:
 def subject_prompt(names: Sequence[str], ground: str) -> str:
     """The prompt that asks for these subjects: "a photo of a <v1> cat and a <v2> boot on grass"."""
     items = [subject(name) for name in names]
-    return phrase_caption([f"a {item.token} {item.class_name}" for item in items], ground)
+    return phrase_caption([f"a {item.trigger}" for item in items], ground)
 
 
 def described_prompt(names: Sequence[str], ground: str) -> str:

@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from mole_diffusion.lora import LoRAFactors, save_lora
+from mole_diffusion.lora.triggers import write_triggers
 from mole_diffusion.training.checkpoint import CheckpointFolder, fingerprint
 from mole_diffusion.training.loop import (
     MixedPrecision,
@@ -44,6 +45,8 @@ class LoRATrainingConfig:
     Args:
         captions: One caption per picture, with the rare token in it. Give these or `prompts`.
         prompts: Captions that fit every picture; one is drawn for each sample.
+        triggers: What calls the subject in them, e.g. ("<v1> cat",); the LoRA's file names it, for compositions that
+            bind a LoRA to its words. Every caption or prompt must have one.
         rank: r of every factor pair.
         alpha: Scaling is `alpha / rank`; None is alpha = rank, scaling 1.
         unet_targets: Last parts of the names of the UNet's modules to train. Attention and feed-forward by default;
@@ -69,6 +72,7 @@ class LoRATrainingConfig:
 
     captions: Sequence[str] = ()
     prompts: Sequence[str] = ()
+    triggers: Sequence[str] = ()
     rank: int = 8
     alpha: float | None = None
     unet_targets: Sequence[str] = UNET_TARGETS
@@ -86,7 +90,7 @@ class LoRATrainingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for field in ("captions", "prompts", "unet_targets", "text_encoder_targets"):
+        for field in ("captions", "prompts", "triggers", "unet_targets", "text_encoder_targets"):
             value = getattr(self, field)
             if isinstance(value, str):
                 raise TypeError(f"`{field}` must be a sequence of strings, got the string {value!r}. Try ({value!r},).")
@@ -98,6 +102,12 @@ class LoRATrainingConfig:
             )
         if not all(text.strip() for text in (*self.captions, *self.prompts)):
             raise ValueError("One of `captions` or `prompts` is empty. Each must name the subject by its token.")
+        for text in (*self.captions, *self.prompts) if self.triggers else ():
+            if not any(trigger.strip() and trigger.lower() in text.lower() for trigger in self.triggers):
+                raise ValueError(
+                    f"{text!r} has none of `triggers`, {', '.join(map(repr, self.triggers))}. Give the words that call "
+                    "the subject in every caption or prompt, or no triggers."
+                )
         if not self.unet_targets and not self.text_encoder_targets:
             raise ValueError("`unet_targets` and `text_encoder_targets` are both empty: there is nothing to train.")
         if self.rank < 1:
@@ -197,7 +207,8 @@ def train_lora(
 
     factors = lora.factors()
     if out is not None:
-        save_lora(factors, Path(out), metadata={"mole_diffusion.training": json.dumps(dataclasses.asdict(config))})
+        training = {"mole_diffusion.training": json.dumps(dataclasses.asdict(config))}
+        save_lora(factors, Path(out), metadata={**training, **write_triggers(config.triggers)})
     return factors
 
 

@@ -14,6 +14,7 @@ from diffusers import StableDiffusionPipeline
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mole_diffusion.lora import save_lora
+from mole_diffusion.lora.triggers import write_triggers
 from mole_diffusion.training import LoRATrainingConfig, train_lora
 from mole_diffusion.training.lora import TEXT_ENCODER_TARGETS
 
@@ -53,6 +54,7 @@ def company_caption(name: str, scene: Scene) -> str:
 def lora_config(name: str, *, seed: int, num_steps: int) -> LoRATrainingConfig:
     return LoRATrainingConfig(
         captions=[*reference_captions(name), *(company_caption(name, scene) for scene in company_scenes(name))],
+        triggers=[subject(name).trigger],
         rank=RANKS[name],
         text_encoder_targets=TEXT_ENCODER_TARGETS if name in WITH_TEXT_ENCODER else (),
         steps=num_steps,
@@ -72,6 +74,8 @@ def train_subject(
     with sdpa_kernel(SDPBackend.MATH):  # see clip.py
         scenes = [*reference_scenes(name), *company_scenes(name)]
         factors = train_lora(pipe, [render(scene) for scene in scenes], config, work=work_dir / "loras" / name)
-    save_lora(factors, assets / "loras" / f"{name}.safetensors", dtype=torch.float16)
+    metadata = write_triggers(config.triggers)
+    save_lora(factors, assets / "loras" / f"{name}.safetensors", metadata=metadata, dtype=torch.float16)
     if name in IN_KOHYA_LAYOUT:
-        save_lora(factors, assets / "loras-kohya" / f"{name}.safetensors", layout="kohya", dtype=torch.float16)
+        file = assets / "loras-kohya" / f"{name}.safetensors"
+        save_lora(factors, file, layout="kohya", metadata=metadata, dtype=torch.float16)

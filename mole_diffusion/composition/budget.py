@@ -1,0 +1,52 @@
+"""How loud a stack of LoRAs is at a module, and by how much to turn it down."""
+
+from __future__ import annotations
+
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from ..experts import ExpertStack
+
+ROUNDING = 1e-6  # one LoRA alone must keep its weight to the bit
+_GRAMS: WeakKeyDictionary[ExpertStack, Tensor] = WeakKeyDictionary()
+
+
+def stack_gram(stack: ExpertStack) -> Tensor:
+    """Inner products of the LoRAs' weight changes at a module, ``<dW_i, dW_j>``, worked out once.
+
+    Exact, and the changes are never made: with ``dW_i = B_i A_i``, ``<dW_i, dW_j> = <B_i^T B_j, A_i A_j^T>``, which is
+    products of rank by rank.
+
+    Returns:
+        float64 ``(N, N)`` on the stack's device; zero for a LoRA that does not touch the module. Do not change it.
+    """
+    if stack not in _GRAMS:
+        up, down = stack.up_as(torch.float64), stack.down.double().flatten(1)  # (d_out, R), (R, d_in)
+        by_rank = (up.T @ up) * (down @ down.T)
+        owner = torch.nn.functional.one_hot(stack.expert_of_rank.to(by_rank.device), stack.num_experts).double()
+        _GRAMS[stack] = owner.T @ by_rank @ owner
+    return _GRAMS[stack]
+
+
+def stack_energy_scale(gram: Tensor, weights: Tensor) -> Tensor:
+    """The factor for all weights that makes the stack no louder than its loudest LoRA would be alone.
+
+    ``min(1, max_i |w_i| ||dW_i|| / E)`` with ``E^2 = sum_ij w_i w_j <dW_i, dW_j>``, the squared norm of the summed
+    change. Two equal LoRAs get 1/2, two orthogonal ones of one norm 0.71; one alone, or two that cancel, exactly 1.
+
+    Args:
+        gram: ``(N, N)``, from :func:`stack_gram`.
+        weights: ``(..., N)``, e.g. one row for every token.
+
+    Returns:
+        ``(...)``, in (0, 1], float32 or wider.
+    """
+    wide = torch.promote_types(weights.dtype, torch.float32)
+    weights, gram = weights.to(wide), gram.to(weights.device, wide)
+    # Rounding may take a sum that cancels below zero.
+    energy = ((weights @ gram) * weights).sum(dim=-1).clamp(min=0).sqrt()
+    loudest = (weights.abs() * gram.diagonal().clamp(min=0).sqrt()).amax(dim=-1)
+    louder = energy > loudest * (1 + ROUNDING)
+    return torch.where(louder, loudest / energy, torch.ones_like(energy))
