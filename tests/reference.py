@@ -242,3 +242,84 @@ def stack_energy_scale(loras: Sequence[FACTORS], weights: Sequence[float]) -> fl
     loudest = max(stack_energy([factors], [weight]) for factors, weight in zip(loras, weights, strict=True))
     together = stack_energy(loras, weights)
     return min(1.0, loudest / together) if together > 0 else 1.0
+
+
+# --- composition that binds ------------------------------------------------------------------------------------------
+
+
+def z_map(values: list[list[float]]) -> list[list[float]]:
+    """Less the mean of the map, in units of its standard deviation."""
+    flat = [value for row in values for value in row]
+    mean = sum(flat) / len(flat)
+    spread = math.sqrt(sum((value - mean) ** 2 for value in flat) / len(flat))
+    return [[(value - mean) / spread if spread > 0 else 0.0 for value in row] for row in values]
+
+
+def smooth_map(values: list[list[float]], side: int) -> list[list[float]]:
+    """Mean over a square around each pixel, of those of its pixels that lie in the picture."""
+    height, width, reach = len(values), len(values[0]), side // 2
+    smooth = []
+    for y in range(height):
+        row = []
+        for x in range(width):
+            square = [
+                values[v][u]
+                for v in range(max(0, y - reach), min(height, y + reach + 1))
+                for u in range(max(0, x - reach), min(width, x + reach + 1))
+            ]
+            row.append(sum(square) / len(square))
+        smooth.append(row)
+    return smooth
+
+
+def owner_of_pixels(maps: Tensor, background: float, side: int) -> list[list[int | None]]:
+    """argmax_i z_i(p), or nobody where the largest is not above the background. Maps ``(N, height, width)``."""
+    scores = [z_map(smooth_map(one.double().tolist(), side)) for one in maps]
+    owners: list[list[int | None]] = []
+    for y in range(maps.shape[1]):
+        row: list[int | None] = []
+        for x in range(maps.shape[2]):
+            best = max(range(len(scores)), key=lambda i: scores[i][y][x])
+            row.append(best if scores[best][y][x] > background else None)
+        owners.append(row)
+    return owners
+
+
+def weight_of_word(lora: int, word_owner: int | None, subjects: Sequence[int]) -> float:
+    """A subject's LoRA on a word: 1 on its own, 0 on another's, its share of one on nobody's."""
+    if word_owner is None:
+        return 1 / len(subjects)
+    return 1.0 if word_owner == lora else 0.0
+
+
+def norm_router(x: Tensor, loras: Sequence[FACTORS]) -> list[int]:
+    """For each token the LoRA with the largest |Delta W_i x_p| / mean_p |Delta W_i x_p|. x ``(L, d)``."""
+    ratios = []
+    for factors in loras:
+        sizes = [math.sqrt(sum(float(v) ** 2 for v in delta(factors) @ row)) for row in x.double()]
+        mean = sum(sizes) / len(sizes)
+        ratios.append([size / mean for size in sizes])
+    return [max(range(len(loras)), key=lambda i: ratios[i][p]) for p in range(len(x))]
+
+
+def freefuse_likeness(scores: Tensor, outputs: Tensor, core_share: float) -> list[list[float]]:
+    """FreeFuse, before owners are named: z_p of the mean over the core of <h_u, h_p>.
+
+    The core of c: the pixels where ``d_c = N s_c - sum_{o != c} s_o`` is among the largest.
+
+    Args:
+        scores: s, ``(N, pixels)``.
+        outputs: h, ``(pixels, width)``.
+        core_share: Part of the pixels that is the core.
+    """
+    number, pixels = scores.shape
+    found = []
+    for c in range(number):
+        contrast = [
+            number * float(scores[c, p]) - sum(float(scores[o, p]) for o in range(number) if o != c)
+            for p in range(pixels)
+        ]
+        core = sorted(range(pixels), key=lambda p: -contrast[p])[: max(1, round(core_share * pixels))]
+        alike = [sum(float(outputs[u].double() @ outputs[p].double()) for u in core) / len(core) for p in range(pixels)]
+        found.append([value for row in z_map([alike]) for value in row])
+    return found

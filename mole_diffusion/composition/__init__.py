@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .base import Composition
+from .budget import Budget
 from .call import Call, Role
 from .composite import Composite
 from .freefuse import FreeFuse
@@ -19,11 +20,13 @@ from .steps import StepComposition
 from .switch import Switch
 
 COMPOSITIONS: dict[str, type[Composition]] = {
-    method.name: method for method in (Linear, Normalized, Merge, Switch, Composite, Masks, FreeFuse, NormRouter, MoLE)
+    method.name: method
+    for method in (Linear, Normalized, Budget, Merge, Switch, Composite, Masks, FreeFuse, NormRouter, MoLE)
 }
 
 __all__ = [
     "COMPOSITIONS",
+    "Budget",
     "Call",
     "Composite",
     "Composition",

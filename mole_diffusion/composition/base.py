@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from ..experts import Projections, Run, Site
+from ..experts.seam import LayerSeam
 
 Need = Literal["gates", "attention", "words", "prior"]
 
@@ -54,6 +55,29 @@ class Composition(ABC):
     def passes(self, run: Run) -> int:
         """How many passes of the denoiser this step takes; they run as one widened batch. Asked once a step."""
         return 1
+
+    def watches(self, run: Run) -> bool:
+        """Whether the method wants to see what attention layers compute in this pass of the denoiser."""
+        return False
+
+    def attended(self, layer: LayerSeam, query: Tensor, key: Tensor, output: Tensor, run: Run) -> None:
+        """Shown what an attention layer of the denoiser computed, before its output projection.
+
+        Args:
+            layer: Its name, and whether it attends to the prompt.
+            query: ``(batch, heads, pixels, d)``.
+            key: ``(batch, heads, pixels or words, d)``.
+            output: ``(batch, pixels, heads * d)``.
+            run: The forward pass.
+        """
+        return None  # a method that watches does something here
+
+    def attention_bias(self, layer: LayerSeam, query: Tensor, key: Tensor, run: Run) -> Tensor | None:
+        """Added to the scores of an attention layer of the denoiser, ``(batch, 1, pixels, words)``; ``None``: nothing.
+
+        Arguments as in :meth:`attended`.
+        """
+        return None
 
     def combine(self, predictions: Tensor, run: Run) -> Tensor:
         """One prediction ``(batch, ...)`` from those of all passes ``(passes, batch, ...)``; by default their mean."""

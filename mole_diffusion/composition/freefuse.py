@@ -111,17 +111,19 @@ class _Likeness:
         self._levels.setdefault(size, []).append((maps[:, :-1], maps[:, -1:], self._outputs.pop(block)))
         self._sample_size = run.sample_size
 
-    def mean(self) -> tuple[Tensor, Tensor, list[Tensor], tuple[int, int]]:
+    def mean(self) -> tuple[Tensor, Tensor | None, list[Tensor], tuple[int, int]]:
         """Of the level nearest to `TOKENS_A_SIDE`: word maps, the background's, outputs of each layer, sample size."""
         coarser = {size: read for size, read in self._levels.items() if size != self._sample_size} or self._levels
         size = min(coarser, key=lambda level: abs(level[0] - TOKENS_A_SIDE))
         maps, ends, outputs = zip(*coarser[size], strict=True)
         scores, background = torch.stack(maps).mean(dim=0), torch.stack(ends).mean(dim=0)
-        return scores.unflatten(-1, size), background.unflatten(-1, size), list(outputs), self._sample_size
+        known = background.any()  # where only embeddings are known, nobody knows where the text ends
+        shown = background.unflatten(-1, size) if known else None
+        return scores.unflatten(-1, size), shown, list(outputs), self._sample_size
 
 
 def freefuse_owners(
-    scores: Tensor, background: Tensor, outputs: list[Tensor], taking_part: Tensor, *, factor: float
+    scores: Tensor, background: Tensor | None, outputs: list[Tensor], taking_part: Tensor, *, factor: float
 ) -> Tensor:
     """FreeFuse's rule, in z-scores.
 
@@ -134,7 +136,7 @@ def freefuse_owners(
 
     Args:
         scores: s, ``(rows, N, height, width)``.
-        background: The map that stands for the background, ``(rows, 1, height, width)``.
+        background: The map that stands for the background, ``(rows, 1, height, width)``; ``None``: there is none.
         outputs: h of each layer, ``(rows, pixels, width)``.
         taking_part: ``(rows | 1, N)`` bool.
         factor: On the background.
@@ -156,10 +158,12 @@ def freefuse_owners(
     core = torch.zeros_like(contrast).scatter(2, contrast.topk(count, dim=-1).indices, 1.0 / count)
     alike = [torch.einsum("rnu,rud,rpd->rnp", core, h, h).unflatten(-1, size) for h in outputs]
     likeness = torch.stack([z_scores(each) for each in alike]).mean(dim=0).masked_fill(part == 0, float("-inf"))
-    best = z_scores(scores).masked_fill(part == 0, float("-inf")).amax(dim=1, keepdim=True)
-    foreground = (best > factor * z_scores(background)).to(scores.dtype)
-    foreground = _dilated(_eroded(foreground))
-    foreground = _eroded(_dilated(foreground))
+    foreground = torch.ones_like(scores[:, :1])
+    if background is not None:
+        best = z_scores(scores).masked_fill(part == 0, float("-inf")).amax(dim=1, keepdim=True)
+        foreground = (best > factor * z_scores(background)).to(scores.dtype)
+        foreground = _dilated(_eroded(foreground))
+        foreground = _eroded(_dilated(foreground))
     height, width = size
     y = torch.linspace(0, 1, height, device=scores.device).view(1, 1, height, 1)
     x = torch.linspace(0, 1, width, device=scores.device).view(1, 1, 1, width)

@@ -43,18 +43,24 @@ class Masks(RegionalComposition):
     The scheme of two phases is that of FreeFuse (https://arxiv.org/abs/2510.23515), whose masks come from another rule,
     see :class:`~mole_diffusion.composition.FreeFuse`.
 
+    Regions that a user gave also draw the words of their subject to them, since a thing that the base puts elsewhere
+    would be drawn by no LoRA at all.
+
     Args:
-        online: Do not begin again: LoRAs join in once masks are known. Costs no evaluation of the denoiser; what the
-            first steps laid out without LoRAs stays.
+        online: Do not begin again: LoRAs join in once masks are known. Costs no evaluation of the denoiser.
         start: Where reading begins, as a part of all steps: attention of the very first says little.
         stop: Where it ends. A picture that begins in the middle of the schedule (image to image) is read from its first
             step on, for as long.
+        join: Where LoRAs join in when the picture is begun again. Until then the base lays the picture out as it did
+            when masks were read; LoRAs in the first steps would move things away from their masks.
         background: A pixel is a subject's if its attention to the words lies this many standard deviations above the
             mean of the picture.
         smoothing: Side of the square, in pixels of the latent, over which maps are averaged; odd.
         neutral_words: Weight of a subject's LoRA on words that are nobody's; ``None`` is 1/N.
         own_words: Added to the scores of a subject's pixels for the subject's own words (FreeFuse's gamma).
-        others_words: Taken from the scores of a subject's pixels for the words of others (FreeFuse's beta).
+        others_words: Taken from the scores of all other pixels for these words (FreeFuse's beta).
+        given_own_words: The same as `own_words`, for regions that a user gave.
+        given_others_words: The same as `others_words`, for regions that a user gave.
 
     Raises:
         MoLEError: A setting is out of its range.
@@ -69,27 +75,42 @@ class Masks(RegionalComposition):
         online: bool = False,
         start: float = 0.12,
         stop: float = 0.36,
+        join: float = 0.12,
         background: float = 0.5,
         smoothing: int = 3,
         neutral_words: float | None = None,
         own_words: float = 0.0,
         others_words: float = 0.0,
+        given_own_words: float = 6.0,
+        given_others_words: float = 12.0,
     ) -> None:
         if not 0 <= start < stop < 1:
             raise MoLEError(f"`start` and `stop` must be 0 <= start < stop < 1, got {start} and {stop}.")
         if smoothing < 1 or smoothing % 2 == 0:
             raise MoLEError(f"`smoothing` must be an odd number of pixels, got {smoothing}. 1 leaves maps as they are.")
-        for name, value in (("background", background), ("own_words", own_words), ("others_words", others_words)):
+        if not 0 <= join < 1:
+            raise MoLEError(f"`join` must be at least 0 and below 1, got {join}. 0: LoRAs act from the first step on.")
+        numbers = {
+            "background": background,
+            "own_words": own_words,
+            "others_words": others_words,
+            "given_own_words": given_own_words,
+            "given_others_words": given_others_words,
+        }
+        for name, value in numbers.items():
             if not math.isfinite(value):
                 raise MoLEError(f"`{name}` must be finite, got {value}.")
         self.online = online
         self.start = start
         self.stop = stop
+        self.join = join
         self.background = background
         self.smoothing = smoothing
         self.neutral_words = neutral_words
         self.own_words = own_words
         self.others_words = others_words
+        self.given_own_words = given_own_words
+        self.given_others_words = given_others_words
         self.needs: frozenset[Need] = frozenset({"words", "attention"} | (set() if online else {"prior"}))  # type: ignore[arg-type]
 
     def evaluations(self, num_loras: int) -> float:
@@ -131,11 +152,21 @@ class Masks(RegionalComposition):
 
     def regions(self, run: Run) -> RegionMap | None:
         call = self.call(run)
+        if call.prior:
+            return None
+        step = _step(call, run)
+        self._window(call, run)
+        first = self._found(call).first_step or 0
+        if step.index < min(first + round(self.join * step.total), step.total - 1):
+            return None
+        return self.find(run)
+
+    def find(self, run: Run) -> RegionMap | None:
+        """Whose pixels are whose, as soon as that is known."""
+        call = self.call(run)
         found = self._found(call)
         if self._all_given(call, run):
             return call.regions
-        if call.prior:
-            return None
         if self.online and found.region_map is None and _step(call, run).index < self._window(call, run)[1]:
             return None
         if found.region_map is None or found.keep is not run.keep:
@@ -144,10 +175,12 @@ class Masks(RegionalComposition):
         return found.region_map
 
     def attention_bias(self, layer: LayerSeam, query: Tensor, key: Tensor, run: Run) -> Tensor | None:
-        if not layer.crossed or (self.own_words == 0 and self.others_words == 0):
-            return None
         call, text = self.call(run), run.encoder_hidden_states
-        region_map = run.notes.get("regions") or (None if run.call.prior else self.regions(run))
+        strengths = self.own_words, self.others_words, self.given_own_words, self.given_others_words
+        if not layer.crossed or not any(strengths if call.regions is not None else strengths[:2]):
+            return None
+        # A LoRA that is left out, or the only one, is not kept to a place.
+        region_map = None if call.prior else self.find(run)
         if region_map is None or text is None or run.sample_size is None:
             return None
         from ..gating.tokens import token_grid
@@ -156,11 +189,13 @@ class Masks(RegionalComposition):
         shares = region_map.at(*token_grid(query.shape[2], run.sample_size, layer.name), device=query.device)
         if len(shares) > 1:
             shares = shares.repeat(len(query) // len(shares), 1, 1)
-        shares = shares * (run.keep * roles(run, "subject"))[:, None]
-        own = shares @ owned  # (rows, pixels, words): how much of the pixel belongs to the word's owner
-        others = shares.sum(dim=-1, keepdim=True) * owned.amax(dim=1)[:, None] - own
-        bias = self.own_words * own - self.others_words * others
-        return bias[:, None].to(query.dtype)
+        kept = run.keep * roles(run, "subject")  # (rows | 1, N)
+        given = torch.tensor([float(name in region_map.fixed) for name in call.names], device=query.device)
+        own = self.own_words + given * (self.given_own_words - self.own_words)
+        others = self.others_words + given * (self.given_others_words - self.others_words)
+        # (rows, pixels, N): for the words of each subject, more where it is and less where it is not.
+        more = (shares * (own + others) - others) * kept[:, None]
+        return (more @ owned)[:, None].to(query.dtype)
 
     def _decide(self, call: Call, found: _Found, run: Run) -> RegionMap:
         if found.maps is None or found.maps.empty:
