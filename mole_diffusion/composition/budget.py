@@ -106,8 +106,7 @@ def stack_energy_scale(gram: Tensor, weights: Tensor) -> Tensor:
     """
     wide = torch.promote_types(weights.dtype, torch.float32)
     weights, gram = weights.to(wide), gram.to(weights.device, wide)
-    # Rounding may take a sum that cancels below zero.
-    energy = ((weights @ gram) * weights).sum(dim=-1).clamp(min=0).sqrt()
-    loudest = (weights.abs() * gram.diagonal().clamp(min=0).sqrt()).amax(dim=-1)
+    energy = ((weights @ gram) * weights).sum(dim=-1)  # squared; of a sum that cancels, rounding may leave less than 0
+    loudest = (weights.square() * gram.diagonal()).amax(dim=-1)
     louder = energy > loudest * (1 + ROUNDING)
-    return torch.where(louder, loudest / energy, torch.ones_like(energy))
+    return torch.where(louder, loudest / energy, torch.ones_like(energy)).sqrt()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 TRIGGERS_KEY = "mole_diffusion.triggers"  # a JSON list of phrases
 MODELSPEC_KEY = "modelspec.trigger_phrase"  # of the Stability AI model specification; kohya's --metadata_trigger_phrase
@@ -81,7 +81,7 @@ def _kohya(metadata: Mapping[str, str]) -> tuple[str, ...]:
     return _phrases([best]) if totals[best] >= NEARLY_ALL * captions else ()
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value < MOST_PICTURES
 
 
