@@ -62,9 +62,10 @@ def _kohya(metadata: Mapping[str, str]) -> tuple[str, ...]:
     for name, tags in sets.items():
         if isinstance(skipped, dict) and name in skipped:  # pictures of the class, without the subject
             continue
-        counts = (
-            {tag.strip(): count for tag, count in tags.items() if _is_count(count)} if isinstance(tags, dict) else {}
-        )
+        counts: dict[str, int] = {}
+        for tag, count in tags.items() if isinstance(tags, dict) else ():
+            if _is_count(count):  # old versions keep the space after a comma: " sks" beside "sks"
+                counts[tag.strip()] = counts.get(tag.strip(), 0) + count
         size = sizes.get(name) if isinstance(sizes, dict) else None
         pictures = size.get("img_count") if isinstance(size, dict) else None
         if _is_count(pictures):
