@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from .lora import inspect_lora as inspect_lora
     from .lora import load_lora as load_lora
     from .pipelines import MoLEPipelineMixin as MoLEPipelineMixin
+    from .pipelines import MoLEStableDiffusionImg2ImgPipeline as MoLEStableDiffusionImg2ImgPipeline
+    from .pipelines import MoLEStableDiffusionInpaintPipeline as MoLEStableDiffusionInpaintPipeline
     from .pipelines import MoLEStableDiffusionPipeline as MoLEStableDiffusionPipeline
     from .training import GateTrainingConfig as GateTrainingConfig
     from .training import LoRATrainingConfig as LoRATrainingConfig
@@ -33,6 +35,8 @@ if (_root / "pyproject.toml").is_file() and (_root / "pipelines" / "__init__.py"
 _HOME = {  # public name -> the sub-package that has it
     "MoLEPipelineMixin": "pipelines",
     "MoLEStableDiffusionPipeline": "pipelines",
+    "MoLEStableDiffusionImg2ImgPipeline": "pipelines",
+    "MoLEStableDiffusionInpaintPipeline": "pipelines",
     "load_lora": "lora",
     "inspect_lora": "lora",
     "GateConfig": "gating",

@@ -2,12 +2,21 @@
 
 Another pipeline of diffusers becomes a composing one in one line::
 
-    class MoLEImg2Img(MoLEPipelineMixin, StableDiffusionImg2ImgPipeline): ...
+    class MoLEControlNet(MoLEPipelineMixin, StableDiffusionControlNetPipeline): ...
 """
 
 from __future__ import annotations
 
 from .mixin import MoLEPipelineMixin
-from .stable_diffusion import MoLEStableDiffusionPipeline
+from .stable_diffusion import (
+    MoLEStableDiffusionImg2ImgPipeline,
+    MoLEStableDiffusionInpaintPipeline,
+    MoLEStableDiffusionPipeline,
+)
 
-__all__ = ["MoLEPipelineMixin", "MoLEStableDiffusionPipeline"]
+__all__ = [
+    "MoLEPipelineMixin",
+    "MoLEStableDiffusionImg2ImgPipeline",
+    "MoLEStableDiffusionInpaintPipeline",
+    "MoLEStableDiffusionPipeline",
+]

@@ -27,8 +27,8 @@ class DiffusersContract(Base):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "__call__" in vars(cls):
-            return
+        if "__call__" in vars(cls) or not any("__call__" in vars(ancestor) for ancestor in cls.__mro__):
+            return  # a call of its own, or a mixin that stands before none yet
 
         # A __call__ per pipeline, so that editors and notebooks show the arguments of its diffusers pipeline.
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:

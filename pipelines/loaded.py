@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from ..composition import Composition, Normalized, Role
+from ..composition import Budget, Composition, Role
 from ..errors import MoLEError
 from ..experts import Experts
 from ..gating import MoLEModel
@@ -29,6 +29,7 @@ class Loaded:
         triggers: The words that call each LoRA.
         called_by_name: The LoRAs whose triggers nobody told, so that their own name stands in for them.
         roles: Of each LoRA.
+        disabled: Whether diffusers' `disable_lora` was called.
         running: How many calls draw now.
     """
 
@@ -39,6 +40,7 @@ class Loaded:
     triggers: dict[str, tuple[str, ...]] = field(default_factory=dict)
     called_by_name: frozenset[str] = frozenset()
     roles: dict[str, Role] = field(default_factory=dict)
+    disabled: bool = False
     running: int = 0
     lock: Any = field(default_factory=threading.RLock)
 
@@ -57,7 +59,7 @@ class Loaded:
             MoLEError: A model was exchanged after loading, or carries the LoRAs of another pipeline.
         """
         for name, model in components.items():
-            other = _RECORDS.get(model)
+            other = _RECORDS.get(unwrapped(model))
             if other is not None and other is not self and other.loras:
                 raise MoLEError(
                     f"the {name} of this pipeline carries the LoRAs {', '.join(other.loras)} of another pipeline, "
@@ -69,7 +71,7 @@ class Loaded:
         if not experts.attached:  # somebody called `experts.detach()`
             experts.attach(components)
         for name in experts.components:
-            if experts.component(name) is not components.get(name):
+            if name not in components or experts.component(name) is not unwrapped(components[name]):
                 raise MoLEError(
                     f"the LoRAs {', '.join(self.loras)} were loaded into another {name} than this pipeline has now, "
                     "so they would do nothing there. Call `unload_loras()`, then `load_loras` again."
@@ -85,7 +87,7 @@ class Loaded:
         if experts is not None:
             experts.check(components)
             for name in experts.components:
-                other = _RECORDS.get(components[name])
+                other = _RECORDS.get(unwrapped(components[name]))
                 if other is not None and other is not self and other.loras:
                     raise MoLEError(
                         f"the {name} carries the LoRAs {', '.join(other.loras)} of another pipeline. Load into that "
@@ -100,16 +102,22 @@ class Loaded:
             del _RECORDS[model]
         if experts is not None:
             for name in experts.components:
-                _RECORDS[components[name]] = self
+                _RECORDS[unwrapped(components[name])] = self
         self.set_weigher()
 
     def set_weigher(self) -> None:
         """Who weighs outside of a pipeline's call: the chosen method, or the one that needs no words."""
         if self.experts is not None:
-            self.experts.weigher = self.composition or Normalized()
+            self.experts.weigher = self.composition or Budget()
 
 
 _RECORDS: WeakKeyDictionary[nn.Module, Loaded] = WeakKeyDictionary()
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of what ``torch.compile`` returned."""
+    inner = getattr(model, "_orig_mod", model)
+    return inner if isinstance(inner, nn.Module) else model
 
 
 def loaded_into(components: Mapping[str, nn.Module], own: Loaded | None) -> Loaded:
@@ -117,7 +125,7 @@ def loaded_into(components: Mapping[str, nn.Module], own: Loaded | None) -> Load
     if own is not None and own.loras:
         return own
     for model in components.values():
-        record = _RECORDS.get(model)
+        record = _RECORDS.get(unwrapped(model))
         if record is not None:
             return record
     return own if own is not None else Loaded()

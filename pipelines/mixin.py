@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -12,18 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..composition import COMPOSITIONS, Call, Composition, Masks, MoLE, Normalized, RegionMap, Role
+from ..composition import COMPOSITIONS, Budget, Call, Composition, Masks, MoLE, RegionMap, Role
 from ..composition.call import current_call, running
 from ..errors import MoLEError
 from ..experts import Experts
+from ..experts.attach import refuse_adapters
 from ..gating import GateConfig, MoLEModel
 from ..lora import LoRA, load_lora
-from .contract import DiffusersContract
 from .loaded import Loaded, loaded_into
 from .naming import LoRASource, named_sources, read_roles, read_triggers
 from .prior import drawing_prior
 from .reading import Spans, given_words, prompt_words
 from .selection import Selection, check_names, read_selection
+from .stock_lora import StockLoRACalls
 from .turns import turn
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ LORA_COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "tex
 _OPEN: ContextVar[tuple[tuple[Loaded, ExitStack, float], ...]] = ContextVar("mole_diffusion.open", default=())
 
 
-class MoLEPipelineMixin(DiffusersContract):
+class MoLEPipelineMixin(StockLoRACalls):
     """Draws with several LoRAs at once. Stands before a diffusers pipeline in a class statement, and has no state of
     its own in the pipeline's components: loading, saving, devices and offloading stay as they are.
 
@@ -140,6 +142,8 @@ class MoLEPipelineMixin(DiffusersContract):
             )
         self._refuse_under_gates("load more LoRAs")
         components = self.lora_components
+        for name, model in components.items():
+            refuse_adapters(name, model)
         read = {
             name: replace(source, name=name) if isinstance(source, LoRA) else load_lora(source, components, name=name)
             for name, source in sources.items()
@@ -230,7 +234,7 @@ class MoLEPipelineMixin(DiffusersContract):
         Args:
             method: A name in `mole_diffusion.composition.COMPOSITIONS`, or a method of your own. ``None`` leaves it to
                 each call: ``"masks"`` where several LoRAs take part whose trigger words are known (given, or told by
-                their files), and otherwise ``"normalized"``.
+                their files), and otherwise ``"budget"``.
 
         Raises:
             ValueError: The name is unknown, or the method needs gates and none are loaded.
@@ -269,7 +273,7 @@ class MoLEPipelineMixin(DiffusersContract):
         subjects = [name for name in taking_part if loaded.roles[name] == "subject"]
         told = has_prompt and not loaded.called_by_name & set(subjects)
         several = sum(loaded.roles[name] != "utility" for name in taking_part) > 1
-        return Masks() if regions or (told and several and subjects) else Normalized()
+        return Masks() if regions or (told and several and subjects) else Budget()
 
     # --- drawing --------------------------------------------------------------------------------------------------
 
@@ -380,8 +384,11 @@ class MoLEPipelineMixin(DiffusersContract):
         self._refuse_unknown_arguments(kwargs)
         loaded = self._loaded
         attention = kwargs.get("cross_attention_kwargs") or {}
+        refuse_not_finite({**kwargs, "cross_attention_kwargs' scale": attention.get("scale")})
+        loras = [] if loaded.disabled and loras is None else loras
         keep, _ = read_selection(loras, list(loaded.loras))
         taking_part = [name for name, kept in zip(loaded.loras, keep[0].tolist(), strict=True) if kept]
+        self._refuse_half_measures(loras, taking_part, kwargs)
         has_prompt = kwargs.get("prompt_embeds") is None or spans is not None
         method = loaded.composition or self._default(taking_part, has_prompt=has_prompt, regions=regions is not None)
         if regions is not None and "words" not in method.needs:
@@ -402,6 +409,26 @@ class MoLEPipelineMixin(DiffusersContract):
             output = super().__call__(*args, **kwargs)
             self.__dict__["_mole_masks"] = call.found or call.regions
         return output
+
+    def _refuse_half_measures(self, loras: Selection, taking_part: Sequence[str], kwargs: Mapping[str, Any]) -> None:
+        """Raises MoLEError where a picture would not be what the arguments say."""
+        loaded = self._loaded
+        if loras is not None and not taking_part and loaded.loras:
+            active = self._active_adapters()
+            if active:
+                raise MoLEError(
+                    f"`loras={loras!r}` is the bare base model, and the adapters {', '.join(active)} of "
+                    "`load_lora_weights` draw too. Call `unload_lora_weights()` or `disable_lora()` first."
+                )
+        if kwargs.get("prompt_embeds") is not None and kwargs.get("prompt") is None:
+            for name in taking_part:
+                touched = loaded.loras[name].factors
+                if all(component.startswith("text_encoder") for component in touched):
+                    raise MoLEError(
+                        f"the LoRA {name!r} acts on the text encoder alone, and `prompt_embeds` were made before: it "
+                        "would do nothing. Pass the prompt, or make the embeddings inside `with pipe.composing():` and "
+                        f"draw with loras={[other for other in taking_part if other != name]}."
+                    )
 
     def encode_prompt(self, prompt: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As in diffusers. Inside a call it is also where the LoRAs' words are looked for in the prompts."""
@@ -438,6 +465,13 @@ class MoLEPipelineMixin(DiffusersContract):
             channels_last = picture.shape[-1] in (1, 3, 4)
             default = tuple(picture.shape[-3:-1]) if channels_last else tuple(picture.shape[-2:])
         return given.get("height") or default[0], given.get("width") or default[1]
+
+
+def refuse_not_finite(numbers: Mapping[str, Any]) -> None:
+    """Raises MoLEError for a number that would make a black picture."""
+    for name, value in numbers.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise MoLEError(f"`{name}` must be finite, got {value}.")
 
 
 def _finish(loaded: Loaded) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention_processor import FusedAttnProcessor2_0
 from torch import nn
 
 from mole_diffusion.experts import AttachError, Experts, MoLEAttnProcessor
@@ -165,13 +168,91 @@ def test_a_processor_set_afterwards_is_still_weighed(components: dict[str, Any],
     assert all(unet.attn_processors[name] is processor for name, processor in sliced.items())  # theirs stay
 
 
-def test_fused_projections_are_refused(components: dict[str, Any], loras: list[LoRA], experts: Experts) -> None:
-    components["unet"].fuse_qkv_projections()
-    with pytest.raises(AttachError, match="unfuse_qkv_projections"):
-        run_unet(components)
+def test_fused_projections_are_set_aside_and_come_back(
+    components: dict[str, Any], loras: list[LoRA], experts: Experts
+) -> None:
+    unet = components["unet"]
+    experts.weigher = Numbers(torch.ones(3))
+    expected = run_unet(components)
+    unet.fuse_qkv_projections()  # after attaching
+    torch.testing.assert_close(run_unet(components), expected)
     experts.detach()
-    with pytest.raises(AttachError, match="fused query, key and value"):
-        Experts(loras).attach(models(components))
+    assert all(type(p) is FusedAttnProcessor2_0 for p in unet.attn_processors.values())
+    again = Experts(loras)
+    again.attach(models(components))  # before
+    again.weigher = Numbers(torch.ones(3))
+    torch.testing.assert_close(run_unet(components), expected)
+    unet.unfuse_qkv_projections()
+    torch.testing.assert_close(run_unet(components), expected)
+
+
+def test_processors_of_ours_that_somebody_kept_are_stock_ones_afterwards(
+    components: dict[str, Any], loras: list[LoRA], experts: Experts
+) -> None:
+    unet = components["unet"]
+    experts.weigher = Numbers(torch.ones(3))
+    run_unet(components)
+    kept = unet.attn_processors
+    experts.detach()
+    base = run_unet(components)
+    unet.set_attn_processor(kept)
+    assert torch.equal(run_unet(components), base)
+
+
+@torch.no_grad()
+def test_diffusers_may_set_its_default_processors(components: dict[str, Any], experts: Experts) -> None:
+    experts.weigher = Numbers(torch.ones(3))
+    expected = run_unet(components)
+    components["unet"].set_default_attn_processor()
+    torch.testing.assert_close(run_unet(components), expected)
+
+
+@torch.no_grad()
+def test_experts_follow_modules_that_are_exchanged(components: dict[str, Any], experts: Experts) -> None:
+    unet = components["unet"]
+    experts.weigher = Numbers(torch.ones(3))
+    expected = run_unet(components)
+    for name in ("mid_block.attentions.0.transformer_blocks.0.ff.net.2", "conv_out"):
+        parent, _, leaf = name.rpartition(".")
+        setattr(unet.get_submodule(parent), leaf, copy.deepcopy(bare(unet.get_submodule(name))))
+    assert torch.equal(run_unet(components), expected)
+    unet.mid_block.attentions[0].transformer_blocks[0].ff.net[2] = nn.Linear(3, 4)
+    with pytest.raises(ValueError, match=r"ff\.net\.2 map .* They were trained for another base model"):
+        run_unet(components)
+
+
+def bare(module: nn.Module) -> nn.Module:
+    """A module like it, without hooks."""
+    module._forward_hooks.clear()
+    return module
+
+
+@torch.no_grad()
+def test_padding_that_changed_since_is_noticed(components: dict[str, Any], experts: Experts) -> None:
+    experts.weigher = Numbers(torch.ones(3))
+    components["unet"].mid_block.resnets[0].conv1.padding_mode = "circular"
+    with pytest.raises(ValueError, match=r"conv1 pads with padding_mode='circular' now"):
+        run_unet(components)
+    components["unet"].mid_block.resnets[0].conv1.padding_mode = "zeros"
+    assert run_unet(components).isfinite().all()
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "save"])
+def test_a_model_with_experts_is_not_copied_as_a_whole(
+    components: dict[str, Any], experts: Experts, how: str, tmp_path: Path
+) -> None:
+    unet = components["unet"]
+    ways: dict[str, Any] = {
+        "deepcopy": copy.deepcopy,
+        "pickle": pickle.dumps,
+        "save": lambda model: torch.save(model, tmp_path / "unet.pt"),
+    }
+    with pytest.raises(AttachError, match=r"cannot be copied, pickled or saved as a whole\. Call `pipe.unload_loras"):
+        ways[how](unet)
+    state = unet.state_dict()
+    assert not any("lora" in key for key in state)
+    experts.detach()
+    ways[how](unet)
 
 
 def test_compiled_models_are_refused(

@@ -33,6 +33,7 @@ def test_fresh_gates_draw_the_normalised_sum() -> None:
     # "Equal gates equal NLA" where every LoRA touches every place, so equal targets here.
     pipe = composing_pipeline()
     pipe.load_loras({name: random_lora({"unet": pipe.unet}, 4, ATTENTION, seed=k) for k, name in enumerate(NAMES)})
+    pipe.set_composition("normalized")
     normalised = draw(pipe)
     gates = pipe.init_gates(GateConfig(scope="layer"))
     assert pipe.composition.name == "mole"
@@ -102,7 +103,7 @@ def test_gates_come_along_with_from_pipe(pipe: Any) -> None:
     assert torch.equal(draw(other), draw(pipe))
 
 
-def test_unloading_gates_goes_back_to_the_normalised_sum(pipe: Any) -> None:
+def test_unloading_gates_goes_back_to_the_default(pipe: Any) -> None:
     pipe.unload_gates()
     assert pipe.gates is None
     assert torch.equal(draw(pipe), draw(composing_pipeline(*NAMES)))
@@ -113,7 +114,7 @@ def test_unloading_all_loras_takes_the_gates_along(pipe: Any) -> None:
     assert pipe.gates is None
     assert torch.equal(draw(pipe), draw(composing_pipeline()))
     pipe.load_loras({"cat": lora_states(pipe)["cat"]})
-    assert pipe.composition.name == "normalized"
+    assert pipe.composition.name == "budget"
 
 
 def test_the_loras_of_loaded_gates_stay(pipe: Any) -> None:
@@ -154,7 +155,7 @@ def test_gates_for_other_loras_are_refused(pipe: Any, tmp_path: Path, case: str,
     with pytest.raises(ValueError, match=message):
         other.load_gates(tmp_path)
     assert other.gates is None
-    assert other.composition.name == "normalized"
+    assert other.composition.name == "budget"
     assert torch.equal(draw(other), before)
 
 

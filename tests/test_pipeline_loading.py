@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from mole_diffusion.composition import Normalized
+from mole_diffusion.composition import Budget, Normalized
 from mole_diffusion.lora import LoRAError, load_lora, save_lora
 from tests.composing import NAMES, composing_pipeline, draw, lora_states
 
@@ -73,10 +73,10 @@ def test_without_loras_the_model_is_as_before(pipe: Any, names: list[str] | None
     pipe.unload_loras()  # nothing to do
 
 
-def test_the_default_method_is_normalised_and_a_choice_stays(pipe: Any) -> None:
-    assert isinstance(pipe.composition, Normalized)
+def test_the_default_method_keeps_the_budget_and_a_choice_stays(pipe: Any) -> None:
+    assert isinstance(pipe.composition, Budget)
     pipe.load_loras({"cat": lora_states(pipe)["cat"]})
-    assert pipe.composition.name == "normalized"
+    assert pipe.composition.name == "budget"
     pipe.set_composition("linear")
     pipe.load_loras({"dog": lora_states(pipe)["dog"]})
     assert pipe.composition.name == "linear"
@@ -152,7 +152,7 @@ def test_a_wrong_unload_says_what_is_wrong(pipe: Any, names: Any, error: Any, me
 def test_a_wrong_method_says_what_is_wrong(pipe: Any, method: Any, error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
         pipe.set_composition(method)
-    assert pipe.composition.name == "normalized"
+    assert pipe.composition.name == "budget"
 
 
 @pytest.mark.parametrize("call", ["init_gates", "load_gates", "save_gates"])

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from ..experts import Projections, Run, Site
 from ..experts.seam import LayerSeam
+from .step import Step
+
+__all__ = ["Composition", "Need", "Step"]
 
 Need = Literal["gates", "attention", "words", "prior"]
 

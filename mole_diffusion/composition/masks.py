@@ -15,7 +15,7 @@ from .attention import WordMaps
 from .base import Need
 from .call import Call
 from .owners import owners
-from .regional import RegionalComposition
+from .regional import RegionalComposition, is_alone
 from .regions import RegionMap
 from .roles import roles
 from .step import Step
@@ -76,11 +76,11 @@ class Masks(RegionalComposition):
         start: float = 0.12,
         stop: float = 0.36,
         join: float = 0.12,
-        background: float = 0.5,
+        background: float = 0.0,
         smoothing: int = 3,
         neutral_words: float | None = None,
-        own_words: float = 0.0,
-        others_words: float = 0.0,
+        own_words: float = 3.0,
+        others_words: float = 6.0,
         given_own_words: float = 6.0,
         given_others_words: float = 12.0,
     ) -> None:
@@ -179,7 +179,8 @@ class Masks(RegionalComposition):
         strengths = self.own_words, self.others_words, self.given_own_words, self.given_others_words
         if not layer.crossed or not any(strengths if call.regions is not None else strengths[:2]):
             return None
-        # A LoRA that is left out, or the only one, is not kept to a place.
+        if is_alone(call, run):
+            return None
         region_map = None if call.prior else self.find(run)
         if region_map is None or text is None or run.sample_size is None:
             return None

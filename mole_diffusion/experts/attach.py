@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0, FusedAttnProcessor2_0
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -16,6 +16,8 @@ from .site import Site
 
 Engine = Literal["auto", "hooks", "processors"]
 ENGINES: tuple[Engine, ...] = ("auto", "hooks", "processors")
+# Perturbed and self-attention guidance: their processors take the batch for two or three parts of equal size.
+POSITIONAL = ("PAG", "CrossAttnStore", "SAG")
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
@@ -59,15 +61,17 @@ class Attachment:
         self._seam = seam
         self._handles: list[RemovableHandle] = []
         self._site_hooks: dict[str, RemovableHandle] = {}
-        self._watch_hooks: dict[str, RemovableHandle] = {}
+        self._watch_hooks: dict[str, _Watch] = {}
         # attention name -> (layer, its own processor, ours)
         self._swapped: dict[str, tuple[Attention, Any, MoLEAttnProcessor]] = {}
         self._fired: set[str] | None = set()
+        self._parents = {site.module_name: _parent(model, site.module_name) for site in self.sites}
 
         self._attentions = _attentions(model, self.sites)
         self._layers = dict(_attention_layers(model)) if seam is not None else {}
         self._begin = begin
         self._end = end
+        self._engine = engine
         if engine != "hooks":
             self._swap_processors()
         if engine == "processors" and not self._swapped:
@@ -79,11 +83,18 @@ class Attachment:
         self._handles.append(model.register_forward_pre_hook(self._before_forward, with_kwargs=True))
         self._handles.append(model.register_forward_hook(self._after_forward, always_call=True))
 
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise AttachError(
+            f"A {self.component} with experts attached cannot be copied, pickled or saved as a whole. Call "
+            "`pipe.unload_loras()`, or `detach()`, first; `save_pretrained` and `state_dict` need nothing undone."
+        )
+
     def remove(self) -> None:
         """Give the component back: processors that are still ours are replaced by the very objects that were there."""
         for attention, original, ours in self._swapped.values():
             if attention.processor is ours:
                 attention.processor = original
+            ours.retire()
         for handle in [*self._handles, *self._site_hooks.values(), *self._watch_hooks.values()]:
             handle.remove()
         self._swapped.clear()
@@ -91,18 +102,29 @@ class Attachment:
         self._site_hooks.clear()
         self._watch_hooks.clear()
 
+    def refuse_widening(self) -> None:
+        """Raises AttachError where an attention processor tells rows of the batch apart by their position."""
+        for name, layer in self._layers.items():
+            kind = type(layer.processor).__name__
+            if kind.startswith(POSITIONAL):
+                raise AttachError(
+                    f"{self.component} runs several passes at once as one wider batch, and {kind} (at {name}) splits "
+                    "the batch by position. Use a composition of one pass (masks), or draw without that processor."
+                )
+
     def fired(self, site: Site) -> None:
         """Note that a site was reached; only the first forward pass is watched."""
         if self._fired is not None:
             self._fired.add(site.module_name)
 
     def _swap_processors(self) -> None:
-        # Layers of a denoiser that no LoRA touches too: a method may want to see all attention maps.
+        """Our processor in every layer whose own is understood; also where no LoRA is, for methods that watch."""
         layers = {**self._layers, **{name: layer for name, (layer, _) in self._attentions.items()}}
         for name, attention in layers.items():
             original: Any = attention.processor
-            # Only the plain processor is understood; IP-Adapter, sliced and other attention keep theirs and get hooks.
-            if type(original) is AttnProcessor2_0:
+            # IP-Adapter, sliced and other attention keep theirs and get hooks. Fused projections are set aside: theirs
+            # would bypass the modules that LoRAs adapt, and the layer still has the single ones.
+            if type(original) in (AttnProcessor2_0, FusedAttnProcessor2_0):
                 _, sites = self._attentions.get(name, (attention, {}))
                 seam = None if self._seam is None else self._seam(name, attention)
                 attention.processor = ours = MoLEAttnProcessor(sites, self._add, seam)
@@ -118,8 +140,7 @@ class Attachment:
             if name in ours_now and name in self._watch_hooks:
                 self._watch_hooks.pop(name).remove()
             elif name not in ours_now and name not in self._watch_hooks and self._seam is not None:
-                watch = functools.partial(_watch_hook, self._seam(name, layer))
-                self._watch_hooks[name] = layer.register_forward_hook(watch, with_kwargs=True)
+                self._watch_hooks[name] = _Watch(layer, self._seam(name, layer))
         for site in self.sites:
             name = site.module_name
             if name in served and name in self._site_hooks:
@@ -129,9 +150,39 @@ class Attachment:
                 self._site_hooks[name] = site.module.register_forward_hook(hook, with_kwargs=True)
 
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # Somebody may have changed the model since: replaced our processors (IP-Adapter, attention slicing) or fused
+        # projections, or exchanged modules (PEFT, when its adapters are loaded and unloaded).
+        self._find_modules()
+        if self._engine != "hooks":
+            self._swap_processors()
         _refuse_fused(self.component, self._attentions)
-        self._place_hooks()  # somebody may have replaced our processors since (IP-Adapter, attention slicing)
+        self._place_hooks()
         return self._begin(model, args, kwargs)
+
+    def _find_modules(self) -> None:
+        """Follow a site whose module was exchanged for another with the same weights.
+
+        Raises:
+            AttachError: The module is gone, or cannot take the LoRAs.
+        """
+        for site in self.sites:
+            parent, leaf = self._parents[site.module_name]
+            module = getattr(parent, leaf, None)
+            inner = getattr(module, "base_layer", module)  # an adapter of PEFT around it calls it
+            if inner is not site.module:
+                try:
+                    found = self.model.get_submodule(site.module_name)
+                except AttributeError:
+                    raise AttachError(
+                        f"{site.name}, which the LoRAs adapt, is gone from the model. Put it back, or call "
+                        "`unload_loras()`."
+                    ) from None
+                found = getattr(found, "base_layer", found)
+                site.move_to(found)
+                self._parents[site.module_name] = _parent(self.model, site.module_name)
+                if site.module_name in self._site_hooks:
+                    self._site_hooks.pop(site.module_name).remove()
+                self._fired = set() if self._fired is None else self._fired  # look again whether it is reached
 
     def _after_forward(self, model: nn.Module, args: Any, output: Any) -> Any:
         result = self._end(output)
@@ -151,17 +202,29 @@ class Attachment:
 
 def refuse_unfit(component: str, model: nn.Module, sites: Sequence[Site]) -> None:
     """Raises AttachError if a model is compiled or has fused projections, so that experts there would do nothing."""
+    refuse_adapters(component, model)
     _refuse_compiled(component, model)
     _refuse_fused(component, _attentions(model, sites))
 
 
 def _refuse_fused(component: str, attentions: Mapping[str, tuple[Any, dict[str, Site]]]) -> None:
-    fused = [name for name, (layer, _) in attentions.items() if getattr(layer, "fused_projections", False)]
+    fused = [
+        name
+        for name, (layer, _) in attentions.items()
+        if type(layer.processor).__name__.startswith("Fused") and type(layer.processor) is not FusedAttnProcessor2_0
+    ]
     if fused:
+        kind = type(attentions[fused[0]][0].processor).__name__
         raise AttachError(
-            f"{component} has fused query, key and value projections ({fused[0]} and others), which bypass "
-            "the modules the LoRAs adapt. Call `unfuse_qkv_projections()` first."
+            f"{component} has fused query, key and value projections ({fused[0]}: {kind}), which bypass the modules "
+            "the LoRAs adapt. Call `unfuse_qkv_projections()` first."
         )
+
+
+def _parent(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds another, and the other's name there."""
+    above, _, leaf = name.rpartition(".")
+    return model.get_submodule(above), leaf
 
 
 def _site_hook(
@@ -171,19 +234,42 @@ def _site_hook(
     return add(site, hidden_states, output)
 
 
-def _watch_hook(
-    seam: AttentionSeam, attention: Attention, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
-) -> None:
-    """Shows what a layer with somebody else's processor attended to, from its own projections of the same input."""
-    if not seam.watched():
-        return
-    hidden_states = args[0] if args else kwargs["hidden_states"]
-    context = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
-    context = context[0] if isinstance(context, tuple) else context  # an IP-Adapter's: the text, then its pictures
-    query = attention.to_q(hidden_states)
-    key = attention.to_k(hidden_states if context is None else context)
-    query, key = (x.unflatten(-1, (attention.heads, -1)).transpose(1, 2) for x in (query, key))
-    seam.attended(query, key, output)
+class _Watch:
+    """The seam of a layer with somebody else's processor, by hooks: its own projections of the same input show what it
+    attends to, and a bias goes in as the attention mask that every processor knows."""
+
+    def __init__(self, layer: Attention, seam: AttentionSeam) -> None:
+        self._seam = seam
+        self._handles = [
+            layer.register_forward_pre_hook(self._before, with_kwargs=True),
+            layer.register_forward_hook(self._after, with_kwargs=True),
+        ]
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _before(self, layer: Attention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self._seam.biased():
+            return None
+        bias = self._seam.bias(*self._projections(layer, args, kwargs))
+        if bias is None:
+            return None
+        mask = kwargs.get("attention_mask")
+        return args, {**kwargs, "attention_mask": bias[:, 0] if mask is None else mask + bias[:, 0]}
+
+    def _after(self, layer: Attention, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        if self._seam.watched():
+            self._seam.attended(*self._projections(layer, args, kwargs), output)
+
+    def _projections(self, layer: Attention, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        context = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
+        context = context[0] if isinstance(context, tuple) else context  # an IP-Adapter's: the text, then its pictures
+        query = layer.to_q(hidden_states)
+        key = layer.to_k(hidden_states if context is None else context)
+        query, key = (x.unflatten(-1, (layer.heads, -1)).transpose(1, 2) for x in (query, key))
+        return query, key
 
 
 def _attention_layers(model: nn.Module) -> Iterator[tuple[str, Attention]]:
@@ -203,6 +289,17 @@ def _attentions(model: nn.Module, sites: Sequence[Site]) -> dict[str, tuple[Any,
                 if isinstance(layer, Attention):
                     found.setdefault(parent, (layer, {}))[1][projection] = site
     return found
+
+
+def refuse_adapters(component: str, model: nn.Module) -> None:
+    """Raises AttachError if adapters of PEFT are on a model, as `load_lora_weights` leaves them."""
+    for name, module in model.named_modules():
+        if hasattr(module, "base_layer") and type(module).__module__.startswith("peft."):
+            loaded = ", ".join(getattr(module, "lora_A", {})) or "an adapter"
+            raise AttachError(
+                f"{component} carries a PEFT adapter ({loaded}, at {name}), as `load_lora_weights` leaves it. Load "
+                "that file with `load_loras` beside the others, or call `fuse_lora()`, then `unload_lora_weights()`."
+            )
 
 
 def _refuse_compiled(component: str, model: nn.Module) -> None:

@@ -321,6 +321,11 @@ class Experts:
         _check_weights(weights, projected, site, self.num_experts)
         return output + site.stack.expand(projected, site.stack.per_rank(weights), output)
 
+    def biased(self, component: str) -> bool:
+        """Whether the weigher may add to the scores of attention layers in the present pass."""
+        run = self.run(component)
+        return run.active and hasattr(run.weigher, "attention_bias")
+
     def bias(self, component: str, layer: LayerSeam, query: Tensor, key: Tensor) -> Tensor | None:
         """What the weigher adds to the scores of an attention layer of the denoiser, if anything."""
         run = self.run(component)
@@ -341,9 +346,12 @@ class Experts:
             weigher: Any = run.weigher
             weigher.attended(layer, query, key, output, run)
 
-    def __deepcopy__(self, memo: Any) -> NoReturn:
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
         # Copied hooks and processors would go on reading from this object, weighing the copy by the original's state.
-        raise AttachError("A model with experts attached cannot be copied. Call `detach()` first, then copy.")
+        raise AttachError(
+            "A model with experts attached cannot be copied, pickled or saved as a whole. Call `pipe.unload_loras()`, "
+            "or `detach()`, first; `save_pretrained` and `state_dict` need nothing undone."
+        )
 
     def _sites_of(self, component: str, model: nn.Module) -> list[Site]:
         modules = dict(model.named_modules())
@@ -409,6 +417,8 @@ class Experts:
         several = getattr(run.weigher, "passes", None)
         if several is not None and run.active and run.timestep is not None:
             run = replace(run, passes=several(run))
+            if run.passes > 1:
+                self._attachments[component].refuse_widening()
         passes.runs[component] = self._latest[component] = run
         passes.running.add(component)
         return run

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -19,6 +19,10 @@ class AttentionSeam(Protocol):
 
     def watched(self) -> bool:
         """Whether anybody wants to see this pass."""
+        ...
+
+    def biased(self) -> bool:
+        """Whether anybody may add to the scores in this pass."""
         ...
 
     def bias(self, query: Tensor, key: Tensor) -> Tensor | None:
@@ -52,6 +56,15 @@ class MoLEAttnProcessor:
         self.sites = dict(sites or {})
         self._add = add
         self._seam = seam
+
+    @property
+    def __class__(self) -> type:
+        """diffusers asks processors for their class before it exchanges them, and to it this is the stock one."""
+        return AttnProcessor2_0
+
+    def retire(self) -> None:
+        """Become the stock processor: somebody may have kept this one and put it back after the LoRAs are gone."""
+        self.sites, self._add, self._seam = {}, None, None
 
     def __call__(
         self,

@@ -37,6 +37,9 @@ class LayerSeam:
     def watched(self) -> bool:
         return self._experts.watched(self._component)
 
+    def biased(self) -> bool:
+        return self._experts.biased(self._component)
+
     def bias(self, query: Tensor, key: Tensor) -> Tensor | None:
         return self._experts.bias(self._component, self, query, key)
 

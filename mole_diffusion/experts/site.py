@@ -42,6 +42,15 @@ class Site:
         """``component.module``, unique in the model."""
         return f"{self.component}.{self.module_name}"
 
+    def move_to(self, module: nn.Module) -> None:
+        """Sit beside another module from now on.
+
+        Raises:
+            ValueError, TypeError: The factors do not fit it.
+        """
+        self.module = module
+        _check_fit(self)
+
     def project(self, hidden_states: Tensor, down: Tensor) -> Tensor:
         """``down x`` as ``(batch, positions, rows of down)``, whatever the module's own layout is."""
         x = hidden_states.to(down.dtype)
@@ -49,6 +58,11 @@ class Site:
             z = F.linear(x, down)
             return z[:, None] if z.ndim == 2 else z.flatten(1, -2)
         conv: Any = self.module
+        if conv.padding_mode != "zeros":  # also if it was another when the experts were attached
+            raise ValueError(
+                f"{self.name} pads with padding_mode={conv.padding_mode!r} now; experts run beside convolutions with "
+                "zero padding only. Set it back to 'zeros', or unload the LoRAs that adapt it."
+            )
         return F.conv2d(x, down, None, conv.stride, conv.padding, conv.dilation).flatten(2).transpose(1, 2)
 
     def positions(self, hidden_states: Tensor) -> Tensor:
