@@ -33,7 +33,8 @@ def drawing_prior(pipe: Any, method: Composition, call: Call, kwargs: Mapping[st
 
     def look(*_: Any) -> None:
         run = pipe.experts.context
-        if run is not None and method.prior_done(run):
+        # Other threads may draw with these models too.
+        if run is not None and run.call is call and method.prior_done(run):
             raise _Seen
 
     given = kwargs.get("generator")

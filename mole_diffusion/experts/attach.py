@@ -62,6 +62,7 @@ class Attachment:
         self._handles: list[RemovableHandle] = []
         self._site_hooks: dict[str, RemovableHandle] = {}
         self._watch_hooks: dict[str, _Watch] = {}
+        self._made: list[MoLEAttnProcessor] = []
         # attention name -> (layer, its own processor, ours)
         self._swapped: dict[str, tuple[Attention, Any, MoLEAttnProcessor]] = {}
         self._fired: set[str] | None = set()
@@ -94,6 +95,7 @@ class Attachment:
         for attention, original, ours in self._swapped.values():
             if attention.processor is ours:
                 attention.processor = original
+        for ours in self._made:
             ours.retire()
         for handle in [*self._handles, *self._site_hooks.values(), *self._watch_hooks.values()]:
             handle.remove()
@@ -129,6 +131,7 @@ class Attachment:
                 seam = None if self._seam is None else self._seam(name, attention)
                 attention.processor = ours = MoLEAttnProcessor(sites, self._add, seam)
                 self._swapped[name] = (attention, original, ours)
+                self._made.append(ours)
 
     def _place_hooks(self) -> None:
         """One hook on every site that no processor of ours serves now, and none on the others."""

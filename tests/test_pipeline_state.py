@@ -1,0 +1,252 @@
+"""What a pipeline lists acts, or an error says why; and calls of several threads do not meet."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    AutoPipelineForImage2Image,
+    AutoPipelineForInpainting,
+    AutoPipelineForText2Image,
+    StableDiffusionPipeline,
+)
+from torch import Tensor
+
+from mole_diffusion.composition import Masks
+from mole_diffusion.experts import AttachError
+from mole_diffusion.pipelines import MoLEStableDiffusionImg2ImgPipeline, MoLEStableDiffusionPipeline
+from tests.composing import PROMPT, assert_close, composing_pipeline, draw, lora_states
+from tests.tiny import ATTENTION, TEXT_ENCODER, random_lora, tiny_components
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+
+
+def test_experts_somebody_detached_are_attached_again() -> None:
+    pipe = composing_pipeline("cat", "dog")
+    expected = draw(pipe)
+    pipe.experts.detach()
+    assert torch.equal(draw(pipe), expected)
+
+
+def test_a_refused_change_leaves_what_was_loaded() -> None:
+    pipe = composing_pipeline("cat")
+    expected = draw(pipe)
+    pipe.unet.compile(backend="eager")
+    with pytest.raises(AttachError, match="is compiled"):
+        pipe.load_loras({"dog": lora_states(pipe)["dog"]})
+    assert pipe.experts.names == ("cat",)
+    assert_close(draw(pipe), expected)
+
+
+def test_a_model_that_was_exchanged_is_noticed() -> None:
+    pipe = composing_pipeline("cat")
+    pipe.unet = tiny_components(seed=1)["unet"]
+    with pytest.raises(ValueError, match=r"loaded into another unet than this pipeline has now.*unload_loras"):
+        draw(pipe)
+    draw(pipe, loras=[])
+    pipe.unload_loras()
+    pipe.load_loras({"cat": lora_states(pipe)["cat"]})
+    draw(pipe)
+
+
+def test_models_of_another_pipeline_with_loras_are_not_loaded_into() -> None:
+    first = composing_pipeline("cat")
+    second = MoLEStableDiffusionPipeline.from_pipe(composing_pipeline(), text_encoder=first.text_encoder)
+    second.set_progress_bar_config(disable=True)
+    with pytest.raises(ValueError, match="named 'cat' is loaded already"):
+        second.load_loras({"cat": lora_states(second)["cat"]})
+    with pytest.raises(ValueError, match="another unet than this pipeline has now"):
+        draw(second)
+    first.unload_loras()
+    second.load_loras({"cat": lora_states(second)["cat"]})
+    draw(second)
+
+
+def test_nothing_is_unloaded_while_a_picture_is_drawn() -> None:
+    pipe = composing_pipeline("cat", "dog")
+    expected = draw(pipe)
+    refused: list[str] = []
+
+    def meddle(pipe: Any, *_: Any) -> dict[str, Any]:
+        for change in (pipe.unload_loras, lambda: pipe.load_loras({"mug": lora_states(pipe)["mug"]})):
+            with pytest.raises(ValueError, match=r"while a picture is being drawn with cat, dog.*use_loras"):
+                change()
+            refused.append("yes")
+        return {}
+
+    assert torch.equal(draw(pipe, callback_on_step_end=meddle), expected)
+    assert len(refused) == 4
+    pipe.unload_loras()
+
+
+@pytest.mark.parametrize("cls", [AutoPipelineForImage2Image, AutoPipelineForInpainting, AutoPipelineForText2Image])
+def test_autopipelines_find_ours(cls: Any) -> None:
+    pipe = composing_pipeline("cat")
+    other = cls.from_pipe(pipe)
+    assert type(other).__name__.startswith("MoLEStableDiffusion")
+    assert other.experts is pipe.experts
+
+
+# --- diffusers' own calls ----------------------------------------------------------------------------------------
+
+
+def test_calls_of_diffusers_do_for_ours_what_their_names_say() -> None:
+    pipe, base = composing_pipeline("cat", "dog"), draw(composing_pipeline())
+    drawn = draw(pipe)
+    pipe.disable_lora()
+    assert torch.equal(draw(pipe), base)
+    pipe.enable_lora()
+    assert torch.equal(draw(pipe), drawn)
+    pipe.delete_adapters("dog")
+    assert pipe.experts.names == ("cat",)
+    pipe.unload_lora_weights()
+    assert pipe.experts is None
+    assert torch.equal(draw(pipe), base)
+
+
+@pytest.mark.parametrize(
+    ("call", "arguments"), [("fuse_lora", []), ("unfuse_lora", []), ("set_adapters", [["cat"], [0.3]])]
+)
+def test_calls_that_cannot_mean_ours_name_them(call: str, arguments: list[Any]) -> None:
+    pipe = composing_pipeline("cat")
+    with pytest.raises(ValueError, match=r"adapters of `load_lora_weights`, and the LoRAs cat were loaded by `load_lo"):
+        getattr(pipe, call)(*arguments)
+
+
+def test_beside_adapters_of_peft() -> None:
+    base = composing_pipeline()
+    cat, theirs = lora_states(base)["cat"], random_lora({"unet": base.unet}, 3, ATTENTION, seed=8)
+    pipe = composing_pipeline()
+    pipe.load_lora_weights(dict(theirs), adapter_name="theirs")
+    with pytest.raises(AttachError, match=r"carries a PEFT adapter \(theirs, at .*load_lora_weights.*fuse_lora"):
+        pipe.load_loras({"cat": cat})
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    pipe.load_loras({"cat": cat})
+
+    both = composing_pipeline()
+    both.load_loras({"cat": cat, "theirs": theirs})
+    both.set_composition("linear")
+    assert_close(draw(pipe), draw(both), atol=2e-4)
+
+    ours = composing_pipeline("cat")
+    alone = draw(ours)
+    ours.load_lora_weights(dict(theirs), adapter_name="theirs")
+    assert_close(draw(ours), draw(both), atol=2e-4)
+    with pytest.raises(ValueError, match=r"`loras=\[\]` is the bare base model, and the adapters theirs of"):
+        draw(ours, loras=[])
+    ours.unload_lora_weights()  # diffusers puts new modules in the place of those our hooks were on
+    assert_close(draw(ours), alone)
+    ours.unload_loras()
+    assert_close(draw(ours), draw(composing_pipeline()))
+
+
+def test_a_lora_of_the_text_encoder_alone_does_not_meet_prompt_embeddings() -> None:
+    pipe = composing_pipeline()
+    text = random_lora({"text_encoder": pipe.text_encoder}, targets=TEXT_ENCODER)
+    pipe.load_loras({"words": text, "cat": lora_states(pipe)["cat"]})
+    with pipe.composing():
+        embeds, negative = pipe.encode_prompt(PROMPT, "cpu", 1, True)
+    given = {"prompt_embeds": embeds, "negative_prompt_embeds": negative}
+    with pytest.raises(ValueError, match=r"'words' acts on the text encoder alone.*loras=\['cat'\]"):
+        draw(pipe, None, **given)
+    draw(pipe, None, loras=["cat"], **given)
+
+
+@pytest.mark.parametrize("argument", ["guidance_scale", "eta", "cross_attention_kwargs"])
+def test_numbers_that_would_draw_a_black_picture_are_refused(argument: str) -> None:
+    pipe = composing_pipeline("cat")
+    value: Any = {"scale": float("inf")} if argument == "cross_attention_kwargs" else float("nan")
+    with pytest.raises(ValueError, match=f"`{argument}.* must be finite"):
+        draw(pipe, **{argument: value})
+
+
+# --- threads --------------------------------------------------------------------------------------------------------
+
+
+def together(calls: list[Any]) -> list[Tensor]:
+    """The results of calls made at once, in threads of their own."""
+    results: list[Any] = [None] * len(calls)
+    barrier = threading.Barrier(len(calls))
+
+    def work(index: int) -> None:
+        barrier.wait()
+        try:
+            results[index] = calls[index]()
+        except Exception as error:
+            results[index] = error
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+CHOICES: list[Any] = [["cat"], {"dog": 0.5}, [], ["cat", "dog"]]
+
+
+@pytest.mark.parametrize("sharing", ["one pipeline", "models", "scheduler"])
+@pytest.mark.parametrize("method", ["linear", "switch", Masks()])
+def test_calls_at_once_are_as_calls_in_turn(sharing: str, method: Any) -> None:
+    pipe = composing_pipeline("cat", "dog")
+    pipe.set_composition(method)
+    pipes = [pipe] * len(CHOICES)
+    if sharing != "one pipeline":
+        pipes = [MoLEStableDiffusionPipeline(**pipe.components, requires_safety_checker=False) for _ in CHOICES]
+        for other in pipes:
+            other.set_progress_bar_config(disable=True)
+            if sharing == "models":
+                other.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+
+    def call(pipe: Any, loras: Any, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return pipe(
+            "a cat and a dog", num_inference_steps=4, output_type="latent", loras=loras, generator=generator
+        ).images
+
+    calls = [lambda p=p, c=c, k=k: call(p, c, k) for k, (p, c) in enumerate(zip(pipes, CHOICES, strict=True))]
+    in_turn = [one() for one in calls]
+    for _ in range(2):
+        for drawn, expected in zip(together(calls), in_turn, strict=True):
+            assert isinstance(drawn, Tensor), drawn
+            assert_close(drawn, expected)
+    assert pipe.experts.keep.tolist() == [[1.0, 1.0]]  # nothing stays behind
+    assert all(torch.equal(one(), expected) for one, expected in zip(calls, in_turn, strict=True))
+
+
+def test_two_tasks_of_one_model_draw_at_once() -> None:
+    pipe = composing_pipeline("cat", "dog")
+    other = MoLEStableDiffusionImg2ImgPipeline.from_pipe(pipe)
+    other.set_progress_bar_config(disable=True)
+    picture = torch.rand(1, 3, 32, 32)
+
+    def image_to_image() -> Tensor:
+        return draw(other, image=picture, strength=0.9, loras=["dog"], generator=torch.Generator().manual_seed(1))
+
+    def text_to_image() -> Tensor:
+        return draw(pipe, loras=["cat"], generator=torch.Generator().manual_seed(2))
+
+    expected = [image_to_image(), text_to_image()]
+    for drawn, known in zip(together([image_to_image, text_to_image]), expected, strict=True):
+        assert isinstance(drawn, Tensor), drawn
+        assert_close(drawn, known)
+
+
+def test_a_stock_pipeline_with_a_scheduler_of_its_own_is_told_how() -> None:
+    pipe = composing_pipeline("cat", "dog")
+    pipe.set_composition("switch")
+    stock = StableDiffusionPipeline(
+        **{**pipe.components, "scheduler": type(pipe.scheduler)()}, requires_safety_checker=False
+    )
+    stock.set_progress_bar_config(disable=True)
+    pipe.scheduler.set_timesteps(7)
+    with pipe.composing(), pytest.raises(ValueError, match=r"composing\(scheduler=its\.scheduler\)"):
+        draw(stock, num_inference_steps=5)
+    with pipe.composing(scheduler=stock.scheduler):
+        drawn = draw(stock, num_inference_steps=5)
+    assert drawn.isfinite().all()
