@@ -25,6 +25,7 @@ from .naming import LoRASource, named_sources, read_roles, read_triggers
 from .prior import drawing_prior
 from .reading import Spans, given_words, prompt_words
 from .selection import Selection, check_names, read_selection
+from .size import latent_grid, picture_size
 from .stock_lora import StockLoRACalls
 from .turns import turn
 
@@ -317,10 +318,8 @@ class MoLEPipelineMixin(StockLoRACalls):
             loaded.check(self.lora_components)
         region_map = None
         if regions is not None:
-            height, width = size or self._default_size()
-            factor = self._latent_factor
-            grid = (max(1, height // factor), max(1, width // factor))
-            region_map = RegionMap.from_regions(regions, names, image_size=(height, width), grid=grid)
+            size = size or picture_size(self, {})
+            region_map = RegionMap.from_regions(regions, names, image_size=size, grid=latent_grid(self, size))
         of_roles = tuple(loaded.roles[name] for name in names)
         call = Call(names, of_roles, scheduler or self.scheduler, regions=region_map)
         with ExitStack() as stack:
@@ -397,7 +396,7 @@ class MoLEPipelineMixin(StockLoRACalls):
                 '`set_composition("masks")` first, or draw without regions.'
             )
         settings: dict[str, Any] = {"scale": attention.get("scale", 1.0), "regions": regions, "scheduler": None}
-        settings["size"] = self._picture_size(args, kwargs) if regions is not None else None
+        settings["size"] = picture_size(self, self._named(args, kwargs)) if regions is not None else None
         with turn(self), self._composing(loras, method, **settings) as call:
             self.__dict__["_mole_masks"] = None
             if spans is not None:
@@ -442,29 +441,6 @@ class MoLEPipelineMixin(StockLoRACalls):
         if call is not None and call.words is not None and "words" in getattr(weigher, "needs", ()):
             call.words.encoded(encoded[0])
         return encoded
-
-    @property
-    def _latent_factor(self) -> int:
-        """Pixels to a side of one pixel of the latent."""
-        return int(getattr(self, "vae_scale_factor", 8))
-
-    def _default_size(self) -> tuple[int, int]:
-        denoiser = getattr(self, "unet", None) or getattr(self, "transformer", None)
-        size = denoiser.config.sample_size * self._latent_factor
-        return size, size
-
-    def _picture_size(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int]:
-        """Height and width of what the call will draw, in pixels."""
-        given = self._named(args, kwargs)
-        default = self._default_size()
-        picture = given.get("image")
-        picture = picture[0] if isinstance(picture, list | tuple) and picture else picture
-        if hasattr(picture, "size") and not callable(picture.size):  # PIL
-            default = picture.size[1], picture.size[0]
-        elif hasattr(picture, "shape"):
-            channels_last = picture.shape[-1] in (1, 3, 4)
-            default = tuple(picture.shape[-3:-1]) if channels_last else tuple(picture.shape[-2:])
-        return given.get("height") or default[0], given.get("width") or default[1]
 
 
 def refuse_not_finite(numbers: Mapping[str, Any]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -61,11 +63,11 @@ class FreeFuse(Masks):
     def new_maps(self, call: Call) -> _Likeness:
         return _Likeness(self.words(call))
 
-    def read(self, maps: _Likeness, layer: LayerSeam, query: Tensor, key: Tensor, output: Tensor, run: Run) -> None:  # type: ignore[override]
+    def read(self, maps: Any, layer: LayerSeam, query: Tensor, key: Tensor, output: Tensor, run: Run) -> None:
         with torch.no_grad():
             maps.add(layer, query, key, output, run)
 
-    def own(self, maps: _Likeness, taking_part: Tensor) -> Tensor:  # type: ignore[override]
+    def own(self, maps: Any, taking_part: Tensor) -> Tensor:
         scores, background, outputs, sample_size = maps.mean()
         part = taking_part.to(scores.device)
         values = freefuse_owners(scores, background, outputs, part, factor=self.background)

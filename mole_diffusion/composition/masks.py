@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from ..errors import MoLEError
 from ..experts import Run
 from ..experts.seam import LayerSeam
+from ..gating.tokens import token_grid
 from .attention import WordMaps
 from .base import Need
 from .call import Call
@@ -26,10 +28,9 @@ class _Found:
     """What is known of the present call."""
 
     first_step: int | None = None
-    maps: WordMaps | None = None
+    maps: Any = None
     region_map: RegionMap | None = None
     keep: Tensor | None = None
-    seen: set[str] = field(default_factory=set)
 
 
 class Masks(RegionalComposition):
@@ -111,7 +112,9 @@ class Masks(RegionalComposition):
         self.others_words = others_words
         self.given_own_words = given_own_words
         self.given_others_words = given_others_words
-        self.needs: frozenset[Need] = frozenset({"words", "attention"} | (set() if online else {"prior"}))  # type: ignore[arg-type]
+        self.needs: frozenset[Need] = frozenset({"words", "attention"})
+        if not online:
+            self.needs |= {"prior"}
 
     def evaluations(self, num_loras: int) -> float:
         return 1 if self.online or num_loras <= 1 else 1 + self.stop
@@ -136,16 +139,16 @@ class Masks(RegionalComposition):
             found.maps = self.new_maps(run.call)
         self.read(found.maps, layer, query, key, output, run)
 
-    def new_maps(self, call: Call) -> WordMaps:
+    def new_maps(self, call: Call) -> Any:
         """Something to collect attention in."""
         return WordMaps(self.words(call))
 
-    def read(self, maps: WordMaps, layer: LayerSeam, query: Tensor, key: Tensor, output: Tensor, run: Run) -> None:
+    def read(self, maps: Any, layer: LayerSeam, query: Tensor, key: Tensor, output: Tensor, run: Run) -> None:
         """Take in one layer."""
         with torch.no_grad():
             maps.add(layer, query, key, run)
 
-    def own(self, maps: WordMaps, taking_part: Tensor) -> Tensor:
+    def own(self, maps: Any, taking_part: Tensor) -> Tensor:
         """The rule: ``(pictures, N, height, width)`` of shares from what was read."""
         mean = maps.mean()
         return owners(mean, taking_part.to(mean.device), background=self.background, smoothing=self.smoothing)
@@ -184,8 +187,6 @@ class Masks(RegionalComposition):
         region_map = None if call.prior else self.find(run)
         if region_map is None or text is None or run.sample_size is None:
             return None
-        from ..gating.tokens import token_grid
-
         owned = self.words(call).of_embeddings(text).to(query.device, torch.float32)  # (rows, N, words)
         shares = region_map.at(*token_grid(query.shape[2], run.sample_size, layer.name), device=query.device)
         if len(shares) > 1:

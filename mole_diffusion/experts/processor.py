@@ -57,7 +57,7 @@ class MoLEAttnProcessor:
         self._add = add
         self._seam = seam
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> type:
         """diffusers asks processors for their class before it exchanges them, and to it this is the stock one."""
         return AttnProcessor2_0
