@@ -46,9 +46,13 @@ class Budget(Composition):
         weights = self.method.weigh(site, projections, run)
         if weights is None:
             return None
-        counted = 1 - roles(run, "utility")
-        scale = stack_energy_scale(stack_gram(site.stack), weights * counted)[..., None]
-        return torch.where(counted.bool(), weights * scale.to(weights.dtype), weights)
+        kept: dict[str, tuple[Tensor, Tensor]] = {} if run.call is None else run.call.state.setdefault(self, {})
+        found = kept.get(site.name)
+        if found is None or found[0] is not weights:
+            counted = 1 - roles(run, "utility")
+            scale = stack_energy_scale(stack_gram(site.stack), weights * counted)[..., None]
+            kept[site.name] = found = weights, torch.where(counted.bool(), weights * scale.to(weights.dtype), weights)
+        return found[1]
 
     def passes(self, run: Run) -> int:
         return int(self.method.passes(run))

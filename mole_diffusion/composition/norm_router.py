@@ -54,6 +54,8 @@ class NormRouter(Composition):
             if self.temperature > 0:
                 shares = torch.softmax(ratios / self.temperature, dim=-1).nan_to_num()
             else:
-                shares = torch.nn.functional.one_hot(ratios.argmax(dim=-1), ratios.shape[-1]).to(ratios.dtype)
+                shares = (
+                    ratios.argmax(dim=-1, keepdim=True) == torch.arange(ratios.shape[-1], device=ratios.device)
+                ).float()
             shares = shares * competing
         return (shares + others) * run.scale[:, None]

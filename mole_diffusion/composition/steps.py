@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
+import torch
 from torch import Tensor
 
 from ..experts import Projections, Run, Site
@@ -62,8 +63,19 @@ class StepComposition(Composition):
             if run.passes > 1:
                 batch = len(projections.tensors[site.name]) // run.passes
                 weights = weights.expand(-1, batch, -1)
-            run.notes["weights"] = weights.flatten(0, 1)[:, None]
+            run.notes["weights"] = self._as_before(weights.flatten(0, 1)[:, None], run)
         weights = run.notes["weights"]
+        return weights
+
+    def _as_before(self, weights: Tensor, run: Run) -> Tensor:
+        """The very tensor of the pass before where nothing changed, so that what was made of it is kept."""
+        if run.call is None or weights.requires_grad:
+            return weights
+        key = (self, "weights", run.component)
+        before: Tensor | None = run.call.state.get(key)
+        if before is not None and before.device == weights.device and torch.equal(before, weights):
+            return before
+        run.call.state[key] = weights
         return weights
 
     def passes(self, run: Run) -> int:

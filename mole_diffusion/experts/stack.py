@@ -58,6 +58,7 @@ class ExpertStack:
         self._scaling_of_rank = scalings.repeat_interleave(ranks)
         self._cast_up: Tensor | None = None
         self._gram: Tensor | None = None
+        self._owner: Tensor | None = None
 
     @property
     def is_convolution(self) -> bool:
@@ -112,11 +113,10 @@ class ExpertStack:
             expert = self.expert_of_rank.to(projected.device)
             same = expert[:, None] == expert[None]
             self._gram = gram = (up.T @ up) * same  # different experts do not mix
+            self._owner = torch.nn.functional.one_hot(expert, self.num_experts).float()
         z = projected.float()
-        squares = z * (z @ gram)
-        norms = squares.new_zeros(*squares.shape[:2], self.num_experts)
-        norms.index_add_(2, self.expert_of_rank.to(projected.device), squares)
-        return norms.clamp_min(0).sqrt()
+        squares = (z * (z @ gram)) @ self._owner  # summed over the ranks of each
+        return squares.clamp_min(0).sqrt()
 
     def expand(self, projected: Tensor, weights: Tensor, output: Tensor) -> Tensor:
         """``up (gamma * z)``, shaped like the module's ``output``.
