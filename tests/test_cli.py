@@ -69,6 +69,7 @@ COMMANDS = [
     ["benchmark", "report"],
     ["toybox", "build"],
     ["toybox", "show"],
+    ["toybox", "anonymous"],
 ]
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .inputs import Device, pick_device
+from .inputs import Base, Device, find_base, pick_device, quiet_loading
 
 toybox = typer.Typer(
     no_args_is_help=True,
@@ -68,3 +68,32 @@ def show(
 
     world.show(out)
     typer.echo(f"picture sheet: {out}")
+
+
+@toybox.command()
+def anonymous(
+    out: Annotated[Path, typer.Option(help="Folder for the subjects, one folder each.")] = Path("runs/anonymous"),
+    count: Annotated[int, typer.Option(help="How many; the first sixteen are of sixteen classes.")] = 24,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of each LoRA.")] = 600,
+    seed: Annotated[int, typer.Option(help="Of the looks and of the trainings.")] = 0,
+    base: Base = "toybox",
+    device: Device = "auto",
+) -> None:
+    """Make subjects that have no name: looks that nothing was tuned on, each with a LoRA. Started again, it resumes.
+
+    Each folder gets lora.safetensors, five reference pictures and subject.json with name, token, class and look;
+    `toybox.anonymous_subjects(OUT)` reads them.
+
+    Examples:
+
+    \b
+      mole toybox anonymous --count 24 --out runs/anonymous
+      mole toybox anonymous --base runs/toybox/assets/base --count 6 --seed 1 --out runs/six
+    """
+    from mole_diffusion.toybox.recipe.anonymous import make_anonymous
+
+    where = pick_device(device)
+    with quiet_loading():
+        subjects = make_anonymous(find_base(base), out, count=count, seed=seed, device=where, num_steps=steps)
+    for item in subjects:
+        typer.echo(f"{item.name}: {item.token} {item.class_name}, {item.look}")

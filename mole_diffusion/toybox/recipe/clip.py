@@ -20,8 +20,9 @@ from mole_diffusion.training.loop import learning_rate_factor
 from ..render import render_array
 from ..shapes import CLASSES
 from ..vocabulary import MAX_TOKENS
-from ..world import IMAGE_SIZE, Scene, full_caption, random_look, random_scene
+from ..world import IMAGE_SIZE, Scene, full_caption, random_look, random_scenes
 from .loop import AveragedWeights, run_stage, step_rng
+from .precision import fast_autocast
 from .tokenizer import make_tokenizer
 
 _WIDTH = 128
@@ -100,9 +101,10 @@ def train_clip(
 
     def step(k: int) -> dict[str, Tensor]:
         rng = step_rng(seed, "clip", k)
-        scenes = [random_scene(rng) for _ in range(batch_size)]
+        scenes = random_scenes(rng, batch_size)
         captions = [full_caption(scene) for scene in scenes] + [full_caption(wrong_scene(s, rng)) for s in scenes]
         pictures = torch.stack([torch.from_numpy(render_array(scene)) for scene in scenes]).permute(0, 3, 1, 2)
+        pictures = F.interpolate(pictures, (IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", antialias=True)
         # Guidance will show it pictures that are not quite rendered: noise and blur keep it from reading pixel
         # patterns.
         noise = torch.from_numpy(rng.standard_normal(pictures.shape, np.float32))
@@ -113,7 +115,7 @@ def train_clip(
             captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
         ).input_ids.to(device)
         # The fused attention's backward pass is several times slower than the plain one on CPU.
-        with sdpa_kernel(SDPBackend.MATH), torch.autocast(device.type, torch.bfloat16):
+        with sdpa_kernel(SDPBackend.MATH), fast_autocast(device):
             image_features, text_features, scale = model(pictures, tokens)
         logits = scale.float() * image_features.float() @ text_features.float().T  # (batch, 2 * batch)
         by_image = F.cross_entropy(logits, targets)
