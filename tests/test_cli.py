@@ -70,6 +70,7 @@ COMMANDS = [
     ["toybox", "build"],
     ["toybox", "show"],
     ["toybox", "anonymous"],
+    ["toybox", "measure"],
 ]
 
 

@@ -71,6 +71,40 @@ def show(
 
 
 @toybox.command()
+def measure(
+    assets: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a built toybox, such as runs/toybox/assets [default: the shipped one]."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where to write the numbers.")] = Path("outputs/report.json"),
+    pictures: Annotated[int, typer.Option(min=1, help="Pictures a row; a quarter of it for every subject.")] = 200,
+    seed: Annotated[int, typer.Option(help="Of the prompts and of the noise.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Measure a toybox by its oracle: base, LoRAs alone and in company, CLIP. An hour or more on a CPU.
+
+    Examples:
+
+    \b
+      mole toybox measure --pictures 20 --out outputs/report.json
+      mole toybox measure --assets runs/toybox/assets --out runs/toybox/report.json
+    """
+    from mole_diffusion import toybox as world
+    from mole_diffusion.files import write_json
+    from mole_diffusion.toybox.recipe.measure import measure as measure_toybox
+
+    folder = world.base_dir().parent if assets is None else assets
+    missing = [part for part in ("base", "loras", "clip") if not (folder / part).is_dir()]
+    if missing:
+        raise ValueError(
+            f"--assets {folder}: no toybox, for it lacks {' and '.join(missing)}. Make one with mole toybox build."
+        )
+    with quiet_loading():
+        report = measure_toybox(folder, seed=seed, device=pick_device(device), num_pictures=pictures)
+    typer.echo(f"numbers: {write_json(out, report)}")
+
+
+@toybox.command()
 def anonymous(
     out: Annotated[Path, typer.Option(help="Folder for the subjects, one folder each.")] = Path("runs/anonymous"),
     count: Annotated[int, typer.Option(help="How many; the first sixteen are of sixteen classes.")] = 24,

@@ -26,16 +26,17 @@ from .precision import bfloat16_pays
 RANKS = (8, 4, 16, 8, 8, 12, 8, 16, 8, 8, 6, 10)
 WITH_TEXT_ENCODER = (1, 3, 5, 7, 10)
 IN_KOHYA_LAYOUT = ("cat", "clock")
-NUM_IN_COMPANY = 10
+NUM_IN_COMPANY = 15
+MOST_OTHERS = 5
 
 
 def company_scenes(name: str | Subject) -> list[Scene]:
-    """Scenes that show the subject beside one or two other things, of other classes and of any look."""
+    """Scenes that show the subject beside one to five other things, of other classes and of any look."""
     item = subject(name)
     rng = np.random.default_rng([6, item.seed])
     scenes = []
     for k in range(NUM_IN_COMPANY):
-        others = rng.permutation([other for other in CLASSES if other != item.class_name])[: 1 + k % 2]
+        others = rng.permutation([other for other in CLASSES if other != item.class_name])[: 1 + k % MOST_OTHERS]
         names, looks = [item.class_name, *map(str, others)], [item.look, *(random_look(rng) for _ in others)]
         scenes.append(compose_scene(names, looks, str(rng.choice(GROUNDS)), rng))
     return scenes
@@ -61,6 +62,7 @@ def lora_config(name: str | Subject, *, seed: int, num_steps: int, half: bool = 
         warmup_steps=min(20, num_steps // 5),
         batch_size=10,
         learning_rate=2e-3,
+        resolution="native",  # pictures of five things and more are larger
         mixed_precision="bf16" if half else "no",
         seed=seed,
     )
