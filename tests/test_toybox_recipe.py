@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
 from torch import nn
 
 from mole_diffusion import toybox
 from mole_diffusion.toybox import recipe
 from mole_diffusion.toybox.recipe.base import _LAYOUT_LABELS as LABELS
-from mole_diffusion.toybox.recipe.base import layout, layout_loss, train_base
+from mole_diffusion.toybox.recipe.base import layout, layout_loss, load_base, train_base
 from mole_diffusion.toybox.recipe.clip import wrong_scenes
 from mole_diffusion.toybox.recipe.loop import AveragedWeights, run_stage, step_rng, trapezoid
 from mole_diffusion.toybox.recipe.loras import company_scenes, lora_config
+from mole_diffusion.toybox.recipe.tokenizer import make_tokenizer
 from mole_diffusion.toybox.recipe.vae import load_vae
 from mole_diffusion.toybox.recipe.words import IGNORED, NOUN_LABELS, reading
 from mole_diffusion.toybox.shapes import CLASSES, PATTERNS
@@ -179,8 +179,9 @@ SHORT = recipe.Effort(
 
 @pytest.fixture
 def one_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gates for one set instead of all, to save time."""
+    """Gates for one set instead of all and pictures in two steps, to save time."""
     monkeypatch.setattr(recipe.gates, "SETS", recipe.gates.SETS[:1])
+    monkeypatch.setattr(recipe.measure, "NUM_INFERENCE_STEPS", 2)
 
 
 @pytest.mark.slow
@@ -217,22 +218,24 @@ def test_the_base_goes_on_from_the_installed_one_and_resumes_bit_by_bit(
     """Both sides of picture are among the few scenes, and the first step must start from what ships."""
 
     def train(work_dir: Path, num_steps: int = 3) -> torch.Tensor:
-        pipe = StableDiffusionPipeline.from_pretrained(toybox.base_dir())
+        tokenizer = make_tokenizer()
+        start, text_encoder = load_base(toybox.base_dir(), tokenizer)
         unet = train_base(
             load_vae(toybox.base_dir() / "vae"),
-            pipe.text_encoder,
-            pipe.tokenizer,
+            text_encoder,
+            tokenizer,
             work_dir,
             seed=0,
             device=torch.device("cpu"),
             num_steps=num_steps,
             batch_size=2,
             num_scenes=12,
-            start=pipe.unet,
+            start=start,
         )
         return torch.cat([p.detach().flatten() for p in unet.parameters()])
 
-    shipped = StableDiffusionPipeline.from_pretrained(toybox.base_dir()).unet
+    shipped, _ = load_base(toybox.base_dir(), make_tokenizer())
+    assert not str(shipped.config.get("_name_or_path", "")).startswith("/")
     before = torch.cat([p.detach().flatten() for p in shipped.parameters()])
     straight = train(tmp_path / "straight")
     assert 0 < (straight - before).abs().max() < 1e-3

@@ -29,11 +29,13 @@ def build(
     ] = False,
     reuse: Annotated[
         list[str] | None,
-        typer.Option(help='Part to take from the installed toybox instead of training it: "vae" or "clip".'),
+        typer.Option(
+            help='Part to take from the installed toybox instead of training it: "vae" or "clip"; "base" trains it on.'
+        ),
     ] = None,
     device: Device = "auto",
 ) -> None:
-    """Train the toybox from nothing. Hours on a CPU, minutes on a GPU; started again, it resumes.
+    """Train the toybox from nothing, or its base on. Hours on a CPU, minutes on a GPU; started again, it resumes.
 
     The result lies in OUT/assets, as inside the package.
 
@@ -43,6 +45,7 @@ def build(
       mole toybox build --out runs/toybox
       mole toybox build --out runs/toybox --device cuda --base-steps 60000
       mole toybox build --out runs/toybox --reuse vae --reuse clip --compile
+      mole toybox build --out runs/longer --reuse base --reuse clip --base-steps 3000
     """
     from mole_diffusion.toybox import recipe
 

@@ -82,8 +82,7 @@ def build(
     tokenizer = make_tokenizer()
     start = None
     if "base" in reuse:
-        trained = StableDiffusionPipeline.from_pretrained(installed / "base")
-        text_encoder, start = trained.text_encoder, trained.unet
+        start, text_encoder = base.load_base(installed / "base", tokenizer)
     else:
         text_encoder = words.train_text_encoder(
             tokenizer, work, seed=seed, device=device, num_steps=effort.words_steps, batch_size=effort.words_batch

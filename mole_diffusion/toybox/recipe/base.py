@@ -25,7 +25,7 @@ from ..world import COLORS, GRID, GROUNDS, IMAGE_SIZE, Scene, caption, random_sc
 from .loop import AveragedWeights, decline, run_stage, step_rng, trapezoid
 from .precision import fast_autocast
 from .vae import LATENT_CHANNELS
-from .words import TEXT_WIDTH
+from .words import TEXT_WIDTH, make_text_encoder
 
 LATENT_SIZE = 16
 _SHARPNESS = 3.0
@@ -84,6 +84,14 @@ def make_unet() -> UNet2DConditionModel:
             if name.endswith(("attn2.to_q", "attn2.to_k")):
                 module.weight.mul_(_SHARPNESS)
     return unet
+
+
+def load_base(folder: Path, tokenizer: CLIPTokenizer) -> tuple[UNet2DConditionModel, CLIPTextModel]:
+    """Trained denoiser and text encoder, without the trace of their folder that ``from_pretrained`` leaves in them."""
+    unet, text_encoder = make_unet(), make_text_encoder(tokenizer)
+    unet.load_state_dict(UNet2DConditionModel.from_pretrained(folder / "unet").state_dict())
+    text_encoder.load_state_dict(CLIPTextModel.from_pretrained(folder / "text_encoder").state_dict())
+    return unet, text_encoder
 
 
 class _Trained(nn.Module):

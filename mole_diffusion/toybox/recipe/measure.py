@@ -48,8 +48,6 @@ def draw(
     *,
     seed: int,
     side: int = IMAGE_SIZE,
-    num_inference_steps: int = NUM_INFERENCE_STEPS,
-    guidance_scale: float = GUIDANCE_SCALE,
 ) -> list[Image.Image]:
     """One picture a prompt, ``side`` pixels wide; picture k has the noise of ``seed + k`` whatever the others are.
 
@@ -63,8 +61,8 @@ def draw(
         with fast_autocast(pipe.device):
             pictures += pipe(
                 chunk,
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
+                num_inference_steps=NUM_INFERENCE_STEPS,
+                guidance_scale=GUIDANCE_SCALE,
                 generator=generators,
                 height=side,
                 width=side,
