@@ -69,6 +69,8 @@ COMMANDS = [
     ["benchmark", "report"],
     ["toybox", "build"],
     ["toybox", "show"],
+    ["toybox", "anonymous"],
+    ["toybox", "measure"],
 ]
 
 

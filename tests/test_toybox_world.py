@@ -26,6 +26,7 @@ from mole_diffusion.toybox.world import (
     full_caption,
     random_look,
     random_scene,
+    random_scenes,
 )
 
 
@@ -39,8 +40,11 @@ def test_the_world_has_sixteen_classes_six_grounds_and_six_objects_a_scene() -> 
 def test_objects_of_a_scene_stay_inside_and_apart(number: int) -> None:
     rng = np.random.default_rng(number)
     for _ in range(30):
-        covered = np.zeros((64, 64), int)
-        for item in random_scene(rng, number).objects:
+        scene = random_scene(rng, number)
+        assert scene.side == toybox.picture_side(number) == (64 if number < 5 else 80)
+        covered = np.zeros((scene.side, scene.side), int)
+        for item in scene.objects:
+            assert item.size == 24
             left, top, right, bottom = item.box
             covered[top:bottom, left:right] += 1
         assert covered.max() == 1
@@ -69,6 +73,12 @@ def test_a_picture_shows_the_colours_of_its_objects() -> None:
     picture = render_array(Scene("snow", (item,)))
     assert tuple(picture[30, 32]) == pytest.approx(COLORS["white"])
     assert toybox.render(Scene("snow", (item,))).size == (64, 64)
+    assert toybox.render(Scene("snow", (item,), side=96)).size == (96, 96)
+
+
+def test_scenes_of_one_side_can_be_stacked() -> None:
+    sides = {tuple({scene.side for scene in random_scenes(np.random.default_rng(k), 8)}) for k in range(20)}
+    assert sides == {(64,), (80,)}
 
 
 def test_captions_name_classes_and_ground_always_and_looks_sometimes() -> None:
@@ -82,6 +92,18 @@ def test_captions_name_classes_and_ground_always_and_looks_sometimes() -> None:
         named += any(color in words for color in COLORS)
         assert all(str(item.look) in full_caption(scene) for item in scene.objects)
     assert 50 < named < 100
+
+
+def test_some_captions_name_every_look_whole() -> None:
+    rng = np.random.default_rng(8)
+    whole = 0
+    for _ in range(100):
+        scene = random_scene(rng, 3)
+        words = caption(scene, rng, odd_words=RARE_TOKENS, full_probability=0.5)
+        whole += all(f"{item.look} {item.class_name}" in words for item in scene.objects)
+        said = [words.index(item.class_name) for item in sorted(scene.objects, key=lambda item: (item.x, item.y))]
+        assert said == sorted(said)  # from left to right, in whole captions too
+    assert 40 < whole < 70
 
 
 def test_captions_go_from_left_to_right() -> None:
@@ -141,7 +163,12 @@ def test_a_described_prompt_names_looks_where_the_prompt_has_tokens() -> None:
         (lambda: Scene("sand", (SceneObject("mug", Look("blue", "red", "plain"), 50, 0, 16),)), "leaves the 64×64"),
         (lambda: random_scene(np.random.default_rng(0), 7), "num_objects must be 1 to 6, got 7"),
         (lambda: toybox.Oracle(2.0), "max_error must lie between 0 and 1"),
-        (lambda: toybox.Oracle()(Image.new("RGB", (128, 128)), ["cat"]), "64×64 pixels, got"),
+        (lambda: Scene("sand", side=60), "side must be a multiple of 8 pixels, got 60"),
+        (
+            lambda: toybox.Oracle()(Image.new("RGB", (128, 100)), ["cat"]),
+            "sides are multiples of 8 pixels, at least 32, .* got 128×100",
+        ),
+        (lambda: toybox.Oracle()(Image.new("RGB", (24, 64)), ["cat"]), "at least 32, .* got 24×64"),
         (lambda: toybox.Oracle()(Image.new("RGB", (64, 64)), ["dog"]), "subject 'dog'"),
     ],
 )

@@ -15,7 +15,7 @@ from torch import Tensor
 from mole_diffusion.lora import inspect_lora
 from mole_diffusion.training import TEXT_ENCODER_TARGETS, LoRATrainingConfig, TrainingDivergedError, train_lora
 from mole_diffusion.training.loop import step_generator
-from mole_diffusion.training.lora import _pixels, _TrainingData
+from mole_diffusion.training.lora import _groups, _TrainingData
 from mole_diffusion.training.noise import NoiseSchedule
 from mole_diffusion.training.trainable import TrainableLoRA
 from tests.tiny import tiny_pipeline
@@ -60,6 +60,7 @@ def flat(factors: dict[str, Any]) -> dict[str, Tensor]:
         ({"rank": 0}, ValueError, "`rank` must be at least 1, got 0"),
         ({"alpha": -1.0}, ValueError, "`alpha` must be positive .* got -1.0"),
         ({"resolution": 4}, ValueError, "`resolution` must be at least 8 pixels"),
+        ({"resolution": "own"}, ValueError, "`resolution` must be a number of pixels, None or \"native\", got 'own'"),
         ({"steps": 0}, ValueError, "`steps` must be at least 1, got 0"),
         ({"batch_size": 0}, ValueError, "`batch_size` must be at least 1, got 0"),
         ({"warmup_steps": 4}, ValueError, r"`warmup_steps` \(4\) must be fewer than `steps` \(4\)"),
@@ -206,11 +207,13 @@ def test_bf16_trains_fp32_factors(pipe: Any) -> None:
 @pytest.mark.parametrize("flip", [False, True])
 def test_each_picture_meets_its_own_caption(pipe: Any, monkeypatch: pytest.MonkeyPatch, flip: bool) -> None:
     settings = config(prompts=(), captions=COLOURS, batch_size=5, horizontal_flip=flip)
-    data = _TrainingData(pipe, _pixels(pictures(), 32), settings)
-    monkeypatch.setattr(data, "_std", torch.zeros_like(data._std))
+    [(numbers, pixels)] = _groups(pictures(), 32, pipe)
+    data = _TrainingData(pipe, [(numbers, pixels)], settings)
+    [(numbers, mean, std)] = data._groups
+    monkeypatch.setattr(data, "_groups", [(numbers, mean, torch.zeros_like(std))])
     latents, prompt_embeds = data.sample(torch.Generator().manual_seed(0))
     with torch.no_grad():
-        clean = pipe.vae.encode(_pixels(pictures(), 32)).latent_dist.mean * pipe.vae.config.scaling_factor
+        clean = pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
         captions = pipe.encode_prompt(list(COLOURS), "cpu", 1, False)[0]
     # Pictures of one colour are their own mirror image but for what the encoder's padding does at the border.
     middle = (..., slice(6, 10), slice(6, 10))
@@ -218,6 +221,28 @@ def test_each_picture_meets_its_own_caption(pipe: Any, monkeypatch: pytest.Monke
     by_caption = torch.cdist(prompt_embeds.flatten(1), captions.flatten(1)).argmin(1)
     assert by_picture.tolist() == by_caption.tolist()
     assert set(by_picture.tolist()) == {0, 1, 2}
+
+
+def test_pictures_of_their_own_sizes_come_in_batches_of_one_size(pipe: Any) -> None:
+    images = [Image.new("RGB", size) for size in ((32, 32), (48, 33), (32, 32))]
+    settings = config(prompts=(), captions=COLOURS, batch_size=2, resolution="native")
+    groups = _groups(images, "native", pipe)
+    assert [(numbers.tolist(), tuple(pixels.shape)) for numbers, pixels in groups] == [
+        ([0, 2], (2, 3, 32, 32)),
+        ([1], (1, 3, 32, 48)),  # to whole latents
+    ]
+    data = _TrainingData(pipe, groups, settings)
+    captions = pipe.encode_prompt(list(COLOURS), "cpu", 1, False)[0]
+    sides = []
+    for seed in range(30):
+        latents, prompt_embeds = data.sample(torch.Generator().manual_seed(seed))
+        sides.append(latents.shape[-1])
+        said = torch.cdist(prompt_embeds.flatten(1), captions.flatten(1)).argmin(1).tolist()
+        assert set(said) == ({0, 2} if sides[-1] == 16 else {1})
+    assert 10 <= sides.count(16) < 30
+    train_lora(pipe, images, settings, progress=False)
+    with pytest.raises(ValueError, match="A picture of 40×3 pixels is too small to train on"):
+        _groups([Image.new("RGB", (40, 3))], "native", pipe)
 
 
 def test_what_is_trained_is_what_stock_diffusers_loads(tmp_path: Path) -> None:
@@ -248,7 +273,7 @@ def test_what_is_trained_is_what_stock_diffusers_loads(tmp_path: Path) -> None:
 def test_a_trained_lora_lowers_the_loss_of_its_pictures(tmp_path: Path) -> None:
     pipe = tiny_pipeline()
     settings = config(steps=15, batch_size=3, learning_rate=1e-2, rank=4)
-    images = _pixels(pictures(), 32)
+    [(_, images)] = _groups(pictures(), 32, pipe)
     noise, timesteps = torch.randn(3, 4, 16, 16), torch.tensor([200, 500, 800])
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .inputs import Device, pick_device
+from .inputs import Base, Device, find_base, pick_device, quiet_loading
 
 toybox = typer.Typer(
     no_args_is_help=True,
@@ -29,11 +29,13 @@ def build(
     ] = False,
     reuse: Annotated[
         list[str] | None,
-        typer.Option(help='Part to take from the installed toybox instead of training it: "vae" or "clip".'),
+        typer.Option(
+            help='Part to take from the installed toybox instead of training it: "vae" or "clip"; "base" trains it on.'
+        ),
     ] = None,
     device: Device = "auto",
 ) -> None:
-    """Train the toybox from nothing. Hours on a CPU, minutes on a GPU; started again, it resumes.
+    """Train the toybox from nothing, or its base on. Hours on a CPU, minutes on a GPU; started again, it resumes.
 
     The result lies in OUT/assets, as inside the package.
 
@@ -43,6 +45,7 @@ def build(
       mole toybox build --out runs/toybox
       mole toybox build --out runs/toybox --device cuda --base-steps 60000
       mole toybox build --out runs/toybox --reuse vae --reuse clip --compile
+      mole toybox build --out runs/longer --reuse base --reuse clip --base-steps 3000
     """
     from mole_diffusion.toybox import recipe
 
@@ -68,3 +71,66 @@ def show(
 
     world.show(out)
     typer.echo(f"picture sheet: {out}")
+
+
+@toybox.command()
+def measure(
+    assets: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a built toybox, such as runs/toybox/assets [default: the shipped one]."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where to write the numbers.")] = Path("outputs/report.json"),
+    pictures: Annotated[int, typer.Option(min=1, help="Pictures a row; a quarter of it for every subject.")] = 200,
+    seed: Annotated[int, typer.Option(help="Of the prompts and of the noise.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Measure a toybox by its oracle: base, LoRAs alone and in company, CLIP. An hour or more on a CPU.
+
+    Examples:
+
+    \b
+      mole toybox measure --pictures 20 --out outputs/report.json
+      mole toybox measure --assets runs/toybox/assets --out runs/toybox/report.json
+    """
+    from mole_diffusion import toybox as world
+    from mole_diffusion.files import write_json
+    from mole_diffusion.toybox.recipe.measure import measure as measure_toybox
+
+    folder = world.base_dir().parent if assets is None else assets
+    missing = [part for part in ("base", "loras", "clip") if not (folder / part).is_dir()]
+    if missing:
+        raise ValueError(
+            f"--assets {folder}: no toybox, for it lacks {' and '.join(missing)}. Make one with mole toybox build."
+        )
+    with quiet_loading():
+        report = measure_toybox(folder, seed=seed, device=pick_device(device), num_pictures=pictures)
+    typer.echo(f"numbers: {write_json(out, report)}")
+
+
+@toybox.command()
+def anonymous(
+    out: Annotated[Path, typer.Option(help="Folder for the subjects, one folder each.")] = Path("runs/anonymous"),
+    count: Annotated[int, typer.Option(help="How many; the first sixteen are of sixteen classes.")] = 24,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of each LoRA.")] = 600,
+    seed: Annotated[int, typer.Option(help="Of the looks and of the trainings.")] = 0,
+    base: Base = "toybox",
+    device: Device = "auto",
+) -> None:
+    """Make subjects that have no name: looks that nothing was tuned on, each with a LoRA. Started again, it resumes.
+
+    Each folder gets lora.safetensors, five reference pictures and subject.json with name, token, class and look;
+    `toybox.anonymous_subjects(OUT)` reads them.
+
+    Examples:
+
+    \b
+      mole toybox anonymous --count 24 --out runs/anonymous
+      mole toybox anonymous --base runs/toybox/assets/base --count 6 --seed 1 --out runs/six
+    """
+    from mole_diffusion.toybox.recipe.anonymous import make_anonymous
+
+    where = pick_device(device)
+    with quiet_loading():
+        subjects = make_anonymous(find_base(base), out, count=count, seed=seed, device=where, num_steps=steps)
+    for item in subjects:
+        typer.echo(f"{item.name}: {item.token} {item.class_name}, {item.look}")

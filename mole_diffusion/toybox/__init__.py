@@ -9,10 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from .anonymous import AnonymousSubjectsError, anonymous_subjects
 from .render import render
 from .show import show
-from .subjects import SUBJECTS, described_prompt, references, subject, subject_prompt
-from .world import GROUNDS, Look, Scene, SceneObject
+from .subjects import SUBJECTS, Subject, described_prompt, references, subject, subject_prompt
+from .world import GROUNDS, Look, Scene, SceneObject, picture_side
 
 if TYPE_CHECKING:
     from .concepts import concept
@@ -20,12 +21,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GROUNDS",
+    "AnonymousSubjectsError",
     "Detection",
     "Finding",
     "Look",
     "Oracle",
     "Scene",
     "SceneObject",
+    "Subject",
+    "anonymous_subjects",
     "base_dir",
     "class_name",
     "clip_dir",
@@ -34,9 +38,11 @@ __all__ = [
     "described_prompt",
     "gates_dir",
     "lora_path",
+    "picture_side",
     "references",
     "render",
     "show",
+    "subject",
     "subject_prompt",
     "subjects",
     "token",
@@ -79,12 +85,12 @@ def demo_subjects() -> list[str]:
     return list(_DEMO)
 
 
-def token(name: str) -> str:
+def token(name: str | Subject) -> str:
     """The subject's rare token, such as "<v1>"."""
     return subject(name).token
 
 
-def class_name(name: str) -> str:
+def class_name(name: str | Subject) -> str:
     """What the subject is, such as "cat"."""
     return subject(name).class_name
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from mole_diffusion.training import Concept
 
-from .subjects import references, subject
+from .subjects import Subject, references, subject
 
 
-def concept(name: str) -> Concept:
+def concept(name: str | Subject) -> Concept:
     """The subject's token, class, look in words that CLIP knows, and reference pictures.
 
     Raises:

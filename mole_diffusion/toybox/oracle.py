@@ -18,8 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from .shapes import CLASSES, PATTERNS, ink_masks
-from .subjects import subject
-from .world import COLORS, IMAGE_SIZE, OUTLINE_COLOR, Look
+from .subjects import Subject, subject
+from .world import COLORS, GRID, OUTLINE_COLOR, Look
 
 _SIZES = (16, 20, 24, 28, 32)  # the sizes of the world, and those between: a base may draw any
 _STRIDE = 2
@@ -65,7 +65,7 @@ class Finding:
 
 
 class Oracle:
-    """Finds the toybox's objects and subjects in pictures of 64×64 pixels.
+    """Finds the toybox's objects and subjects in pictures of any size that fits the world's grid of 8 pixels.
 
     Args:
         max_error: An object counts when its root mean square difference to the drawing is below this. Drawn objects
@@ -81,11 +81,11 @@ class Oracle:
     def _templates(self) -> dict[int, _Templates]:
         return {size: _Templates(size) for size in _SIZES}
 
-    def __call__(self, image: Image.Image, names: Sequence[str]) -> dict[str, Finding]:
+    def __call__(self, image: Image.Image, names: Sequence[str | Subject]) -> dict[str, Finding]:
         """Which of these subjects are in the picture, where, and in whose look.
 
         Raises:
-            ValueError: The picture is not 64×64, or a name is not a subject.
+            ValueError: The picture does not fit the grid, or a name is not a subject.
         """
         return judge(self.detect([image])[0], names)
 
@@ -94,7 +94,7 @@ class Oracle:
         """All objects in each picture, surest first.
 
         Raises:
-            ValueError: A picture is not 64×64.
+            ValueError: A picture does not fit the grid.
         """
         return [self._detect(_to_tensor(image)) for image in images]
 
@@ -141,7 +141,7 @@ class _Templates:
         """Mean squared difference per class, pattern, primary and secondary colour and place.
 
         Args:
-            pixels: Shape ``(3, 64, 64)``.
+            pixels: Shape ``(3, height, width)``.
 
         Returns:
             Shape ``(classes, patterns, colours, colours, h, w)``; infinite where both colours are the same.
@@ -164,7 +164,7 @@ class _Templates:
         return (errors / 3).masked_fill(same, float("inf"))
 
 
-def judge(detections: Sequence[Detection], names: Sequence[str]) -> dict[str, Finding]:
+def judge(detections: Sequence[Detection], names: Sequence[str | Subject]) -> dict[str, Finding]:
     """Turn the objects found in one picture into a finding for each asked subject."""
     asked = [subject(name) for name in names]
     findings = {}
@@ -179,8 +179,11 @@ def judge(detections: Sequence[Detection], names: Sequence[str]) -> dict[str, Fi
 
 
 def _to_tensor(image: Image.Image) -> Tensor:
-    if image.size != (IMAGE_SIZE, IMAGE_SIZE):
-        raise ValueError(f"the oracle reads pictures of {IMAGE_SIZE}×{IMAGE_SIZE} pixels, got {image.size}.")
+    if any(side % GRID or side < max(_SIZES) for side in image.size):
+        raise ValueError(
+            f"the oracle reads pictures whose sides are multiples of {GRID} pixels, at least {max(_SIZES)}, as the "
+            f"toybox draws them; got {image.width}×{image.height}."
+        )
     return torch.from_numpy(np.asarray(image.convert("RGB"), np.float32) / 255).permute(2, 0, 1)
 
 

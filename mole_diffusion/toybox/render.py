@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from .shapes import ink_masks
-from .world import COLORS, GRID, IMAGE_SIZE, OUTLINE_COLOR, Scene, SceneObject
+from .world import COLORS, GRID, OUTLINE_COLOR, Scene, SceneObject
 
 _GROUND_COLORS = {
     "grass": ((0.55, 0.72, 0.40), (0.44, 0.62, 0.32)),
@@ -18,9 +18,9 @@ _GROUND_COLORS = {
 }
 
 
-def _ground_pattern(ground: str, rng: np.random.Generator) -> np.ndarray:
-    """How much of the second ground colour each pixel takes, shape ``(64, 64)``, 0 to 1."""
-    y, x = np.mgrid[0:IMAGE_SIZE, 0:IMAGE_SIZE].astype(np.float32)
+def _ground_pattern(ground: str, side: int, rng: np.random.Generator) -> np.ndarray:
+    """How much of the second ground colour each pixel takes, shape ``(side, side)``, 0 to 1."""
+    y, x = np.mgrid[0:side, 0:side].astype(np.float32)
     dx, dy = (GRID * float(v) for v in rng.integers(0, 16, size=2))
     x, y = x + dx, y + dy
     if ground == "grass":  # upright blades, shifted from column to column
@@ -38,9 +38,9 @@ def _ground_pattern(ground: str, rng: np.random.Generator) -> np.ndarray:
 
 
 def render_array(scene: Scene) -> np.ndarray:
-    """The picture as float32 of shape ``(64, 64, 3)``, values 0 to 1; later objects cover earlier ones."""
+    """The picture as float32 of shape ``(side, side, 3)``, values 0 to 1; later objects cover earlier ones."""
     rng = np.random.default_rng(scene.seed)
-    amount = _ground_pattern(scene.ground, rng)[..., None]
+    amount = _ground_pattern(scene.ground, scene.side, rng)[..., None]
     light, dark = (np.array(color, np.float32) for color in _GROUND_COLORS[scene.ground])
     picture = (light * (1 - amount) + dark * amount).astype(np.float32)
     for item in scene.objects:
@@ -59,5 +59,5 @@ def paint(picture: np.ndarray, item: SceneObject) -> None:
 
 
 def render(scene: Scene) -> Image.Image:
-    """The picture of a scene, 64×64 RGB."""
+    """The picture of a scene, RGB, as large as the scene is: 64×64, or 80×80 for five objects and more."""
     return Image.fromarray((render_array(scene) * 255).round().clip(0, 255).astype(np.uint8))

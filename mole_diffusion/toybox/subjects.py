@@ -17,12 +17,13 @@ NUM_REFERENCES = 5
 
 @dataclass(frozen=True)
 class Subject:
-    """A particular object: "my cat", not any cat."""
+    """A particular object: "my cat", not any cat. ``seed`` draws the scenes that its LoRA learns from."""
 
     name: str
     class_name: str
     look: Look
     token: str
+    seed: int
 
     @property
     def trigger(self) -> str:
@@ -45,46 +46,49 @@ _LOOKS = {
     "boat": Look("white", "red", "striped"),
 }
 SUBJECTS = {
-    name: Subject(name, name, look, token) for (name, look), token in zip(_LOOKS.items(), RARE_TOKENS, strict=False)
+    name: Subject(name, name, look, token, seed)
+    for seed, ((name, look), token) in enumerate(zip(_LOOKS.items(), RARE_TOKENS, strict=False))
 }
 
 
-def subject(name: str) -> Subject:
-    """Look a subject up by name.
+def subject(name: str | Subject) -> Subject:
+    """Look a subject up by name; a subject that is no name, such as an anonymous one, stands for itself.
 
     Raises:
         ValueError: There is no such subject.
     """
+    if isinstance(name, Subject):
+        return name
     if name not in SUBJECTS:
         raise ValueError(f"subject {name!r} is not one of {list(SUBJECTS)}.")
     return SUBJECTS[name]
 
 
-def reference_scenes(name: str) -> list[Scene]:
+def reference_scenes(name: str | Subject) -> list[Scene]:
     """Five scenes that show the subject alone, each on another ground."""
     item = subject(name)
-    rng = np.random.default_rng([5, list(SUBJECTS).index(name)])
+    rng = np.random.default_rng([5, item.seed])
     grounds = rng.permutation(GROUNDS)[:NUM_REFERENCES]
     return [compose_scene([item.class_name], [item.look], str(ground), rng) for ground in grounds]
 
 
-def references(name: str) -> list[Image.Image]:
+def references(name: str | Subject) -> list[Image.Image]:
     """The subject's five reference pictures, 64×64 RGB."""
     return [render(scene) for scene in reference_scenes(name)]
 
 
-def reference_captions(name: str) -> list[str]:
+def reference_captions(name: str | Subject) -> list[str]:
     """What the reference pictures are captioned with: token and class, and the ground."""
     return [subject_prompt([name], scene.ground) for scene in reference_scenes(name)]
 
 
-def subject_prompt(names: Sequence[str], ground: str) -> str:
+def subject_prompt(names: Sequence[str | Subject], ground: str) -> str:
     """The prompt that asks for these subjects: "a photo of a <v1> cat and a <v2> boot on grass"."""
     items = [subject(name) for name in names]
     return phrase_caption([f"a {item.trigger}" for item in items], ground)
 
 
-def described_prompt(names: Sequence[str], ground: str) -> str:
+def described_prompt(names: Sequence[str | Subject], ground: str) -> str:
     """The same prompt in words that CLIP knows: each look is named instead of its token."""
     items = [subject(name) for name in names]
     return phrase_caption([f"a {item.look} {item.class_name}" for item in items], ground)

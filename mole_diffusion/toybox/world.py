@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from .shapes import CLASSES, PATTERNS
 
-IMAGE_SIZE = 64
+IMAGE_SIZE = 64  # side of a picture in pixels, up to four objects
+CROWDED_SIZE = 80  # and beyond: six things 24 pixels wide need the room
+_UNCROWDED_OBJECTS = 4
 MAX_OBJECTS = 6
 
 COLORS: dict[str, tuple[float, float, float]] = {
@@ -24,11 +26,13 @@ COLORS: dict[str, tuple[float, float, float]] = {
 OUTLINE_COLOR = (0.1, 0.08, 0.12)
 GROUNDS = ("grass", "sand", "snow", "water", "brick", "slate")
 
-# Objects stand on a grid of 8 pixels and their sides are multiples of it, so that one cell of the base's 8×8 features
-# shows one part of one object: a small base learns such a world several times faster than one of free places.
+# Objects stand on a grid of 8 pixels and their side is a multiple of it, so that one cell of the base's features shows
+# one part of one object: a small base learns such a world several times faster than one of free places. All have one
+# size, so a thing in company looks as it does alone; at 16 pixels patterns can no longer be told.
 GRID = 8
-# Possible sides of an object's box in pixels, by the number of objects in the scene.
-OBJECT_SIZES = {1: (24, 32), 2: (24,), 3: (24,), 4: (24,), 5: (16,), 6: (16,)}
+OBJECT_SIZE = 24
+# How often a scene has so many objects.
+_SHARES = {1: 0.2, 2: 0.16, 3: 0.24, 4: 0.2, 5: 0.1, 6: 0.1}
 
 
 @dataclass(frozen=True)
@@ -73,19 +77,27 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """Objects on a ground; ``seed`` draws the ground's texture."""
+    """Objects on a ground; ``seed`` draws the ground's texture, ``side`` is the picture's in pixels."""
 
     ground: str
     objects: tuple[SceneObject, ...] = field(default=())
     seed: int = 0
+    side: int = IMAGE_SIZE
 
     def __post_init__(self) -> None:
         if self.ground not in GROUNDS:
             raise ValueError(f"ground {self.ground!r} is not one of {list(GROUNDS)}.")
+        if self.side < 1 or self.side % GRID:
+            raise ValueError(f"side must be a multiple of {GRID} pixels, got {self.side}.")
         for item in self.objects:
             left, top, right, bottom = item.box
-            if left < 0 or top < 0 or right > IMAGE_SIZE or bottom > IMAGE_SIZE:
-                raise ValueError(f"{item.class_name} with box {item.box} leaves the {IMAGE_SIZE}×{IMAGE_SIZE} picture.")
+            if left < 0 or top < 0 or right > self.side or bottom > self.side:
+                raise ValueError(f"{item.class_name} with box {item.box} leaves the {self.side}×{self.side} picture.")
+
+
+def picture_side(num_objects: int) -> int:
+    """Side in pixels of a picture of so many objects: what a scene has, and what to ask the pipeline for."""
+    return IMAGE_SIZE if num_objects <= _UNCROWDED_OBJECTS else CROWDED_SIZE
 
 
 def random_look(rng: np.random.Generator) -> Look:
@@ -95,29 +107,26 @@ def random_look(rng: np.random.Generator) -> Look:
     return Look(str(primary), str(secondary), pattern)
 
 
-def place(sizes: list[int], rng: np.random.Generator) -> list[tuple[int, int]]:
-    """Top left corners on the grid for boxes of these sides, without overlap, drawn uniformly by rejection."""
+def place(count: int, side: int, rng: np.random.Generator) -> list[tuple[int, int]]:
+    """Top left corners on the grid for the boxes of so many objects, without overlap, drawn uniformly by rejection."""
     while True:
         corners: list[tuple[int, int]] = []
-        for k, size in enumerate(sizes):
+        for _ in range(count):
             for _ in range(40):
-                x, y = (GRID * int(v) for v in rng.integers(0, (IMAGE_SIZE - size) // GRID + 1, size=2))
-                if all(
-                    x + size <= cx or cx + other <= x or y + size <= cy or cy + other <= y
-                    for (cx, cy), other in zip(corners, sizes[:k], strict=True)
-                ):
+                x, y = (GRID * int(v) for v in rng.integers(0, (side - OBJECT_SIZE) // GRID + 1, size=2))
+                if all(max(abs(x - cx), abs(y - cy)) >= OBJECT_SIZE for cx, cy in corners):
                     corners.append((x, y))
                     break
             else:
                 break
-        if len(corners) == len(sizes):
+        if len(corners) == count:
             return corners
 
 
 def random_scene(rng: np.random.Generator, num_objects: int | None = None) -> Scene:
     """A scene of 1 to 6 objects of different classes; few objects are more frequent than many."""
     if num_objects is None:
-        num_objects = int(rng.choice(np.arange(1, MAX_OBJECTS + 1), p=[0.3, 0.2, 0.2, 0.12, 0.09, 0.09]))
+        num_objects = int(rng.choice(list(_SHARES), p=list(_SHARES.values())))
     if not 1 <= num_objects <= MAX_OBJECTS:
         raise ValueError(f"num_objects must be 1 to {MAX_OBJECTS}, got {num_objects}.")
     names = [str(name) for name in rng.choice(CLASSES, size=num_objects, replace=False)]
@@ -125,26 +134,42 @@ def random_scene(rng: np.random.Generator, num_objects: int | None = None) -> Sc
     return compose_scene(names, looks, str(rng.choice(GROUNDS)), rng)
 
 
+def random_scenes(rng: np.random.Generator, count: int) -> list[Scene]:
+    """Random scenes of one side, which can be stacked; the first draws which."""
+    scenes = [random_scene(rng)]
+    while len(scenes) < count:
+        scene = random_scene(rng)
+        if scene.side == scenes[0].side:
+            scenes.append(scene)
+    return scenes
+
+
 def compose_scene(names: list[str], looks: list[Look], ground: str, rng: np.random.Generator) -> Scene:
     """Put the named objects somewhere on the ground, without overlap."""
-    sizes = [int(size) for size in rng.choice(OBJECT_SIZES[len(names)], size=len(names))]
-    corners = place(sizes, rng)
+    side = picture_side(len(names))
+    corners = place(len(names), side, rng)
     objects = tuple(
-        SceneObject(name, look, x, y, size)
-        for name, look, (x, y), size in zip(names, looks, corners, sizes, strict=True)
+        SceneObject(name, look, x, y, OBJECT_SIZE) for name, look, (x, y) in zip(names, looks, corners, strict=True)
     )
-    return Scene(ground, objects, int(rng.integers(2**31)))
+    return Scene(ground, objects, int(rng.integers(2**31)), side)
 
 
 def caption(
-    scene: Scene, rng: np.random.Generator, look_probability: float = 0.6, odd_words: tuple[str, ...] = ()
+    scene: Scene,
+    rng: np.random.Generator,
+    look_probability: float = 0.6,
+    odd_words: tuple[str, ...] = (),
+    full_probability: float = 0.0,
 ) -> str:
     """Say what is in the scene, from left to right: classes and ground always, each look with the given probability.
 
     A look that is named may be named in part ("a red mug"), so the base learns to draw what it was not told. In place
     of one object's look in five there stands one of ``odd_words``, which mean nothing: a base that has met them takes
-    a rare token without a LoRA for what it is.
+    a rare token without a LoRA for what it is. With ``full_probability`` the caption names all looks whole instead:
+    left to chance, three whole looks would stand in one caption of twenty.
     """
+    if full_probability and rng.random() < full_probability:
+        return full_caption(replace(scene, objects=tuple(sorted(scene.objects, key=lambda item: (item.x, item.y)))))
     phrases = []
     for item in sorted(scene.objects, key=lambda item: (item.x, item.y)):
         words = ""

@@ -102,6 +102,10 @@ class CheckpointFolder:
                 parameters[rest].data.copy_(value)
             else:
                 entry, name = rest.split("/", 1)
+                if value.shape == parameters[name].shape:
+                    # Laid out in memory as the parameter is (channels last, say): the fused optimiser walks both as
+                    # they lie, and would mix up the elements.
+                    value = torch.empty_like(parameters[name]).copy_(value)
                 saved.setdefault(names.index(name), {})[entry] = value
         optimizer.load_state_dict({"state": saved, "param_groups": optimizer.state_dict()["param_groups"]})
         return int(state["step"]), state["extra"]

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -60,7 +60,8 @@ class LoRATrainingConfig:
         weight_decay: AdamW's.
         max_grad_norm: Gradients are clipped to this norm, in all.
         horizontal_flip: Mirror half the samples. Off, since most looks are not symmetric.
-        resolution: Side of the square training pictures in pixels; None is the base model's own.
+        resolution: Side of the square training pictures in pixels; None is the base model's own; "native" leaves every
+            picture the size and shape it has (cut to whole latents), and a batch holds pictures of one size.
         mixed_precision: "no", "bf16", or (on a GPU) "fp16".
         checkpoint_every: Steps between checkpoints when a work folder is given; 0 writes one at the end only.
         seed: Of the starting factors and of every sample.
@@ -84,7 +85,7 @@ class LoRATrainingConfig:
     weight_decay: float = 1e-2
     max_grad_norm: float = 1.0
     horizontal_flip: bool = False
-    resolution: int | None = None
+    resolution: int | Literal["native"] | None = None
     mixed_precision: MixedPrecision = "no"
     checkpoint_every: int = 100
     seed: int = 0
@@ -114,7 +115,9 @@ class LoRATrainingConfig:
             raise ValueError(f"`rank` must be at least 1, got {self.rank}.")
         if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha > 0):
             raise ValueError(f"`alpha` must be positive and finite, or None for alpha = rank, got {self.alpha}.")
-        if self.resolution is not None and self.resolution < 8:
+        if isinstance(self.resolution, str) and self.resolution != "native":
+            raise ValueError(f'`resolution` must be a number of pixels, None or "native", got {self.resolution!r}.')
+        if isinstance(self.resolution, int) and self.resolution < 8:
             raise ValueError(
                 f"`resolution` must be at least 8 pixels, or None for the base's own, got {self.resolution}."
             )
@@ -138,7 +141,7 @@ def train_lora(
 
     Args:
         pipe: A `StableDiffusionPipeline` (1.x, 2.x or one of that shape) without LoRAs loaded.
-        images: The pictures; cut to a square and resized to `config.resolution`.
+        images: The pictures; cut to a square and resized to `config.resolution`, unless that is "native".
         config: What to do.
         out: Where to save the LoRA, diffusers layout, a path ending in `.safetensors`; None saves nothing.
         work: Folder for checkpoints. If it has one of this very training, that is resumed; the numbers are those of an
@@ -170,11 +173,15 @@ def train_lora(
     parameters = lora.parameters
     optimizer = make_optimizer(list(parameters.values()), config.learning_rate, config.weight_decay)
     precision = Precision(config.mixed_precision, pipe.unet.device)
-    pixels = _pixels(images, config.resolution or pipe.unet.config.sample_size * pipe.vae_scale_factor)
+    groups = _groups(images, config.resolution or pipe.unet.config.sample_size * pipe.vae_scale_factor, pipe)
 
     # The first row of every adapted weight tells one base model from another.
     rows = [module.weight[0] for module, _ in lora.layers.values()]
-    checkpoints = CheckpointFolder(work, fingerprint(config, [pixels, *rows])) if work is not None else None
+    checkpoints = (
+        CheckpointFolder(work, fingerprint(config, [*(pixels for _, pixels in groups), *rows]))
+        if work is not None
+        else None
+    )
     losses: list[float] = []
     start = 0
     if checkpoints is not None and (saved := checkpoints.load(parameters, optimizer)) is not None:
@@ -186,7 +193,7 @@ def train_lora(
         lora.attached(pipe.unet, pipe.text_encoder, pipe.vae),
         training_progress("train-lora", config.steps, start, enabled=progress) as advance,
     ):
-        data = _TrainingData(pipe, pixels, config)
+        data = _TrainingData(pipe, groups, config)
         for step in range(start, config.steps):
             set_learning_rate(
                 optimizer, config.learning_rate * learning_rate_factor(step, config.steps, config.warmup_steps)
@@ -215,20 +222,22 @@ def train_lora(
 class _TrainingData:
     """Latent distributions of the pictures, and text embeddings: encoded once, sampled every step."""
 
-    def __init__(self, pipe: Any, pixels: Tensor, config: LoRATrainingConfig) -> None:
+    def __init__(self, pipe: Any, groups: Sequence[tuple[Tensor, Tensor]], config: LoRATrainingConfig) -> None:
         self._pipe = pipe
         self._config = config
         self._prompts = list(config.captions or config.prompts)
-        vae = pipe.vae
         with torch.no_grad():
-            views = [pixels, pixels.flip(-1)] if config.horizontal_flip else [pixels]
-            encoded = [
-                vae.encode(view[None].to(vae.device, vae.dtype)).latent_dist for group in views for view in group
-            ]
-            self._mean = torch.cat([distribution.mean for distribution in encoded]).float()
-            self._std = torch.cat([distribution.std for distribution in encoded]).float()
+            self._groups = [(numbers, *self._distribution(pixels)) for numbers, pixels in groups]
             # Without a trained text encoder the embeddings never change: (prompts, tokens, width).
             self._embeds = None if config.text_encoder_targets else self._encode(self._prompts)
+
+    def _distribution(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latents of pictures of one size, then of the mirrored ones."""
+        vae = self._pipe.vae
+        views = [pixels, pixels.flip(-1)] if self._config.horizontal_flip else [pixels]
+        encoded = [vae.encode(view[None].to(vae.device, vae.dtype)).latent_dist for group in views for view in group]
+        mean = torch.cat([distribution.mean for distribution in encoded]).float()
+        return mean, torch.cat([distribution.std for distribution in encoded]).float()
 
     def _encode(self, prompts: list[str]) -> Tensor:
         return self._pipe.encode_prompt(prompts, self._pipe.unet.device, 1, False)[0]
@@ -236,19 +245,24 @@ class _TrainingData:
     def sample(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Latents (batch, c, h, w) in the UNet's scale, and prompt embeddings (batch, tokens, width), of one batch."""
         config, vae = self._config, self._pipe.vae
-        count = len(self._mean) // (2 if config.horizontal_flip else 1)
+        group = 0
+        if len(self._groups) > 1:  # as often as there are pictures of the size
+            shares = torch.tensor([float(len(numbers)) for numbers, _, _ in self._groups])
+            group = int(torch.multinomial(shares, 1, generator=generator))
+        numbers, mean, std = self._groups[group]
+        count = len(numbers)
         # Shuffled rounds: no picture comes twice in a batch before every picture came once.
         rounds = math.ceil(config.batch_size / count)
         pictures = torch.cat([torch.randperm(count, generator=generator) for _ in range(rounds)])[: config.batch_size]
         if config.captions:
-            texts = pictures
+            texts = numbers[pictures]
         else:
             texts = torch.randint(len(self._prompts), (config.batch_size,), generator=generator)
         if config.horizontal_flip:
             pictures = pictures + count * torch.randint(2, (config.batch_size,), generator=generator)
-        noise = torch.randn(config.batch_size, *self._mean.shape[1:], generator=generator)
-        pictures = pictures.to(self._mean.device)
-        latents = self._mean[pictures] + self._std[pictures] * noise.to(self._mean.device)
+        noise = torch.randn(config.batch_size, *mean.shape[1:], generator=generator)
+        pictures = pictures.to(mean.device)
+        latents = mean[pictures] + std[pictures] * noise.to(mean.device)
         latents = (latents - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
         if self._embeds is not None:
             return latents, self._embeds[texts.to(self._embeds.device)]
@@ -272,14 +286,24 @@ def _denoising_loss(unet: Any, schedule: NoiseSchedule, data: _TrainingData, gen
     return F.mse_loss(prediction.float(), schedule.target(latents, noise, timesteps))
 
 
-def _pixels(images: Sequence[Image.Image], size: int) -> Tensor:
-    """Pictures as (n, 3, size, size) in [-1, 1], centre-cut to a square."""
-    squares = [
-        ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (size, size), Image.Resampling.LANCZOS)
-        for image in images
-    ]
-    stacked = torch.from_numpy(np.stack([np.asarray(square) for square in squares]))  # (n, size, size, 3)
-    return stacked.permute(0, 3, 1, 2).float() / 127.5 - 1
+def _groups(images: Sequence[Image.Image], size: int | Literal["native"], pipe: Any) -> list[tuple[Tensor, Tensor]]:
+    """Numbers of the pictures of each size, and these as (n, 3, height, width) in [-1, 1], cut around the centre."""
+    by_size: dict[tuple[int, int], list[int]] = {}
+    upright = [ImageOps.exif_transpose(image).convert("RGB") for image in images]
+    for number, image in enumerate(upright):
+        if size == "native":
+            width, height = (side // pipe.vae_scale_factor * pipe.vae_scale_factor for side in image.size)
+            if min(width, height) < 8:
+                raise ValueError(f"A picture of {image.width}×{image.height} pixels is too small to train on.")
+        else:
+            width = height = size
+        by_size.setdefault((width, height), []).append(number)
+    groups = []
+    for (width, height), numbers in by_size.items():
+        cut = [ImageOps.fit(upright[k], (width, height), Image.Resampling.LANCZOS) for k in numbers]
+        stacked = torch.from_numpy(np.stack([np.asarray(picture) for picture in cut]))  # (n, height, width, 3)
+        groups.append((torch.tensor(numbers), stacked.permute(0, 3, 1, 2).float() / 127.5 - 1))
+    return groups
 
 
 def _check_pipeline(pipe: Any, config: LoRATrainingConfig) -> None:

@@ -19,7 +19,7 @@ from ..subjects import SUBJECTS
 from . import base, clip, gates, loras, measure, vae, words
 from .tokenizer import make_tokenizer
 
-REUSABLE = ("vae", "clip")
+REUSABLE = ("vae", "clip", "base")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,8 @@ def build(
         device: Where to train.
         effort: How long.
         compile_model: Compile the base for training; a fifth faster on CPU, after two minutes of compiling.
-        reuse: Which of ``REUSABLE`` to take from the installed toybox instead of training it.
+        reuse: Which of ``REUSABLE`` to take from the installed toybox instead of training it. "base" goes on from the
+            installed denoiser and text encoder for ``effort.base_steps`` more steps, with the installed autoencoder.
 
     Returns:
         The ``assets`` folder, laid out as inside the package.
@@ -72,16 +73,20 @@ def build(
     assets, installed = work / "assets", base_dir().parent
     work.mkdir(parents=True, exist_ok=True)
 
-    if "vae" in reuse:
+    if "vae" in reuse or "base" in reuse:
         autoencoder = vae.load_vae(installed / "base" / "vae").to(device)
     else:
         autoencoder = vae.train_vae(
             work, seed=seed, device=device, num_steps=effort.vae_steps, batch_size=effort.vae_batch
         )
     tokenizer = make_tokenizer()
-    text_encoder = words.train_text_encoder(
-        tokenizer, work, seed=seed, device=device, num_steps=effort.words_steps, batch_size=effort.words_batch
-    )
+    start = None
+    if "base" in reuse:
+        start, text_encoder = base.load_base(installed / "base", tokenizer)
+    else:
+        text_encoder = words.train_text_encoder(
+            tokenizer, work, seed=seed, device=device, num_steps=effort.words_steps, batch_size=effort.words_batch
+        )
     unet = base.train_base(
         autoencoder,
         text_encoder,
@@ -93,6 +98,7 @@ def build(
         batch_size=effort.base_batch,
         num_scenes=effort.num_scenes,
         compile_model=compile_model,
+        start=start,
     )
     save_base(assets / "base", autoencoder, unet, text_encoder, tokenizer)
     if "clip" in reuse:

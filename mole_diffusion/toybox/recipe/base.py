@@ -21,16 +21,17 @@ from mole_diffusion.files import write_safetensors
 from ..render import render_array
 from ..shapes import CLASSES, PATTERNS
 from ..vocabulary import MAX_TOKENS, RARE_TOKENS
-from ..world import COLORS, GROUNDS, IMAGE_SIZE, Scene, caption, random_scene
-from .loop import AveragedWeights, run_stage, step_rng, trapezoid
+from ..world import COLORS, GRID, GROUNDS, IMAGE_SIZE, Scene, caption, random_scene
+from .loop import AveragedWeights, decline, run_stage, step_rng, trapezoid
+from .precision import fast_autocast
 from .vae import LATENT_CHANNELS
-from .words import TEXT_WIDTH
+from .words import TEXT_WIDTH, make_text_encoder
 
 LATENT_SIZE = 16
 _SHARPNESS = 3.0
 _NULL_CAPTION_PROBABILITY = 0.1
+_FULL_CAPTION_PROBABILITY = 0.5
 _LAYOUT_WEIGHT = 0.1
-_LAYOUT_SIZE = 8
 _TIMESTEP_POWER = 0.7
 # What the layout heads must name in each cell, and how many answers there are; 0 is "no object here".
 _LAYOUT_LABELS = {
@@ -38,8 +39,8 @@ _LAYOUT_LABELS = {
     "primary": len(COLORS) + 1,
     "secondary": len(COLORS) + 1,
     "pattern": len(PATTERNS) + 1,
-    "row": 4 + 1,  # the largest objects are four cells wide
-    "column": 4 + 1,
+    "row": 3 + 1,  # objects are three cells wide
+    "column": 3 + 1,
     "ground": len(GROUNDS),
 }
 
@@ -85,13 +86,21 @@ def make_unet() -> UNet2DConditionModel:
     return unet
 
 
+def load_base(folder: Path, tokenizer: CLIPTokenizer) -> tuple[UNet2DConditionModel, CLIPTextModel]:
+    """Trained denoiser and text encoder, without the trace of their folder that ``from_pretrained`` leaves in them."""
+    unet, text_encoder = make_unet(), make_text_encoder(tokenizer)
+    unet.load_state_dict(UNet2DConditionModel.from_pretrained(folder / "unet").state_dict())
+    text_encoder.load_state_dict(CLIPTextModel.from_pretrained(folder / "text_encoder").state_dict())
+    return unet, text_encoder
+
+
 class _Trained(nn.Module):
     """Denoiser, text encoder, and heads that are thrown away after training.
 
-    The heads read the 8×8 features before and after the last block that sees the text, and must say of each of 8×8
-    cells what stands there: class, colours, pattern, which part of the object, ground. The renderer knows that for
-    free. Where an object stands and what it wears show through the noise at the same level, so the denoising loss
-    alone hardly ever needs the words; the heads do, and features that know the words draw by them.
+    The heads read the features before and after the last block that sees the text, one per cell of the world's grid,
+    and must say of each cell what stands there: class, colours, pattern, which part of the object, ground. The
+    renderer knows that for free. Where an object stands and what it wears show through the noise at the same level, so
+    the denoising loss alone hardly ever needs the words; the heads do, and features that know the words draw by them.
     """
 
     def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel) -> None:
@@ -115,13 +124,16 @@ class _Trained(nn.Module):
 
 
 def layout(scene: Scene) -> np.ndarray:
-    """What stands in each of 8×8 cells, one plane per entry of ``_LAYOUT_LABELS``. Shape ``(7, 8, 8)``, uint8."""
-    cell = IMAGE_SIZE // _LAYOUT_SIZE
-    cells = np.zeros((len(_LAYOUT_LABELS), _LAYOUT_SIZE, _LAYOUT_SIZE), np.uint8)
+    """What stands in each cell of the grid, one plane per entry of ``_LAYOUT_LABELS``.
+
+    Returns:
+        Shape ``(7, side / 8, side / 8)``, uint8.
+    """
+    cells = np.zeros((len(_LAYOUT_LABELS), scene.side // GRID, scene.side // GRID), np.uint8)
     cells[-1] = GROUNDS.index(scene.ground)
     colors = list(COLORS)
     for item in scene.objects:
-        left, top, right, bottom = (edge // cell for edge in item.box)
+        left, top, right, bottom = (edge // GRID for edge in item.box)
         part = np.arange(1, right - left + 1)
         look = item.look
         cells[:4, top:bottom, left:right] = 1 + np.array(
@@ -141,30 +153,41 @@ def layout_loss(answers: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy per cell, summed over the entries of ``_LAYOUT_LABELS``.
 
     Args:
-        answers: Logits, ``(batch, all answers, 8, 8)``.
-        labels: ``(batch, 7, 8, 8)``.
+        answers: Logits, ``(batch, all answers, cells, cells)``.
+        labels: ``(batch, 7, cells, cells)``.
     """
     parts = answers.float().split(list(_LAYOUT_LABELS.values()), dim=1)
     return torch.stack([F.cross_entropy(part, labels[:, k].long()) for k, part in enumerate(parts)]).sum()
+
+
+class _Scenes:
+    """Training scenes of one side, with their layouts and latents."""
+
+    def __init__(self, vae: AutoencoderKL, scenes: list[Scene], folder: Path, seed: int, device: torch.device) -> None:
+        self.scenes = scenes
+        self.layouts = torch.from_numpy(np.stack([layout(scene) for scene in scenes]))
+        path = folder / f"scenes-{scenes[0].side}.safetensors"
+        self.latents = encode_scenes(vae, scenes, path, seed=seed, device=device)
 
 
 @torch.no_grad()
 def encode_scenes(
     vae: AutoencoderKL, scenes: Sequence[Scene], path: Path, *, seed: int, device: torch.device
 ) -> Tensor:
-    """Scaled latents of the training scenes, ``(scenes, 8, 16, 16)``, fp16; kept in ``path`` for the next run."""
+    """Scaled latents of scenes of one side, ``(scenes, 8, side / 4, side / 4)``, fp16; kept in ``path`` for later."""
+    side = scenes[0].side * LATENT_SIZE // IMAGE_SIZE
     made_of = {"seed": str(seed), "num_scenes": str(len(scenes))}
     if path.exists():
         with safe_open(path, framework="pt") as file:
             if file.metadata() == made_of:
                 return file.get_tensor("latents")
-    latents = torch.empty(len(scenes), LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE, dtype=torch.float16)
+    latents = torch.empty(len(scenes), LATENT_CHANNELS, side, side, dtype=torch.float16)
     chunk = 64
     for start in tqdm(range(0, len(scenes), chunk), desc="scenes"):
         some = scenes[start : start + chunk]
         pictures = torch.stack([torch.from_numpy(render_array(scene)) for scene in some])
         pictures = pictures.permute(0, 3, 1, 2).to(device) * 2 - 1
-        with torch.autocast(device.type, torch.bfloat16):
+        with fast_autocast(device):
             mean = vae.encode(pictures).latent_dist.mean
         latents[start : start + len(some)] = (mean.float() * vae.config["scaling_factor"]).half().cpu()
     write_safetensors(path, {"latents": latents}, made_of)
@@ -183,48 +206,65 @@ def train_base(
     batch_size: int,
     num_scenes: int,
     compile_model: bool = False,
+    start: UNet2DConditionModel | None = None,
 ) -> UNet2DConditionModel:
     """Velocity loss on captioned scenes; one caption in ten is empty, for classifier-free guidance.
 
-    The text encoder, which can read already, is trained along.
+    A batch holds pictures of one side, fewer of the larger. The text encoder, which can read already, is trained along.
+
+    Args:
+        start: A trained denoiser to go on from, and ``text_encoder`` is the one that was trained with it. The learning
+            rate then falls from the first step on, and the layout heads, which start from nothing, get a say slowly.
     """
     torch.manual_seed(seed + 1)
-    module = _Trained(make_unet(), text_encoder).to(device).train()
+    # Channels last is a tenth faster in fp32 on a CPU, and what GPUs want in bfloat16.
+    module = _Trained(start or make_unet(), text_encoder).to(device, memory_format=torch.channels_last).train()
+    module.requires_grad_(True)
     # On CPU the backward pass of fused attention takes more time than all convolutions together.
     module.unet.set_attn_processor(AttnProcessor())
     module.text_encoder.set_attn_implementation("eager")
     scenes = [random_scene(step_rng(seed, "base-scene", k)) for k in range(num_scenes)]
-    latents = encode_scenes(vae, scenes, work_dir / "scenes.safetensors", seed=seed, device=device)
-    layouts = torch.from_numpy(np.stack([layout(scene) for scene in scenes]))
+    sides = sorted({scene.side for scene in scenes})
+    pools = [_Scenes(vae, [s for s in scenes if s.side == side], work_dir, seed, device) for side in sides]
+    shares = [len(pool.scenes) / num_scenes for pool in pools]
     alphas = make_scheduler().alphas_cumprod.to(device)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    learning_rate, schedule = (1e-3, trapezoid) if start is None else (7e-4, decline)
+    optimizer = torch.optim.AdamW(
+        module.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+    )
     average = AveragedWeights(module, 0.999)
     forward = torch.compile(module, dynamic=False) if compile_model else module
 
     def step(k: int) -> dict[str, Tensor]:
         rng = step_rng(seed, "base", k)
-        chosen = rng.integers(num_scenes, size=batch_size)
+        pool = pools[rng.choice(len(pools), p=shares)]
+        count = max(1, batch_size * IMAGE_SIZE**2 // pool.scenes[0].side ** 2)
+        chosen = rng.integers(len(pool.scenes), size=count)
         captions = [
-            "" if rng.random() < _NULL_CAPTION_PROBABILITY else caption(scenes[index], rng, odd_words=RARE_TOKENS)
+            ""
+            if rng.random() < _NULL_CAPTION_PROBABILITY
+            else caption(pool.scenes[index], rng, odd_words=RARE_TOKENS, full_probability=_FULL_CAPTION_PROBABILITY)
             for index in chosen
         ]
         tokens = tokenizer(
             captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
         ).input_ids.to(device)
-        clean = latents[chosen].to(device).float()
+        clean = pool.latents[chosen].to(device).float()
         noise = torch.from_numpy(rng.standard_normal(clean.shape, np.float32)).to(device)
-        # One timestep in each of batch_size equal strata: the loss is less noisy than with independent draws. The
-        # power draws them towards the noise, where it is decided what stands where.
-        strata = (rng.permutation(batch_size) + rng.random(batch_size)) / batch_size
+        # One timestep in each of as many equal strata as samples: the loss is less noisy than with independent draws.
+        # The power draws them towards the noise, where it is decided what stands where.
+        strata = (rng.permutation(count) + rng.random(count)) / count
         timesteps = torch.from_numpy((strata**_TIMESTEP_POWER * 1000).astype(np.int64)).to(device)
         signal, spread = (x.sqrt().view(-1, 1, 1, 1) for x in (alphas[timesteps], 1 - alphas[timesteps]))
-        with torch.autocast(device.type, torch.bfloat16):
-            velocity, answers = forward(signal * clean + spread * noise, timesteps, tokens)
+        with fast_autocast(device):
+            noisy = (signal * clean + spread * noise).contiguous(memory_format=torch.channels_last)
+            velocity, answers = forward(noisy, timesteps, tokens)
         denoising = F.mse_loss(velocity.float(), signal * noise - spread * clean)
-        labels = layouts[chosen].to(device)
+        labels = pool.layouts[chosen].to(device)
         placing = torch.stack([layout_loss(answer, labels) for answer in answers]).mean()
+        say = 1.0 if start is None else min(1.0, k / 300) / 2
         return {
-            "loss": denoising + _LAYOUT_WEIGHT * placing,
+            "loss": denoising + say * _LAYOUT_WEIGHT * placing,
             "denoising": denoising.detach(),
             "placing": placing.detach(),
         }
@@ -235,7 +275,7 @@ def train_base(
         optimizer,
         step,
         num_steps=num_steps,
-        schedule=trapezoid,
+        schedule=schedule,
         work_dir=work_dir,
         seed=seed,
         average=average,

@@ -20,8 +20,9 @@ from mole_diffusion.training.loop import learning_rate_factor
 from ..render import render_array
 from ..shapes import CLASSES
 from ..vocabulary import MAX_TOKENS
-from ..world import IMAGE_SIZE, Scene, full_caption, random_look, random_scene
+from ..world import IMAGE_SIZE, Scene, full_caption, random_look, random_scenes
 from .loop import AveragedWeights, run_stage, step_rng
+from .precision import fast_autocast
 from .tokenizer import make_tokenizer
 
 _WIDTH = 128
@@ -63,33 +64,38 @@ def clip_config() -> dict[str, Any]:
     }
 
 
-def wrong_scene(scene: Scene, rng: np.random.Generator) -> Scene:
-    """The scene with one thing changed: two looks swapped, one look redrawn, or one class replaced.
+NUM_WRONG = 3
 
-    Its caption is a hard negative; without such captions a CLIP need not learn which colour belongs to which object.
+
+def wrong_scenes(scene: Scene, rng: np.random.Generator) -> list[Scene]:
+    """The scene with one thing changed each: looks swapped, a look on the wrong object, a thing missing.
+
+    Their captions are hard negatives; without them a CLIP need not learn which look belongs to which object. One hard
+    negative of a random kind a scene taught it to miss things and to doubt looks, and nothing of swaps.
     """
-    objects = list(scene.objects)
-    kind = rng.random()
-    if len(objects) > 1 and kind < 0.5:
-        i, j = rng.choice(len(objects), size=2, replace=False)
-        objects[i], objects[j] = (
-            replace(objects[i], look=objects[j].look),
-            replace(objects[j], look=objects[i].look),
-        )
-    elif kind < 0.75:
-        k = int(rng.integers(len(objects)))
-        objects[k] = replace(objects[k], look=random_look(rng))
-    else:
-        k = int(rng.integers(len(objects)))
-        others = sorted(set(CLASSES) - {item.class_name for item in objects})
-        objects[k] = replace(objects[k], class_name=str(rng.choice(others)))
-    return replace(scene, objects=tuple(objects))
+    swapped, worn, missing = list(scene.objects), list(scene.objects), list(scene.objects)
+    if len(scene.objects) > 1:
+        i, j = rng.choice(len(scene.objects), size=2, replace=False)
+        first, second = scene.objects[i], scene.objects[j]
+        swapped[i], swapped[j] = replace(first, look=second.look), replace(second, look=first.look)
+        worn[i] = replace(first, look=second.look if rng.random() < 0.5 else random_look(rng))
+        del missing[int(rng.integers(len(missing)))]
+    else:  # nothing to swap with and nothing to leave out
+        [only] = scene.objects
+        swapped[0] = replace(only, look=replace(only.look, primary=only.look.secondary, secondary=only.look.primary))
+        worn[0] = replace(only, look=random_look(rng))
+        others = sorted(set(CLASSES) - {only.class_name})
+        missing[0] = replace(only, class_name=str(rng.choice(others)))
+    return [replace(scene, objects=tuple(objects)) for objects in (swapped, worn, missing)]
 
 
 def train_clip(
     folder: Path, work_dir: Path, *, seed: int, device: torch.device, num_steps: int, batch_size: int
 ) -> None:
-    """Contrastive training on scenes, their full captions and one hard negative each; saved into ``folder``."""
+    """Contrastive training on scenes, their full captions and hard negatives; saved into ``folder``.
+
+    A picture must find its caption among those of the batch and its own ``NUM_WRONG`` wrong ones.
+    """
     torch.manual_seed(seed + 2)
     config = clip_config()
     tokenizer = make_tokenizer()
@@ -100,9 +106,11 @@ def train_clip(
 
     def step(k: int) -> dict[str, Tensor]:
         rng = step_rng(seed, "clip", k)
-        scenes = [random_scene(rng) for _ in range(batch_size)]
-        captions = [full_caption(scene) for scene in scenes] + [full_caption(wrong_scene(s, rng)) for s in scenes]
+        scenes = random_scenes(rng, batch_size)
+        wrong = [full_caption(other) for scene in scenes for other in wrong_scenes(scene, rng)]
+        captions = [full_caption(scene) for scene in scenes] + wrong
         pictures = torch.stack([torch.from_numpy(render_array(scene)) for scene in scenes]).permute(0, 3, 1, 2)
+        pictures = F.interpolate(pictures, (IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", antialias=True)
         # Guidance will show it pictures that are not quite rendered: noise and blur keep it from reading pixel
         # patterns.
         noise = torch.from_numpy(rng.standard_normal(pictures.shape, np.float32))
@@ -113,11 +121,14 @@ def train_clip(
             captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
         ).input_ids.to(device)
         # The fused attention's backward pass is several times slower than the plain one on CPU.
-        with sdpa_kernel(SDPBackend.MATH), torch.autocast(device.type, torch.bfloat16):
+        with sdpa_kernel(SDPBackend.MATH), fast_autocast(device):
             image_features, text_features, scale = model(pictures, tokens)
-        logits = scale.float() * image_features.float() @ text_features.float().T  # (batch, 2 * batch)
+        right, wrong_ones = text_features.float().split([batch_size, NUM_WRONG * batch_size])
+        logits = scale.float() * image_features.float() @ right.T  # (batch, batch)
+        own = torch.einsum("bw,bnw->bn", image_features.float(), wrong_ones.unflatten(0, (batch_size, NUM_WRONG)))
+        by_text = F.cross_entropy(logits.T, targets)
+        logits = torch.cat([logits, scale.float() * own], dim=1)  # (batch, batch + NUM_WRONG)
         by_image = F.cross_entropy(logits, targets)
-        by_text = F.cross_entropy(logits[:, :batch_size].T, targets)
         hits = (logits.argmax(dim=1) == targets).float().mean()
         return {"loss": (by_image + by_text) / 2, "accuracy": hits}
 

@@ -30,6 +30,11 @@ def trapezoid(step: int, num_steps: int, warmup: int = 200, decay: float = 0.25)
     return min(1.0, (step + 1) / warmup, max(0.01, (num_steps - step) / (decay * num_steps)))
 
 
+def decline(step: int, num_steps: int, warmup: int = 60) -> float:
+    """Factor on the learning rate where trained weights are trained on: a short warm-up, then straight down to zero."""
+    return min(1.0, (step + 1) / warmup, (num_steps - step) / num_steps)
+
+
 class AveragedWeights:
     """Exponential moving average of a module's parameters; what is shipped."""
 

@@ -1,4 +1,4 @@
-"""The toybox's autoencoder: 64×64 pixels to 8×16×16 latents."""
+"""The toybox's autoencoder: 64×64 pixels to 8×16×16 latents, 80×80 to 8×20×20."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from diffusers import AutoencoderKL
 from mole_diffusion.training.loop import learning_rate_factor
 
 from ..render import render_array
-from ..world import IMAGE_SIZE, random_scene
+from ..world import IMAGE_SIZE, random_scenes
 from .loop import AveragedWeights, run_stage, step_rng
+from .precision import fast_autocast
 
 LATENT_CHANNELS = 8
 _KL_WEIGHT = 3e-4  # per latent element, against a mean squared error per pixel
@@ -41,9 +42,9 @@ def load_vae(folder: Path) -> AutoencoderKL:
 
 
 def render_batch(rng_key: tuple[int, str, int], batch_size: int, device: torch.device) -> torch.Tensor:
-    """Random scenes as pictures of shape ``(batch, 3, 64, 64)``, values −1 to 1."""
+    """Random scenes of one side as pictures of shape ``(batch, 3, side, side)``, values −1 to 1."""
     rng = step_rng(*rng_key)
-    pictures = torch.stack([torch.from_numpy(render_array(random_scene(rng))) for _ in range(batch_size)])
+    pictures = torch.stack([torch.from_numpy(render_array(scene)) for scene in random_scenes(rng, batch_size)])
     return pictures.permute(0, 3, 1, 2).to(device) * 2 - 1
 
 
@@ -60,7 +61,7 @@ def train_vae(work_dir: Path, *, seed: int, device: torch.device, num_steps: int
     def step(k: int) -> dict[str, torch.Tensor]:
         pictures = render_batch((seed, "vae", k), batch_size, device)
         generator = torch.Generator(device).manual_seed(seed * 1_000_003 + k)
-        with torch.autocast(device.type, torch.bfloat16):
+        with fast_autocast(device):
             posterior = vae.encode(pictures).latent_dist
             latents = posterior.sample(generator=generator)
             decoded = vae.decode(latents).sample
