@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 
 from ..files import atomic_path
+from ..pictures import read_picture
 from ..sheets import gate_heat_map, picture_sheet
 from .benchmark_config import BenchmarkConfig, Cell
 from .benchmark_rows import IMAGE, TEXT, Row, by_case, is_whole, labels, of
 from .benchmark_run import picture_path
-from .pictures import read_picture
 
 MOST_COLUMNS = 6  # on a sheet
 MOST_PLACES = 40  # on a heat map that can still be read

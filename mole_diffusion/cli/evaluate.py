@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .inputs import Device, pick_device, quiet_loading, read_pairs
+from .inputs import Device, pick_device, quiet_loading, read_pairs, warnings_in_a_line
 
 SOME_FAILED = 1
 
@@ -16,7 +16,7 @@ def evaluate(
     images: Annotated[Path, typer.Option(help="Folder of pictures.")],
     prompts: Annotated[
         Path,
-        typer.Option(help="Text file: a prompt a line in the order of the pictures' names, or one; or JSON by name."),
+        typer.Option(help="Text file: a prompt a line, 2.png before 10.png, or one for all; or JSON by name."),
     ],
     references: Annotated[
         list[str] | None, typer.Option(metavar="NAME=DIR", help="Pictures of a concept; once for each.")
@@ -55,9 +55,10 @@ def evaluate(
     with quiet_loading():
         encoder = None if image_encoder is None else VisionBackbone.from_pretrained(image_encoder).to(where)
         model = load_clip(clip).to(where)
-    result = evaluate_folder(
-        images, prompts, folders, model, image_encoder=encoder, batch_size=batch_size, progress=True
-    )
+    with warnings_in_a_line():
+        result = evaluate_folder(
+            images, prompts, folders, model, image_encoder=encoder, batch_size=batch_size, progress=True
+        )
     write_csv(out, result.rows)
     table = Table("", "mean", title=f"{len(result.rows)} pictures", title_justify="left")
     for name, value in result.means.items():

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mole_diffusion.lora import LoRAFactors, save_lora
 from mole_diffusion.lora.triggers import write_triggers
+from mole_diffusion.pictures import as_seen
 from mole_diffusion.training.checkpoint import CheckpointFolder, fingerprint
 from mole_diffusion.training.loop import (
     MixedPrecision,
@@ -274,10 +275,7 @@ def _denoising_loss(unet: Any, schedule: NoiseSchedule, data: _TrainingData, gen
 
 def _pixels(images: Sequence[Image.Image], size: int) -> Tensor:
     """Pictures as (n, 3, size, size) in [-1, 1], centre-cut to a square."""
-    squares = [
-        ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (size, size), Image.Resampling.LANCZOS)
-        for image in images
-    ]
+    squares = [ImageOps.fit(as_seen(image), (size, size), Image.Resampling.LANCZOS) for image in images]
     stacked = torch.from_numpy(np.stack([np.asarray(square) for square in squares]))  # (n, size, size, 3)
     return stacked.permute(0, 3, 1, 2).float() / 127.5 - 1
 

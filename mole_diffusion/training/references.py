@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mole_diffusion.clip import DifferentiableCLIP
 from mole_diffusion.files import atomic_path
+from mole_diffusion.pictures import as_seen, read_picture
 from mole_diffusion.training.concepts import Concept
 from mole_diffusion.training.gate_config import GateTrainingConfig
 from mole_diffusion.training.loop import step_generator
@@ -55,7 +56,7 @@ def _drawn(pipe: Any, config: GateTrainingConfig, name: str, concept: Concept, c
         key = hashlib.sha256("\0".join((lora.sha256, prompt, str(config.seed))).encode() + base).hexdigest()[:12]
         files = [cache / f"{name}-{key}-{k}.png" for k in range(config.reference_pictures)]
         if all(file.is_file() for file in files):
-            return [_read(file) for file in files]
+            return [read_picture(file) for file in files]
     composition, bar = pipe.composition, getattr(pipe, "_progress_bar_config", {})
     try:
         pipe.set_composition("linear")
@@ -79,12 +80,7 @@ def _drawn(pipe: Any, config: GateTrainingConfig, name: str, concept: Concept, c
     return pictures
 
 
-def _read(file: Path) -> Image.Image:
-    with Image.open(file) as picture:
-        return picture.convert("RGB")
-
-
 def _as_tensor(picture: Image.Image) -> Tensor:
     """(1, 3, height, width) in [0, 1]; one by one, since a user's pictures differ in size."""
-    pixels = torch.from_numpy(np.array(picture.convert("RGB")))
+    pixels = torch.from_numpy(np.array(as_seen(picture)))
     return pixels.permute(2, 0, 1)[None].float() / 255
