@@ -9,6 +9,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from ..errors import MoLEError
+from ..files import file_name
 from .benchmark_methods import Method, read_methods
 
 _DEFAULTS: dict[str, Any] = {
@@ -70,9 +72,9 @@ class Cell:
     @property
     def path(self) -> Path:
         """Where its picture and its row lie, without suffix, below their folders."""
-        folder = Path(self.composition) / self.method.label
+        folder = Path(file_name(self.composition)) / file_name(self.method.label)
         if len(self.kept) < len(self.loras):
-            folder /= "+".join(self.kept)
+            folder /= file_name("+".join(self.kept))
         return folder / f"p{self.prompt:02d}-s{self.seed:04d}"
 
 
@@ -245,6 +247,8 @@ def _concepts(given: Any) -> dict[str, Concept]:
     if not isinstance(given, dict) or not given:
         raise ValueError(f'`concepts` must be "toybox" or a mapping of name to {", ".join(keys)}, got {given!r}.')
     for name, value in given.items():
+        if not str(name).strip() or "+" in str(name) or not str(name).isprintable():
+            raise MoLEError(f"concept {name!r}: a name is one line without a plus, which joins the names of several.")
         if not isinstance(value, dict) or set(value) != set(keys):
             raise ValueError(f"concept {name!r} must have exactly {', '.join(keys)}, got {value!r}.")
     return {str(name): Concept(**{key: str(value[key]) for key in keys}) for name, value in given.items()}

@@ -77,7 +77,7 @@ def _method(entry: Any, *, has_gates: bool, can_train: bool, training: Mapping[s
     name, preset = PRESETS.get(given, (given, None))
     own = {key: value for key, value in arguments.items() if key not in ("label", "training")}
     label = arguments.get("label", _default_label(given, own))
-    if not isinstance(label, str) or not label.strip(". ") or "/" in label or "\\" in label:
+    if not isinstance(label, str) or not label.strip(". ") or "/" in label or "\\" in label or not label.isprintable():
         raise ValueError(f"method {entry!r}: a label names a folder too, so it cannot be {label!r}.")
     try:
         needs_gates = "gates" in COMPOSITIONS[name](**own).needs

@@ -45,6 +45,9 @@ def evaluate(
     folders = read_pairs("--references", references or [])
     if out.suffix.lower() != ".csv":
         raise ValueError(f"--out {out}: the table is written as .csv, got {out.suffix!r}.")
+    from mole_diffusion.files import try_file, write_last
+
+    try_file(out)
     from rich.console import Console
     from rich.table import Table
 
@@ -59,7 +62,7 @@ def evaluate(
         result = evaluate_folder(
             images, prompts, folders, model, image_encoder=encoder, batch_size=batch_size, progress=True
         )
-    write_csv(out, result.rows)
+    write_last(out, lambda path: write_csv(path, result.rows))
     table = Table("", "mean", title=f"{len(result.rows)} pictures", title_justify="left")
     for name, value in result.means.items():
         table.add_row(name, f"{value:.4f}")

@@ -51,14 +51,23 @@ class Concept:
 
     def describe(self, prompt: str) -> str:
         """`prompt` with the concept's words instead of "token class", "token" alone included."""
-        return re.sub(rf"{_word(self.token)}(\s+{re.escape(self.class_name)}\b)?", lambda _: self.words, prompt)
+        return re.sub(self.pattern, lambda _: self.words, prompt)
+
+    @property
+    def pattern(self) -> str:
+        """Matches "token class", or the token alone, in a prompt."""
+        return rf"{_word(self.token)}(?:\s+{re.escape(self.class_name)}\b)?"
 
 
 def text_for_clip(prompt: str, concepts: Mapping[str, Concept]) -> str:
     """`prompt` with every rare token, which CLIP cannot know, replaced by the words of its concept."""
-    for concept in concepts.values():
-        prompt = concept.describe(prompt)
-    return prompt
+    # In one pass: the words of one concept may hold the token of another, and stay as they are.
+    by_token = {concept.token: concept for concept in concepts.values()}
+    if not by_token:
+        return prompt
+    tokens = sorted(by_token, key=len, reverse=True)
+    patterns = (f"(?P<c{index}>{by_token[token].pattern})" for index, token in enumerate(tokens))
+    return re.sub("|".join(patterns), lambda found: by_token[tokens[int(str(found.lastgroup)[1:])]].words, prompt)
 
 
 def prompts_from_templates(templates: Sequence[str], concepts: Mapping[str, Concept]) -> list[str]:

@@ -169,12 +169,17 @@ def gradient_checkpointing(*models: Any, enabled: bool) -> Iterator[None]:
             model.disable_gradient_checkpointing()
 
 
-def peak_memory(device: torch.device) -> float:
-    """GiB: the most that tensors took on a GPU since the process started, elsewhere the process's resident memory."""
+def peak_memory(device: torch.device) -> float | None:
+    """GiB: the most that tensors took on a GPU since the process started, elsewhere the process's resident memory.
+
+    None on systems that do not say.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource  # not on Windows
-
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
