@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .averages import Averages
 from .encoders import ImageEncoder, TextCache, TextImageEncoder, embed_images
-from .pictures import Pictures
+from .pictures import Pictures, by_picture
 
 Scale = Literal["cosine", "clipscore"]
 
@@ -70,22 +70,25 @@ class TextAlignment(Averages):
         clip: Any open_clip model as a :class:`~mole_diffusion.clip.DifferentiableCLIP`.
         scale: As in :func:`text_alignment`.
         batch_size: Pictures at a time.
+        kwargs: As every metric of torchmetrics takes them.
     """
 
     higher_is_better = True
 
-    def __init__(self, clip: TextImageEncoder, scale: Scale = "cosine", *, batch_size: int = 32) -> None:
+    def __init__(self, clip: TextImageEncoder, scale: Scale = "cosine", *, batch_size: int = 32, **kwargs: Any) -> None:
         check_scale(scale)
-        super().__init__([text_name(scale)])
+        super().__init__([text_name(scale)], **kwargs)
         self.clip, self.scale, self.batch_size = clip, scale, batch_size
         self._texts = TextCache(clip)
 
-    def update(self, images: Pictures, prompts: Sequence[str]) -> None:
-        """Measures pictures with one prompt each.
+    def update(self, images: Pictures, prompts: str | Sequence[str]) -> None:
+        """Measures pictures with one prompt each; one picture may come with its prompt alone.
 
         Raises:
             TypeError, ValueError: They are of another type or shape, or not as many.
         """
+        if isinstance(prompts, str) and len(by_picture(images)) == 1:
+            prompts = [prompts]
         texts = self._texts.embed(prompts) if len(prompts) else torch.empty(0, 1)
         features = embed_images(self.clip, images, batch_size=self.batch_size)
         self.add(text_alignment(features, texts, self.scale)[:, None])
@@ -98,6 +101,7 @@ class ImageAlignment(Averages):
         encoder: CLIP, or a :class:`VisionBackbone` such as DINOv2.
         references: Concept to its pictures.
         batch_size: Pictures at a time.
+        kwargs: As every metric of torchmetrics takes them.
 
     Raises:
         ValueError: There is no concept, or one has no pictures.
@@ -106,10 +110,15 @@ class ImageAlignment(Averages):
     higher_is_better = True
 
     def __init__(
-        self, encoder: ImageEncoder, references: Mapping[str, Sequence[Image.Image]], *, batch_size: int = 32
+        self,
+        encoder: ImageEncoder,
+        references: Mapping[str, Sequence[Image.Image]],
+        *,
+        batch_size: int = 32,
+        **kwargs: Any,
     ) -> None:
         check_references(references)
-        super().__init__(list(references))
+        super().__init__(list(references), **kwargs)
         self.encoder, self.batch_size = encoder, batch_size
         self._references = references
         self._features: dict[str, Tensor] = {}
@@ -137,7 +146,7 @@ class ImageAlignment(Averages):
     def _align(self, features: Tensor, concept: str) -> Tensor:
         return image_alignment(features, self.reference_features(concept))
 
-    def compute(self) -> dict[str, float]:
+    def result(self) -> dict[str, float]:
         """Mean by concept, and under "mean" the mean over concepts."""
         return with_mean(self.means())
 

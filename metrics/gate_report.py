@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,13 +52,14 @@ class GateReport(Averages):
         places: Names of the gates, as in `GateRecord.names`.
         loras: Names of the LoRAs.
         steps: Number of denoiser passes of a call.
+        kwargs: As every metric of torchmetrics takes them.
     """
 
-    def __init__(self, places: Sequence[str], loras: Sequence[str], steps: int) -> None:
+    def __init__(self, places: Sequence[str], loras: Sequence[str], steps: int, **kwargs: Any) -> None:
+        lines = [*places, *(f"step {k}" for k in range(steps))]
+        columns = [*(f"share of {name}" for name in loras), "entropy", "effective LoRAs"]
+        super().__init__([f"{line}: {column}" for line in lines for column in columns], **kwargs)
         self.places, self.loras, self.steps = list(places), list(loras), steps
-        lines = [*self.places, *(f"step {k}" for k in range(steps))]
-        columns = [*(f"share of {name}" for name in self.loras), "entropy", "effective LoRAs"]
-        super().__init__([f"{line}: {column}" for line in lines for column in columns])
 
     def update(self, record: GateRecord) -> None:
         """Counts one call's record, taken with `gates.record(accumulate=True)`.
