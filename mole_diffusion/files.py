@@ -179,6 +179,8 @@ def file_name(text: str) -> str:
     clean = _NO_NAME.sub("-", text).strip(". ")
     if clean == text != "" and len(text.encode()) <= _LONGEST_NAME and not _DEVICES.fullmatch(text):
         return text
+    if _DEVICES.fullmatch(clean):
+        clean = clean.replace(".", "-")
     short = clean.encode()[: _LONGEST_NAME - 10].decode(errors="ignore").strip(". ")
     return f"{short or 'name'}-{hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()[:8]}"
 
