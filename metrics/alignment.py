@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..errors import MoLEError
 from .averages import Averages
 from .encoders import ImageEncoder, TextCache, TextImageEncoder, embed_images
 from .pictures import Pictures, by_picture
@@ -33,7 +34,7 @@ def text_alignment(image_features: Tensor, text_features: Tensor, scale: Scale =
     """
     check_scale(scale)
     if image_features.shape != text_features.shape:
-        raise ValueError(
+        raise MoLEError(
             f"there are {len(image_features)} pictures and {len(text_features)} prompts "
             f"(features {tuple(image_features.shape)} and {tuple(text_features.shape)}). Give one prompt per picture."
         )
@@ -57,7 +58,7 @@ def image_alignment(image_features: Tensor, reference_features: Tensor) -> Tenso
         ValueError: There is no reference.
     """
     if not len(reference_features):
-        raise ValueError("a concept has no pictures to compare with. Give at least one reference.")
+        raise MoLEError("a concept has no pictures to compare with. Give at least one reference.")
     pictures = torch.nn.functional.normalize(image_features, dim=-1)
     references = torch.nn.functional.normalize(reference_features.to(image_features.device), dim=-1)
     return (pictures @ references.T).mean(dim=-1)
@@ -162,20 +163,18 @@ def with_mean(by_concept: Mapping[str, float]) -> dict[str, Any]:
 
 def check_scale(scale: str) -> None:
     if scale not in get_args(Scale):
-        raise ValueError(f"`scale` must be one of {list(get_args(Scale))}, got {scale!r}.")
+        raise MoLEError(f"`scale` must be one of {list(get_args(Scale))}, got {scale!r}.")
 
 
 def check_references(references: Mapping[str, Sequence[Image.Image]]) -> None:
     """Raises: ValueError where there is no concept, or one has no pictures."""
     if not references:
-        raise ValueError("there is no concept: `references` is empty. Give the pictures of at least one.")
+        raise MoLEError("there is no concept: `references` is empty. Give the pictures of at least one.")
     for name, pictures in references.items():
         if not len(pictures):
-            raise ValueError(
-                f"concept {name!r} has no reference pictures. Give at least one, or leave the concept out."
-            )
+            raise MoLEError(f"concept {name!r} has no reference pictures. Give at least one, or leave the concept out.")
         if name == "mean":
-            raise ValueError("a concept cannot be called 'mean', the name of the mean over concepts. Rename it.")
+            raise MoLEError("a concept cannot be called 'mean', the name of the mean over concepts. Rename it.")
 
 
 def asked_for(concepts: Sequence[Sequence[str]] | None, names: Sequence[str], count: int) -> Tensor:
@@ -187,12 +186,12 @@ def asked_for(concepts: Sequence[Sequence[str]] | None, names: Sequence[str], co
     if concepts is None:
         return torch.ones(count, len(names), dtype=torch.bool)
     if len(concepts) != count:
-        raise ValueError(f"there are {count} pictures and {len(concepts)} lists of concepts. Give one per picture.")
+        raise MoLEError(f"there are {count} pictures and {len(concepts)} lists of concepts. Give one per picture.")
     asked = torch.zeros(count, len(names), dtype=torch.bool)
     for row, wanted in enumerate(concepts):
         for name in wanted:
             if name not in names:
-                raise ValueError(f"concept {name!r} of picture {row} has no references. Known are {', '.join(names)}.")
+                raise MoLEError(f"concept {name!r} of picture {row} has no references. Known are {', '.join(names)}.")
             asked[row, names.index(name)] = True
     return asked
 

@@ -50,7 +50,7 @@ def write_report(
     good = [row for row in rows if "error" not in row]
     if not good:
         why = f" The first error: {rows[0]['error']}" if rows else " Run `mole benchmark run` first."
-        raise ValueError(f"{os.fspath(out)} has no measured row.{why}")
+        raise MoLEError(f"{os.fspath(out)} has no measured row.{why}")
     write_csv(folder / "rows.csv", [_flat(row) for row in rows])
     write_csv(folder / "methods.csv", tables.means_by_method(config, good))
     draw_scatter(config, good, folder / "scatter.png")

@@ -49,7 +49,7 @@ def load_clip(source: str) -> DifferentiableCLIP:
         return DifferentiableCLIP(source)
     architecture, separator, weights = source.partition(":")
     if not (architecture and separator and weights):
-        raise ValueError(
+        raise MoLEError(
             f'{source!r} is no CLIP: give "toybox", a folder in the format of open_clip, or "architecture:weights" '
             'such as "ViT-B-32:openai".'
         )

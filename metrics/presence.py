@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..errors import MoLEError
 from ..toybox.oracle import Detection, Oracle, judge
 from .averages import Averages
 from .pictures import Pictures, as_images
@@ -31,7 +32,7 @@ def concept_presence(detections: Sequence[Detection], concepts: Sequence[str]) -
         ValueError: There is no concept, or one is not a subject of the toybox.
     """
     if not concepts:
-        raise ValueError("there is no concept to look for: `concepts` is empty.")
+        raise MoLEError("there is no concept to look for: `concepts` is empty.")
     findings = judge(detections, concepts).values()
     omitted = sum(not finding.class_present for finding in findings)
     confused = sum(bool(f.leaked_to) or (f.class_present and not f.present) for f in findings)
@@ -61,7 +62,7 @@ class ConceptPresence(Averages):
         """
         seen = as_images(images) if len(concepts) else []
         if not seen or len(seen) != len(concepts):
-            raise ValueError(f"there are {len(seen)} pictures and {len(concepts)} lists of concepts. Give one each.")
+            raise MoLEError(f"there are {len(seen)} pictures and {len(concepts)} lists of concepts. Give one each.")
         found = self.oracle.detect(seen)
         rows = [list(concept_presence(*pair).values()) for pair in zip(found, concepts, strict=True)]
         self.add(torch.tensor(rows, dtype=torch.float64))

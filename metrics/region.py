@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..errors import MoLEError
 from ..toybox.oracle import Oracle
 from .alignment import asked_for, check_references, image_alignment
 from .averages import Averages
@@ -40,7 +41,7 @@ def reference_regions(detector: Detector, concept: str, references: Sequence[Ima
     for index, picture in enumerate(references):
         box = detector(picture, concept)
         if box is None:
-            raise ValueError(
+            raise MoLEError(
                 f"the detector does not find concept {concept!r} in its reference picture {index}. Leave that picture "
                 "out, or let the detector give the box of the whole picture."
             )
@@ -75,7 +76,7 @@ def region_alignment(
 def _cut(image: Image.Image, box: Box) -> Image.Image:
     left, top, right, bottom = box
     if not (0 <= left < right <= image.width and 0 <= top < bottom <= image.height):
-        raise ValueError(f"the detector gave the box {box} in a picture of {image.width}×{image.height} pixels.")
+        raise MoLEError(f"the detector gave the box {box} in a picture of {image.width}×{image.height} pixels.")
     return image.crop(box)
 
 

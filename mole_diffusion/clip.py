@@ -63,7 +63,7 @@ class DifferentiableCLIP(nn.Module):
         size = settings["size"]
         height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
         if height != width or settings["resize_mode"] != "shortest" or settings["interpolation"] != "bicubic":
-            raise ValueError(
+            raise MoLEError(
                 f"{name} is preprocessed with {settings}; DifferentiableCLIP knows square pictures, "
                 'resize_mode "shortest" and interpolation "bicubic" only. Choose another CLIP.'
             )
@@ -74,7 +74,7 @@ class DifferentiableCLIP(nn.Module):
     def preprocess(self, images: Tensor) -> Tensor:
         """Pictures in [0, 1], `(batch, 3, height, width)`, cut and scaled to `(batch, 3, image_size, image_size)`."""
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-            raise ValueError(
+            raise MoLEError(
                 f"images are {images.dtype} of shape {tuple(images.shape)}; they must be floating point in [0, 1] "
                 "of shape (batch, 3, height, width)."
             )
@@ -139,20 +139,20 @@ def _open_clip_name(name: str, pretrained: str | None) -> str:
     if name.startswith(_LOCAL) or folder.is_dir():
         missing = [file for file in ("open_clip_config.json", _WEIGHTS) if not (folder / file).is_file()]
         if missing:
-            raise ValueError(f"{folder} is no folder of an open_clip model: it lacks {' and '.join(missing)}.")
+            raise MoLEError(f"{folder} is no folder of an open_clip model: it lacks {' and '.join(missing)}.")
         if pretrained is not None:
-            raise ValueError(
+            raise MoLEError(
                 f"`pretrained` is {pretrained!r}, but the folder {folder} has its own weights. Leave it out."
             )
         return f"{_LOCAL}{folder}"
     if name not in open_clip.list_models():
-        raise ValueError(
+        raise MoLEError(
             f"{name!r} is neither a folder nor an open_clip architecture. `open_clip.list_models()` lists those, "
             'for instance "ViT-B-32".'
         )
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained is None or (pretrained not in tags and not Path(pretrained).is_file()):
-        raise ValueError(
+        raise MoLEError(
             f"`pretrained` is {pretrained!r}; {name} without pretrained weights scores at random. "
             f"Choose one of {', '.join(tags) or 'no known tags: give a file'}."
         )

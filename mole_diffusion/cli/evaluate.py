@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import MoLEError
 from .inputs import Device, pick_device, quiet_loading, read_pairs, warnings_in_a_line
 
 SOME_FAILED = 1
@@ -44,7 +45,7 @@ def evaluate(
     """
     folders = read_pairs("--references", references or [])
     if out.suffix.lower() != ".csv":
-        raise ValueError(f"--out {out}: the table is written as .csv, got {out.suffix!r}.")
+        raise MoLEError(f"--out {out}: the table is written as .csv, got {out.suffix!r}.")
     from mole_diffusion.files import try_file, write_last
 
     try_file(out)

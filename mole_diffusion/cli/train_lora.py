@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import MoLEError
 from .inputs import Base, Device, find_base, pick_device, quiet_loading, read_pictures
 
 
@@ -45,7 +46,7 @@ def train_lora(
       mole train-lora --images ./mug-pictures --token "<v1>" --class mug --rank 4 --steps 300 --out mug.safetensors
     """
     if out.suffix != ".safetensors":
-        raise ValueError(f"--out {out}: a LoRA is written as .safetensors, got {out.suffix!r}.")
+        raise MoLEError(f"--out {out}: a LoRA is written as .safetensors, got {out.suffix!r}.")
     from mole_diffusion.files import try_file, try_folder
 
     try_file(out)

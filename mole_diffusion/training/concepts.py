@@ -9,6 +9,8 @@ from itertools import permutations
 
 from PIL import Image
 
+from mole_diffusion.errors import MoLEError
+
 SUBJECTS = "{subjects}"
 
 
@@ -36,9 +38,9 @@ class Concept:
         for name in ("token", "class_name", "description"):
             value = getattr(self, name)
             if value is not None and not value.strip():
-                raise ValueError(f"`{name}` of a concept is empty, got {value!r}.")
+                raise MoLEError(f"`{name}` of a concept is empty, got {value!r}.")
         if len(self.token.split()) != 1:
-            raise ValueError(f"`token` must be one word, got {self.token!r}.")
+            raise MoLEError(f"`token` must be one word, got {self.token!r}.")
 
     @property
     def words(self) -> str:
@@ -80,9 +82,9 @@ def prompts_from_templates(templates: Sequence[str], concepts: Mapping[str, Conc
     """
     bad = [template for template in templates if template.count(SUBJECTS) != 1]
     if bad:
-        raise ValueError(f'A template needs "{SUBJECTS}" once, got {bad[0]!r}. Try "a photo of {SUBJECTS} on grass".')
+        raise MoLEError(f'A template needs "{SUBJECTS}" once, got {bad[0]!r}. Try "a photo of {SUBJECTS} on grass".')
     if templates and not concepts:
-        raise ValueError(f'Templates need concepts to put in the place of "{SUBJECTS}"; give token and class of each.')
+        raise MoLEError(f'Templates need concepts to put in the place of "{SUBJECTS}"; give token and class of each.')
     items = [f"a {concept.token} {concept.class_name}" for concept in concepts.values()]
     rotations = [(*items[k:], *items[:k]) for k in range(len(items))]
     orders = list(permutations(items)) if len(items) <= 3 else rotations

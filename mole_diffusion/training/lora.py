@@ -100,26 +100,26 @@ class LoRATrainingConfig:
                 raise TypeError(f"`{field}` must be a sequence of strings, got the string {value!r}. Try ({value!r},).")
             object.__setattr__(self, field, tuple(value))
         if bool(self.captions) == bool(self.prompts):
-            raise ValueError(
+            raise MoLEError(
                 f"Give either `captions` (one per picture) or `prompts` (for every picture), got {len(self.captions)} "
                 f"captions and {len(self.prompts)} prompts."
             )
         if not all(text.strip() for text in (*self.captions, *self.prompts)):
-            raise ValueError("One of `captions` or `prompts` is empty. Each must name the subject by its token.")
+            raise MoLEError("One of `captions` or `prompts` is empty. Each must name the subject by its token.")
         for text in (*self.captions, *self.prompts) if self.triggers else ():
             if not any(trigger.strip() and trigger.lower() in text.lower() for trigger in self.triggers):
-                raise ValueError(
+                raise MoLEError(
                     f"{text!r} has none of `triggers`, {', '.join(map(repr, self.triggers))}. Give the words that call "
                     "the subject in every caption or prompt, or no triggers."
                 )
         if not self.unet_targets and not self.text_encoder_targets:
-            raise ValueError("`unet_targets` and `text_encoder_targets` are both empty: there is nothing to train.")
+            raise MoLEError("`unet_targets` and `text_encoder_targets` are both empty: there is nothing to train.")
         if self.rank < 1:
-            raise ValueError(f"`rank` must be at least 1, got {self.rank}.")
+            raise MoLEError(f"`rank` must be at least 1, got {self.rank}.")
         if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise ValueError(f"`alpha` must be positive and finite, or None for alpha = rank, got {self.alpha}.")
+            raise MoLEError(f"`alpha` must be positive and finite, or None for alpha = rank, got {self.alpha}.")
         if self.resolution is not None and self.resolution < 8:
-            raise ValueError(
+            raise MoLEError(
                 f"`resolution` must be at least 8 pixels, or None for the base's own, got {self.resolution}."
             )
         check_step_settings(self)
