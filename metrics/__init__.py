@@ -5,6 +5,7 @@ Each metric is a pure function and a `torchmetrics.Metric`, whose result is the 
 
 from __future__ import annotations
 
+from ..pictures import picture_files, read_picture
 from .alignment import ImageAlignment, TextAlignment, image_alignment, text_alignment
 from .benchmark_config import BenchmarkConfig
 from .benchmark_report import write_report
@@ -12,7 +13,7 @@ from .benchmark_run import run_benchmark
 from .encoders import ImageEncoder, TextImageEncoder, VisionBackbone, embed_images, load_clip
 from .evaluate import Evaluation, evaluate_folder
 from .gate_report import GateReport, GateStatistics, gate_statistics
-from .pictures import Pictures, picture_files, read_picture
+from .pictures import Pictures
 from .presence import ConceptPresence, concept_presence
 from .region import Detector, RegionAlignment, oracle_detector, reference_regions, region_alignment
 

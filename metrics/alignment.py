@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..errors import MoLEError
 from .averages import Averages
 from .encoders import ImageEncoder, TextCache, TextImageEncoder, embed_images
-from .pictures import Pictures
+from .pictures import Pictures, by_picture
 
 Scale = Literal["cosine", "clipscore"]
 
@@ -33,7 +34,7 @@ def text_alignment(image_features: Tensor, text_features: Tensor, scale: Scale =
     """
     check_scale(scale)
     if image_features.shape != text_features.shape:
-        raise ValueError(
+        raise MoLEError(
             f"there are {len(image_features)} pictures and {len(text_features)} prompts "
             f"(features {tuple(image_features.shape)} and {tuple(text_features.shape)}). Give one prompt per picture."
         )
@@ -57,7 +58,7 @@ def image_alignment(image_features: Tensor, reference_features: Tensor) -> Tenso
         ValueError: There is no reference.
     """
     if not len(reference_features):
-        raise ValueError("a concept has no pictures to compare with. Give at least one reference.")
+        raise MoLEError("a concept has no pictures to compare with. Give at least one reference.")
     pictures = torch.nn.functional.normalize(image_features, dim=-1)
     references = torch.nn.functional.normalize(reference_features.to(image_features.device), dim=-1)
     return (pictures @ references.T).mean(dim=-1)
@@ -70,22 +71,25 @@ class TextAlignment(Averages):
         clip: Any open_clip model as a :class:`~mole_diffusion.clip.DifferentiableCLIP`.
         scale: As in :func:`text_alignment`.
         batch_size: Pictures at a time.
+        kwargs: As every metric of torchmetrics takes them.
     """
 
     higher_is_better = True
 
-    def __init__(self, clip: TextImageEncoder, scale: Scale = "cosine", *, batch_size: int = 32) -> None:
+    def __init__(self, clip: TextImageEncoder, scale: Scale = "cosine", *, batch_size: int = 32, **kwargs: Any) -> None:
         check_scale(scale)
-        super().__init__([text_name(scale)])
+        super().__init__([text_name(scale)], **kwargs)
         self.clip, self.scale, self.batch_size = clip, scale, batch_size
         self._texts = TextCache(clip)
 
-    def update(self, images: Pictures, prompts: Sequence[str]) -> None:
-        """Measures pictures with one prompt each.
+    def update(self, images: Pictures, prompts: str | Sequence[str]) -> None:
+        """Measures pictures with one prompt each; one picture may come with its prompt alone.
 
         Raises:
             TypeError, ValueError: They are of another type or shape, or not as many.
         """
+        if isinstance(prompts, str) and len(by_picture(images)) == 1:
+            prompts = [prompts]
         texts = self._texts.embed(prompts) if len(prompts) else torch.empty(0, 1)
         features = embed_images(self.clip, images, batch_size=self.batch_size)
         self.add(text_alignment(features, texts, self.scale)[:, None])
@@ -98,6 +102,7 @@ class ImageAlignment(Averages):
         encoder: CLIP, or a :class:`VisionBackbone` such as DINOv2.
         references: Concept to its pictures.
         batch_size: Pictures at a time.
+        kwargs: As every metric of torchmetrics takes them.
 
     Raises:
         ValueError: There is no concept, or one has no pictures.
@@ -106,10 +111,15 @@ class ImageAlignment(Averages):
     higher_is_better = True
 
     def __init__(
-        self, encoder: ImageEncoder, references: Mapping[str, Sequence[Image.Image]], *, batch_size: int = 32
+        self,
+        encoder: ImageEncoder,
+        references: Mapping[str, Sequence[Image.Image]],
+        *,
+        batch_size: int = 32,
+        **kwargs: Any,
     ) -> None:
         check_references(references)
-        super().__init__(list(references))
+        super().__init__(list(references), **kwargs)
         self.encoder, self.batch_size = encoder, batch_size
         self._references = references
         self._features: dict[str, Tensor] = {}
@@ -137,7 +147,7 @@ class ImageAlignment(Averages):
     def _align(self, features: Tensor, concept: str) -> Tensor:
         return image_alignment(features, self.reference_features(concept))
 
-    def compute(self) -> dict[str, float]:
+    def result(self) -> dict[str, float]:
         """Mean by concept, and under "mean" the mean over concepts."""
         return with_mean(self.means())
 
@@ -153,20 +163,18 @@ def with_mean(by_concept: Mapping[str, float]) -> dict[str, Any]:
 
 def check_scale(scale: str) -> None:
     if scale not in get_args(Scale):
-        raise ValueError(f"`scale` must be one of {list(get_args(Scale))}, got {scale!r}.")
+        raise MoLEError(f"`scale` must be one of {list(get_args(Scale))}, got {scale!r}.")
 
 
 def check_references(references: Mapping[str, Sequence[Image.Image]]) -> None:
     """Raises: ValueError where there is no concept, or one has no pictures."""
     if not references:
-        raise ValueError("there is no concept: `references` is empty. Give the pictures of at least one.")
+        raise MoLEError("there is no concept: `references` is empty. Give the pictures of at least one.")
     for name, pictures in references.items():
         if not len(pictures):
-            raise ValueError(
-                f"concept {name!r} has no reference pictures. Give at least one, or leave the concept out."
-            )
+            raise MoLEError(f"concept {name!r} has no reference pictures. Give at least one, or leave the concept out.")
         if name == "mean":
-            raise ValueError("a concept cannot be called 'mean', the name of the mean over concepts. Rename it.")
+            raise MoLEError("a concept cannot be called 'mean', the name of the mean over concepts. Rename it.")
 
 
 def asked_for(concepts: Sequence[Sequence[str]] | None, names: Sequence[str], count: int) -> Tensor:
@@ -178,12 +186,12 @@ def asked_for(concepts: Sequence[Sequence[str]] | None, names: Sequence[str], co
     if concepts is None:
         return torch.ones(count, len(names), dtype=torch.bool)
     if len(concepts) != count:
-        raise ValueError(f"there are {count} pictures and {len(concepts)} lists of concepts. Give one per picture.")
+        raise MoLEError(f"there are {count} pictures and {len(concepts)} lists of concepts. Give one per picture.")
     asked = torch.zeros(count, len(names), dtype=torch.bool)
     for row, wanted in enumerate(concepts):
         for name in wanted:
             if name not in names:
-                raise ValueError(f"concept {name!r} of picture {row} has no references. Known are {', '.join(names)}.")
+                raise MoLEError(f"concept {name!r} of picture {row} has no references. Known are {', '.join(names)}.")
             asked[row, names.index(name)] = True
     return asked
 

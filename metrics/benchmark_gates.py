@@ -18,7 +18,7 @@ from typing import Any
 from PIL import Image
 
 from ..clip import DifferentiableCLIP
-from ..files import write_json
+from ..files import file_name, write_json
 from ..training import Concept, train_gates
 from .benchmark_config import BenchmarkConfig
 from .benchmark_methods import Method
@@ -34,12 +34,12 @@ def gates_folder(config: BenchmarkConfig, out: Path, composition: str, method: M
         ValueError: The toybox has none for this composition.
     """
     if method.training is not None:
-        return out / GATES / method.label / composition
+        return out / GATES / file_name(method.label) / file_name(composition)
     if config.gates == "toybox":
         from .. import toybox
 
         return toybox.gates_dir(composition)
-    return Path(str(config.gates)) / composition
+    return Path(str(config.gates)) / file_name(composition)
 
 
 def train_missing_gates(

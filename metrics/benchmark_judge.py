@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from PIL import Image
 
+from ..errors import MoLEError
+from ..pictures import read_pictures
 from .alignment import image_alignment, text_alignment, text_name
 from .benchmark_config import BenchmarkConfig, Cell
 from .encoders import ImageEncoder, TextCache, VisionBackbone, embed_images, load_clip
-from .pictures import picture_files, read_picture
 from .presence import concept_presence
 from .region import oracle_detector, reference_regions, region_alignment
 
@@ -79,9 +80,9 @@ class Judge:
 
             return toybox.references(name)
         try:
-            return [read_picture(file) for file in picture_files(folder)]
-        except ValueError as error:
-            raise ValueError(f"references of concept {name!r}: {error}") from None
+            return read_pictures(folder)
+        except MoLEError as error:
+            raise MoLEError(f"references of concept {name!r}: {error}") from None
 
 
 def _mean(values: Sequence[float]) -> float:

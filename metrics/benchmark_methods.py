@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..composition import COMPOSITIONS, Composition
+from ..errors import MoLEError
 from ..gating import GateConfig
 from ..training import GateTrainingConfig
 
@@ -55,14 +56,14 @@ def read_methods(given: Any, *, has_gates: bool, can_train: bool, training: Mapp
     every += [name for name in PRESETS if can_train]
     given = ["all"] if given == "all" else given
     if not isinstance(given, list) or not given:
-        raise ValueError(f'`methods` must be "all" or a list of names, got {given!r}.')
+        raise MoLEError(f'`methods` must be "all" or a list of names, got {given!r}.')
     # "all" takes in a method that is added later without a change.
     named = [method for entry in given for method in (every if entry == "all" else [entry])]
     methods = [_method(entry, has_gates=has_gates, can_train=can_train, training=training) for entry in named]
     labels = [method.label for method in methods]
     repeated = next((label for label in labels if labels.count(label) > 1), None)
     if repeated is not None:
-        raise ValueError(f"methods has {repeated!r} twice. Give one a label of its own: {{mole: {{label: other}}}}.")
+        raise MoLEError(f"methods has {repeated!r} twice. Give one a label of its own: {{mole: {{label: other}}}}.")
     return methods
 
 
@@ -70,25 +71,25 @@ def _method(entry: Any, *, has_gates: bool, can_train: bool, training: Mapping[s
     given, arguments = next(iter(entry.items())) if isinstance(entry, dict) and len(entry) == 1 else (entry, {})
     known = (*COMPOSITIONS, *PRESETS)
     if not isinstance(given, str) or given not in known or not isinstance(arguments, dict):
-        raise ValueError(
+        raise MoLEError(
             f"{entry!r} is no method. Write a name, one of {', '.join(known)}, or a name with its arguments "
             "such as {merge: {scale: 1.0}}."
         )
     name, preset = PRESETS.get(given, (given, None))
     own = {key: value for key, value in arguments.items() if key not in ("label", "training")}
     label = arguments.get("label", _default_label(given, own))
-    if not isinstance(label, str) or not label.strip(". ") or "/" in label or "\\" in label:
-        raise ValueError(f"method {entry!r}: a label names a folder too, so it cannot be {label!r}.")
+    if not isinstance(label, str) or not label.strip(". ") or "/" in label or "\\" in label or not label.isprintable():
+        raise MoLEError(f"method {entry!r}: a label names a folder too, so it cannot be {label!r}.")
     try:
         needs_gates = "gates" in COMPOSITIONS[name](**own).needs
     except TypeError as error:
-        raise ValueError(f"method {entry!r}: {error}") from None
+        raise MoLEError(f"method {entry!r}: {error}") from None
     wishes = arguments.get("training")
     if wishes is not None and not (needs_gates and isinstance(wishes, dict)):
-        raise ValueError(f"method {entry!r}: `training` is a mapping of settings, of a method that has gates.")
+        raise MoLEError(f"method {entry!r}: `training` is a mapping of settings, of a method that has gates.")
     trains = needs_gates and (wishes is not None or preset is not None or not has_gates)
     if trains and not can_train:
-        raise ValueError(
+        raise MoLEError(
             f"method {given!r} needs gates. Say what to train them on, `train_prompts: [...]`"
             + (", or where they lie: `gates: folder`, or `gates: toybox`." if name == given else ".")
         )

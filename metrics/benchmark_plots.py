@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from PIL import Image
 
+from ..errors import MoLEError
 from ..files import atomic_path
-from ..sheets import gate_heat_map, picture_sheet
+from ..pictures import read_picture
+from ..sheets import as_they_are, gate_heat_map, picture_sheet
 from .benchmark_config import BenchmarkConfig, Cell
 from .benchmark_rows import IMAGE, TEXT, Row, by_case, is_whole, labels, of
 from .benchmark_run import picture_path
-from .pictures import read_picture
 
 MOST_COLUMNS = 6  # on a sheet
 MOST_PLACES = 40  # on a heat map that can still be read
@@ -38,6 +40,7 @@ def draw_scatter(config: BenchmarkConfig, rows: Sequence[Row], path: Path) -> No
     axes.set_ylabel(IMAGE)
     axes.set_title(config.name)
     axes.legend()
+    as_they_are(figure)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=100)
 
@@ -56,7 +59,7 @@ def draw_sheet(config: BenchmarkConfig, out: str | os.PathLike[str], names: Sequ
     rows = []
     for method in config.methods:
         paths = [picture_path(out, Cell(composition, method, *column)) for column in columns]
-        rows.append((method.label, [read_picture(path) for path in paths if path.is_file()]))
+        rows.append((method.label, [picture for path in paths if (picture := _whole(path)) is not None]))
     if not any(pictures for _, pictures in rows):
         return False
     if len(choices) == 1:
@@ -65,6 +68,14 @@ def draw_sheet(config: BenchmarkConfig, out: str | os.PathLike[str], names: Sequ
         captions = ["all" if len(kept) == len(names) else "+".join(kept) for kept in choices]
     picture_sheet(rows, path, title=composition, columns=captions)
     return True
+
+
+def _whole(path: Path) -> Image.Image | None:
+    """A picture; None where it is missing or damaged, which a run does again."""
+    try:
+        return read_picture(path)
+    except MoLEError:
+        return None
 
 
 def draw_gates(rows: Sequence[Row], method: str, composition: str, path: Path) -> bool:

@@ -9,10 +9,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..files import atomic_path
+from ..errors import MoLEError
+from ..files import atomic_path, file_name, try_file, try_folder
 from . import benchmark_tables as tables
 from .benchmark_config import BenchmarkConfig
 from .benchmark_gates import SECONDS, gates_folder
+from .benchmark_inputs import shown, without_paths
 from .benchmark_plots import draw_gates, draw_scatter, draw_sheet
 from .benchmark_rows import Row, labels
 from .benchmark_run import read_rows
@@ -38,14 +40,17 @@ def write_report(
         Path of `report.md`, or of the page.
 
     Raises:
-        ValueError: There is not one row that was measured, or the paper's table cannot be read.
+        MoLEError: There is not one row that was measured, `page` is another file, or the paper's table cannot be read.
     """
     folder = Path(out) / "report"
-    rows = read_rows(config, out)
+    try_folder(folder)
+    if page is not None:
+        _check_page(Path(page))
+    rows = [_to_be_shared(row) for row in read_rows(config, out)]
     good = [row for row in rows if "error" not in row]
     if not good:
         why = f" The first error: {rows[0]['error']}" if rows else " Run `mole benchmark run` first."
-        raise ValueError(f"{os.fspath(out)} has no measured row.{why}")
+        raise MoLEError(f"{os.fspath(out)} has no measured row.{why}")
     write_csv(folder / "rows.csv", [_flat(row) for row in rows])
     write_csv(folder / "methods.csv", tables.means_by_method(config, good))
     draw_scatter(config, good, folder / "scatter.png")
@@ -84,6 +89,13 @@ def write_report(
     return _write_page(text, shown, Path(page))
 
 
+def _check_page(page: Path) -> None:
+    """Raises MoLEError where a file stands in the page's place that is none."""
+    try_file(page)
+    if page.exists() and "## Methods\n" not in page.read_text(encoding="utf-8", errors="replace"):
+        raise MoLEError(f"{page} is no page of a benchmark, and would be replaced. Choose another folder.")
+
+
 def _write_page(text: str, pictures: Sequence[Path], page: Path) -> Path:
     for path in pictures:
         with Image.open(path) as picture, atomic_path(page.with_suffix("") / path.name) as temporary:
@@ -100,8 +112,8 @@ def _setting(config: BenchmarkConfig, rows: Sequence[Row]) -> str:
     steps = sorted({method.training.steps for method in trained if method.training is not None})
     return (
         f"{len(config.compositions)} compositions, {len(config.prompts)} prompts, {len(config.seeds)} seeds, "
-        f"{config.steps} steps, guidance {config.guidance_scale:g}, scale {config.scale:g}, base {config.base}, "
-        f"CLIP {config.clip}. {len(rows) - failed} pictures measured, {failed} failed, "
+        f"{config.steps} steps, guidance {config.guidance_scale:g}, scale {config.scale:g}, base {shown(config.base)}, "
+        f"CLIP {shown(config.clip)}. {len(rows) - failed} pictures measured, {failed} failed, "
         f"{len(config.cells()) - len(rows)} missing."
         + (
             f" Gates of {', '.join(method.label for method in trained)} were trained for each composition, "
@@ -113,6 +125,10 @@ def _setting(config: BenchmarkConfig, rows: Sequence[Row]) -> str:
     )
 
 
+def _to_be_shared(row: Row) -> Row:
+    return row | {"error": without_paths(row["error"])} if "error" in row else row
+
+
 def _flat(row: Row) -> Row:
     nested = ("image alignment by concept", "gates")
     plain = {key: value for key, value in row.items() if key not in nested}
@@ -121,7 +137,7 @@ def _flat(row: Row) -> Row:
 
 
 def _sheets(config: BenchmarkConfig, out: str | os.PathLike[str], folder: Path) -> list[Path]:
-    paths = {folder / f"{'+'.join(names)}.png": names for names in config.compositions}
+    paths = {folder / f"{file_name('+'.join(names))}.png": names for names in config.compositions}
     return [path for path, names in paths.items() if draw_sheet(config, out, names, path)]
 
 
@@ -130,7 +146,7 @@ def _heat_maps(config: BenchmarkConfig, rows: Sequence[Row], folder: Path) -> li
     shown: list[Path] = []
     for names in config.compositions:
         composition = "+".join(names)
-        paths = {label: folder / f"gates-{label}-{composition}.png" for label in labels(config)}
+        paths = {label: folder / f"{file_name(f'gates-{label}-{composition}')}.png" for label in labels(config)}
         drawn = [path for label, path in paths.items() if draw_gates(rows, label, composition, path)]
         shown = shown or drawn
     return shown
@@ -143,7 +159,10 @@ def _training_minutes(config: BenchmarkConfig, out: Path) -> dict[str, float]:
         for names in config.compositions if method.training is not None else []:
             path = gates_folder(config, out, "+".join(names), method) / SECONDS
             if path.is_file():
-                seconds = json.loads(path.read_text(encoding="utf-8"))
+                try:
+                    seconds = float(json.loads(path.read_text(encoding="utf-8")))
+                except (OSError, ValueError, TypeError):  # damaged: not known
+                    continue
                 minutes[method.label] = minutes.get(method.label, 0.0) + seconds / 60
     return minutes
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from ..errors import MoLEError
 from .alignment import text_name
-from .benchmark_config import BenchmarkConfig
+from .benchmark_config import BenchmarkConfig, Cell
 
 TEXT, IMAGE = text_name("clipscore"), "image alignment"
 HIGHER_IS_BETTER = {
@@ -25,6 +29,60 @@ SHOWN = list(HIGHER_IS_BETTER)[:7]
 """Those that tables in the report have room for; the others are in the CSV files."""
 
 Row = dict[str, Any]
+_NUMBERS = (TEXT, IMAGE, "UNet evaluations", "seconds")  # every row that was measured has them
+
+
+def read_row(path: Path, cell: Cell) -> Row | None:
+    """The row of a cell; None where there is none.
+
+    Raises:
+        MoLEError: There is something, and it is not the whole row of this cell.
+    """
+    if not path.exists():
+        return None
+    try:
+        row = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise MoLEError(f"{path} is damaged: {error}.") from None
+    named = row_names(cell)
+    if not isinstance(row, dict) or any(row.get(key) != value for key, value in named.items()):
+        raise MoLEError(f"{path} is damaged: it is not the row of {named}.")
+    rest = {key: value for key, value in row.items() if key not in named}
+    if isinstance(rest.get("error"), str):
+        return row
+    nested = {key: rest.pop(key) for key in ("image alignment by concept", "gates") if key in rest}
+    by_concept, gates = nested.get("image alignment by concept", {}), nested.get("gates", {})
+    whole = (
+        all(_is_number(rest.get(name)) for name in _NUMBERS)
+        and all(value is None or _is_number(value) for value in rest.values())
+        and isinstance(by_concept, dict)
+        and all(_is_number(value) for value in by_concept.values())
+        and isinstance(gates, dict)
+        and all(
+            isinstance(weights, list)
+            and len(weights) == len(cell.loras)
+            and all(value is None or _is_number(value) for value in weights)
+            for weights in gates.values()
+        )
+    )
+    if not whole:
+        raise MoLEError(f"{path} is damaged: a number is missing or is none.")
+    return row
+
+
+def row_names(cell: Cell) -> Row:
+    """What every row begins with: which cell it is of."""
+    return {
+        "composition": cell.composition,
+        "method": cell.method.label,
+        "kept": "+".join(cell.kept),
+        "prompt": cell.prompt,
+        "seed": cell.seed,
+    }
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def measured(rows: Sequence[Row]) -> list[str]:

@@ -6,10 +6,10 @@ die at any time and lose no more than the pictures it was drawing, and no proces
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
+import errno
 import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import groupby
@@ -17,18 +17,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
-from ..files import atomic_path, write_json
+from ..errors import MoLEError
+from ..files import NotWrittenError, atomic_path, in_use, try_folder, write_json
 from .benchmark_config import BenchmarkConfig, Cell
 from .benchmark_draw import Drawer
+from .benchmark_inputs import LORAS, METHODS, SHA256, made_of
 from .benchmark_judge import Judge
+from .benchmark_rows import read_row, row_names
 from .benchmark_share import process_share, share
 
 CONFIG, PICTURES, ROWS = "benchmark.json", "pictures", "rows"
-_BY_NAME = ("methods", "LoRA files")
+_BY_NAME = (METHODS, LORAS, SHA256)
 """What rows are named after, so that a folder may hold more of them than one benchmark asks for."""
-_NO_MATTER = ("name", "compositions", "concepts", "keep", "reference", "paper")
-"""What rows do not depend on, or are named after: the concepts' LoRA files and words stand in for these."""
+_COMPUTED = "computed with"
+_PNG_BEGINS, _PNG_ENDS = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
 
 def run_benchmark(
@@ -46,19 +50,29 @@ def run_benchmark(
         How many rows of this process's share have failed; each says why.
 
     Raises:
-        ValueError: The folder holds another benchmark, or base, CLIP or references cannot be read.
+        MoLEError: The folder holds another benchmark or is in use; or base, CLIP or references cannot be read.
+        NotWrittenError: The folder cannot be written, or the disk is full.
     """
-    folder = Path(out)
-    _claim(folder, config)
-    mine = [batch for batch in share(config, *process_share()) if not all(_done(folder, cell) for cell in batch)]
+    folder = try_folder(out)
+    rank, processes = process_share()
+    with in_use(folder, f"-{rank}" if processes > 1 else ""):
+        return _run(config, folder, share(config, rank, processes), device, progress)
+
+
+def _run(
+    config: BenchmarkConfig, folder: Path, batches: list[list[Cell]], device: torch.device | str, progress: bool
+) -> int:
+    _claim(folder, config, device)
+    mine = [batch for batch in batches if not all(_done(folder, cell) for cell in batch)]
     if not mine:
         return 0
     judge = Judge(config, device)
     drawer = Drawer(config, folder, device, clip=judge.clip, references=judge.pictures)
+    _claim(folder, config, device)  # a model that was loaded from the Hub is known now
     failed = 0
     with _bar(sum(len(batch) for batch in mine), progress) as bar:
-        for _, batches in groupby(mine, key=lambda batch: (batch[0].composition, batch[0].method.label)):
-            group = list(batches)
+        for _, same in groupby(mine, key=lambda batch: (batch[0].composition, batch[0].method.label)):
+            group = list(same)
             unready = _prepare(drawer, group[0][0], bar)
             for batch in group:
                 failed += _run_batch(config, folder, batch, drawer, judge, unready)
@@ -67,9 +81,19 @@ def run_benchmark(
 
 
 def read_rows(config: BenchmarkConfig, out: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The rows that are there, in the order of the benchmark."""
-    paths = [_row_path(Path(out), cell) for cell in config.cells()]
-    return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
+    """The rows that are there, in the order of the benchmark. One that is damaged says so as its error."""
+    rows = []
+    for cell in config.cells():
+        path = _row_path(Path(out), cell)
+        try:
+            row = read_row(path, cell)
+        except MoLEError as error:
+            place = path.relative_to(out).as_posix()
+            why = str(error).replace(str(path), place)
+            row = row_names(cell) | {"error": f"{why} `mole benchmark run` does it again."}
+        if row is not None:
+            rows.append(row)
+    return rows
 
 
 def picture_path(out: str | os.PathLike[str], cell: Cell) -> Path:
@@ -82,47 +106,81 @@ def _row_path(folder: Path, cell: Cell) -> Path:
 
 
 def _done(folder: Path, cell: Cell) -> bool:
-    path = _row_path(folder, cell)
-    return path.is_file() and "error" not in json.loads(path.read_text(encoding="utf-8"))
+    """Whether a row and its picture are there, whole."""
+    try:
+        row = read_row(_row_path(folder, cell), cell)
+    except MoLEError:
+        return False
+    return row is not None and "error" not in row and _is_whole(picture_path(folder, cell))
 
 
-def _claim(folder: Path, config: BenchmarkConfig) -> None:
-    """Writes into the folder what its rows depend on, or raises ValueError where they depend on something else."""
-    path, mine = folder / CONFIG, json.loads(json.dumps(_what_matters(config)))
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def _is_whole(picture: Path) -> bool:
+    try:
+        with picture.open("rb") as file:
+            begins = file.read(len(_PNG_BEGINS))
+            file.seek(-len(_PNG_ENDS), os.SEEK_END)
+            return begins == _PNG_BEGINS and file.read() == _PNG_ENDS
+    except OSError:
+        return False
+
+
+def _claim(folder: Path, config: BenchmarkConfig, device: torch.device | str) -> None:
+    """Writes into the folder what its rows depend on, or raises MoLEError where they depend on something else."""
+    path, mine = folder / CONFIG, json.loads(json.dumps(made_of(config)))
+    before = _read_claim(path)
     for key, value in mine.items():
         known = before.get(key, value)
         if key in _BY_NAME:
-            changed = next((name for name in value if known.get(name, value[name]) != value[name]), None)
-            known, value = (known, known | value) if changed is None else (known[changed], value[changed])
-            mine[key] = value
+            changed = next((name for name in value if not _same(known.get(name), value[name])), None)
+            both = {name: _known(known.get(name), entry) for name, entry in {**known, **value}.items()}
+            known, value = (known, both) if changed is None else (known[changed], value[changed])
+            mine[key] = both
+            changed = changed if changed is None or key != SHA256 else f"sha256 of the {changed}"
         else:
             changed = None if known == value else key
         if changed is not None:
-            raise ValueError(
-                f"{folder} holds a benchmark with another {key!r}: {known!r} and not {value!r}. "
+            what = key if key != SHA256 else changed
+            raise MoLEError(
+                f"{folder} holds a benchmark with another {what!r}: {known!r} and not {value!r}. "
                 "Rows of both would not compare; choose another folder."
             )
+    now = {"threads": torch.get_num_threads(), "device": torch.device(device).type}
+    mine[_COMPUTED] = before.get(_COMPUTED, now)
+    if mine[_COMPUTED] != now:
+        warnings.warn(
+            f"{folder} was begun with {mine[_COMPUTED]} and goes on with {now}: rows will differ in their last digits "
+            "from those of one run. The same number of threads is set by OMP_NUM_THREADS.",
+            stacklevel=1,
+        )
     if mine != before:
         write_json(path, mine)
 
 
-def _what_matters(config: BenchmarkConfig) -> dict[str, Any]:
-    settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in _NO_MATTER}
-    used = dict.fromkeys(name for names in config.compositions for name in names)
-    files = {name: dataclasses.asdict(config.concepts[name]) | {"sha256": _sha256(config, name)} for name in used}
-    return settings | {
-        "methods": {method.label: dataclasses.asdict(method) for method in config.methods},
-        "LoRA files": files,
-    }
+def _read_claim(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise MoLEError(
+            f"{path} is damaged: {error}. It says what the rows depend on; choose another folder."
+        ) from None
+    if not isinstance(before, dict) or not all(isinstance(before.get(key), dict) for key in (METHODS, LORAS)):
+        raise MoLEError(f"{path} is not of a benchmark, and would be replaced. Choose another folder.")
+    if not isinstance(before.get(SHA256, {}), dict):
+        raise MoLEError(f"{path} is damaged: {SHA256!r} is no object. Choose another folder.")
+    return before
 
 
-def _sha256(config: BenchmarkConfig, name: str) -> str:
-    path = Path(config.concepts[name].lora)
-    if not path.is_file():
-        raise ValueError(f"concept {name!r}: there is no LoRA file {path}.")
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _same(known: Any, value: Any) -> bool:
+    """Whether what was known before is the same, as far as both are known."""
+    if isinstance(known, dict) and isinstance(value, dict):
+        return all(_same(known.get(key), entry) for key, entry in value.items())
+    return known is None or value is None or bool(known == value)
+
+
+def _known(known: Any, value: Any) -> Any:
+    return known if value is None else value
 
 
 def _prepare(drawer: Drawer, cell: Cell, bar: Any) -> Exception | None:
@@ -134,6 +192,7 @@ def _prepare(drawer: Drawer, cell: Cell, bar: Any) -> Exception | None:
     try:
         drawer.prepare(cell.composition, cell.method, show)
     except Exception as error:
+        _raise_what_concerns_all(error)
         return error
     finally:
         bar.set_postfix_str("")
@@ -148,28 +207,30 @@ def _run_batch(
     A batch of which some rows are there is drawn as a whole again, so that pictures do not depend on what was there.
     """
     missing = [index for index, cell in enumerate(batch) if not _done(folder, cell)]
+    drawn: list[tuple[Image.Image, dict[str, Any]]] = []
     try:
         if unready is not None:
             raise unready
         drawn = drawer.draw(batch)
         measured = judge.measure([picture for picture, _ in drawn], batch)
-        for index in missing:
-            with atomic_path(picture_path(folder, batch[index])) as temporary:
-                drawn[index][0].save(temporary)
         results = [numbers | cost for numbers, (_, cost) in zip(measured, drawn, strict=True)]
     except Exception as error:
-        results = [{"error": f"{type(error).__name__}: {error}"}] * len(batch)
+        _raise_what_concerns_all(error)
+        drawn, results = [], [{"error": f"{type(error).__name__}: {error}"}] * len(batch)
     for index in missing:
-        cell = batch[index]
-        row = {
-            "composition": cell.composition,
-            "method": cell.method.label,
-            "kept": "+".join(cell.kept),
-            "prompt": cell.prompt,
-            "seed": cell.seed,
-        }
-        write_json(_row_path(folder, cell), row | results[index])
+        if drawn:
+            with atomic_path(picture_path(folder, batch[index])) as temporary:
+                drawn[index][0].save(temporary)
+        write_json(_row_path(folder, batch[index]), row_names(batch[index]) | results[index])
     return sum("error" in results[index] for index in missing)
+
+
+def _raise_what_concerns_all(error: Exception) -> None:
+    """A full disk is no fault of one row: the others would say the same, if they could be written at all."""
+    if isinstance(error, NotWrittenError):
+        raise error
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        raise NotWrittenError(f"{error}. Free some space, and start again.") from error
 
 
 @contextmanager

@@ -7,6 +7,8 @@ from typing import TypeVar
 
 import numpy as np
 
+from ..errors import MoLEError
+
 RESAMPLES = 2000
 
 Key = TypeVar("Key", bound=Hashable)
@@ -33,7 +35,7 @@ def paired_bootstrap(
     """
     common = [key for key in ours if key in theirs]
     if not common:
-        raise ValueError("the two methods have no picture in common, so there is nothing to pair.")
+        raise MoLEError("the two methods have no picture in common, so there is nothing to pair.")
     differences = np.array([ours[key] - theirs[key] for key in common])
     rng = np.random.default_rng(seed)
     means = [differences[rng.integers(len(common), size=len(common))].mean() for _ in range(RESAMPLES)]

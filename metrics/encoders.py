@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..clip import DifferentiableCLIP
+from ..errors import MoLEError
 from .pictures import Pictures, by_picture
 
 
@@ -48,7 +49,7 @@ def load_clip(source: str) -> DifferentiableCLIP:
         return DifferentiableCLIP(source)
     architecture, separator, weights = source.partition(":")
     if not (architecture and separator and weights):
-        raise ValueError(
+        raise MoLEError(
             f'{source!r} is no CLIP: give "toybox", a folder in the format of open_clip, or "architecture:weights" '
             'such as "ViT-B-32:openai".'
         )
@@ -96,7 +97,7 @@ def embed_images(encoder: ImageEncoder, images: Pictures, *, batch_size: int = 3
     """Features `(pictures, width)` of pictures of any sizes, in batches of one size, with a progress bar if wanted.
 
     Raises:
-        TypeError, ValueError: `images` are of another type, shape or range, or there are none.
+        TypeError, MoLEError: `images` are of another type, shape or range, there are none, or features are not finite.
     """
     pictures = by_picture(images)
     by_size: dict[torch.Size, list[int]] = {}
@@ -107,7 +108,7 @@ def embed_images(encoder: ImageEncoder, images: Pictures, *, batch_size: int = 3
     for batch in _with_bar(batches, "pictures", progress):
         encoded = encoder.encode_image(torch.stack([pictures[index] for index in batch]))
         features.update(zip(batch, encoded.float(), strict=True))
-    return torch.stack([features[index] for index in range(len(pictures))])
+    return _finite(torch.stack([features[index] for index in range(len(pictures))]), "pictures")
 
 
 class TextCache:
@@ -133,8 +134,18 @@ class TextCache:
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._features]
         for k in range(0, len(new), batch_size):
             part = new[k : k + batch_size]
-            self._features.update(zip(part, self._encoder.encode_text(part).float(), strict=True))
+            features = _finite(self._encoder.encode_text(part).float(), "prompts")
+            self._features.update(zip(part, features, strict=True))
         return torch.stack([self._features[prompt] for prompt in prompts])
+
+
+def _finite(features: Tensor, of: str) -> Tensor:
+    if not features.isfinite().all():
+        raise MoLEError(
+            f"the features of the {of} are not finite: the encoder overflows in its precision, or its weights are "
+            "broken. Use it in float32."
+        )
+    return features
 
 
 def _with_bar(batches: list[list[int]], unit: str, progress: bool) -> Any:

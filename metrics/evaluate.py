@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from ..errors import MoLEError
+from ..pictures import picture_files, read_picture, read_pictures
+from ..prompts import read_prompts
 from .alignment import image_alignment, text_alignment, text_name
 from .encoders import ImageEncoder, TextCache, TextImageEncoder, embed_images
-from .pictures import picture_files, read_picture
 
 _AT_A_TIME = 128  # pictures in memory
 
@@ -51,7 +52,8 @@ def evaluate_folder(
 
     Args:
         images: The folder.
-        prompts: A text file with a prompt a line, in the order of the pictures' names, or one line for all; or a JSON
+        prompts: A text file with a prompt a line, in the natural order of the pictures' names (2.png before
+            10.png), or one line for all; or a JSON
             file of picture names to prompts.
         references: Concept to the folder with its pictures.
         clip: Measures text alignment.
@@ -63,7 +65,7 @@ def evaluate_folder(
         A picture that cannot be read is among the failures, and the others are measured.
 
     Raises:
-        ValueError: There are no pictures, not as many prompts, a concept without pictures, a broken reference, or not
+        MoLEError: There are no pictures, not as many prompts, a concept without pictures, a broken reference, or not
             one readable picture. Nothing is measured then.
     """
     files = picture_files(images)
@@ -76,7 +78,7 @@ def evaluate_folder(
         for file in files[start : start + _AT_A_TIME]:
             try:
                 pictures[file] = read_picture(file)
-            except ValueError as error:
+            except MoLEError as error:
                 result.failures[file.name] = str(error)
         if not pictures:
             continue
@@ -94,41 +96,12 @@ def evaluate_folder(
             numbers = {name: float(values[row]) for name, values in columns.items()}
             result.rows.append({"picture": file.name, "prompt": by_file[file], **numbers})
     if not result.rows:
-        raise ValueError(
-            f"not one picture of {images} could be read. The first: {next(iter(result.failures.values()))}"
-        )
+        raise MoLEError(f"not one picture of {images} could be read. The first: {next(iter(result.failures.values()))}")
     return result
-
-
-def read_prompts(file: str | os.PathLike[str], names: Sequence[str]) -> list[str]:
-    """A prompt for each picture, from a text or JSON file.
-
-    Raises:
-        ValueError: There are not as many prompts as pictures, or a picture has none.
-    """
-    path = Path(file)
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".json":
-        by_name = json.loads(text)
-        if not isinstance(by_name, dict) or not all(isinstance(prompt, str) for prompt in by_name.values()):
-            raise ValueError(f'{path} must hold an object of picture names to prompts, {{"0.png": "a cat", …}}.')
-        missing = [name for name in names if name not in by_name]
-        if missing:
-            raise ValueError(f"{path} has no prompt for {len(missing)} of {len(names)} pictures: {missing[0]} …")
-        return [by_name[name] for name in names]
-    prompts = [line.strip() for line in text.splitlines() if line.strip()]
-    if len(prompts) == 1:
-        prompts *= len(names)
-    if len(prompts) != len(names):
-        raise ValueError(
-            f"{path} has {len(prompts)} prompts, and there are {len(names)} pictures. Give one line for each, in the "
-            "order of their names, one line for all, or a JSON file of names to prompts."
-        )
-    return prompts
 
 
 def _read_references(concept: str, folder: str | os.PathLike[str]) -> list[Image.Image]:
     try:
-        return [read_picture(file) for file in picture_files(folder)]
-    except ValueError as error:
-        raise ValueError(f"references of concept {concept!r}: {error}") from None
+        return read_pictures(folder)
+    except MoLEError as error:
+        raise MoLEError(f"references of concept {concept!r}: {error}") from None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..errors import MoLEError
 from ..gating import GateRecord
 from .averages import Averages
 
@@ -37,7 +38,7 @@ def gate_statistics(gates: Tensor) -> GateStatistics:
     """
     gates = gates.detach().double().cpu()
     if gates.ndim != 2 or (gates < 0).any():
-        raise ValueError(f"gates must be (rows, num_loras), none below zero, got {tuple(gates.shape)}: {gates}.")
+        raise MoLEError(f"gates must be (rows, num_loras), none below zero, got {tuple(gates.shape)}: {gates}.")
     share = gates / gates.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(gates.dtype).tiny)
     entropy = -torch.special.xlogy(share, share).sum(dim=-1)
     return GateStatistics(share, entropy, entropy.exp())
@@ -52,13 +53,14 @@ class GateReport(Averages):
         places: Names of the gates, as in `GateRecord.names`.
         loras: Names of the LoRAs.
         steps: Number of denoiser passes of a call.
+        kwargs: As every metric of torchmetrics takes them.
     """
 
-    def __init__(self, places: Sequence[str], loras: Sequence[str], steps: int) -> None:
+    def __init__(self, places: Sequence[str], loras: Sequence[str], steps: int, **kwargs: Any) -> None:
+        lines = [*places, *(f"step {k}" for k in range(steps))]
+        columns = [*(f"share of {name}" for name in loras), "entropy", "effective LoRAs"]
+        super().__init__([f"{line}: {column}" for line in lines for column in columns], **kwargs)
         self.places, self.loras, self.steps = list(places), list(loras), steps
-        lines = [*self.places, *(f"step {k}" for k in range(steps))]
-        columns = [*(f"share of {name}" for name in self.loras), "entropy", "effective LoRAs"]
-        super().__init__([f"{line}: {column}" for line in lines for column in columns])
 
     def update(self, record: GateRecord) -> None:
         """Counts one call's record, taken with `gates.record(accumulate=True)`.
@@ -67,7 +69,7 @@ class GateReport(Averages):
             ValueError: The record is of other gates, LoRAs or another number of steps.
         """
         if list(record.lora_names) != self.loras or not set(record.names) <= set(self.places) or not record.names:
-            raise ValueError(
+            raise MoLEError(
                 f"the record has gates {list(record.names)[:3]}… for {list(record.lora_names)}; this report is for "
                 f"{self.places[:3]}… and {self.loras}."
             )
@@ -75,7 +77,7 @@ class GateReport(Averages):
             passes = record.passes[place]
             denoiser = not place.startswith("text_encoder")
             if denoiser and len(passes) != self.steps:
-                raise ValueError(
+                raise MoLEError(
                     f"the record has {len(passes)} passes at {place}, and this report is for {self.steps} steps. "
                     "Record one whole call with `record(accumulate=True)`."
                 )

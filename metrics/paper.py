@@ -9,6 +9,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..errors import MoLEError
 from .benchmark_config import BenchmarkConfig
 from .benchmark_rows import IMAGE, TEXT, Row, by_case, by_picture, is_whole, labels, mean, num_kept, of
 from .benchmark_tables import interval
@@ -78,7 +79,7 @@ def read_paper(path: str | os.PathLike[str]) -> PaperTable:
         rows = tuple(_row(row) for row in given["rows"])
         return PaperTable(str(given["title"]), str(given["note"]), rows)
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
+        raise MoLEError(
             f"{os.fspath(path)} is no table of a paper: {error!r}. It must have title, note and rows of method, text "
             "and image, with ours and loras where they apply."
         ) from None
@@ -90,7 +91,7 @@ def _row(given: Any) -> PaperRow:
         for key in ("text", "image")
     )
     if not text or len(text) != len(image):
-        raise ValueError(f"{given['method']} has {len(text)} numbers for text and {len(image)} for image")
+        raise MoLEError(f"{given['method']} has {len(text)} numbers for text and {len(image)} for image")
     return PaperRow(str(given["method"]), given.get("ours"), given.get("loras"), text, image)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from PIL import Image
 
+from ..errors import MoLEError
 from ..toybox.oracle import Detection, Oracle, judge
 from .averages import Averages
+from .pictures import Pictures, as_images
 
 NAMES = ("presence rate", "omission rate", "confusion rate", "all-present rate", "count error")
 
@@ -30,7 +32,7 @@ def concept_presence(detections: Sequence[Detection], concepts: Sequence[str]) -
         ValueError: There is no concept, or one is not a subject of the toybox.
     """
     if not concepts:
-        raise ValueError("there is no concept to look for: `concepts` is empty.")
+        raise MoLEError("there is no concept to look for: `concepts` is empty.")
     findings = judge(detections, concepts).values()
     omitted = sum(not finding.class_present for finding in findings)
     confused = sum(bool(f.leaked_to) or (f.class_present and not f.present) for f in findings)
@@ -45,20 +47,22 @@ class ConceptPresence(Averages):
 
     Args:
         oracle: Another one than the default.
+        kwargs: As every metric of torchmetrics takes them.
     """
 
-    def __init__(self, oracle: Oracle | None = None) -> None:
-        super().__init__(list(NAMES))
+    def __init__(self, oracle: Oracle | None = None, **kwargs: Any) -> None:
+        super().__init__(list(NAMES), **kwargs)
         self.oracle = oracle or Oracle()
 
-    def update(self, images: Sequence[Image.Image], concepts: Sequence[Sequence[str]]) -> None:
+    def update(self, images: Pictures, concepts: Sequence[Sequence[str]]) -> None:
         """Looks at pictures, with the subjects each should show.
 
         Raises:
             ValueError: There are none, not as many lists of concepts, a subject is unknown, or a picture is not 64×64.
         """
-        if not images or len(images) != len(concepts):
-            raise ValueError(f"there are {len(images)} pictures and {len(concepts)} lists of concepts. Give one each.")
-        found = self.oracle.detect(images)
+        seen = as_images(images) if len(concepts) else []
+        if not seen or len(seen) != len(concepts):
+            raise MoLEError(f"there are {len(seen)} pictures and {len(concepts)} lists of concepts. Give one each.")
+        found = self.oracle.detect(seen)
         rows = [list(concept_presence(*pair).values()) for pair in zip(found, concepts, strict=True)]
         self.add(torch.tensor(rows, dtype=torch.float64))

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from ..errors import MoLEError
 from ..toybox.oracle import Oracle
 from .alignment import asked_for, check_references, image_alignment
 from .averages import Averages
 from .encoders import ImageEncoder, embed_images
+from .pictures import Pictures, as_images
 
 Box: TypeAlias = tuple[int, int, int, int]
 Detector: TypeAlias = Callable[[Image.Image, str], Box | None]
@@ -39,7 +41,7 @@ def reference_regions(detector: Detector, concept: str, references: Sequence[Ima
     for index, picture in enumerate(references):
         box = detector(picture, concept)
         if box is None:
-            raise ValueError(
+            raise MoLEError(
                 f"the detector does not find concept {concept!r} in its reference picture {index}. Leave that picture "
                 "out, or let the detector give the box of the whole picture."
             )
@@ -74,7 +76,7 @@ def region_alignment(
 def _cut(image: Image.Image, box: Box) -> Image.Image:
     left, top, right, bottom = box
     if not (0 <= left < right <= image.width and 0 <= top < bottom <= image.height):
-        raise ValueError(f"the detector gave the box {box} in a picture of {image.width}×{image.height} pixels.")
+        raise MoLEError(f"the detector gave the box {box} in a picture of {image.width}×{image.height} pixels.")
     return image.crop(box)
 
 
@@ -85,6 +87,7 @@ class RegionAlignment(Averages):
         encoder: CLIP, or a :class:`VisionBackbone` such as DINOv2.
         references: Concept to its pictures; what the detector finds in them is compared.
         detector: Finds a concept in a picture; on the toybox :func:`oracle_detector`.
+        kwargs: As every metric of torchmetrics takes them.
 
     Raises:
         ValueError: There is no concept, one has no pictures, or the detector does not find it in one of them.
@@ -93,18 +96,23 @@ class RegionAlignment(Averages):
     higher_is_better = True
 
     def __init__(
-        self, encoder: ImageEncoder, references: Mapping[str, Sequence[Image.Image]], detector: Detector
+        self,
+        encoder: ImageEncoder,
+        references: Mapping[str, Sequence[Image.Image]],
+        detector: Detector,
+        **kwargs: Any,
     ) -> None:
         check_references(references)
-        self.concepts = list(references)
-        super().__init__([*self.concepts, *(f"detected {name}" for name in self.concepts)])
+        concepts = list(references)
+        super().__init__([*concepts, *(f"detected {name}" for name in concepts)], **kwargs)
+        self.concepts = concepts
         self.encoder, self.detector = encoder, detector
         self._features = {
             name: embed_images(encoder, reference_regions(detector, name, pictures))
             for name, pictures in references.items()
         }
 
-    def update(self, images: Sequence[Image.Image], concepts: Sequence[Sequence[str]] | None = None) -> None:
+    def update(self, images: Pictures, concepts: Sequence[Sequence[str]] | None = None) -> None:
         """Measures pictures.
 
         Args:
@@ -114,17 +122,16 @@ class RegionAlignment(Averages):
         Raises:
             ValueError: There are none, not as many lists of concepts, or a concept or box is wrong.
         """
-        if not images:
-            raise ValueError("there is no picture to measure: `images` is empty.")
-        wanted = asked_for(concepts, self.concepts, len(images))
-        values = torch.full((len(images), 2, len(self.concepts)), float("nan"), dtype=torch.float64)
+        seen = as_images(images)
+        wanted = asked_for(concepts, self.concepts, len(seen))
+        values = torch.full((len(seen), 2, len(self.concepts)), float("nan"), dtype=torch.float64)
         for row, column in wanted.nonzero().tolist():
-            image, name = images[row], self.concepts[column]
+            image, name = seen[row], self.concepts[column]
             score, found = region_alignment(self.encoder, image, self.detector(image, name), self._features[name])
             values[row, :, column] = torch.tensor([score, float(found)], dtype=torch.float64)
         self.add(values.flatten(1))
 
-    def compute(self) -> dict[str, float]:
+    def result(self) -> dict[str, float]:
         """Alignment by concept, "mean" over concepts, and "detection rate" over concepts."""
         means = self.means()
         scores = {name: means[name] for name in self.concepts if name in means}

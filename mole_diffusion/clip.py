@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .errors import MoLEError
 
 _LOCAL = "local-dir:"
 _WEIGHTS = "open_clip_model.safetensors"
@@ -30,7 +33,9 @@ class DifferentiableCLIP(nn.Module):
     Args:
         model_name_or_dir: A folder with `open_clip_config.json` and `open_clip_model.safetensors` (with or without
             open_clip's prefix `local-dir:`), or the name of one of open_clip's architectures, such as "ViT-B-32".
-        pretrained: For an architecture, which weights, such as "laion2b_s34b_b79k". A folder has its own.
+        pretrained: For an architecture, which weights, such as "laion2b_s34b_b79k". A folder has its own. Weights that
+            were trained with QuickGELU, as OpenAI's were, get it; of a file nobody knows, so give the architecture that
+            has it in its name, "ViT-B-32-quickgelu", where it should.
 
     Raises:
         ValueError: The folder lacks one of its files; `pretrained` is missing, or given for a folder; open_clip does
@@ -45,7 +50,7 @@ class DifferentiableCLIP(nn.Module):
         super().__init__()
         name = _open_clip_name(os.fspath(model_name_or_dir), pretrained)
         try:
-            model = open_clip.create_model(name, pretrained=pretrained)
+            model = open_clip.create_model(name, pretrained=pretrained, force_quick_gelu=_quick_gelu(name, pretrained))
         except RuntimeError as error:  # no network and nothing in the cache, or weights of another architecture
             what = name if pretrained is None else f"{name} with the weights {pretrained!r}"
             raise OSError(
@@ -58,7 +63,7 @@ class DifferentiableCLIP(nn.Module):
         size = settings["size"]
         height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
         if height != width or settings["resize_mode"] != "shortest" or settings["interpolation"] != "bicubic":
-            raise ValueError(
+            raise MoLEError(
                 f"{name} is preprocessed with {settings}; DifferentiableCLIP knows square pictures, "
                 'resize_mode "shortest" and interpolation "bicubic" only. Choose another CLIP.'
             )
@@ -69,7 +74,7 @@ class DifferentiableCLIP(nn.Module):
     def preprocess(self, images: Tensor) -> Tensor:
         """Pictures in [0, 1], `(batch, 3, height, width)`, cut and scaled to `(batch, 3, image_size, image_size)`."""
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-            raise ValueError(
+            raise MoLEError(
                 f"images are {images.dtype} of shape {tuple(images.shape)}; they must be floating point in [0, 1] "
                 "of shape (batch, 3, height, width)."
             )
@@ -91,10 +96,41 @@ class DifferentiableCLIP(nn.Module):
 
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str]) -> Tensor:
-        """Unit-length features `(len(texts), width)`; text has no gradient to give."""
+        """Unit-length features `(len(texts), width)`; text has no gradient to give.
+
+        Warns of texts that are longer than the model reads: what comes after that plays no part.
+        """
         if isinstance(texts, str):
             raise TypeError(f"`texts` must be a list of strings, got the string {texts!r}.")
-        return self.model.encode_text(self._tokenizer(list(texts)).to(self.mean.device), normalize=True)
+        tokens = self._tokenizer(list(texts))
+        length = tokens.shape[1]
+        # With room for one token more, a text that was cut has a token of its own where the cut one has its end.
+        cut = (self._tokenizer(list(texts), length + 1)[:, :length] != tokens).any(dim=1)
+        if cut.any():
+            first = texts[int(cut.nonzero()[0])]
+            warnings.warn(
+                f"{int(cut.sum())} of {len(texts)} prompts are longer than the {length} tokens that this CLIP reads, "
+                f"and are truncated; their ends play no part. The first: {first[:200]!r}. Shorten them.",
+                stacklevel=1,
+            )
+        return self.model.encode_text(tokens.to(self.mean.device), normalize=True)
+
+
+def _quick_gelu(name: str, pretrained: str | None) -> bool:
+    """Whether weights by name were trained with QuickGELU; a model with another activation scores wrongly.
+
+    Raises:
+        MoLEError: The architecture has it, and the weights were trained without.
+    """
+    if pretrained is None or Path(pretrained).is_file():
+        return False
+    trained_with = bool(open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu", False))
+    if not trained_with and (open_clip.get_model_config(name) or {}).get("quick_gelu", False):
+        raise MoLEError(
+            f"{name} has QuickGELU, and the weights {pretrained!r} were trained without. "
+            f"Choose {name.removesuffix('-quickgelu')}."
+        )
+    return trained_with
 
 
 def _open_clip_name(name: str, pretrained: str | None) -> str:
@@ -103,20 +139,20 @@ def _open_clip_name(name: str, pretrained: str | None) -> str:
     if name.startswith(_LOCAL) or folder.is_dir():
         missing = [file for file in ("open_clip_config.json", _WEIGHTS) if not (folder / file).is_file()]
         if missing:
-            raise ValueError(f"{folder} is no folder of an open_clip model: it lacks {' and '.join(missing)}.")
+            raise MoLEError(f"{folder} is no folder of an open_clip model: it lacks {' and '.join(missing)}.")
         if pretrained is not None:
-            raise ValueError(
+            raise MoLEError(
                 f"`pretrained` is {pretrained!r}, but the folder {folder} has its own weights. Leave it out."
             )
         return f"{_LOCAL}{folder}"
     if name not in open_clip.list_models():
-        raise ValueError(
+        raise MoLEError(
             f"{name!r} is neither a folder nor an open_clip architecture. `open_clip.list_models()` lists those, "
             'for instance "ViT-B-32".'
         )
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained is None or (pretrained not in tags and not Path(pretrained).is_file()):
-        raise ValueError(
+        raise MoLEError(
             f"`pretrained` is {pretrained!r}; {name} without pretrained weights scores at random. "
             f"Choose one of {', '.join(tags) or 'no known tags: give a file'}."
         )

@@ -1,32 +1,58 @@
-"""Writing files so that a reader never sees half of one."""
+"""Writing files so that nothing is lost: whole or not at all, tried before work begins, one process at a time."""
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
+import platform
+import re
+import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .errors import MoLEError
+
 if TYPE_CHECKING:
     from torch import Tensor
+
+_LONGEST_NAME = 120  # bytes; file systems allow 255, and some names are put together from several
+_NO_NAME = re.compile(r'[<>:"/\\|?*\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]')
+_DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # on Windows
+_HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+_LEFT_OVER = re.compile(r"\..*\.([0-9a-f]{8})-(\d+)-[^.]*\.part")
+_FOREIGN_IS_DEAD = 24 * 3600.0  # seconds, of what another machine left
+
+
+class NotWrittenError(MoLEError, OSError):
+    """A file cannot be written: the disk is full, the place is not there or not allowed."""
 
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Hands out a temporary path beside `path`; on success it takes `path`'s place in one step, on an error it goes.
 
-    The temporary name ends like `path`, for writers that look at the suffix. Missing parent folders are made.
+    The temporary name ends like `path`, for writers that look at the suffix. Missing parent folders are made. What a
+    process that was killed left beside it is cleaned away.
+
+    Raises:
+        NotWrittenError: The system does not let it be written.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # A folder of its own: the file inside gets ordinary permissions, and nothing else can hold its name.
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-        temporary = Path(folder) / target.name
-        yield temporary
-        os.replace(temporary, target)
+    with _not_written(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _clean(target.parent)
+        # A folder of its own: the file inside gets ordinary permissions, and nothing else can hold its name.
+        prefix = f".{target.name[:40]}.{_HOST}-{os.getpid()}-"
+        with tempfile.TemporaryDirectory(prefix=prefix, suffix=".part", dir=target.parent) as folder:
+            temporary = Path(folder) / target.name
+            yield temporary
+            os.replace(temporary, target)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> Path:
@@ -44,6 +70,189 @@ def write_safetensors(
     from safetensors.torch import save_file
 
     ready = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
-    with atomic_path(path) as temporary:
+    with atomic_path(path) as temporary, saving_safetensors():
         save_file(ready, temporary, metadata=dict(metadata or {}))
     return Path(path)
+
+
+@contextmanager
+def saving_safetensors() -> Iterator[None]:
+    """Turns what safetensors raises where the system refuses a write into the OSError that it was."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        code = next((code for code in (errno.ENOSPC, errno.EFBIG) if os.strerror(code) in str(error)), errno.EIO)
+        raise OSError(code, os.strerror(code) if code != errno.EIO else str(error)) from error
+
+
+def write_last(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
+    """Writes what long work ends with; where `path` does not take it, it is kept elsewhere.
+
+    Args:
+        path: A file or a folder.
+        write: Writes to the path that it is given.
+
+    Raises:
+        NotWrittenError: It could not be written to `path`. The message says where it lies instead.
+    """
+    target = Path(path)
+    try:
+        with _not_written(target), saving_safetensors():
+            write(target)
+    except NotWrittenError as error:
+        kept = _keep(target.name, write)
+        where = "There is no other place for it either." if kept is None else f"What was made lies in {kept}."
+        raise NotWrittenError(f"{error} {where}") from error
+
+
+def try_file(path: str | os.PathLike[str]) -> Path:
+    """Makes sure that a file can be written, before work begins whose result it takes. Nothing is left.
+
+    Raises:
+        NotWrittenError: It cannot, or it is a folder.
+    """
+    target = Path(path)
+    with _not_written(target):
+        if target.is_dir():
+            raise NotWrittenError(f"{target} is a folder, and a file is to be written. Give it a name of its own.")
+        _probe(target.parent, target.name)
+    return target
+
+
+def try_folder(path: str | os.PathLike[str]) -> Path:
+    """Makes sure that files can be written into a folder, there or not, before work begins. Nothing is left.
+
+    Raises:
+        NotWrittenError: They cannot, or it is a file.
+    """
+    target = Path(path)
+    with _not_written(target):
+        if target.exists() and not target.is_dir():
+            raise NotWrittenError(f"{target} is a file, and a folder is to be written. Choose another name.")
+        _probe(target, "probe")
+    return target
+
+
+@contextmanager
+def in_use(folder: str | os.PathLike[str], part: str = "") -> Iterator[None]:
+    """Holds a folder for this process as long as it works there; a process that dies lets go.
+
+    Args:
+        folder: Made if it is missing.
+        part: Which part of it, where several processes share one.
+
+    Raises:
+        MoLEError: Another process is at work in it.
+        NotWrittenError: The folder cannot be written.
+    """
+    from filelock import FileLock, Timeout
+
+    place = Path(folder)
+    file = place / f".in-use{part}"
+    with _not_written(place):
+        place.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(file, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise MoLEError(
+                f"{place} is in use by another process, which works at the same. Wait until it has finished, or choose "
+                "another folder."
+            ) from None
+    try:
+        yield
+    finally:
+        try:
+            file.unlink(missing_ok=True)
+        except OSError:
+            pass  # Windows does not take away what is open; it is empty and means nothing
+        lock.release()
+
+
+def file_name(text: str) -> str:
+    """A name for a file or folder from any text: the text itself where every system takes it and it leads nowhere.
+
+    Otherwise without what they do not take, and with a few letters of its hash, so that no two texts share a name.
+    """
+    clean = _NO_NAME.sub("-", text).strip(". ")
+    if clean == text != "" and len(text.encode()) <= _LONGEST_NAME and not _DEVICES.fullmatch(text):
+        return text
+    if _DEVICES.fullmatch(clean):
+        clean = clean.replace(".", "-")
+    short = clean.encode()[: _LONGEST_NAME - 10].decode(errors="ignore").strip(". ")
+    return f"{short or 'name'}-{hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()[:8]}"
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _not_written(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except NotWrittenError:
+        raise
+    except OSError as error:
+        why, remedy = error.strerror or str(error), "Choose a place that can be written."
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            remedy = "Free some space, and start again."
+        elif error.errno in (errno.EEXIST, errno.ENOTDIR):
+            why = "a part of its path is a file"
+        raise NotWrittenError(f"{target} cannot be written: {why}. {remedy}") from error
+
+
+def _probe(folder: Path, name: str) -> None:
+    """Writes a little into a folder, and takes it and the folders made for it away again."""
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".probe.{_HOST}-{os.getpid()}-", suffix=".part", dir=folder) as place:
+            (Path(place) / name).write_bytes(b"\0" * 4096)
+    finally:
+        for made in missing:
+            if made.is_dir() and not any(made.iterdir()):
+                made.rmdir()
+
+
+def _keep(name: str, write: Callable[[Path], object]) -> Path | None:
+    """Where it could be written instead."""
+    for place in (Path(tempfile.gettempdir()), Path.home()):
+        try:
+            kept = Path(tempfile.mkdtemp(prefix="mole-kept-", dir=place)) / name
+            with saving_safetensors():
+                write(kept)
+        except OSError:
+            continue
+        return kept
+    return None
+
+
+def _clean(folder: Path) -> None:
+    """Takes away what processes that were killed while they wrote have left in a folder."""
+    with os.scandir(folder) as entries:
+        left = [(entry, found) for entry in entries if (found := _LEFT_OVER.fullmatch(entry.name))]
+    for entry, found in left:
+        try:
+            made = entry.stat(follow_symlinks=False).st_mtime
+        except FileNotFoundError:
+            continue
+        here = found[1] == _HOST
+        if (here and not _alive(int(found[2]), made)) or (not here and time.time() - made > _FOREIGN_IS_DEAD):
+            shutil.rmtree(entry.path, ignore_errors=True)
+
+
+def _alive(process: int, made: float) -> bool:
+    """Whether the process that made a folder at this time still runs, and not another one under its number."""
+    import psutil
+
+    try:
+        return bool(psutil.Process(process).create_time() <= made + 1)
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:
+        return True

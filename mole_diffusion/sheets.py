@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -119,6 +120,7 @@ def gate_heat_maps(
                     axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
         axes.set_title(title)
     figure.colorbar(image, ax=list(panels), label="gate weight")
+    as_they_are(figure)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=130)
     return Path(path)
@@ -152,9 +154,18 @@ def curves(
         axes.legend(loc="upper right", fontsize=8)
     axes.set_xlabel("training step")
     figure.suptitle(title)
+    as_they_are(figure)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110)
     return Path(path)
+
+
+def as_they_are(figure: Any) -> None:
+    """Lets a figure show names as they are: two dollar signs in one begin no formula."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
 
 
 def _running_mean(values: Sequence[float], width: int) -> list[float]:

@@ -13,7 +13,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from mole_diffusion.clip import DifferentiableCLIP
+from mole_diffusion import toybox
+from mole_diffusion.clip import DifferentiableCLIP, _quick_gelu
+from mole_diffusion.errors import MoLEError
 
 SIZE = 32
 MODEL = {
@@ -124,3 +126,28 @@ def test_what_is_no_batch_of_pictures_is_refused(folder: Path, images: torch.Ten
 def test_one_string_is_no_list_of_texts(folder: Path) -> None:
     with pytest.raises(TypeError, match="must be a list of strings, got the string 'a mug'"):
         DifferentiableCLIP(folder).encode_text("a mug")
+
+
+def test_weights_that_were_trained_with_quick_gelu_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Without a network: what open_clip builds for weights by name, up to the download.
+    monkeypatch.setattr("open_clip.factory.download_pretrained", lambda *_, **__: str(tmp_path / "weights.pt"))
+    monkeypatch.setattr("open_clip.factory.load_checkpoint", lambda *_, **__: {})
+    (tmp_path / "weights.pt").touch()
+    for name, weights, kind in (
+        ("ViT-B-32", "openai", "QuickGELU"),
+        ("ViT-B-32-quickgelu", "openai", "QuickGELU"),
+        ("ViT-B-32", "laion2b_s34b_b79k", "GELU"),
+    ):
+        block = DifferentiableCLIP(name, weights).model.visual.transformer.resblocks[0]
+        assert type(block.mlp[1]).__name__ == kind
+    with pytest.raises(MoLEError, match=r"has QuickGELU, .* trained without. Choose ViT-B-32\."):
+        _quick_gelu("ViT-B-32-quickgelu", "laion2b_s34b_b79k")
+
+
+@pytest.mark.parametrize("tokenizer", ["open_clip's", "of transformers"])
+def test_a_text_longer_than_the_model_reads_is_said(folder: Path, tokenizer: str) -> None:
+    clip = DifferentiableCLIP(folder if tokenizer == "open_clip's" else toybox.clip_dir())
+    room = clip._tokenizer.context_length - 2  # beside start and end
+    clip.encode_text(["a " * room, "a"])
+    with pytest.warns(UserWarning, match=rf"1 of 2 prompts are longer than the {room + 2} tokens .*The first: 'a a a"):
+        clip.encode_text(["a", "a " * (room + 1)])

@@ -56,6 +56,10 @@ def references() -> dict[str, list[Image.Image]]:
     return {name: toybox.references(name) for name in CONCEPTS}
 
 
+def numbers(result: dict[str, Tensor]) -> dict[str, float]:
+    return {name: value.item() for name, value in result.items()}
+
+
 def cosine(a: Tensor, b: Tensor) -> float:
     x, y = a.double().numpy(), b.double().numpy()
     return float((x * y).sum() / (np.sqrt((x * x).sum()) * np.sqrt((y * y).sum())))
@@ -146,7 +150,7 @@ def test_metrics_run_in_half_precision_and_are_reset(clip: DifferentiableCLIP) -
     before = metric.compute()
     half = TextAlignment(DifferentiableCLIP(toybox.clip_dir()).to(torch.bfloat16))
     half.update(pictures(), PROMPTS)
-    assert half.compute() == pytest.approx(before, abs=0.02)
+    assert half.compute() == pytest.approx(numbers(before), abs=0.02)
     metric.reset()
     with pytest.warns(UserWarning, match="compute"), pytest.raises(ValueError, match="has measured nothing yet"):
         metric.compute()
@@ -259,7 +263,7 @@ def measure(part: slice) -> list[Any]:
     text, image = TextAlignment(clip, batch_size=1), ImageAlignment(clip, references(), batch_size=1)
     text.update(pictures()[part], PROMPTS[part])
     image.update(pictures()[part], [["cat"], ["boot"], ["cat"]][part])
-    return [text.compute(), image.compute()]
+    return [numbers(text.compute()), numbers(image.compute())]
 
 
 @pytest.mark.slow

@@ -108,7 +108,7 @@ def test_regions_are_measured_as_the_metric_does() -> None:
     metric = RegionAlignment(judge.clip, references, oracle_detector())
     expected = metric([picture])
     measured = judge.measure([picture], study.cells()[:1])[0]
-    assert measured["region alignment"] == pytest.approx(expected["mean"], abs=1e-5) != 0
+    assert measured["region alignment"] == pytest.approx(expected["mean"].item(), abs=1e-5) != 0
     assert measured["detection rate"] == expected["detection rate"] == 1
 
 

@@ -127,6 +127,14 @@ def test_prompts_by_name(folder: Path) -> None:
         evaluate_folder(folder / "pictures", names, {}, clip)
 
 
+def test_what_clip_does_not_read_is_said_in_a_line(folder: Path) -> None:
+    (folder / "prompts.txt").write_text("a cat and a boot " * 20)
+    done = mole(folder)
+    assert done.exit_code == 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("mole: 1 of 1 prompts are longer than the 52")]
+    assert len(said) == 1
+
+
 # Somebody's photos, which this repository may not contain; the tests above run the same path on drawn pictures.
 @pytest.mark.skipif(not PHOTOS.is_dir(), reason=f"no photos at {PHOTOS}")
 def test_real_photos_run_through(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import mole_diffusion
-from mole_diffusion.files import atomic_path, write_json
+from mole_diffusion.files import atomic_path, file_name, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -104,3 +104,10 @@ def test_json_refuses_nan(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Out of range float"):
         write_json(tmp_path / "state.json", {"loss": float("nan")})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_every_tracked_file_has_a_name_that_every_system_takes() -> None:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    names = {part for path in listed.split("\0") if path for part in path.split("/")}
+    assert [name for name in names if not name.startswith(".") and file_name(name) != name] == []
+    assert len({name.casefold() for name in listed.split("\0")}) == len(listed.split("\0"))

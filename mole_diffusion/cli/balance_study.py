@@ -47,6 +47,9 @@ def balance_study(
           --token "cat=<v1>" --class cat=cat --token "boot=<v2>" --class boot=boot \\
           --template "a photo of {subjects} on grass" --temperature 2 --temperature 10 --out study
     """
+    from mole_diffusion.files import try_folder
+
+    try_folder(out)
     options = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
     chosen = given.read_config(preset, config, settings, options)
     inputs = given.read_gate_training(

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .inputs import Device, pick_device, quiet_loading
+from .inputs import Device, pick_device, quiet_loading, warnings_in_a_line
 
 SOME_FAILED = 1
 
@@ -45,7 +45,7 @@ def run(config: Config, out: Out = None, device: Device = "auto") -> None:
     if where.type == "cuda" and where.index is None and local is not None:
         where = pick_device(f"cuda:{local}")
     folder = _folder(config, out)
-    with quiet_loading():
+    with quiet_loading(), warnings_in_a_line():
         failed = run_benchmark(settings, folder, device=where, progress=True)
     typer.echo(f"rows: {folder / 'rows'}")
     if failed:

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from .inputs import Device, pick_device, quiet_loading, read_pairs
+from ..errors import MoLEError
+from .inputs import Device, pick_device, quiet_loading, read_pairs, warnings_in_a_line
 
 SOME_FAILED = 1
 
@@ -16,7 +17,7 @@ def evaluate(
     images: Annotated[Path, typer.Option(help="Folder of pictures.")],
     prompts: Annotated[
         Path,
-        typer.Option(help="Text file: a prompt a line in the order of the pictures' names, or one; or JSON by name."),
+        typer.Option(help="Text file: a prompt a line, 2.png before 10.png, or one for all; or JSON by name."),
     ],
     references: Annotated[
         list[str] | None, typer.Option(metavar="NAME=DIR", help="Pictures of a concept; once for each.")
@@ -44,7 +45,10 @@ def evaluate(
     """
     folders = read_pairs("--references", references or [])
     if out.suffix.lower() != ".csv":
-        raise ValueError(f"--out {out}: the table is written as .csv, got {out.suffix!r}.")
+        raise MoLEError(f"--out {out}: the table is written as .csv, got {out.suffix!r}.")
+    from mole_diffusion.files import try_file, write_last
+
+    try_file(out)
     from rich.console import Console
     from rich.table import Table
 
@@ -55,10 +59,11 @@ def evaluate(
     with quiet_loading():
         encoder = None if image_encoder is None else VisionBackbone.from_pretrained(image_encoder).to(where)
         model = load_clip(clip).to(where)
-    result = evaluate_folder(
-        images, prompts, folders, model, image_encoder=encoder, batch_size=batch_size, progress=True
-    )
-    write_csv(out, result.rows)
+    with warnings_in_a_line():
+        result = evaluate_folder(
+            images, prompts, folders, model, image_encoder=encoder, batch_size=batch_size, progress=True
+        )
+    write_last(out, lambda path: write_csv(path, result.rows))
     table = Table("", "mean", title=f"{len(result.rows)} pictures", title_justify="left")
     for name, value in result.means.items():
         table.add_row(name, f"{value:.4f}")

@@ -177,8 +177,9 @@ def read_prompts(
     if prompts is not None:
         if not prompts.is_file():
             raise ValueError(f"--prompts {prompts}: there is no such file.")
-        lines = (line.strip() for line in prompts.read_text(encoding="utf-8").splitlines())
-        texts += [line for line in lines if line and not line.startswith("#")]
+        from mole_diffusion.prompts import read_prompt_lines
+
+        texts += [line for line in read_prompt_lines(prompts) if not line.startswith("#")]
     texts += prompts_from_templates(template or [], concepts)
     if not texts:
         raise ValueError('no prompts: give --prompt, --prompts FILE or --template "a photo of {subjects}".')

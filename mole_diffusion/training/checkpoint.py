@@ -6,29 +6,52 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mole_diffusion.files import write_json, write_safetensors
+from mole_diffusion.errors import MoLEError
+from mole_diffusion.files import try_folder, write_json, write_safetensors
 
 STATE_FILE = "state.json"
 
 
 def fingerprint(config: Any, tensors: Iterable[Tensor], texts: Iterable[str] = ()) -> str:
-    """SHA-256 over a config dataclass, tensors (dtype, shape, bytes) and texts: what a resumed run must have too."""
-    digest = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode())
+    """SHA-256 over a config dataclass, tensors and texts: what a resumed run must have too."""
+    return content_hash(tensors, [json.dumps(dataclasses.asdict(config), sort_keys=True), *texts])
+
+
+def content_hash(tensors: Iterable[Tensor], texts: Iterable[str] = ()) -> str:
+    """SHA-256 over tensors (dtype, shape, bytes) and texts."""
+    digest = hashlib.sha256()
     for text in texts:
-        digest.update(b"\0" + text.encode())
+        digest.update(b"\0" + text.encode(errors="surrogatepass"))
     for tensor in tensors:
         digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def base_tensors(pipe: Any) -> Iterator[Tensor]:
+    """Every weight of the base that a training asks: of UNet, text encoder and VAE."""
+    for model in (pipe.unet, pipe.text_encoder, pipe.vae):
+        for _, tensor in sorted(model.state_dict().items()):
+            yield tensor
+
+
+def base_texts(pipe: Any) -> list[str]:
+    """What else a training asks of the base: settings of the scheduler and the VAE, and the tokenizer's words."""
+    settings = [type(pipe.scheduler).__name__]
+    for config in (pipe.scheduler.config, pipe.vae.config):
+        plain = {key: repr(value) for key, value in config.items() if not key.startswith("_")}
+        settings.append(json.dumps(plain, sort_keys=True))
+    return [*settings, json.dumps(pipe.tokenizer.get_vocab(), sort_keys=True)]
 
 
 class CheckpointFolder:
@@ -40,11 +63,15 @@ class CheckpointFolder:
     Args:
         folder: Where; made if missing.
         run: `fingerprint` of the training; a checkpoint of another one is refused.
+
+    Raises:
+        NotWrittenError: The folder cannot be written, which is better known before the training.
     """
 
     def __init__(self, folder: str | os.PathLike[str], run: str) -> None:
-        self.folder = Path(folder)
+        self.folder = try_folder(folder)
         self.run = run
+        self.latest: Path | None = None  # the tensors of the newest checkpoint, once one was written or read
 
     def save(
         self,
@@ -61,51 +88,103 @@ class CheckpointFolder:
                 tensors[f"optimizer/{entry}/{names[index]}"] = value
         file = f"step-{step:07d}.safetensors"
         write_safetensors(self.folder / file, tensors)
-        write_json(self.folder / STATE_FILE, {"run": self.run, "step": step, "tensors": file, "extra": dict(extra)})
+        state = {"run": self.run, "step": step, "tensors": file, "threads": torch.get_num_threads()}
+        write_json(self.folder / STATE_FILE, state | {"extra": dict(extra)})
+        self.latest = self.folder / file
         for old in self.folder.glob("step-*.safetensors"):
             if old.name != file:
                 old.unlink()
-        for left_over in self.folder.glob(".st*"):  # of a run that was killed while it wrote
-            shutil.rmtree(left_over, ignore_errors=True)
-
-    @property
-    def latest(self) -> Path | None:
-        """The tensors of the newest checkpoint, or None."""
-        state_file = self.folder / STATE_FILE
-        if not state_file.is_file():
-            return None
-        return self.folder / json.loads(state_file.read_text(encoding="utf-8"))["tensors"]
 
     def load(
-        self, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+        self, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, expects: Collection[str] = ()
     ) -> tuple[int, dict[str, Any]] | None:
         """Puts the saved state into `parameters` and `optimizer`; returns (steps done, extra), or None without one.
 
+        Args:
+            parameters: What is trained, by name.
+            optimizer: Its optimiser.
+            expects: What `extra` must hold.
+
         Raises:
-            ValueError: The checkpoint is of another config, of other data or of another model.
+            MoLEError: The checkpoint is of another config, of other data or of another model, or it is damaged.
         """
-        state_file = self.folder / STATE_FILE
-        if not state_file.is_file():
+        state = self._read_state()
+        if state is None:
             return None
-        state = json.loads(state_file.read_text(encoding="utf-8"))
         if state["run"] != self.run:
-            raise ValueError(
+            raise MoLEError(
                 f"The checkpoint in {self.folder} (step {state['step']}) is of another training: config, data or base "
                 "model differ. Give the same ones to go on, or another folder, or delete this one to start anew."
             )
-        tensors = load_file(self.folder / state["tensors"])
+        if not set(expects) <= set(state["extra"]):
+            raise self._damaged(STATE_FILE, f"`extra` lacks {sorted(set(expects) - set(state['extra']))}")
+        values, saved = self._read_tensors(state["tensors"], parameters)
+        for name, value in values.items():
+            parameters[name].data.copy_(value)
+        optimizer.load_state_dict({"state": saved, "param_groups": optimizer.state_dict()["param_groups"]})
+        before, now = state.get("threads", torch.get_num_threads()), torch.get_num_threads()
+        if before != now:
+            warnings.warn(
+                f"The checkpoint in {self.folder} was computed with {before} threads, and this run has {now}: the "
+                f"last digits will differ from those of one run. For the same bits set OMP_NUM_THREADS={before}.",
+                stacklevel=1,
+            )
+        self.latest = self.folder / state["tensors"]
+        return state["step"], state["extra"]
+
+    def _read_state(self) -> dict[str, Any] | None:
+        file = self.folder / STATE_FILE
+        if not file.exists():
+            return None
+        try:
+            state = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise self._damaged(STATE_FILE, str(error) or type(error).__name__) from None
+        kinds = {"run": str, "step": int, "tensors": str, "extra": dict}
+        if not isinstance(state, dict) or not all(isinstance(state.get(key), kind) for key, kind in kinds.items()):
+            raise self._damaged(STATE_FILE, f"it is no object with {', '.join(kinds)}")
+        if Path(state["tensors"]).name != state["tensors"]:
+            raise self._damaged(STATE_FILE, f"`tensors` is {state['tensors']!r}, which is no name of a file beside it")
+        return state
+
+    def _read_tensors(
+        self, file: str, parameters: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[int, dict[str, Tensor]]]:
+        """What was learned by name, and the optimiser's state by the number of the parameter."""
+        try:
+            tensors = load_file(self.folder / file)
+        except (OSError, SafetensorError) as error:
+            raise self._damaged(file, str(error)) from None
         names = list(parameters)
+        values: dict[str, Tensor] = {}
         saved: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
-            kind, rest = key.split("/", 1)
+            kind, _, rest = key.partition("/")
+            entry, _, name = ("", "", rest) if kind == "parameter" else rest.partition("/")
+            if name not in parameters or (value.ndim and value.shape != parameters[name].shape):
+                raise self._damaged(file, f"{key!r} {tuple(value.shape)} does not belong to this training")
             if kind == "parameter":
-                parameters[rest].data.copy_(value)
+                values[name] = value
             else:
-                entry, name = rest.split("/", 1)
                 if value.shape == parameters[name].shape:
                     # Laid out in memory as the parameter is (channels last, say): the fused optimiser walks both as
                     # they lie, and would mix up the elements.
                     value = torch.empty_like(parameters[name]).copy_(value)
                 saved.setdefault(names.index(name), {})[entry] = value
-        optimizer.load_state_dict({"state": saved, "param_groups": optimizer.state_dict()["param_groups"]})
-        return int(state["step"]), state["extra"]
+        if set(values) != set(names) or len({frozenset(entries) for entries in saved.values()}) > 1:
+            raise self._damaged(file, "some of its tensors are missing")
+        return values, saved
+
+    def _damaged(self, file: str, why: str) -> MoLEError:
+        return MoLEError(
+            f"{self.folder / file} is damaged: {' '.join(why.split()).rstrip('.')}. "
+            f"Delete the folder {self.folder} to start anew."
+        )
+
+
+def clear_checkpoints(folder: Path) -> None:
+    """Takes the checkpoint in a folder away, and the folder where nothing else is in it."""
+    for file in (folder / STATE_FILE, *folder.glob("step-*.safetensors")):
+        file.unlink(missing_ok=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()

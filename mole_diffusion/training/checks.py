@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mole_diffusion.errors import MoLEError
 from mole_diffusion.training.concepts import Concept
 from mole_diffusion.training.gate_config import GateTrainingConfig
 from mole_diffusion.training.guidance import needs_references
@@ -13,9 +14,9 @@ from mole_diffusion.training.guidance import needs_references
 def check_prompts(prompts: Sequence[str]) -> list[str]:
     """Raises ValueError for no prompt, or one that comes twice."""
     if isinstance(prompts, str) or not prompts:
-        raise ValueError(f"`prompts` must be a list of at least one prompt, got {prompts!r}.")
+        raise MoLEError(f"`prompts` must be a list of at least one prompt, got {prompts!r}.")
     if len(set(prompts)) < len(prompts):
-        raise ValueError("`prompts` has one prompt twice; each is drawn with the same frequency, so give it once.")
+        raise MoLEError("`prompts` has one prompt twice; each is drawn with the same frequency, so give it once.")
     return list(prompts)
 
 
@@ -24,17 +25,17 @@ def check_concepts(pipe: Any, config: GateTrainingConfig, concepts: Mapping[str,
     names = pipe.experts.names
     unknown = [name for name in concepts if name not in names]
     if unknown:
-        raise ValueError(f"`concepts` has {unknown[0]!r}, which is no loaded LoRA. Loaded are: {', '.join(names)}.")
+        raise MoLEError(f"`concepts` has {unknown[0]!r}, which is no loaded LoRA. Loaded are: {', '.join(names)}.")
     tokens = [concept.token for concept in concepts.values()]
     if len(set(tokens)) < len(tokens):
-        raise ValueError(f"`concepts` must have tokens of their own, got {tokens}.")
+        raise MoLEError(f"`concepts` must have tokens of their own, got {tokens}.")
     if needs_references(config) and not concepts:
-        raise ValueError(
+        raise MoLEError(
             "`local_weight` and `identity_weight` compare with concepts, and `concepts` has none. Give "
             "{lora name: Concept(token=..., class_name=...)}, or set both weights to 0."
         )
     if config.balance == "floor" and config.balance_floor * len(names) > 1:
-        raise ValueError(
+        raise MoLEError(
             f"`balance_floor` is {config.balance_floor}, and {len(names)} LoRAs cannot all have that share. "
             f"Use at most {1 / len(names):.3f}."
         )
@@ -45,14 +46,14 @@ def check_pipeline(pipe: Any) -> None:
     """Raises ValueError for a pipeline without at least two LoRAs, or of another shape than Stable Diffusion."""
     name = type(pipe).__name__
     if not hasattr(pipe, "init_gates"):
-        raise ValueError(
+        raise MoLEError(
             f"{name} composes no LoRAs. Make a MoLE pipeline of it: MoLEStableDiffusionPipeline.from_pipe(pipe)."
         )
     if getattr(pipe, "unet", None) is None or pipe.unet.config.addition_embed_type is not None:
-        raise ValueError(f"{name} cannot be trained here yet: this version knows Stable Diffusion 1.x and 2.x.")
+        raise MoLEError(f"{name} cannot be trained here yet: this version knows Stable Diffusion 1.x and 2.x.")
     loaded = pipe.experts.names if pipe.experts is not None else ()
     if len(loaded) < 2:
-        raise ValueError(
+        raise MoLEError(
             f"Gates weigh LoRAs against each other, so at least two must be loaded; loaded are {list(loaded)}. "
             "Call `load_loras({name: file, ...})` first."
         )

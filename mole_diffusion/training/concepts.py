@@ -9,6 +9,8 @@ from itertools import permutations
 
 from PIL import Image
 
+from mole_diffusion.errors import MoLEError
+
 SUBJECTS = "{subjects}"
 
 
@@ -36,9 +38,9 @@ class Concept:
         for name in ("token", "class_name", "description"):
             value = getattr(self, name)
             if value is not None and not value.strip():
-                raise ValueError(f"`{name}` of a concept is empty, got {value!r}.")
+                raise MoLEError(f"`{name}` of a concept is empty, got {value!r}.")
         if len(self.token.split()) != 1:
-            raise ValueError(f"`token` must be one word, got {self.token!r}.")
+            raise MoLEError(f"`token` must be one word, got {self.token!r}.")
 
     @property
     def words(self) -> str:
@@ -51,14 +53,23 @@ class Concept:
 
     def describe(self, prompt: str) -> str:
         """`prompt` with the concept's words instead of "token class", "token" alone included."""
-        return re.sub(rf"{_word(self.token)}(\s+{re.escape(self.class_name)}\b)?", lambda _: self.words, prompt)
+        return re.sub(self.pattern, lambda _: self.words, prompt)
+
+    @property
+    def pattern(self) -> str:
+        """Matches "token class", or the token alone, in a prompt."""
+        return rf"{_word(self.token)}(?:\s+{re.escape(self.class_name)}\b)?"
 
 
 def text_for_clip(prompt: str, concepts: Mapping[str, Concept]) -> str:
     """`prompt` with every rare token, which CLIP cannot know, replaced by the words of its concept."""
-    for concept in concepts.values():
-        prompt = concept.describe(prompt)
-    return prompt
+    # In one pass: the words of one concept may hold the token of another, and stay as they are.
+    by_token = {concept.token: concept for concept in concepts.values()}
+    if not by_token:
+        return prompt
+    tokens = sorted(by_token, key=len, reverse=True)
+    patterns = (f"(?P<c{index}>{by_token[token].pattern})" for index, token in enumerate(tokens))
+    return re.sub("|".join(patterns), lambda found: by_token[tokens[int(str(found.lastgroup)[1:])]].words, prompt)
 
 
 def prompts_from_templates(templates: Sequence[str], concepts: Mapping[str, Concept]) -> list[str]:
@@ -71,9 +82,9 @@ def prompts_from_templates(templates: Sequence[str], concepts: Mapping[str, Conc
     """
     bad = [template for template in templates if template.count(SUBJECTS) != 1]
     if bad:
-        raise ValueError(f'A template needs "{SUBJECTS}" once, got {bad[0]!r}. Try "a photo of {SUBJECTS} on grass".')
+        raise MoLEError(f'A template needs "{SUBJECTS}" once, got {bad[0]!r}. Try "a photo of {SUBJECTS} on grass".')
     if templates and not concepts:
-        raise ValueError(f'Templates need concepts to put in the place of "{SUBJECTS}"; give token and class of each.')
+        raise MoLEError(f'Templates need concepts to put in the place of "{SUBJECTS}"; give token and class of each.')
     items = [f"a {concept.token} {concept.class_name}" for concept in concepts.values()]
     rotations = [(*items[k:], *items[:k]) for k in range(len(items))]
     orders = list(permutations(items)) if len(items) <= 3 else rotations

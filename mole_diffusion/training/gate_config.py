@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from mole_diffusion.errors import MoLEError
 from mole_diffusion.gating import GateConfig
 from mole_diffusion.training.loop import LearningRateSchedule, MixedPrecision, check_step_settings
 
@@ -153,9 +154,9 @@ class GateTrainingConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 hint = " The paper takes 0.5." if name == "balance_weight" else " 0 switches the term off."
-                raise ValueError(f"`{name}` must be 0 or more, got {value}.{hint}")
+                raise MoLEError(f"`{name}` must be 0 or more, got {value}.{hint}")
         if self.global_weight == self.local_weight == self.identity_weight == 0:
-            raise ValueError(
+            raise MoLEError(
                 "`global_weight`, `local_weight` and `identity_weight` are all 0: nothing says what the pictures "
                 "should show. Set one of them, for instance global_weight=1.0."
             )
@@ -166,32 +167,32 @@ class GateTrainingConfig:
             ("learning_rate_schedule", LearningRateSchedule),
         ):
             if getattr(self, name) not in get_args(allowed):
-                raise ValueError(f"`{name}` must be one of {list(get_args(allowed))}, got {getattr(self, name)!r}.")
+                raise MoLEError(f"`{name}` must be one of {list(get_args(allowed))}, got {getattr(self, name)!r}.")
         for name in ("rollout_steps", "gradient_accumulation", "identity_crops", "reference_pictures"):
             if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+                raise MoLEError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         for name in ("gradient_steps", "update_every"):
             if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` must be 0 (all) or more, got {getattr(self, name)}.")
+                raise MoLEError(f"`{name}` must be 0 (all) or more, got {getattr(self, name)}.")
         if self.gradient_steps > self.rollout_steps:
-            raise ValueError(
+            raise MoLEError(
                 f"`gradient_steps` ({self.gradient_steps}) must be at most `rollout_steps` ({self.rollout_steps}); "
                 "0 is every step."
             )
         if self.rollout_steps_max is not None and self.rollout_steps_max < self.rollout_steps:
-            raise ValueError(
+            raise MoLEError(
                 f"`rollout_steps_max` ({self.rollout_steps_max}) must be at least `rollout_steps` "
                 f"({self.rollout_steps}), or None for a fixed number."
             )
         if not 0 < self.balance_floor < 1:
-            raise ValueError(f"`balance_floor` must lie between 0 and 1, got {self.balance_floor}. Try 0.1.")
+            raise MoLEError(f"`balance_floor` must lie between 0 and 1, got {self.balance_floor}. Try 0.1.")
         if not 0 <= self.eta <= 1:
-            raise ValueError(f"`eta` must lie between 0 (DDIM) and 1 (DDPM), got {self.eta}.")
+            raise MoLEError(f"`eta` must lie between 0 (DDIM) and 1 (DDPM), got {self.eta}.")
         if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 1):
-            raise ValueError(f"`guidance_scale` must be at least 1 (no guidance), got {self.guidance_scale}.")
+            raise MoLEError(f"`guidance_scale` must be at least 1 (no guidance), got {self.guidance_scale}.")
         check_step_settings(self)
         if self.batch_size % self.gradient_accumulation:
-            raise ValueError(
+            raise MoLEError(
                 f"`batch_size` ({self.batch_size}) must be a multiple of `gradient_accumulation` "
                 f"({self.gradient_accumulation}), so that its parts are equal."
             )
@@ -209,11 +210,11 @@ class GateTrainingConfig:
         """
         preset = str(values.get("preset", preset))
         if preset not in PRESETS:
-            raise ValueError(f"there is no preset {preset!r}; there are {', '.join(PRESETS)}.")
+            raise MoLEError(f"there is no preset {preset!r}; there are {', '.join(PRESETS)}.")
         base = PRESETS[preset]
         gates = values.get("gates") or {}
         if not isinstance(gates, Mapping):
-            raise ValueError(f"`gates` must be a dictionary such as {{'scope': 'layer'}}, got {gates!r}.")
+            raise MoLEError(f"`gates` must be a dictionary such as {{'scope': 'layer'}}, got {gates!r}.")
         own = {**base, **{key: value for key, value in values.items() if key not in ("preset", "gates")}}
         own.pop("gates", None)
         gate_config = GateConfig(**read_fields(GateConfig, {**base.get("gates", {}), **gates}))
@@ -229,7 +230,7 @@ def read_fields(config: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     fields: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(config)}
     unknown = sorted(set(values) - set(fields))
     if unknown:
-        raise ValueError(f"unknown settings {unknown} in {config.__name__}; known are {', '.join(sorted(fields))}.")
+        raise MoLEError(f"unknown settings {unknown} in {config.__name__}; known are {', '.join(sorted(fields))}.")
     read = dict(values)
     for name, value in values.items():
         default = fields[name]
@@ -246,5 +247,5 @@ def read_fields(config: Any, values: Mapping[str, Any]) -> dict[str, Any]:
             continue
         if not fits:
             kind = type(default).__name__
-            raise ValueError(f"`{name}` must be of type {kind}, such as {default}, got {value!r}.")
+            raise MoLEError(f"`{name}` must be of type {kind}, such as {default}, got {value!r}.")
     return read

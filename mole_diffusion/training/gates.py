@@ -14,8 +14,9 @@ from rich.console import Console
 from torch import Tensor
 
 from mole_diffusion.clip import DifferentiableCLIP
+from mole_diffusion.files import NotWrittenError, in_use, try_folder
 from mole_diffusion.gating import GateTable, MoLEModel, balance_loss, floor_loss, mean_usage
-from mole_diffusion.training.checkpoint import CheckpointFolder, fingerprint
+from mole_diffusion.training.checkpoint import CheckpointFolder, base_tensors, base_texts, fingerprint
 from mole_diffusion.training.checks import check_concepts, check_pipeline, check_prompts
 from mole_diffusion.training.concepts import Concept
 from mole_diffusion.training.gate_config import GateTrainingConfig
@@ -36,7 +37,7 @@ from mole_diffusion.training.loop import (
 from mole_diffusion.training.processes import Processes
 from mole_diffusion.training.progress import training_progress
 from mole_diffusion.training.references import reference_features
-from mole_diffusion.training.report import GateReport
+from mole_diffusion.training.report import GateReport, check_out
 from mole_diffusion.training.trackers import LogWith, check_log_with, tracking
 from mole_diffusion.training.walk import Walker
 
@@ -88,9 +89,13 @@ def train_gates(
     Raises:
         ValueError: Prompts or concepts do not fit, the pipeline has fewer than two LoRAs or cannot be trained here, or
             `work` has the checkpoint of another training. `TrainingDivergedError`, a ValueError, at a NaN.
+        MoLEError: `out` holds files of somebody else, or another process works in `work`. `NotWrittenError` where they
+            cannot be written, which is tried before the first step.
     """
     check_pipeline(pipe)
     check_log_with(log_with)
+    if out is not None:
+        check_out(out)
     prompts, concepts = check_prompts(prompts), check_concepts(pipe, config, concepts or {})
     processes = Processes(pipe.unet.device)
     parts = processes.parts(config.batch_size, config.gradient_accumulation)
@@ -98,55 +103,69 @@ def train_gates(
         pipe.to(processes.device)
     precision = Precision(config.mixed_precision, processes.device)
     clip = clip.to(processes.device)
-    references: dict[str, Tensor] = {}
-    if needs_references(config):
-        cache = Path(work) / "references" if work is not None and processes.is_main else None
-        references = processes.from_main(reference_features(pipe, clip, config, concepts, cache))
-    guidance = Guidance(clip, config, prompts, concepts, references)
-    walker = Walker(pipe, config)
-    gates = _fresh_gates(pipe, walker, prompts)
-    parameters = {name: value for name, value in gates.named_parameters() if value.requires_grad}
-    optimizer = make_optimizer(list(parameters.values()), config.learning_rate, config.weight_decay)
-    training = _Training(config, prompts, parts, walker, guidance, gates, optimizer, precision, processes)
-    report = GateReport(pipe, config, prompts, concepts, guidance.texts) if out is not None else None
-
-    lora_hashes = [lora.sha256 for lora in pipe.experts.loras]
-    tensors = [guidance.text_features, *references.values(), pipe.unet.conv_in.weight]
-    run = fingerprint(config, tensors, [*prompts, *guidance.texts, *lora_hashes])
-    checkpoints = CheckpointFolder(work, run) if work is not None else None
-    history, start = History(config.steps), 0
-    if checkpoints is not None and (saved := checkpoints.load(parameters, optimizer)) is not None:
-        start, extra = saved
-        history.load_state_dict(extra["history"])
-        precision.load_state_dict(extra["precision"])
-    processes.wait()  # nobody writes a checkpoint before all have read the last
-
-    models = (pipe.unet, pipe.text_encoder, pipe.vae)
-    shown = progress and processes.is_main
     with ExitStack() as stack:
-        stack.enter_context(without_gradients(*models))
-        stack.enter_context(evaluating(*models))
-        stack.enter_context(gradient_checkpointing(pipe.unet, pipe.vae, enabled=config.gradient_checkpointing))
-        stack.enter_context(pipe.composing())
-        log = stack.enter_context(tracking(log_with, Path(out or work or "."), enabled=processes.is_main))
-        advance = stack.enter_context(training_progress("train-gates", config.steps, start, enabled=shown))
-        for step in range(start, config.steps):
-            numbers, table = training.step(step)
-            done = step + 1
-            check_finite(numbers, done, checkpoints.latest if checkpoints is not None else None)
-            history.add(done, numbers, table)
-            if checkpoints is not None and processes.is_main and _is_due(config, done):
-                extra = {"history": history.state_dict(), "precision": precision.state_dict()}
-                checkpoints.save(done, parameters, optimizer, extra)
-            advance({name: value for name, value in numbers.items() if name in _SHOWN})
-            log(numbers, done)
-            if on_step_end is not None:
-                on_step_end(done, numbers)
-    if shown:
-        Console(stderr=True).print(f"peak memory: {peak_memory(processes.device):.2f} GiB", highlight=False)
-    if report is not None and out is not None and processes.is_main:
-        report.write(Path(out), gates, history, pictures)
-    processes.wait()
+        if work is not None and processes.is_main:
+            try_folder(work)
+            stack.enter_context(in_use(work))
+        references: dict[str, Tensor] = {}
+        if needs_references(config):
+            cache = Path(work) / "references" if work is not None and processes.is_main else None
+            references = processes.from_main(reference_features(pipe, clip, config, concepts, cache))
+        guidance = Guidance(clip, config, prompts, concepts, references)
+        walker = Walker(pipe, config)
+        gates = _fresh_gates(pipe, walker, prompts)
+        parameters = {name: value for name, value in gates.named_parameters() if value.requires_grad}
+        optimizer = make_optimizer(list(parameters.values()), config.learning_rate, config.weight_decay)
+        training = _Training(config, prompts, parts, walker, guidance, gates, optimizer, precision, processes)
+        report = GateReport(pipe, config, prompts, concepts, guidance.texts) if out is not None else None
+
+        checkpoints = None
+        if work is not None:
+            lora_hashes = [lora.sha256 for lora in pipe.experts.loras]
+            tensors = [guidance.text_features, *references.values(), *base_tensors(pipe), *clip.state_dict().values()]
+            run = fingerprint(config, tensors, [*prompts, *guidance.texts, *lora_hashes, *base_texts(pipe)])
+            checkpoints = CheckpointFolder(work, run)
+        history, start = History(config.steps), 0
+        if checkpoints is not None:
+            saved = checkpoints.load(parameters, optimizer, ("history", "precision"))
+            if saved is not None:
+                start, extra = saved
+                history.load_state_dict(extra["history"])
+                precision.load_state_dict(extra["precision"])
+        processes.wait()  # nobody writes a checkpoint before all have read the last
+
+        models = (pipe.unet, pipe.text_encoder, pipe.vae)
+        shown = progress and processes.is_main
+        with ExitStack() as while_training:
+            enter = while_training.enter_context
+            enter(without_gradients(*models))
+            enter(evaluating(*models))
+            enter(gradient_checkpointing(pipe.unet, pipe.vae, enabled=config.gradient_checkpointing))
+            enter(pipe.composing())
+            log = enter(tracking(log_with, Path(out or work or "."), enabled=processes.is_main))
+            advance = enter(training_progress("train-gates", config.steps, start, enabled=shown))
+            for step in range(start, config.steps):
+                numbers, table = training.step(step)
+                done = step + 1
+                check_finite(numbers, done, checkpoints.latest if checkpoints is not None else None)
+                history.add(done, numbers, table)
+                if checkpoints is not None and processes.is_main and _is_due(config, done):
+                    extra = {"history": history.state_dict(), "precision": precision.state_dict()}
+                    try:
+                        checkpoints.save(done, parameters, optimizer, extra)
+                    except NotWrittenError:
+                        if done < config.steps or out is None:  # what is finished may still find its place
+                            raise
+                advance({name: value for name, value in numbers.items() if name in _SHOWN})
+                log(numbers, done)
+                if on_step_end is not None:
+                    on_step_end(done, numbers)
+        if report is not None and out is not None and processes.is_main:
+            report.write(Path(out), gates, history, pictures)
+        memory = peak_memory(processes.device)
+        if shown and memory is not None:
+            Console(stderr=True).print(f"peak memory: {memory:.2f} GiB", highlight=False)
+        processes.wait()
     return gates
 
 

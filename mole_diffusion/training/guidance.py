@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mole_diffusion.clip import DifferentiableCLIP
+from mole_diffusion.errors import MoLEError
 from mole_diffusion.training.concepts import Concept, text_for_clip
 from mole_diffusion.training.gate_config import GateTrainingConfig
 
@@ -51,7 +52,7 @@ class Guidance:
         called = [[concept.is_in(prompt) for concept in concepts.values()] for prompt in prompts]
         for prompt, calls in zip(prompts, called, strict=True):
             if not any(calls):
-                raise ValueError(
+                raise MoLEError(
                     f"The local and identity terms compare with the concepts a prompt calls, and {prompt!r} has none "
                     f"of the tokens {[concept.token for concept in concepts.values()]}. Put tokens into every prompt, "
                     "give `concepts` for all of them, or set `local_weight` and `identity_weight` to 0."

@@ -69,19 +69,19 @@ def check_step_settings(config: Any) -> None:
     """Checks the fields that every training config has; Raises: ValueError with the field, its value and the remedy."""
     for field in ("steps", "batch_size"):
         if getattr(config, field) < 1:
-            raise ValueError(f"`{field}` must be at least 1, got {getattr(config, field)}.")
+            raise MoLEError(f"`{field}` must be at least 1, got {getattr(config, field)}.")
     for field in ("warmup_steps", "checkpoint_every"):
         if getattr(config, field) < 0:
-            raise ValueError(f"`{field}` must be 0 (off) or more, got {getattr(config, field)}.")
+            raise MoLEError(f"`{field}` must be 0 (off) or more, got {getattr(config, field)}.")
     if config.warmup_steps >= config.steps:
-        raise ValueError(f"`warmup_steps` ({config.warmup_steps}) must be fewer than `steps` ({config.steps}).")
+        raise MoLEError(f"`warmup_steps` ({config.warmup_steps}) must be fewer than `steps` ({config.steps}).")
     for field in ("learning_rate", "max_grad_norm"):
         if not (math.isfinite(getattr(config, field)) and getattr(config, field) > 0):
-            raise ValueError(f"`{field}` must be positive and finite, got {getattr(config, field)}.")
+            raise MoLEError(f"`{field}` must be positive and finite, got {getattr(config, field)}.")
     if not (math.isfinite(config.weight_decay) and config.weight_decay >= 0):
-        raise ValueError(f"`weight_decay` must be 0 or more, got {config.weight_decay}.")
+        raise MoLEError(f"`weight_decay` must be 0 or more, got {config.weight_decay}.")
     if config.mixed_precision not in ("no", "fp16", "bf16"):
-        raise ValueError(f'`mixed_precision` must be "no", "fp16" or "bf16", got {config.mixed_precision!r}.')
+        raise MoLEError(f'`mixed_precision` must be "no", "fp16" or "bf16", got {config.mixed_precision!r}.')
 
 
 class Precision:
@@ -96,9 +96,7 @@ class Precision:
 
     def __init__(self, mode: MixedPrecision, device: torch.device) -> None:
         if mode == "fp16" and device.type == "cpu":
-            raise ValueError(
-                '`mixed_precision="fp16"` needs a GPU, and the pipeline is on the CPU. Use "bf16" or "no".'
-            )
+            raise MoLEError('`mixed_precision="fp16"` needs a GPU, and the pipeline is on the CPU. Use "bf16" or "no".')
         self._device = device
         self._dtype = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[mode]
         self._scaler = torch.amp.GradScaler(device.type, enabled=mode == "fp16")
@@ -169,12 +167,17 @@ def gradient_checkpointing(*models: Any, enabled: bool) -> Iterator[None]:
             model.disable_gradient_checkpointing()
 
 
-def peak_memory(device: torch.device) -> float:
-    """GiB: the most that tensors took on a GPU since the process started, elsewhere the process's resident memory."""
+def peak_memory(device: torch.device) -> float | None:
+    """GiB: the most that tensors took on a GPU since the process started, elsewhere the process's resident memory.
+
+    None on systems that do not say.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource  # not on Windows
-
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 

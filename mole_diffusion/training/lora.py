@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,9 +18,12 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from mole_diffusion.errors import MoLEError
+from mole_diffusion.files import NotWrittenError, in_use, try_file, write_last
 from mole_diffusion.lora import LoRAFactors, save_lora
 from mole_diffusion.lora.triggers import write_triggers
-from mole_diffusion.training.checkpoint import CheckpointFolder, fingerprint
+from mole_diffusion.pictures import as_seen
+from mole_diffusion.training.checkpoint import CheckpointFolder, base_tensors, base_texts, fingerprint
 from mole_diffusion.training.loop import (
     MixedPrecision,
     Precision,
@@ -97,28 +101,28 @@ class LoRATrainingConfig:
                 raise TypeError(f"`{field}` must be a sequence of strings, got the string {value!r}. Try ({value!r},).")
             object.__setattr__(self, field, tuple(value))
         if bool(self.captions) == bool(self.prompts):
-            raise ValueError(
+            raise MoLEError(
                 f"Give either `captions` (one per picture) or `prompts` (for every picture), got {len(self.captions)} "
                 f"captions and {len(self.prompts)} prompts."
             )
         if not all(text.strip() for text in (*self.captions, *self.prompts)):
-            raise ValueError("One of `captions` or `prompts` is empty. Each must name the subject by its token.")
+            raise MoLEError("One of `captions` or `prompts` is empty. Each must name the subject by its token.")
         for text in (*self.captions, *self.prompts) if self.triggers else ():
             if not any(trigger.strip() and trigger.lower() in text.lower() for trigger in self.triggers):
-                raise ValueError(
+                raise MoLEError(
                     f"{text!r} has none of `triggers`, {', '.join(map(repr, self.triggers))}. Give the words that call "
                     "the subject in every caption or prompt, or no triggers."
                 )
         if not self.unet_targets and not self.text_encoder_targets:
-            raise ValueError("`unet_targets` and `text_encoder_targets` are both empty: there is nothing to train.")
+            raise MoLEError("`unet_targets` and `text_encoder_targets` are both empty: there is nothing to train.")
         if self.rank < 1:
-            raise ValueError(f"`rank` must be at least 1, got {self.rank}.")
+            raise MoLEError(f"`rank` must be at least 1, got {self.rank}.")
         if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise ValueError(f"`alpha` must be positive and finite, or None for alpha = rank, got {self.alpha}.")
+            raise MoLEError(f"`alpha` must be positive and finite, or None for alpha = rank, got {self.alpha}.")
         if isinstance(self.resolution, str) and self.resolution != "native":
-            raise ValueError(f'`resolution` must be a number of pixels, None or "native", got {self.resolution!r}.')
+            raise MoLEError(f'`resolution` must be a number of pixels, None or "native", got {self.resolution!r}.')
         if isinstance(self.resolution, int) and self.resolution < 8:
-            raise ValueError(
+            raise MoLEError(
                 f"`resolution` must be at least 8 pixels, or None for the base's own, got {self.resolution}."
             )
         check_step_settings(self)
@@ -153,14 +157,19 @@ def train_lora(
         Component -> module name -> factors.
 
     Raises:
-        ValueError: Pictures and captions do not fit, a target names nothing, the pipeline cannot be trained here, or
-            `work` has the checkpoint of another training. `TrainingDivergedError`, a ValueError, at a NaN.
+        MoLEError: Pictures and captions do not fit, a target names nothing, the pipeline cannot be trained here, or
+            `work` has the checkpoint of another training. `TrainingDivergedError` at a NaN. `NotWrittenError` where
+            `out` or `work` cannot be written, which is tried before the first step.
     """
     _check_pipeline(pipe, config)
     if not images:
-        raise ValueError("`images` is empty. Give at least one picture; DreamBooth takes three to five.")
+        raise MoLEError("`images` is empty. Give at least one picture; DreamBooth takes three to five.")
     if config.captions and len(config.captions) != len(images):
-        raise ValueError(f"{len(config.captions)} captions for {len(images)} images; give one caption per picture.")
+        raise MoLEError(f"{len(config.captions)} captions for {len(images)} images; give one caption per picture.")
+    if out is not None:
+        if Path(out).suffix != ".safetensors":
+            raise MoLEError(f"`out` is {os.fspath(out)!r}; a LoRA is saved as safetensors, so let it end so.")
+        try_file(out)
     schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
     components = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
     lora = TrainableLoRA(
@@ -174,25 +183,22 @@ def train_lora(
     optimizer = make_optimizer(list(parameters.values()), config.learning_rate, config.weight_decay)
     precision = Precision(config.mixed_precision, pipe.unet.device)
     groups = _groups(images, config.resolution or pipe.unet.config.sample_size * pipe.vae_scale_factor, pipe)
-
-    # The first row of every adapted weight tells one base model from another.
-    rows = [module.weight[0] for module, _ in lora.layers.values()]
-    checkpoints = (
-        CheckpointFolder(work, fingerprint(config, [*(pixels for _, pixels in groups), *rows]))
-        if work is not None
-        else None
-    )
+    checkpoints = None
+    if work is not None:
+        run = fingerprint(config, [*(pixels for _, pixels in groups), *base_tensors(pipe)], base_texts(pipe))
+        checkpoints = CheckpointFolder(work, run)
     losses: list[float] = []
     start = 0
-    if checkpoints is not None and (saved := checkpoints.load(parameters, optimizer)) is not None:
-        start, extra = saved
-        losses = extra["losses"]
-        precision.load_state_dict(extra["precision"])
-
-    with (
-        lora.attached(pipe.unet, pipe.text_encoder, pipe.vae),
-        training_progress("train-lora", config.steps, start, enabled=progress) as advance,
-    ):
+    with ExitStack() as stack:
+        if checkpoints is not None:
+            stack.enter_context(in_use(checkpoints.folder))
+            saved = checkpoints.load(parameters, optimizer, ("losses", "precision"))
+            if saved is not None:
+                start, extra = saved
+                losses = extra["losses"]
+                precision.load_state_dict(extra["precision"])
+        stack.enter_context(lora.attached(pipe.unet, pipe.text_encoder, pipe.vae))
+        advance = stack.enter_context(training_progress("train-lora", config.steps, start, enabled=progress))
         data = _TrainingData(pipe, groups, config)
         for step in range(start, config.steps):
             set_learning_rate(
@@ -201,21 +207,26 @@ def train_lora(
             with precision.autocast():
                 loss = _denoising_loss(pipe.unet, schedule, data, step_generator(config.seed, step))
             losses.append(loss.item())
-            check_finite({"loss": losses[-1]}, step + 1)
+            check_finite({"loss": losses[-1]}, step + 1, checkpoints.latest if checkpoints is not None else None)
             precision.step(loss, optimizer, parameters.values(), config.max_grad_norm)
             done = step + 1
             if checkpoints is not None and (
                 done == config.steps or (config.checkpoint_every and done % config.checkpoint_every == 0)
             ):
-                checkpoints.save(done, parameters, optimizer, {"losses": losses, "precision": precision.state_dict()})
+                try:
+                    extra = {"losses": losses, "precision": precision.state_dict()}
+                    checkpoints.save(done, parameters, optimizer, extra)
+                except NotWrittenError:
+                    if done < config.steps or out is None:  # what is finished may still find its place
+                        raise
             advance({"loss": losses[-1]})
             if on_step_end is not None:
                 on_step_end(done, losses[-1])
-
-    factors = lora.factors()
-    if out is not None:
-        training = {"mole_diffusion.training": json.dumps(dataclasses.asdict(config))}
-        save_lora(factors, Path(out), metadata={**training, **write_triggers(config.triggers)})
+        factors = lora.factors()
+        if out is not None:
+            training = {"mole_diffusion.training": json.dumps(dataclasses.asdict(config))}
+            metadata = {**training, **write_triggers(config.triggers)}
+            write_last(out, lambda path: save_lora(factors, path, metadata=metadata))
     return factors
 
 
@@ -289,12 +300,12 @@ def _denoising_loss(unet: Any, schedule: NoiseSchedule, data: _TrainingData, gen
 def _groups(images: Sequence[Image.Image], size: int | Literal["native"], pipe: Any) -> list[tuple[Tensor, Tensor]]:
     """Numbers of the pictures of each size, and these as (n, 3, height, width) in [-1, 1], cut around the centre."""
     by_size: dict[tuple[int, int], list[int]] = {}
-    upright = [ImageOps.exif_transpose(image).convert("RGB") for image in images]
+    upright = [as_seen(image) for image in images]
     for number, image in enumerate(upright):
         if size == "native":
             width, height = (side // pipe.vae_scale_factor * pipe.vae_scale_factor for side in image.size)
             if min(width, height) < 8:
-                raise ValueError(f"A picture of {image.width}×{image.height} pixels is too small to train on.")
+                raise MoLEError(f"A picture of {image.width}×{image.height} pixels is too small to train on.")
         else:
             width = height = size
         by_size.setdefault((width, height), []).append(number)
@@ -311,26 +322,26 @@ def _check_pipeline(pipe: Any, config: LoRATrainingConfig) -> None:
     name = type(pipe).__name__
     unet = getattr(pipe, "unet", None)
     if unet is None or unet.config.addition_embed_type is not None:
-        raise ValueError(
+        raise MoLEError(
             f"{name} cannot be trained here: `train_lora` needs a Stable Diffusion pipeline (1.x, 2.x or of that "
             "shape), with one UNet that takes a prompt and nothing else."
         )
     if unet.config.in_channels != pipe.vae.config.latent_channels:
-        raise ValueError(
+        raise MoLEError(
             f"{name} has a UNet with {unet.config.in_channels} input channels for {pipe.vae.config.latent_channels} "
             "latent channels: an inpainting or editing model. Train on the text-to-image base model."
         )
     if getattr(pipe, "experts", None) is not None:
-        raise ValueError(
+        raise MoLEError(
             f"{name} has LoRAs loaded, and a LoRA is trained on the bare base. Call `unload_loras()` first."
         )
     if getattr(unet, "peft_config", None):
-        raise ValueError(
+        raise MoLEError(
             f"{name} has PEFT adapters {sorted(unet.peft_config)} loaded, and a LoRA is trained on the bare base. "
             "Call `unload_lora_weights()` first."
         )
     if unet.dtype == torch.float16 and config.mixed_precision != "fp16":
-        raise ValueError(
+        raise MoLEError(
             "The base is in float16, where small gradients become zero without loss scaling. "
             'Set `mixed_precision="fp16"`, or load the base in float32 or bfloat16.'
         )

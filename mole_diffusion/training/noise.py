@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mole_diffusion.errors import MoLEError
+
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 
@@ -32,13 +34,13 @@ class NoiseSchedule:
         name = type(scheduler).__name__
         alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
         if alphas_cumprod is None:
-            raise ValueError(
+            raise MoLEError(
                 f"{name} has no `alphas_cumprod`, so its noise is not known to this training. Set one of the DDPM "
                 "family before training, for instance DDIMScheduler.from_config(pipe.scheduler.config)."
             )
         prediction_type = scheduler.config.prediction_type
         if prediction_type not in PREDICTION_TYPES:
-            raise ValueError(f"{name} has prediction_type {prediction_type!r}; training knows {PREDICTION_TYPES}.")
+            raise MoLEError(f"{name} has prediction_type {prediction_type!r}; training knows {PREDICTION_TYPES}.")
         return cls(alphas_cumprod.float().cpu(), prediction_type)
 
     @property
@@ -68,7 +70,7 @@ class NoiseSchedule:
         if self.prediction_type == "v_prediction":
             return signal * noisy - sigma * prediction
         if bool((signal == 0).any()):
-            raise ValueError(
+            raise MoLEError(
                 'prediction_type "epsilon" at a timestep of zero SNR says nothing about the clean picture; '
                 'use a scheduler with prediction_type "v_prediction".'
             )

@@ -9,6 +9,8 @@ from accelerate import PartialState
 from accelerate.utils import broadcast, reduce
 from torch import Tensor
 
+from mole_diffusion.errors import MoLEError
+
 
 class Processes:
     """The processes that `accelerate launch` or `torchrun` started, or this one alone.
@@ -43,7 +45,7 @@ class Processes:
         """
         rows, rest = divmod(batch_size, self.num * accumulation)
         if rest:
-            raise ValueError(
+            raise MoLEError(
                 f"`batch_size` ({batch_size}) must be a multiple of processes x `gradient_accumulation` "
                 f"({self.num} x {accumulation}), so that every process has the same share."
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from mole_diffusion.clip import DifferentiableCLIP
-from mole_diffusion.files import atomic_path
+from mole_diffusion.errors import MoLEError
+from mole_diffusion.files import atomic_path, file_name
+from mole_diffusion.pictures import as_seen, read_picture
+from mole_diffusion.training.checkpoint import base_tensors, base_texts, content_hash
 from mole_diffusion.training.concepts import Concept
 from mole_diffusion.training.gate_config import GateTrainingConfig
 from mole_diffusion.training.loop import step_generator
@@ -37,25 +39,29 @@ def reference_features(
         concepts: By the names of their LoRAs.
         cache: Folder for drawn pictures; they are drawn once for a LoRA, base, caption and seed. None keeps none.
     """
+    base = "" if cache is None else content_hash(base_tensors(pipe), base_texts(pipe))
     features = {}
     for name, concept in concepts.items():
-        pictures = list(concept.references) or _drawn(pipe, config, name, concept, cache)
+        pictures = list(concept.references) or _drawn(pipe, config, name, concept, cache, base)
         features[name] = torch.cat([clip.encode_image(_as_tensor(picture)) for picture in pictures])
     return features
 
 
 @torch.no_grad()
-def _drawn(pipe: Any, config: GateTrainingConfig, name: str, concept: Concept, cache: Path | None) -> list[Image.Image]:
+def _drawn(
+    pipe: Any, config: GateTrainingConfig, name: str, concept: Concept, cache: Path | None, base: str
+) -> list[Image.Image]:
     """Pictures that the LoRA of a concept draws alone, at weight 1."""
     prompt = f"a photo of a {concept.token} {concept.class_name}"
     files = []
     if cache is not None:
         lora = next(lora for lora in pipe.experts.loras if lora.name == name)
-        base = pipe.unet.conv_in.weight.detach().float().cpu().numpy().tobytes()
-        key = hashlib.sha256("\0".join((lora.sha256, prompt, str(config.seed))).encode() + base).hexdigest()[:12]
-        files = [cache / f"{name}-{key}-{k}.png" for k in range(config.reference_pictures)]
-        if all(file.is_file() for file in files):
-            return [_read(file) for file in files]
+        key = content_hash([], [lora.sha256, prompt, str(config.seed), f"{STEPS} {GUIDANCE_SCALE}", base])[:16]
+        # The name of a LoRA leads nowhere: it is no part of the name of a file as it is.
+        files = [cache / f"{file_name(name)}-{key}-{k}.png" for k in range(config.reference_pictures)]
+        drawn = [_whole(file) for file in files]
+        if all(picture is not None for picture in drawn):
+            return [picture for picture in drawn if picture is not None]
     composition, bar = pipe.composition, getattr(pipe, "_progress_bar_config", {})
     try:
         pipe.set_composition("linear")
@@ -79,12 +85,15 @@ def _drawn(pipe: Any, config: GateTrainingConfig, name: str, concept: Concept, c
     return pictures
 
 
-def _read(file: Path) -> Image.Image:
-    with Image.open(file) as picture:
-        return picture.convert("RGB")
+def _whole(file: Path) -> Image.Image | None:
+    """A picture that was drawn before; None where there is none, or not the whole of it."""
+    try:
+        return read_picture(file)
+    except MoLEError:
+        return None
 
 
 def _as_tensor(picture: Image.Image) -> Tensor:
     """(1, 3, height, width) in [0, 1]; one by one, since a user's pictures differ in size."""
-    pixels = torch.from_numpy(np.array(picture.convert("RGB")))
+    pixels = torch.from_numpy(np.array(as_seen(picture)))
     return pixels.permute(2, 0, 1)[None].float() / 255

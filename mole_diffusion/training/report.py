@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
-from mole_diffusion.files import atomic_path, write_json
+from mole_diffusion.errors import MoLEError
+from mole_diffusion.files import atomic_path, try_folder, write_json, write_last
 from mole_diffusion.gating import MoLEModel
 from mole_diffusion.sheets import curves, gate_heat_maps, picture_sheet
 from mole_diffusion.training.concepts import Concept
 from mole_diffusion.training.gate_config import GateTrainingConfig
 from mole_diffusion.training.history import History
 
-TRAINING_FILE = "training.json"
+TRAINING_FILE, CARD_FILE = "training.json", "README.md"
+LIBRARY = "library_name: mole_diffusion"
 SEEDS = (0, 1, 2, 3)
 PROMPTS_SHOWN = 2
 STEPS = 25
@@ -51,9 +55,13 @@ class GateReport:
         self._untrained = {name: value.clone() for name, value in pipe.gates.state_dict().items()}
 
     def write(self, out: Path, gates: MoLEModel, history: History, pictures: bool) -> None:
-        """Writes everything into `out`, the gates last, so that gates there mean that the rest is there too."""
-        if pictures:
-            self._draw_all(out, gates, history)
+        """Writes everything into `out`, the gates last, so that gates there mean that the rest is there too.
+
+        What goes wrong with a picture is raised after the gates are written.
+
+        Raises:
+            NotWrittenError: `out` cannot be written. The message says where the gates lie instead.
+        """
         record = {
             "config": dataclasses.asdict(self.config),
             "prompts": dict(zip(self.prompts, self.clip_texts, strict=True)),
@@ -68,10 +76,19 @@ class GateReport:
             },
             "numbers": history.numbers,
         }
-        write_json(out / TRAINING_FILE, record)
-        with atomic_path(out / "README.md") as temporary:
-            temporary.write_text(self._card(gates, history, pictures), encoding="utf-8")
-        gates.save_pretrained(out)
+
+        def write_all(folder: Path, with_pictures: bool = False) -> None:
+            # The record first: it shows whose folder this is.
+            write_json(folder / TRAINING_FILE, record)
+            try:
+                if with_pictures:
+                    self._draw_all(folder, gates, history)
+            finally:
+                with atomic_path(folder / CARD_FILE) as temporary:
+                    temporary.write_text(self._card(gates, history, with_pictures), encoding="utf-8")
+                gates.save_pretrained(folder)
+
+        write_last(out, lambda folder: write_all(folder, pictures and folder == out))
 
     def _draw_all(self, out: Path, gates: MoLEModel, history: History) -> None:
         curves(_panels(history), out / "curves.png", title=" + ".join(gates.lora_names))
@@ -112,6 +129,11 @@ class GateReport:
         finally:
             self.pipe.set_progress_bar_config(**bar)
 
+    def _lora_line(self, lora: Mapping[str, Any]) -> str:
+        name, (low, high) = lora["name"], lora["ranks"]
+        token = f', token "{_in_a_line(self.concepts[name].token)}"' if name in self.concepts else ""
+        return f"- {_in_a_line(name)}: SHA-256 {lora['sha256']}, ranks {low} to {high}{token}"
+
     def _card(self, gates: MoLEModel, history: History, pictures: bool) -> str:
         """The model card, in the form of the Hugging Face Hub."""
         base, on_hub = _base_model(self.pipe)
@@ -119,22 +141,18 @@ class GateReport:
         numbers = [name for name in history.numbers if not name.startswith("weight/")]
         lines = [
             "---",
-            "library_name: mole_diffusion",
+            LIBRARY,
             *([f"base_model: {base}"] if on_hub else []),
             "tags: [lora, mixture-of-lora-experts, stable-diffusion]",
             "---",
             "",
-            f"# Gates for {' + '.join(gates.lora_names)}",
+            f"# Gates for {_in_a_line(' + '.join(gates.lora_names))}",
             "",
             "Gates of [Mixture of LoRA Experts](https://openreview.net/forum?id=uWvKBCYh4S), trained by "
             "`mole_diffusion.train_gates`. They weigh exactly these LoRAs on this base:",
             "",
             f"- base: {base}",
-            *(
-                f"- {lora['name']}: SHA-256 {lora['sha256']}, ranks {lora['ranks'][0]} to {lora['ranks'][1]}"
-                + (f', token "{self.concepts[lora["name"]].token}"' if lora["name"] in self.concepts else "")
-                for lora in gates.config.loras
-            ),
+            *(self._lora_line(lora) for lora in gates.config.loras),
             "",
             "```python",
             f"pipe.load_loras({{{', '.join(f'{json.dumps(name)}: ...' for name in gates.lora_names)}}})",
@@ -144,7 +162,7 @@ class GateReport:
             f"Trained for {config.steps} steps of {config.batch_size} pictures, seed {config.seed}, on "
             f"{len(self.prompts)} prompts, such as:",
             "",
-            *(f"- {prompt}" for prompt in self.prompts[:5]),
+            *(f"- {_in_a_line(prompt)}" for prompt in self.prompts[:5]),
             "",
             "| | first tenth | last tenth |",
             "|---|---|---|",
@@ -164,12 +182,71 @@ class GateReport:
         return "\n".join(lines)
 
 
+def check_out(folder: str | os.PathLike[str]) -> None:
+    """Makes sure, before a training, that its report can be written into a folder and replaces nobody else's files.
+
+    Raises:
+        NotWrittenError: It cannot be written.
+        MoLEError: It has files of these names that no gate training wrote.
+    """
+    place = try_folder(folder)
+    for name, ours in _OURS.items():
+        file = place / name
+        if file.exists() and not (file.is_file() and ours(file)):
+            raise MoLEError(
+                f"{file} is there and was not written by a gate training; it would be replaced. Choose another folder, "
+                "or move it away."
+            )
+
+
+def _is_record(file: Path) -> bool:
+    found = _json(file)
+    return isinstance(found, dict) and {"config", "prompts", "numbers"} <= set(found)
+
+
+def _is_config(file: Path) -> bool:
+    found = _json(file)
+    return isinstance(found, dict) and found.get("_class_name") == MoLEModel.__name__
+
+
+def _is_card(file: Path) -> bool:
+    return LIBRARY in file.read_text(encoding="utf-8", errors="replace")
+
+
+def _has_record(file: Path) -> bool:
+    return (file.parent / TRAINING_FILE).is_file() or (file.parent / "config.json").is_file()
+
+
+def _json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+_OURS: dict[str, Callable[[Path], bool]] = {
+    TRAINING_FILE: _is_record,
+    "config.json": _is_config,
+    CARD_FILE: _is_card,
+    "diffusion_pytorch_model.safetensors": _has_record,
+    **dict.fromkeys(("curves.png", "gates.png", "samples.png"), _has_record),
+}
+"""Every file of a report, and how to tell that it is one."""
+
+
+def _in_a_line(text: str) -> str:
+    """A name or prompt as Markdown shows it in its place: in one line, and no part of a table or of code."""
+    return " ".join(text.split()).replace("|", r"\|").replace("`", "'")
+
+
 def _base_model(pipe: Any) -> tuple[str, bool]:
     """Name of the base, and whether it is one of the Hub; of a local folder only its own name, which others may see."""
-    name = pipe.config.get("_name_or_path")
+    name = str(pipe.config.get("_name_or_path") or "")
     if not name:
         return "unknown", False
-    return (Path(name).name, False) if Path(name).exists() else (name, True)
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not Path(name).exists():
+        return name, True
+    return _in_a_line(re.split(r"[/\\]", name.rstrip("/\\"))[-1]), False
 
 
 def _panels(history: History) -> dict[str, dict[str, list[float]]]:

@@ -10,6 +10,8 @@ from typing import Any, Literal, Protocol
 
 from accelerate.tracking import TensorBoardTracker, WandBTracker
 
+from mole_diffusion.errors import MoLEError
+
 LogWith = Literal["none", "tensorboard", "wandb"]
 PROJECT = "mole-train-gates"
 
@@ -45,9 +47,9 @@ def check_log_with(log_with: str) -> None:
     if log_with == "none":
         return
     if log_with not in ("tensorboard", "wandb"):
-        raise ValueError(f'`log_with` must be "none", "tensorboard" or "wandb", got {log_with!r}.')
+        raise MoLEError(f'`log_with` must be "none", "tensorboard" or "wandb", got {log_with!r}.')
     if importlib.util.find_spec(log_with) is None:
-        raise ValueError(
+        raise MoLEError(
             f'log_with="{log_with}" needs the package {log_with}, which is not installed. Install it with '
             f'`pip install {log_with}`, or use log_with="none".'
         )

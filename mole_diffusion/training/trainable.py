@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mole_diffusion.errors import MoLEError
 from mole_diffusion.lora import LoRAFactors
 from mole_diffusion.training.loop import without_gradients
 
@@ -125,12 +126,12 @@ def _find(component: str, model: nn.Module, wanted: Sequence[str]) -> dict[str, 
         ):
             found[name] = module
         else:
-            raise ValueError(
+            raise MoLEError(
                 f"target {sorted(hits)} of {component} is {name}, a {type(module).__name__}; "
                 "a LoRA goes on Linear and on ungrouped, zero-padded Conv2d."
             )
     if missing:
-        raise ValueError(
+        raise MoLEError(
             f"{component} ({type(model).__name__}) has no module named {sorted(missing)}. Give last parts of its "
             'dotted module names, such as "to_q" or "ff.net.2" in a UNet, "q_proj" or "fc1" in a CLIP text encoder.'
         )

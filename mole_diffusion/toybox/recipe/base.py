@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from mole_diffusion.files import write_safetensors
+from mole_diffusion.training.checkpoint import content_hash
 
 from ..render import render_array
 from ..shapes import CLASSES, PATTERNS
@@ -176,11 +177,14 @@ def encode_scenes(
 ) -> Tensor:
     """Scaled latents of scenes of one side, ``(scenes, 8, side / 4, side / 4)``, fp16; kept in ``path`` for later."""
     side = scenes[0].side * LATENT_SIZE // IMAGE_SIZE
-    made_of = {"seed": str(seed), "num_scenes": str(len(scenes))}
-    if path.exists():
+    weights = content_hash(tensor for _, tensor in sorted(vae.state_dict().items()))
+    made_of = {"seed": str(seed), "num_scenes": str(len(scenes)), "vae": weights}
+    try:
         with safe_open(path, framework="pt") as file:
             if file.metadata() == made_of:
                 return file.get_tensor("latents")
+    except (FileNotFoundError, SafetensorError):  # not there, or damaged: encoded again
+        pass
     latents = torch.empty(len(scenes), LATENT_CHANNELS, side, side, dtype=torch.float16)
     chunk = 64
     for start in tqdm(range(0, len(scenes), chunk), desc="scenes"):

@@ -33,4 +33,6 @@ def make_tokenizer() -> CLIPTokenizer:
     words = [word for word in WORDS if len(word) > 1]
     tokenizer.add_tokens([AddedToken(word, single_word=True, normalized=True) for word in words])
     tokenizer.add_tokens([AddedToken(token, normalized=True) for token in RARE_TOKENS])
+    # Its files tell how it was called last; so a build that goes on after its trainings writes what one in one go does.
+    tokenizer("", padding="max_length", max_length=MAX_TOKENS, truncation=True)
     return tokenizer

@@ -1,0 +1,145 @@
+"""What the rows of a benchmark were made of, by its bytes and not by where it lies."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from ..errors import MoLEError
+from ..files import sha256
+from ..pictures import picture_files
+from .benchmark_config import BenchmarkConfig
+from .benchmark_gates import gates_folder
+
+SHA256, LORAS, METHODS = "sha256", "LoRA files", "methods"
+_BY_HASH = ("base", "clip", "gates", "image_encoder")
+_NO_MATTER = ("name", "compositions", "concepts", "keep", "reference", "paper", *_BY_HASH)
+"""What rows do not depend on, are named after, or depend on by its bytes."""
+_MODEL_FILES = (".json", ".safetensors", ".bin", ".txt", ".model", ".pt")
+
+
+def made_of(config: BenchmarkConfig) -> dict[str, Any]:
+    """Everything that the rows of a benchmark depend on, without a path: files stand there by their SHA-256.
+
+    A hash is `None` where nothing lies here yet: a model that comes from the Hub, gates that are missing.
+
+    Raises:
+        MoLEError: A LoRA or the pictures of a concept are not there.
+    """
+    settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in _NO_MATTER}
+    used = dict.fromkeys(name for names in config.compositions for name in names)
+    hashes = {
+        "base": _source_hash(config.base, "base_dir", "model_index.json"),
+        "CLIP": _source_hash(config.clip, "clip_dir", "open_clip_config.json"),
+        "image encoder": None
+        if config.image_encoder is None
+        else _source_hash(config.image_encoder, "", "config.json"),
+    }
+    return settings | {
+        METHODS: {method.label: dataclasses.asdict(method) for method in config.methods},
+        LORAS: {name: _concept(config, name) for name in used},
+        SHA256: hashes | _gates(config),
+    }
+
+
+def shown(source: str) -> str:
+    """The name of a base or a CLIP for others to read: of what lies here, not where it lies."""
+    return without_paths(str(Path(source).absolute())) if Path(source).exists() else without_paths(source)
+
+
+def without_paths(text: str) -> str:
+    """A text with only the last part of every absolute path in it, which may hold the name of a user."""
+    return re.sub(
+        r"""(?<![\w/.:~-])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\:'"`<>|,;()]+[/\\])*([^\s/\\:'"`<>|,;()]*)""", r"\1", text
+    )
+
+
+def _concept(config: BenchmarkConfig, name: str) -> dict[str, Any]:
+    concept = config.concepts[name]
+    path = Path(concept.lora)
+    if not path.is_file():
+        raise MoLEError(f"concept {name!r}: there is no LoRA file {path}.")
+    return {
+        "phrase": concept.phrase,
+        "description": concept.description,
+        "sha256": sha256(path),
+        "references sha256": _references_hash(name, concept.references),
+    }
+
+
+def _references_hash(name: str, folder: str) -> str:
+    digest = hashlib.sha256()
+    if folder == "toybox":
+        from .. import toybox
+
+        for picture in toybox.references(name):
+            digest.update(picture.tobytes())
+        return digest.hexdigest()
+    try:
+        files = picture_files(folder)
+    except MoLEError as error:
+        raise MoLEError(f"references of concept {name!r}: {error}") from None
+    for file in files:
+        if not file.is_file():
+            raise MoLEError(f"references of concept {name!r}: {file} cannot be read as a picture: it is no file.")
+        digest.update(sha256(file).encode())
+    return digest.hexdigest()
+
+
+def _gates(config: BenchmarkConfig) -> dict[str, str | None]:
+    """Of gates that lie somewhere; those that are trained follow from the rest."""
+    found: dict[str, str | None] = {}
+    for method in config.methods:
+        if method.training is None and "gates" in method.build().needs:
+            for names in config.compositions:
+                composition = "+".join(names)
+                try:
+                    folder = gates_folder(config, Path(), composition, method)
+                except ValueError:  # the toybox has none: their rows will say so
+                    continue
+                found[f"gates of {composition}"] = folder_hash(folder) if folder.is_dir() else None
+    return found
+
+
+def _source_hash(source: str, of_toybox: str, file: str) -> str | None:
+    """Of a model: a folder or file here, the toybox's, one of the Hub that was loaded before, or a name for weights."""
+    if source == "toybox":
+        from .. import toybox
+
+        return folder_hash(getattr(toybox, of_toybox)())
+    path = Path(source.removeprefix("local-dir:"))
+    if path.is_dir():
+        return folder_hash(path)
+    if path.is_file():
+        return sha256(path)
+    _, _, weights = source.partition(":")
+    if weights:
+        return sha256(weights) if Path(weights).is_file() else source
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(source, file) if source.count("/") == 1 else None
+    return folder_hash(Path(cached).parent) if isinstance(cached, str) else None
+
+
+def folder_hash(folder: Path) -> str:
+    """SHA-256 over the files of a model's folder: names and bytes, of a pipeline's those of its parts."""
+    index, parts = folder / "model_index.json", [folder]
+    if index.is_file():
+        try:
+            parts = [folder / name for name, value in json.loads(index.read_bytes()).items() if isinstance(value, list)]
+        except (ValueError, AttributeError) as error:
+            raise MoLEError(f"{index} is damaged: {error}. Get the model again.") from None
+    files = [file for part in parts if part.is_dir() for file in part.rglob("*")]
+    names = {
+        file.relative_to(folder).as_posix(): file
+        for file in [*files, *([index] if index.is_file() else [])]
+        if file.is_file() and file.suffix in _MODEL_FILES and not file.name.startswith(".")
+    }
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        digest.update(f"{name}\0{sha256(names[name])}\0".encode())
+    return digest.hexdigest()

@@ -1,0 +1,183 @@
+"""Pictures in: the one reader of training, references, evaluation and benchmark. It gives what people see."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .errors import MoLEError
+
+COMPANIONS = frozenset(
+    ".txt .caption .json .jsonl .csv .tsv .md .rst .html .xml .yaml .yml .toml .log .ini .db .py .ipynb .sh "
+    ".safetensors .npz .npy .pt .lock".split()
+)
+"""Endings of files that lie beside pictures and are none: captions, tables, notes. All others are read or named."""
+
+_ORIENTATION = 0x0112  # of EXIF
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # of TIFF
+_PNG, _NO_PIXELS = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+
+
+def picture_files(folder: str | os.PathLike[str]) -> list[Path]:
+    """The pictures of a folder in natural order: 2.png before 10.png.
+
+    Whatever its ending, a file is taken for a picture, so that one that cannot be read is named and not left out.
+    Left out are hidden files, files of :data:`COMPANIONS`, and what lies in folders inside.
+
+    Raises:
+        MoLEError: There is no such folder, or no picture in it.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise MoLEError(f"{path}: there is no such folder of pictures.")
+    try:
+        entries = list(path.iterdir())
+    except OSError as error:
+        raise MoLEError(f"{path}: this folder cannot be read: {error.strerror}.") from None
+    visible = [entry for entry in entries if not entry.name.startswith(".")]
+    files = [e for e in visible if not e.is_dir() and e.suffix.lower() not in COMPANIONS]
+    if not files:
+        inside = sorted(entry.name for entry in visible if entry.is_dir())
+        hint = f" Folders inside are not looked into: {', '.join(inside[:3])}." if inside else ""
+        raise MoLEError(f"{path}: no picture in this folder.{hint} Put .png or .jpg files there.")
+    return sorted(files, key=lambda file: natural_order(file.name))
+
+
+def natural_order(name: str) -> tuple[list[tuple[int, int | str]], str]:
+    """A key that sorts names as people do: runs of digits by their number, letters whatever their case."""
+    parts = re.split(r"([0-9]+)", name.casefold())
+    return [(0, int(part)) if part.isdecimal() else (1, part) for part in parts], name
+
+
+def read_picture(file: str | os.PathLike[str]) -> Image.Image:
+    """A picture as :func:`as_seen` gives it, read to its end; the first one of an animation.
+
+    Raises:
+        MoLEError: There is no such file; or it is cut short, damaged, no picture, or of a kind that cannot be read.
+    """
+    path = Path(file)
+    if not path.is_file():  # a pipe or a device would never end
+        what = "is no file" if path.exists() else "does not exist"
+        raise MoLEError(f"{path} cannot be read as a picture: it {what}.")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise MoLEError(f"{path} cannot be read as a picture: {error.strerror or error}.") from None
+    try:
+        return as_seen(_decode(data))
+    except MoLEError as error:
+        raise MoLEError(f"{path} cannot be read as a picture: {error}") from None
+    except Image.UnidentifiedImageError:
+        raise MoLEError(
+            f"{path} cannot be read as a picture: it is no picture, or of a kind that is not known here. "
+            "Save it as .png or .jpg, or move it out of the folder."
+        ) from None
+    except Exception as error:  # damaged data makes the decoders raise what they like
+        raise MoLEError(f"{path} cannot be read as a picture: {_why(error)}. Write it again.") from None
+
+
+def as_seen(image: Image.Image) -> Image.Image:
+    """A picture as a viewer shows it, RGB with 8 bits: upright, on white where it is transparent.
+
+    Depths of up to 16 bits are scaled, not cut. What is RGB and upright comes out with the same pixels.
+
+    Raises:
+        MoLEError: The picture has a depth at which nobody knows what is white: 32-bit integers or floats.
+    """
+    try:
+        image.load()  # some formats turn the picture while they read it
+    except Exception as error:  # damaged data makes the decoders raise what they like
+        raise MoLEError(f"a picture is damaged: {_why(error)}. Write it again.") from None
+    turned = _UPRIGHT.get(_orientation(image))
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _eight_bits(image)
+    if image.has_transparency_data:
+        layer = image.convert("LA" if image.mode == "La" else "RGBA").convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+    image = image.convert("RGB")
+    if turned is not None:
+        image = image.transpose(turned)
+    seen = Image.new("RGB", image.size)  # without the orientation, which has been followed
+    seen.paste(image)
+    return seen
+
+
+def read_pictures(folder: str | os.PathLike[str]) -> list[Image.Image]:
+    """All pictures of a folder.
+
+    Raises:
+        MoLEError: As :func:`picture_files` and :func:`read_picture`.
+    """
+    return [read_picture(file) for file in picture_files(folder)]
+
+
+def _decode(data: bytes) -> Image.Image:
+    try:
+        picture = Image.open(io.BytesIO(data))
+        picture.load()
+    except ValueError as error:
+        # Pillow refuses texts of more than a MiB, as drawing programs write their workflows; they are no pixels.
+        if "MAX_TEXT" not in str(error) or not data.startswith(_PNG):
+            raise
+        picture = Image.open(io.BytesIO(_without_texts(data)))
+        picture.load()
+    return picture
+
+
+def _without_texts(png: bytes) -> bytes:
+    """A PNG without its chunks of text."""
+    kept, place = [png[: len(_PNG)]], len(_PNG)
+    while place + 8 <= len(png):
+        length, kind = struct.unpack(">I4s", png[place : place + 8])
+        end = place + 12 + length
+        if kind not in _NO_PIXELS:
+            kept.append(png[place:end])
+        place = end
+    return b"".join(kept)
+
+
+def _why(error: Exception) -> str:
+    return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # viewers show a picture with damaged metadata as it lies there
+        return 1
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """A grey picture of more than 8 bits, scaled to 8."""
+    tags: Any = getattr(image, "tag_v2", {})
+    bits = tags.get(_BITS_PER_SAMPLE, 16)
+    bits = int(bits[0]) if isinstance(bits, tuple) else int(bits)
+    deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    if not deep or not 8 < bits <= 16:
+        kind = "floating-point numbers" if image.mode == "F" else "integers of 32 bits"
+        raise MoLEError(f"it holds {kind}, and nobody says which is white. Save it with 8 or 16 bits a channel.")
+    values = np.asarray(image).astype(np.float64)
+    levels = np.clip(np.rint(values * (255 / (2**bits - 1))), 0, 255).astype(np.uint8)
+    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        levels = 255 - levels
+    grey = Image.fromarray(levels)
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):
+        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return grey

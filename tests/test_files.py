@@ -1,0 +1,146 @@
+"""Files are written whole or not at all, tried before work begins, kept where they can be, by one process at a time."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mole_diffusion.errors import MoLEError
+from mole_diffusion.files import (
+    NotWrittenError,
+    atomic_path,
+    file_name,
+    in_use,
+    try_file,
+    try_folder,
+    write_json,
+    write_last,
+    write_safetensors,
+)
+
+
+def forked(job: Any) -> int:
+    """The exit code of `job` in a process of its own, negative for a signal."""
+    child = os.fork()
+    if not child:
+        try:
+            job()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_where_results_go_is_tried_and_nothing_is_left(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert try_file(tmp_path / "new" / "deep" / "a.png") == tmp_path / "new" / "deep" / "a.png"
+    try_folder(tmp_path / "other")
+    for attempt, message in (
+        (lambda: try_file(tmp_path / "file" / "a.png"), r"a\.png cannot be written: a part of its path is a file"),
+        (lambda: try_file(tmp_path), "is a folder, and a file is to be written"),
+        (lambda: try_folder(tmp_path / "file"), "is a file, and a folder is to be written"),
+        (lambda: try_file(tmp_path / ("x" * 300)), "cannot be written: File name too long"),
+        (lambda: try_folder("/proc/mole"), "/proc/mole cannot be written: No such file or directory. Choose a place"),
+    ):
+        with pytest.raises(NotWrittenError, match=message):
+            attempt()
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_what_cannot_be_written_in_the_end_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(NotWrittenError, match=r"/proc/out\.json cannot be written: .*What was made lies in ") as caught:
+        write_last("/proc/out.json", lambda path: write_json(path, [1]))
+    kept = Path(str(caught.value).split("lies in ")[1].rstrip("."))
+    assert kept.read_text() == "[\n  1\n]\n"
+    assert kept.name == "out.json"
+
+
+def test_a_disk_that_takes_no_more_is_our_error(tmp_path: Path) -> None:
+    """By a limit on the size of files, which the system tells like a full disk."""
+
+    def write() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+        for job in (
+            lambda: write_json(tmp_path / "a.json", "x" * 20_000),
+            lambda: write_safetensors(tmp_path / "a.safetensors", {"a": torch.zeros(20_000)}),
+        ):
+            with pytest.raises(NotWrittenError, match="cannot be written"):
+                job()
+
+    assert forked(write) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_left_is_cleaned_and_nothing_else(tmp_path: Path) -> None:
+    def die() -> None:
+        with atomic_path(tmp_path / "a.json") as temporary:
+            temporary.write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert forked(die) == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    (tmp_path / ".mine.part").mkdir()
+    with atomic_path(tmp_path / "b.json") as outer:
+        assert not left.exists()
+        outer.write_text("{}")
+        write_json(tmp_path / "a.json", [])
+        assert outer.exists()  # of a process that lives
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".mine.part", "a.json", "b.json"]
+
+
+def test_a_folder_is_used_by_one_process_and_free_when_that_dies(tmp_path: Path) -> None:
+    code = (
+        f"import time\nfrom mole_diffusion.files import in_use\nwith in_use({str(tmp_path)!r}):\n print(1, flush=True)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", f"{code}\n time.sleep(60)"], stdout=subprocess.PIPE)
+    assert other.stdout is not None
+    other.stdout.readline()
+    with pytest.raises(MoLEError, match="is in use by another process"), in_use(tmp_path):
+        pass
+    with in_use(tmp_path, "-1"):  # another part of it
+        pass
+    other.kill()
+    other.wait()
+    other.stdout.close()
+    with in_use(tmp_path):
+        time.sleep(0)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["cat", "merge(scale=0.5)", "é ü", "{x}", "cat+boot"])
+def test_an_ordinary_name_is_its_own(name: str) -> None:
+    assert file_name(name) == name
+
+
+ODD_NAMES = ["..", ".", "", "../x", "/etc/x", "a\\b", "c:x", "CON", "nul.png", "nul.a:b", "\ud800"]
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.text(max_size=150) | st.sampled_from(ODD_NAMES))
+def test_any_name_is_a_name_in_its_folder(tmp_path_factory: Any, text: str) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    name = file_name(text)
+    assert (folder / name).resolve().parent == folder.resolve()
+    assert not set(name) & set('<>:"/\\|?*\n\r\t\0')
+    assert 0 < len(name.encode()) <= 130
+    assert name == name.strip(". ")
+    assert file_name(name) == name
+
+
+def test_names_that_are_cleaned_stay_apart() -> None:
+    names = ["a:b", "a/b", "a\\b", "a-b", "a b", "a\nb", "a" * 200, "a" * 201]
+    assert len({file_name(name) for name in names}) == len(names)

@@ -1,0 +1,230 @@
+"""The metrics as users of torchmetrics know metrics: keywords, tensors, plots, wrappers, precision, processes."""
+
+from __future__ import annotations
+
+import copy
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+from torchmetrics.wrappers import BootStrapper, MinMaxMetric
+
+from mole_diffusion import toybox
+from mole_diffusion.clip import DifferentiableCLIP
+from mole_diffusion.errors import MoLEError
+from mole_diffusion.metrics import (
+    ConceptPresence,
+    GateReport,
+    ImageAlignment,
+    RegionAlignment,
+    TextAlignment,
+    oracle_detector,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+PROMPTS = ["a photo of a cat on grass", "a photo of a red boot on snow", "a photo of a cat on sand"]
+REFERENCES = {"cat": toybox.references("cat"), "boot": toybox.references("boot")}
+PICTURES = [*REFERENCES["cat"][:1], *REFERENCES["boot"][:1], *REFERENCES["cat"][1:2]]
+
+
+@pytest.fixture(scope="module")
+def clip() -> DifferentiableCLIP:
+    return DifferentiableCLIP(toybox.clip_dir())
+
+
+def batch(kind: torch.dtype = torch.uint8) -> Tensor:
+    pixels = torch.from_numpy(np.stack([np.array(picture) for picture in PICTURES])).permute(0, 3, 1, 2)
+    return pixels if kind == torch.uint8 else (pixels / 255).to(kind)
+
+
+def all_metrics(clip: Any, **options: Any) -> list[Any]:
+    return [
+        TextAlignment(clip, **options),
+        ImageAlignment(clip, REFERENCES, **options),
+        RegionAlignment(clip, REFERENCES, oracle_detector(), **options),
+        ConceptPresence(**options),
+        GateReport(["a"], ["cat", "boot"], 1, **options),
+    ]
+
+
+def update(metric: Any, images: Any) -> Any:
+    if isinstance(metric, TextAlignment):
+        metric.update(images, PROMPTS)
+    elif isinstance(metric, ConceptPresence):
+        metric.update(images, [["cat"], ["boot"], ["cat"]])
+    else:
+        metric.update(images)
+    return metric.compute()
+
+
+def test_keywords_of_every_metric(clip: DifferentiableCLIP) -> None:
+    for metric in all_metrics(clip, sync_on_compute=False, compute_with_cache=False, dist_sync_on_step=True):
+        assert metric.sync_on_compute is metric.compute_with_cache is False
+        assert metric.dist_sync_on_step is True
+    with pytest.raises(ValueError, match="Unexpected keyword arguments: `sync`"):
+        TextAlignment(clip, sync=True)
+
+
+def test_pictures_of_any_kind_give_the_same_tensors(clip: DifferentiableCLIP) -> None:
+    for metric in all_metrics(clip)[:4]:
+        expected = update(metric, PICTURES)
+        assert all(isinstance(value, Tensor) and value.ndim == 0 for value in expected.values())
+        kinds: list[Any] = [batch(), list(batch()), batch(torch.float32), list(batch(torch.float64)), tuple(PICTURES)]
+        slow = isinstance(metric, RegionAlignment | ConceptPresence)  # the oracle looks at all of them alike
+        for images in kinds[1:3] if slow else kinds:
+            metric.reset()
+            for name, value in update(metric, images).items():
+                torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-6)
+
+
+def test_one_picture_alone(clip: DifferentiableCLIP) -> None:
+    expected = TextAlignment(clip)(PICTURES[:1], PROMPTS[:1])
+    for image in (PICTURES[0], batch()[0], batch(torch.float32)[0]):
+        assert TextAlignment(clip)(image, PROMPTS[0]) == pytest.approx(
+            {k: v.item() for k, v in expected.items()}, abs=1e-6
+        )
+    with pytest.raises(TypeError, match="`prompts` must be a list of strings"):
+        TextAlignment(clip).update(PICTURES, "a cat")
+
+
+@pytest.mark.parametrize(
+    ("images", "error", "message"),
+    [
+        (torch.zeros(1, 64, 64), MoLEError, r"of shape \(1, 64, 64\); they must be uint8, or floating point"),
+        (torch.zeros(1, 1, 64, 64), MoLEError, r"must be uint8, or floating point in \[0, 1\], of shape \(3, height"),
+        (torch.zeros(3, 8, 8, dtype=torch.int64), MoLEError, "images are torch.int64"),
+        (torch.full((3, 8, 8), 1.5), MoLEError, r"values from 1.5 to 1.5; they must lie in \[0, 1\]"),
+        ([torch.zeros(3, 8, 8), "a.png"], TypeError, "got a list with str"),
+        (torch.zeros(0, 3, 8, 8), MoLEError, "there is no picture to measure"),
+    ],
+)
+def test_tensors_that_are_no_pictures(clip: DifferentiableCLIP, images: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        ImageAlignment(clip, REFERENCES).update(images)
+
+
+def test_half_precision_of_the_results_and_of_the_encoder(clip: DifferentiableCLIP) -> None:
+    for metric in all_metrics(clip)[:4]:
+        before = update(metric, PICTURES)
+        assert metric.half().compute() == before  # a no-op, as in torchmetrics
+        metric.set_dtype(torch.half)
+        for name, value in metric.compute().items():
+            assert value.dtype == torch.half
+            assert value.item() == pytest.approx(before[name].item(), abs=1e-3)
+        metric.set_dtype("torch.float64")
+        assert metric.compute() == before
+    with pytest.raises(MoLEError, match=r"floating-point type such as torch\.half, got torch\.int64"):
+        metric.set_dtype(torch.int64)
+    assert next(clip.parameters()).dtype == torch.float32
+
+
+class Overflowing(nn.Module):
+    """An encoder whose features overflow, as half precision makes some."""
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        return torch.full((len(images), 4), float("nan"))
+
+
+def test_what_overflows_is_no_mean() -> None:
+    with pytest.raises(MoLEError, match="features of the pictures are not finite"):
+        ImageAlignment(Overflowing(), REFERENCES).update(PICTURES)
+    with pytest.raises(MoLEError, match="got a number that is infinite"):
+        ConceptPresence().add(torch.full((1, 5), float("inf")))
+
+
+def test_plots(clip: DifferentiableCLIP) -> None:
+    with matplotlib.rc_context({"backend": "agg"}):
+        text, image = TextAlignment(clip), ImageAlignment(clip, REFERENCES)
+        values = [text(picture, prompt) for picture, prompt in zip(PICTURES, PROMPTS, strict=True)]
+        figure, axes = text.plot(values)
+        assert len(axes.lines[0].get_xdata()) == 3
+        image.update(PICTURES)
+        figure, axes = image.plot()
+        assert len(axes.get_legend().get_texts()) == 3
+        assert image.only("cat").plot(image.compute()["cat"]) is not None
+        matplotlib.pyplot.close("all")
+        assert figure is not None
+
+
+def test_wrappers_and_collections(clip: DifferentiableCLIP) -> None:
+    best = MinMaxMetric(TextAlignment(clip).only())
+    seen = [best(picture, prompt)["raw"] for picture, prompt in zip(PICTURES, PROMPTS, strict=True)]
+    assert best.compute()["max"] >= max(seen[-1], best.compute()["raw"])
+    assert best.compute()["min"] <= best.compute()["max"]
+
+    image = ImageAlignment(clip, REFERENCES)
+    spread = BootStrapper(image.only("cat"), num_bootstraps=20)
+    assert all(copied.metric.encoder is clip for copied in spread.metrics)
+    torch.manual_seed(0)
+    spread.update(batch())
+    image.update(PICTURES)
+    result = spread.compute()
+    assert result["std"] > 0
+    assert result["mean"].item() == pytest.approx(image.compute()["cat"].item(), abs=0.3)
+    with pytest.raises(MoLEError, match="there is no number 'dog'; there are cat, boot, mean"):
+        image.only("dog").compute()
+    with pytest.raises(MoLEError, match="there is no number None; there are cat"):
+        image.only().compute()
+
+    both = MetricCollection({"text": TextAlignment(clip), "image": ImageAlignment(clip, REFERENCES)})
+    both.update(images=PICTURES, prompts=PROMPTS)
+    assert {"text alignment (cosine)", "cat", "boot", "mean"} <= {name.split("/")[-1] for name in both.compute()}
+
+    copied = copy.deepcopy(image)
+    copied.update(PICTURES[:1])
+    assert copied.count.tolist() == [4, 4]
+    assert image.count.tolist() == [3, 3]
+
+
+def test_weights_are_not_moved_by_a_reset_and_states_are_saved(clip: DifferentiableCLIP) -> None:
+    metric = ImageAlignment(clip, REFERENCES)
+    metric.persistent(True)
+    before = update(metric, PICTURES)
+    other = ImageAlignment(clip, REFERENCES)
+    other.persistent(True)
+    other.load_state_dict(metric.state_dict())
+    other._update_count = 1
+    assert other.compute() == before
+
+
+WORKER = """
+import json, sys, warnings, torch.distributed as dist
+from tests.test_metrics_torchmetrics import *
+rank, port = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+metric = ConceptPresence()
+if rank == 0:
+    update(metric, PICTURES)
+print(json.dumps({name: value.item() for name, value in metric.compute().items()}))
+dist.destroy_process_group()
+"""
+
+
+def test_a_process_that_measured_nothing_has_the_result_of_all() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    workers = [
+        subprocess.Popen([sys.executable, "-c", WORKER, str(rank), port], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    outputs = [worker.communicate()[0] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], outputs
+    alone = {name: value.item() for name, value in update(ConceptPresence(), PICTURES).items()}
+    assert [json.loads(output.splitlines()[-1]) for output in outputs] == [alone, alone]
+
+
+def test_measuring_does_not_change_what_was_given(clip: DifferentiableCLIP) -> None:
+    image = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    ImageAlignment(clip, REFERENCES).update(image)
+    assert image.mode == "RGBA"
