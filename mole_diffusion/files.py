@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -152,10 +153,14 @@ def in_use(folder: str | os.PathLike[str], part: str = "") -> Iterator[None]:
     place = Path(folder)
     file = place / f".in-use{part}"
     with _not_written(place):
-        place.mkdir(parents=True, exist_ok=True)
         lock = FileLock(file, timeout=0)
-        try:
+
+        def take() -> None:
+            place.mkdir(parents=True, exist_ok=True)
             lock.acquire()
+
+        try:
+            _again_if_gone(take)
         except Timeout:
             raise MoLEError(
                 f"{place} is in use by another process, which works at the same. Wait until it has finished, or choose "
@@ -164,10 +169,8 @@ def in_use(folder: str | os.PathLike[str], part: str = "") -> Iterator[None]:
     try:
         yield
     finally:
-        try:
+        with contextlib.suppress(OSError):  # Windows does not take away what is open; it is empty and means nothing
             file.unlink(missing_ok=True)
-        except OSError:
-            pass  # Windows does not take away what is open; it is empty and means nothing
         lock.release()
 
 
@@ -210,13 +213,28 @@ def _probe(folder: Path, name: str) -> None:
     """Writes a little into a folder, and takes it and the folders made for it away again."""
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".probe.{_HOST}-{os.getpid()}-", suffix=".part", dir=folder) as place:
-            (Path(place) / name).write_bytes(b"\0" * 4096)
+        _again_if_gone(lambda: _write_a_little(folder, name))
     finally:
         for made in missing:
-            if made.is_dir() and not any(made.iterdir()):
+            with contextlib.suppress(OSError):  # somebody else may use it by now
                 made.rmdir()
+
+
+def _write_a_little(folder: Path, name: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".probe.{_HOST}-{os.getpid()}-", suffix=".part", dir=folder) as place:
+        (Path(place) / name).write_bytes(b"\0" * 4096)
+
+
+def _again_if_gone(attempt: Callable[[], object]) -> None:
+    """Several processes of one launch try a folder at the same time, and each takes away what it made."""
+    for _ in range(20):
+        try:
+            attempt()
+            return
+        except FileNotFoundError:
+            time.sleep(0.001)
+    attempt()
 
 
 def _keep(name: str, write: Callable[[Path], object]) -> Path | None:

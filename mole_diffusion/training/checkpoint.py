@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mole_diffusion.errors import MoLEError
-from mole_diffusion.files import try_folder, write_json, write_safetensors
+from mole_diffusion.files import write_json, write_safetensors
 
 STATE_FILE = "state.json"
 
@@ -63,13 +63,10 @@ class CheckpointFolder:
     Args:
         folder: Where; made if missing.
         run: `fingerprint` of the training; a checkpoint of another one is refused.
-
-    Raises:
-        NotWrittenError: The folder cannot be written, which is better known before the training.
     """
 
     def __init__(self, folder: str | os.PathLike[str], run: str) -> None:
-        self.folder = try_folder(folder)
+        self.folder = Path(folder)
         self.run = run
         self.latest: Path | None = None  # the tensors of the newest checkpoint, once one was written or read
 

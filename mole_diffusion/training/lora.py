@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from mole_diffusion.errors import MoLEError
-from mole_diffusion.files import NotWrittenError, in_use, try_file, write_last
+from mole_diffusion.files import NotWrittenError, in_use, try_file, try_folder, write_last
 from mole_diffusion.lora import LoRAFactors, save_lora
 from mole_diffusion.lora.triggers import write_triggers
 from mole_diffusion.pictures import as_seen
@@ -170,6 +170,8 @@ def train_lora(
         if Path(out).suffix != ".safetensors":
             raise MoLEError(f"`out` is {os.fspath(out)!r}; a LoRA is saved as safetensors, so let it end so.")
         try_file(out)
+    if work is not None:
+        try_folder(work)
     schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
     components = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
     lora = TrainableLoRA(
