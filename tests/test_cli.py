@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from mole_diffusion import toybox
+from mole_diffusion import __version__, toybox
 from mole_diffusion.cli import app
 from mole_diffusion.composition import COMPOSITIONS
 from mole_diffusion.lora import load_lora, save_lora
@@ -85,9 +86,30 @@ def test_methods_lists_every_method_with_its_cost() -> None:
     done = mole("methods")
     assert done.exit_code == 0
     rows = {cells[1].strip(): cells for line in done.stdout.splitlines() if len(cells := line.split("│")) > 4}
-    assert set(COMPOSITIONS) <= set(rows)
-    assert [rows[name][2].strip() for name in ("linear", "composite")] == ["1, 1, 1", "1, 2, 3"]
-    assert "gates" in rows["mole"][3]
+    assert {*COMPOSITIONS, "cat"} <= set(rows)
+    assert [rows[name][2].strip() for name in ("linear", "composite", "cat")] == ["1, 1, 1", "1, 2, 3", "1, 1, 1"]
+    needed = [rows[name][3].strip() for name in ("linear", "masks", "mole", "cat")]
+    assert needed == ["–", "trigger words", "trained gates", "trained gates"]
+
+
+def test_methods_cuts_nothing_in_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    done = mole("methods")
+    assert "…" not in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    sources = "".join(cells[4] for line in done.stdout.splitlines() if len(cells := line.split("│")) > 5)
+    for name, method in COMPOSITIONS.items():
+        assert "".join(method.source.split()) in "".join(sources.split()), name
+
+
+def test_version() -> None:
+    assert mole("--version").stdout == f"mole {__version__}\n"
+
+
+def test_a_shell_completes_commands() -> None:
+    environment = {**os.environ, "_MOLE_COMPLETE": "complete_bash", "COMP_WORDS": "mole gen", "COMP_CWORD": "1"}
+    done = run_script(environment=environment)
+    assert done.stdout.split() == ["generate"]
 
 
 def test_generate_draws_what_the_pipeline_draws(world: Path, tmp_path: Path) -> None:
@@ -168,10 +190,13 @@ def test_demo_draws_a_sheet_and_says_who_got_what(tmp_path: Path) -> None:
     done = mole("demo", "--out", tmp_path, "--steps", 1, "--device", "cpu")
     assert done.exit_code == 0, done.output
     sheet, heat_map = picture(tmp_path / "sheet.png"), picture(tmp_path / "gates.png")
-    assert sheet.height > 8 * 192  # references, three alone, plain, normalised, gates, masked
+    assert sheet.height > 11 * 192  # references, masks, norm router, regions, sums, gates, each alone
     assert sheet.width > 3 * 192
     assert min(heat_map.size) > 300
     assert '"cat dog mug on grass"' in done.stdout
+    places = "".join(line.split("│")[1].strip() for line in done.stdout.splitlines() if line.startswith("│"))
+    for spec in ("unet.mid_block.attentions.0.transformer_blocks.0", "text_encoder."):
+        assert spec in places  # never cut, so that no two look alike
     assert str(tmp_path / "sheet.png") in done.stdout.replace("\n", "")
     # Fresh gates are uniform: a third each in the UNet, a half each in the text encoder, which mug leaves alone.
     assert "0.33" in done.stdout
@@ -198,14 +223,14 @@ def bad_calls(world: Path, tmp: Path) -> dict[str, tuple[list[object], str]]:
         "no such lora": ([*draw, "--lora", "fox=no/fox.safetensors"], "no/fox.safetensors"),
         "unknown choice": (
             [*draw, "--only", "fox"],
-            "`loras` has 'fox', which is not loaded. Loaded are: cat, dog, mug",
+            "`--only` has 'fox', which is not loaded. Loaded are: cat, dog, mug",
         ),
         "unknown method": ([*draw, "--composition", "sum"], "there is no composition 'sum'"),
         "gates missing": ([*draw, "--composition", "mole"], "composition 'mole' needs gates"),
         "no such gates": ([*draw, "--gates", tmp / "nowhere"], "nowhere"),
         "gates without loras": (
             ["generate", "--base", world / "base", "--prompt", "x", "--gates", world / "gates", "--device", "cpu"],
-            "`load_gates` needs LoRAs",
+            "--gates weigh LoRAs, and there is no --lora",
         ),
         "no such base": (
             ["generate", "--base", "./nowhere", "--prompt", "x"],
@@ -256,10 +281,10 @@ def test_a_bug_is_not_taken_for_bad_input(monkeypatch: pytest.MonkeyPatch) -> No
     assert isinstance(mole("inspect", "x").exception, AttributeError)
 
 
-def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run_script(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     start = "import sys; from mole_diffusion.cli import main; main()"
     command = [sys.executable, "-c", start, *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
 
 
 def test_as_a_process_of_its_own() -> None:

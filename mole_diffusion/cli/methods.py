@@ -8,10 +8,12 @@ if TYPE_CHECKING:
     from mole_diffusion.composition import Composition
 
 COUNTS = (1, 2, 3)
+NEEDS = {"gates": "trained gates", "words": "trigger words"}
+CAT = "LoRA Soups (arXiv 2410.13025): mole with one learned number for each LoRA and matrix, by `mole benchmark`"
 
 
 def methods() -> None:
-    """List the composition methods: where each comes from, what a step costs, and what it needs.
+    """List the composition methods: what a step costs, what each needs, and where it comes from.
 
     The cost is the number of UNet evaluations a step for one, two and three LoRAs.
 
@@ -20,19 +22,28 @@ def methods() -> None:
     \b
       mole methods
     """
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
     from mole_diffusion.composition import COMPOSITIONS
+    from mole_diffusion.metrics.benchmark_methods import PRESETS
 
-    table = Table("method", "UNet evaluations a step", "needs", "source")
-    for name, method in COMPOSITIONS.items():
-        cost = ", ".join(f"{method().evaluations(count):g}" for count in COUNTS)
-        table.add_row(name, cost, _needs(method()), method.source)
+    table = Table(box=box.ROUNDED, show_lines=True)
+    table.add_column("method", no_wrap=True)
+    table.add_column(f"UNet evaluations a step for {_listed(COUNTS)} LoRAs", width=16)
+    table.add_column("needs", no_wrap=True)
+    table.add_column("source")
+    listed = {name: (method(), method.source) for name, method in COMPOSITIONS.items()}
+    listed |= {name: (COMPOSITIONS[composition](), CAT) for name, (composition, _) in PRESETS.items()}
+    for name, (method, source) in listed.items():
+        cost = ", ".join(f"{method.evaluations(count):g}" for count in COUNTS)
+        table.add_row(name, cost, _needs(method), source)
     Console(markup=False, highlight=False).print(table)
 
 
-NEEDS = {"gates": "trained gates", "words": "trigger words"}
+def _listed(counts: tuple[int, ...]) -> str:
+    return ", ".join(map(str, counts))
 
 
 def _needs(method: Composition) -> str:
