@@ -131,7 +131,7 @@ class GateReport:
             "",
             f"- base: {base}",
             *(
-                f"- {lora['name']}: SHA-256 {lora['sha256']}, ranks {lora['ranks'][0]} to {lora['ranks'][1]}"
+                f"- {lora['name']}: factors of SHA-256 {lora['sha256']}, ranks {lora['ranks'][0]} to {lora['ranks'][1]}"
                 + (f', token "{self.concepts[lora["name"]].token}"' if lora["name"] in self.concepts else "")
                 for lora in gates.config.loras
             ),
