@@ -9,8 +9,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from ..errors import MoLEError
+from ..yaml_files import read_yaml
 from .benchmark_methods import Method, read_methods
 
+MOST_SEEDS = 100_000
 _DEFAULTS: dict[str, Any] = {
     "keep": "all",
     "gates": None,
@@ -127,33 +130,31 @@ class BenchmarkConfig:
         """Reads a YAML file. `paper` is looked for beside it.
 
         Raises:
-            ValueError: It is no YAML, has an unknown key, lacks one, or holds a value that is not allowed.
+            MoLEError: It is no YAML, has an unknown key, lacks one, or holds a value that is not allowed.
         """
-        import yaml
-
+        values = read_yaml(path)
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
             if isinstance(values, dict) and isinstance(values.get("paper"), str):
                 values["paper"] = str(Path(path).parent / values["paper"])
             return cls.from_dict(values)
-        except (yaml.YAMLError, ValueError) as error:
-            raise ValueError(f"{os.fspath(path)}: {error}") from None
+        except MoLEError as error:
+            raise MoLEError(f"{os.fspath(path)}: {error}") from None
 
     @classmethod
     def from_dict(cls, given: Any) -> BenchmarkConfig:
         """Reads plain values, as YAML gives them.
 
         Raises:
-            ValueError: As :meth:`from_file`.
+            MoLEError: As :meth:`from_file`.
         """
         known = [*(field.name for field in fields(cls)), "training"]
         if not isinstance(given, dict):
-            raise ValueError(f"a benchmark is a mapping of {', '.join(known)}, got {type(given).__name__}.")
+            raise MoLEError(f"a benchmark is a mapping of {', '.join(known)}, got {type(given).__name__}.")
         values = {**_DEFAULTS, **given}
         unknown, missing = sorted(set(values) - set(known)), [key for key in known if key not in values]
         if unknown or missing:
             what = f"unknown key {unknown[0]!r}" if unknown else f"missing key {missing[0]!r}"
-            raise ValueError(f"{what}. A benchmark has {', '.join(known)}.")
+            raise MoLEError(f"{what}. A benchmark has {', '.join(known)}.")
         values["concepts"] = _concepts(values["concepts"])
         values["compositions"] = [_composition(entry, values["concepts"]) for entry in _list(values, "compositions")]
         _no_repeats("compositions", ["+".join(names) for names in values["compositions"]])
@@ -162,10 +163,10 @@ class BenchmarkConfig:
             _check_prompts(key, _list(values, key) if key == "prompts" or values[key] else [])
         both = [prompt for prompt in values["train_prompts"] if prompt in values["prompts"]]
         if both:
-            raise ValueError(f"`train_prompts` has {both[0]!r}, which is measured too. Train on other prompts.")
+            raise MoLEError(f"`train_prompts` has {both[0]!r}, which is measured too. Train on other prompts.")
         training = values.pop("training")
         if not isinstance(training, dict):
-            raise ValueError(f"`training` must be a mapping of settings such as {{steps: 100}}, got {training!r}.")
+            raise MoLEError(f"`training` must be a mapping of settings such as {{steps: 100}}, got {training!r}.")
         values["methods"] = read_methods(
             values["methods"],
             has_gates=values["gates"] is not None,
@@ -176,11 +177,13 @@ class BenchmarkConfig:
         if values["reference"] is None:
             values["reference"] = "normalized" if "normalized" in labels else labels[0]
         if values["reference"] not in labels:
-            raise ValueError(f"`reference` must be one of {', '.join(labels)}, got {values['reference']!r}.")
+            raise MoLEError(f"`reference` must be one of {', '.join(labels)}, got {values['reference']!r}.")
         seeds = values["seeds"]
+        if isinstance(seeds, int) and seeds > MOST_SEEDS:
+            raise MoLEError(f"`seeds` is {seeds}; at most {MOST_SEEDS} are drawn.")
         values["seeds"] = list(range(seeds)) if isinstance(seeds, int) else seeds
         if not all(isinstance(seed, int) and seed >= 0 for seed in _list(values, "seeds")):
-            raise ValueError(f"`seeds` must be a number of seeds or a list of integers, got {seeds!r}.")
+            raise MoLEError(f"`seeds` must be a number of seeds or a list of integers, got {seeds!r}.")
         _no_repeats("seeds", values["seeds"])
         for key, kind, least in (
             ("steps", int, 1),
@@ -190,7 +193,7 @@ class BenchmarkConfig:
         ):
             value = values[key]
             if isinstance(value, bool) or not isinstance(value, kind) or (least is not None and value < least):
-                raise ValueError(
+                raise MoLEError(
                     f"`{key}` must be a number{'' if least is None else f' of at least {least}'}, got {value!r}."
                 )
         return cls(**values)
@@ -243,20 +246,20 @@ def _concepts(given: Any) -> dict[str, Concept]:
         }
     keys = [field.name for field in fields(Concept)]
     if not isinstance(given, dict) or not given:
-        raise ValueError(f'`concepts` must be "toybox" or a mapping of name to {", ".join(keys)}, got {given!r}.')
+        raise MoLEError(f'`concepts` must be "toybox" or a mapping of name to {", ".join(keys)}, got {given!r}.')
     for name, value in given.items():
         if not isinstance(value, dict) or set(value) != set(keys):
-            raise ValueError(f"concept {name!r} must have exactly {', '.join(keys)}, got {value!r}.")
+            raise MoLEError(f"concept {name!r} must have exactly {', '.join(keys)}, got {value!r}.")
     return {str(name): Concept(**{key: str(value[key]) for key in keys}) for name, value in given.items()}
 
 
 def _composition(entry: Any, concepts: Mapping[str, Concept]) -> list[str]:
     names = entry.split("+") if isinstance(entry, str) else entry
     if not isinstance(names, list) or not names:
-        raise ValueError(f'a composition is written "cat+boot", got {entry!r}.')
+        raise MoLEError(f'a composition is written "cat+boot", got {entry!r}.')
     for name in names:
-        if name not in concepts:
-            raise ValueError(
+        if not isinstance(name, str) or name not in concepts:
+            raise MoLEError(
                 f"composition {entry!r} has {name!r}, which is no concept. Known are {', '.join(concepts)}."
             )
     _no_repeats(f"composition {entry!r}", names)
@@ -268,29 +271,29 @@ def _keep(given: Any, compositions: Sequence[Sequence[str]]) -> list[str | int]:
     for entry in entries:
         number = isinstance(entry, int) and not isinstance(entry, bool) and entry >= 1
         if not (number or entry == "all"):
-            raise ValueError(f'`keep` is "all" or how many LoRAs to keep, alone or in a list, got {entry!r}.')
+            raise MoLEError(f'`keep` is "all" or how many LoRAs to keep, alone or in a list, got {entry!r}.')
         few = [names for names in compositions if number and entry > len(names)]
         if few:
-            raise ValueError(f"`keep` has {entry}, and {'+'.join(few[0])} has only {len(few[0])} LoRAs.")
+            raise MoLEError(f"`keep` has {entry}, and {'+'.join(few[0])} has only {len(few[0])} LoRAs.")
     if not entries:
-        raise ValueError('`keep` is an empty list. Write "all", or how many LoRAs to keep.')
+        raise MoLEError('`keep` is an empty list. Write "all", or how many LoRAs to keep.')
     return entries
 
 
 def _check_prompts(key: str, prompts: Sequence[Any]) -> None:
     for prompt in prompts:
         if not isinstance(prompt, str) or "{concepts}" not in prompt:
-            raise ValueError(f'a prompt needs "{{concepts}}" where the concepts go, got {prompt!r}.')
+            raise MoLEError(f'a prompt needs "{{concepts}}" where the concepts go, got {prompt!r}.')
     _no_repeats(key, prompts)
 
 
 def _list(values: Mapping[str, Any], key: str) -> list[Any]:
     if not isinstance(values[key], list) or not values[key]:
-        raise ValueError(f"`{key}` must be a list with at least one entry, got {values[key]!r}.")
+        raise MoLEError(f"`{key}` must be a list with at least one entry, got {values[key]!r}.")
     return list(values[key])
 
 
 def _no_repeats(what: str, values: Sequence[Any]) -> None:
     repeated = next((value for value in values if values.count(value) > 1), None)
     if repeated is not None:
-        raise ValueError(f"{what} has {repeated!r} twice.")
+        raise MoLEError(f"{what} has {repeated!r} twice.")

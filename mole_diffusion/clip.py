@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mole_diffusion.errors import MoLEError
+from mole_diffusion.loading import LoadingError, loading
+
 _LOCAL = "local-dir:"
 _WEIGHTS = "open_clip_model.safetensors"
 
@@ -35,7 +38,7 @@ class DifferentiableCLIP(nn.Module):
     Raises:
         ValueError: The folder lacks one of its files; `pretrained` is missing, or given for a folder; open_clip does
             not know the name; or the model wants another preprocessing than the one above.
-        OSError: The weights cannot be downloaded, or do not fit the architecture.
+        LoadingError: The weights cannot be downloaded or read, or do not fit the architecture.
     """
 
     mean: Tensor
@@ -46,19 +49,20 @@ class DifferentiableCLIP(nn.Module):
         name = _open_clip_name(os.fspath(model_name_or_dir), pretrained)
         try:
             model = open_clip.create_model(name, pretrained=pretrained)
-        except RuntimeError as error:  # no network and nothing in the cache, or weights of another architecture
+        except Exception as error:  # no network, weights of another architecture, damaged files
             what = name if pretrained is None else f"{name} with the weights {pretrained!r}"
-            raise OSError(
+            raise LoadingError(
                 f"open_clip cannot load {what}: {error} Load it once with a network, or give a folder with "
                 f"open_clip_config.json and {_WEIGHTS} that fit each other."
             ) from error
         self.model: Any = model.eval().requires_grad_(False)
-        self._tokenizer: Any = open_clip.get_tokenizer(name)
+        with loading(f"the tokenizer of {name}"):
+            self._tokenizer: Any = open_clip.get_tokenizer(name)
         settings = open_clip.get_model_preprocess_cfg(self.model)
         size = settings["size"]
         height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
         if height != width or settings["resize_mode"] != "shortest" or settings["interpolation"] != "bicubic":
-            raise ValueError(
+            raise MoLEError(
                 f"{name} is preprocessed with {settings}; DifferentiableCLIP knows square pictures, "
                 'resize_mode "shortest" and interpolation "bicubic" only. Choose another CLIP.'
             )
@@ -69,7 +73,7 @@ class DifferentiableCLIP(nn.Module):
     def preprocess(self, images: Tensor) -> Tensor:
         """Pictures in [0, 1], `(batch, 3, height, width)`, cut and scaled to `(batch, 3, image_size, image_size)`."""
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-            raise ValueError(
+            raise MoLEError(
                 f"images are {images.dtype} of shape {tuple(images.shape)}; they must be floating point in [0, 1] "
                 "of shape (batch, 3, height, width)."
             )
@@ -103,21 +107,23 @@ def _open_clip_name(name: str, pretrained: str | None) -> str:
     if name.startswith(_LOCAL) or folder.is_dir():
         missing = [file for file in ("open_clip_config.json", _WEIGHTS) if not (folder / file).is_file()]
         if missing:
-            raise ValueError(f"{folder} is no folder of an open_clip model: it lacks {' and '.join(missing)}.")
+            raise MoLEError(f"{folder} is no folder of an open_clip model: it lacks {' and '.join(missing)}.")
         if pretrained is not None:
-            raise ValueError(
+            raise MoLEError(
                 f"`pretrained` is {pretrained!r}, but the folder {folder} has its own weights. Leave it out."
             )
         return f"{_LOCAL}{folder}"
     if name not in open_clip.list_models():
-        raise ValueError(
+        raise MoLEError(
             f"{name!r} is neither a folder nor an open_clip architecture. `open_clip.list_models()` lists those, "
             'for instance "ViT-B-32".'
         )
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained is None or (pretrained not in tags and not Path(pretrained).is_file()):
-        raise ValueError(
+        raise MoLEError(
             f"`pretrained` is {pretrained!r}; {name} without pretrained weights scores at random. "
             f"Choose one of {', '.join(tags) or 'no known tags: give a file'}."
         )
+    if pretrained not in tags and Path(pretrained).suffix != ".safetensors":
+        raise MoLEError(f"`pretrained` is {pretrained!r}; weights are read from .safetensors only. Save them so.")
     return name

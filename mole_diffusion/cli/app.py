@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 from .balance_study import balance_study
 from .benchmark import benchmark
 from .demo import demo
+from .edge import MENDABLE, one_line
 from .evaluate import evaluate
 from .generate import generate
 from .inspect import inspect
@@ -22,7 +23,7 @@ BAD_INPUT, INTERRUPTED = 2, 130
 
 
 class OneLineErrors(TyperGroup):
-    """Turns errors about the user's input into one line on standard error and exit code 2, without a traceback."""
+    """The one place where errors that a user can mend become a line on standard error and exit code 2."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -30,9 +31,8 @@ class OneLineErrors(TyperGroup):
         except KeyboardInterrupt:
             typer.echo("mole: interrupted", err=True)
             raise typer.Exit(INTERRUPTED) from None
-        except (ValueError, TypeError, OSError) as error:
-            message = " ".join(str(error).split()) or type(error).__name__
-            typer.echo(f"mole: {message}", err=True)
+        except MENDABLE as error:
+            typer.echo(f"mole: {one_line(error)}", err=True)
             raise typer.Exit(BAD_INPUT) from None
 
 

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from mole_diffusion.errors import MoLEError
+
 from .inputs import Device, pick_device, quiet_loading, read_pairs
 
 SOME_FAILED = 1
@@ -44,7 +46,7 @@ def evaluate(
     """
     folders = read_pairs("--references", references or [])
     if out.suffix.lower() != ".csv":
-        raise ValueError(f"--out {out}: the table is written as .csv, got {out.suffix!r}.")
+        raise MoLEError(f"--out {out}: the table is written as .csv, got {out.suffix!r}.")
     from rich.console import Console
     from rich.table import Table
 

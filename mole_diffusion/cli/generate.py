@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from mole_diffusion.errors import MoLEError
+
 from .inputs import Base, Device, find_base, pick_device, quiet_loading, read_pairs
 
 
@@ -48,7 +50,7 @@ def generate(
     from PIL import Image
 
     if out.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"--out {out}: a picture needs a suffix such as .png, got {out.suffix!r}.")
+        raise MoLEError(f"--out {out}: a picture needs a suffix such as .png, got {out.suffix!r}.")
     with quiet_loading():
         pipe = MoLEStableDiffusionPipeline.from_pretrained(find_base(base)).to(where)
     if files:

