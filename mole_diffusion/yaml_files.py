@@ -13,7 +13,7 @@ from mole_diffusion.errors import MoLEError
 from mole_diffusion.reading import read_text
 
 # Far beyond any study; a file that goes beyond is none, or was made to do harm.
-LARGEST, DEEPEST, MOST_VALUES = 256 * 1024, 20, 20_000
+LARGEST, DEEPEST, MOST_VALUES = 256 * 1024, 20, 5_000
 _BOOLEAN = "tag:yaml.org,2002:bool"
 
 
@@ -34,7 +34,7 @@ def parse_yaml(text: str) -> Any:
     """Plain values of a YAML text.
 
     "off" and "no" stay words, as in YAML 1.2, since settings have them among their values. No key stands twice in a
-    mapping; with what anchors repeat written out, there are at most 20,000 values, 20 deep.
+    mapping; with what anchors repeat written out, there are at most 5,000 values, 20 deep.
 
     Raises:
         MoLEError: It is no such YAML.

@@ -42,11 +42,11 @@ def test_a_byte_order_mark_is_no_part_of_a_key(tmp_path: Path) -> None:
     [
         ("a: 1\nb: 2\na: 3\n", r"the key 'a' twice in one mapping, again in line 3"),
         ("x: {a: 1, a: 2}", "the key 'a' twice"),
-        (LAUGHS, "more than 20000 values, with what its anchors repeat"),
+        (LAUGHS, "more than 5000 values, with what its anchors repeat"),
         ("a: &a [*a]", "an anchor that holds itself"),
         ("[" * 5000 + "]" * 5000, "nested more than 20 deep"),
         ("- " * 3000 + "x", "nested more than 20 deep"),
-        ("[" + "1, " * 80_000 + "1]", "more than 20000 values"),
+        ("[" + "1, " * 20_000 + "1]", "more than 5000 values"),
         ("1: x", "the key in line 1 is no word"),
         ("[a]: x", "the key in line 1 is no word"),
         ("a: !!python/object/apply:os.system [echo]", "no YAML that can be read"),

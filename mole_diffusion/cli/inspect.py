@@ -32,7 +32,9 @@ def inspect(file: Annotated[Path, typer.Argument(help="A LoRA, .safetensors.")])
     table.add_row("ranks", _few(ranks))
     table.add_row("alphas", _few([f"{alpha:g}" for alpha in report.alphas]) or "none: scaling 1")
     table.add_row("scaling", _few([f"{scaling:g}" for scaling in report.scalings]))
-    table.add_row("called by", _few([printable(trigger) for trigger in report.triggers]) or "no words named in the file")
+    table.add_row(
+        "called by", _few([printable(trigger) for trigger in report.triggers]) or "no words named in the file"
+    )
     table.add_row("SHA-256", report.sha256)
     Console(markup=False, highlight=False).print(table)
 
