@@ -11,8 +11,10 @@ from typing import Any
 
 from ..errors import MoLEError
 from ..files import file_name
+from ..yaml_files import read_yaml
 from .benchmark_methods import Method, read_methods
 
+MOST_SEEDS = 100_000
 _DEFAULTS: dict[str, Any] = {
     "keep": "all",
     "gates": None,
@@ -129,24 +131,22 @@ class BenchmarkConfig:
         """Reads a YAML file. `paper` is looked for beside it.
 
         Raises:
-            ValueError: It is no YAML, has an unknown key, lacks one, or holds a value that is not allowed.
+            MoLEError: It is no YAML, has an unknown key, lacks one, or holds a value that is not allowed.
         """
-        import yaml
-
+        values = read_yaml(path)
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
             if isinstance(values, dict) and isinstance(values.get("paper"), str):
                 values["paper"] = str(Path(path).parent / values["paper"])
             return cls.from_dict(values)
-        except (yaml.YAMLError, ValueError) as error:
-            raise ValueError(f"{os.fspath(path)}: {error}") from None
+        except MoLEError as error:
+            raise MoLEError(f"{os.fspath(path)}: {error}") from None
 
     @classmethod
     def from_dict(cls, given: Any) -> BenchmarkConfig:
         """Reads plain values, as YAML gives them.
 
         Raises:
-            ValueError: As :meth:`from_file`.
+            MoLEError: As :meth:`from_file`.
         """
         known = [*(field.name for field in fields(cls)), "training"]
         if not isinstance(given, dict):
@@ -180,6 +180,8 @@ class BenchmarkConfig:
         if values["reference"] not in labels:
             raise MoLEError(f"`reference` must be one of {', '.join(labels)}, got {values['reference']!r}.")
         seeds = values["seeds"]
+        if isinstance(seeds, int) and seeds > MOST_SEEDS:
+            raise MoLEError(f"`seeds` is {seeds}; at most {MOST_SEEDS} are drawn.")
         values["seeds"] = list(range(seeds)) if isinstance(seeds, int) else seeds
         if not all(isinstance(seed, int) and seed >= 0 for seed in _list(values, "seeds")):
             raise MoLEError(f"`seeds` must be a number of seeds or a list of integers, got {seeds!r}.")
@@ -259,7 +261,7 @@ def _composition(entry: Any, concepts: Mapping[str, Concept]) -> list[str]:
     if not isinstance(names, list) or not names:
         raise MoLEError(f'a composition is written "cat+boot", got {entry!r}.')
     for name in names:
-        if name not in concepts:
+        if not isinstance(name, str) or name not in concepts:
             raise MoLEError(
                 f"composition {entry!r} has {name!r}, which is no concept. Known are {', '.join(concepts)}."
             )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..clip import DifferentiableCLIP
 from ..errors import MoLEError
+from ..loading import loading
 from .pictures import Pictures, by_picture
 
 
@@ -74,11 +75,16 @@ class VisionBackbone(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str], **kwargs: Any) -> VisionBackbone:
-        """From a folder or the Hub, such as "facebook/dinov2-base"; `kwargs` go to `AutoModel.from_pretrained`."""
+        """From a folder or the Hub, such as "facebook/dinov2-base"; `kwargs` go to `AutoModel.from_pretrained`.
+
+        Raises:
+            LoadingError: It is not there, or cannot be read; weights are read from safetensors only.
+        """
         from transformers import AutoImageProcessor, AutoModel
 
-        model = AutoModel.from_pretrained(source, **kwargs)
-        return cls(getattr(model, "vision_model", model), AutoImageProcessor.from_pretrained(source))
+        with loading(f"the vision model {source}"):
+            model = AutoModel.from_pretrained(source, **{"use_safetensors": True, **kwargs})
+            return cls(getattr(model, "vision_model", model), AutoImageProcessor.from_pretrained(source))
 
     @torch.no_grad()
     def encode_image(self, images: Tensor) -> Tensor:

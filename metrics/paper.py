@@ -6,10 +6,10 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import MoLEError
+from ..yaml_files import read_yaml
 from .benchmark_config import BenchmarkConfig
 from .benchmark_rows import IMAGE, TEXT, Row, by_case, by_picture, is_whole, labels, mean, num_kept, of
 from .benchmark_tables import interval
@@ -72,13 +72,11 @@ def read_paper(path: str | os.PathLike[str]) -> PaperTable:
     Raises:
         ValueError: It is no such file.
     """
-    import yaml
-
     try:
-        given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        given = read_yaml(path)
         rows = tuple(_row(row) for row in given["rows"])
         return PaperTable(str(given["title"]), str(given["note"]), rows)
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise MoLEError(
             f"{os.fspath(path)} is no table of a paper: {error!r}. It must have title, note and rows of method, text "
             "and image, with ours and loras where they apply."

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import MoLEError
+from mole_diffusion.errors import MoLEError
+from mole_diffusion.loading import LoadingError, loading
 
 _LOCAL = "local-dir:"
 _WEIGHTS = "open_clip_model.safetensors"
@@ -40,7 +41,7 @@ class DifferentiableCLIP(nn.Module):
     Raises:
         ValueError: The folder lacks one of its files; `pretrained` is missing, or given for a folder; open_clip does
             not know the name; or the model wants another preprocessing than the one above.
-        OSError: The weights cannot be downloaded, or do not fit the architecture.
+        LoadingError: The weights cannot be downloaded or read, or do not fit the architecture.
     """
 
     mean: Tensor
@@ -51,14 +52,15 @@ class DifferentiableCLIP(nn.Module):
         name = _open_clip_name(os.fspath(model_name_or_dir), pretrained)
         try:
             model = open_clip.create_model(name, pretrained=pretrained, force_quick_gelu=_quick_gelu(name, pretrained))
-        except RuntimeError as error:  # no network and nothing in the cache, or weights of another architecture
+        except Exception as error:  # no network, weights of another architecture, damaged files
             what = name if pretrained is None else f"{name} with the weights {pretrained!r}"
-            raise OSError(
+            raise LoadingError(
                 f"open_clip cannot load {what}: {error} Load it once with a network, or give a folder with "
                 f"open_clip_config.json and {_WEIGHTS} that fit each other."
             ) from error
         self.model: Any = model.eval().requires_grad_(False)
-        self._tokenizer: Any = open_clip.get_tokenizer(name)
+        with loading(f"the tokenizer of {name}"):
+            self._tokenizer: Any = open_clip.get_tokenizer(name)
         settings = open_clip.get_model_preprocess_cfg(self.model)
         size = settings["size"]
         height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
@@ -156,4 +158,6 @@ def _open_clip_name(name: str, pretrained: str | None) -> str:
             f"`pretrained` is {pretrained!r}; {name} without pretrained weights scores at random. "
             f"Choose one of {', '.join(tags) or 'no known tags: give a file'}."
         )
+    if pretrained not in tags and Path(pretrained).suffix != ".safetensors":
+        raise MoLEError(f"`pretrained` is {pretrained!r}; weights are read from .safetensors only. Save them so.")
     return name

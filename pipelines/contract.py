@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..loading import loading
+
 if TYPE_CHECKING:
     from typing import Self
 
@@ -56,6 +58,16 @@ class DiffusersContract(Base):
         """The arguments of a call of the diffusers pipeline by their names."""
         names = list(inspect.signature(_stock_class(type(self)).__call__).parameters)[1:]
         return {**dict(zip(names, args, strict=False)), **kwargs}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Self:
+        """As in diffusers, but weights are read from safetensors only, unless ``use_safetensors=False`` is given.
+
+        Raises:
+            LoadingError: The folder or repository is not there, or cannot be read.
+        """
+        with loading(f"the base model {pretrained_model_name_or_path}"):
+            return super().from_pretrained(pretrained_model_name_or_path, **{"use_safetensors": True, **kwargs})
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:

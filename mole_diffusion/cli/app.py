@@ -14,6 +14,7 @@ from mole_diffusion import __version__
 from .balance_study import balance_study
 from .benchmark import benchmark
 from .demo import demo
+from .edge import MENDABLE, one_line
 from .evaluate import evaluate
 from .generate import generate
 from .inspect import inspect
@@ -26,7 +27,7 @@ BAD_INPUT, INTERRUPTED = 2, 130
 
 
 class OneLineErrors(TyperGroup):
-    """Turns errors about the user's input into one line on standard error and exit code 2, without a traceback."""
+    """The one place where errors that a user can mend become a line on standard error and exit code 2."""
 
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
         with _one_line():
@@ -51,8 +52,8 @@ def _one_line() -> Iterator[None]:
         hint = "" if context is None else f" See: {context.command_path} --help"
         _say(f"{error.format_message().rstrip('.')}.{hint}")
         raise typer.Exit(BAD_INPUT) from None
-    except (ValueError, TypeError, OSError) as error:
-        _say(str(error) or type(error).__name__)
+    except MENDABLE as error:
+        _say(one_line(error))
         raise typer.Exit(BAD_INPUT) from None
 
 

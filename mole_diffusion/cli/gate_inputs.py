@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from mole_diffusion.errors import MoLEError
 
 from .inputs import find_base, pick_device, quiet_loading, read_pairs, read_pictures
 
@@ -89,14 +90,14 @@ def read_gate_training(
     """Loads the models, after everything that is quick to check.
 
     Raises:
-        ValueError: Something is missing or does not fit.
+        MoLEError: Something is missing or does not fit.
     """
     own, known = toybox_loras(lora) if base == "toybox" else (list(lora), {})
     files = read_pairs("--lora", own)
     concepts = known | read_concepts(files, token, class_name, description, references)
     texts = read_prompts(prompt, prompts, template, concepts)
     if clip is None and base != "toybox":
-        raise ValueError("--clip is missing. Give a folder, or --clip ViT-B-32 --clip-pretrained laion2b_s34b_b79k.")
+        raise MoLEError("--clip is missing. Give a folder, or --clip ViT-B-32 --clip-pretrained laion2b_s34b_b79k.")
     from mole_diffusion import toybox
     from mole_diffusion.clip import DifferentiableCLIP
     from mole_diffusion.pipelines import MoLEStableDiffusionPipeline
@@ -113,7 +114,7 @@ def toybox_loras(lora: Sequence[str]) -> tuple[list[str], dict[str, Concept]]:
     """The entries of --lora with the file of every toybox subject that stands there by its name alone, and what it is.
 
     Raises:
-        ValueError: There is no such subject.
+        MoLEError: There is no such subject.
     """
     from mole_diffusion import toybox
 
@@ -132,7 +133,7 @@ def read_concepts(
     """What each LoRA stands for, where it was said.
 
     Raises:
-        ValueError: An option names no LoRA, or a LoRA has a token and no class, or no token and something else.
+        MoLEError: An option names no LoRA, or a LoRA has a token and no class, or no token and something else.
     """
     from mole_diffusion.training import Concept
 
@@ -145,10 +146,10 @@ def read_concepts(
     for option, pairs in given.items():
         for name in pairs:
             if name not in files:
-                raise ValueError(f"{option} {name}=…: there is no --lora {name}=…; there are {', '.join(files)}.")
+                raise MoLEError(f"{option} {name}=…: there is no --lora {name}=…; there are {', '.join(files)}.")
             missing = [needed for needed in ("--token", "--class") if name not in given[needed]]
             if missing:
-                raise ValueError(f"{option} {name}=… needs {' and '.join(missing)} for {name} too.")
+                raise MoLEError(f"{option} {name}=… needs {' and '.join(missing)} for {name} too.")
     return {
         name: Concept(
             token=given["--token"][name],
@@ -169,20 +170,20 @@ def read_prompts(
     """The prompts of all three options together.
 
     Raises:
-        ValueError: There is none, or the file is missing.
+        MoLEError: There is none, or the file is missing.
     """
     from mole_diffusion.training import prompts_from_templates
 
     texts = list(prompt or [])
     if prompts is not None:
         if not prompts.is_file():
-            raise ValueError(f"--prompts {prompts}: there is no such file.")
+            raise MoLEError(f"--prompts {prompts}: there is no such file.")
         from mole_diffusion.prompts import read_prompt_lines
 
         texts += [line for line in read_prompt_lines(prompts) if not line.startswith("#")]
     texts += prompts_from_templates(template or [], concepts)
     if not texts:
-        raise ValueError('no prompts: give --prompt, --prompts FILE or --template "a photo of {subjects}".')
+        raise MoLEError('no prompts: give --prompt, --prompts FILE or --template "a photo of {subjects}".')
     return texts
 
 
@@ -192,26 +193,29 @@ def read_config(
     """Preset, then YAML file, then --set, then options of their own; the later goes before the earlier.
 
     Raises:
-        ValueError: A setting is unknown or its value is not allowed; the file is missing or no YAML dictionary.
+        MoLEError: A setting is unknown or its value is not allowed; the file is missing or no YAML dictionary.
     """
-    import yaml
-
     from mole_diffusion.training import GateTrainingConfig
+    from mole_diffusion.yaml_files import parse_yaml, read_yaml
 
     values: dict[str, Any] = {}
     if file is not None:
-        if not file.is_file():
-            raise ValueError(f"--config {file}: there is no such file.")
         try:
-            values = load_yaml(file.read_text(encoding="utf-8")) or {}
-        except yaml.YAMLError as error:
-            raise ValueError(f"--config {file} is no YAML: {error}") from None
+            values = read_yaml(file) or {}
+        except MoLEError as error:
+            raise MoLEError(f"--config {error}") from None
         if not isinstance(values, dict):
-            raise ValueError(f"--config {file} must be a dictionary of settings, got {type(values).__name__}.")
+            raise MoLEError(f"--config {file} must be a dictionary of settings, got {type(values).__name__}.")
     for key, text in read_pairs("--set", settings or [], "gates.scope=layer").items():
-        value = load_yaml(text)
+        try:
+            value = parse_yaml(text)
+        except MoLEError as error:
+            raise MoLEError(f"--set {key}={text}: {error}") from None
         if key.startswith("gates."):
-            values["gates"] = {**(values.get("gates") or {}), key.removeprefix("gates."): value}
+            gates = values.get("gates") or {}
+            if not isinstance(gates, dict):
+                raise MoLEError(f"`gates` must be a dictionary of settings, got {gates!r}.")
+            values["gates"] = {**gates, key.removeprefix("gates."): value}
         else:
             values[key] = value
     values |= {name: value for name, value in options.items() if value is not None}
@@ -223,20 +227,3 @@ def read_config(
     # Few steps, say for a trial, should not ask for a shorter warm-up too.
     own = GateTrainingConfig.from_dict({"preset": values.get("preset", "default")}).warmup_steps
     return GateTrainingConfig.from_dict({**values, "warmup_steps": min(own, chosen.steps // 4)})
-
-
-def load_yaml(text: str) -> Any:
-    """Plain values; "off" and "no" stay words, as in YAML 1.2, since settings have them among their values."""
-    import yaml
-
-    boolean = "tag:yaml.org,2002:bool"
-
-    class Loader(yaml.SafeLoader):
-        pass
-
-    Loader.yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != boolean]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-    Loader.add_implicit_resolver(boolean, re.compile("^(?:true|True|false|False)$"), list("tTfF"))
-    return yaml.load(text, Loader)

@@ -140,13 +140,13 @@ def _region(name: str, text: str, height: int | None, width: int | None) -> Regi
     from mole_diffusion.composition.region_forms import draw
 
     # Where the size of the picture is the base's, which nobody knows yet, it is taken to be large enough for the box.
-    right, bottom = (math.ceil(max(region[i::2], default=1)) for i in (0, 1)) if numbers else (1, 1)  # type: ignore[index]
+    right, bottom = (math.ceil(max(region[i::2], default=1)) for i in (0, 1)) if numbers else (1, 1)
     size = height or max(bottom, 1), width or max(right, 1)
     try:
-        draw(region, name, size, (64, 64))  # type: ignore[arg-type]
+        draw(region, name, size, (64, 64))
     except MoLEError as error:
         raise MoLEError(f"--region {name}={text}: {error}") from None
-    return region  # type: ignore[return-value]
+    return region
 
 
 def _painted(name: str, text: str) -> Any:

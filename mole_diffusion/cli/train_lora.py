@@ -55,6 +55,7 @@ def train_lora(
     pictures = read_pictures("--images", images)
     from diffusers import StableDiffusionPipeline
 
+    from mole_diffusion.loading import loading
     from mole_diffusion.training import TEXT_ENCODER_TARGETS, LoRATrainingConfig
     from mole_diffusion.training import train_lora as train
     from mole_diffusion.training.checkpoint import clear_checkpoints
@@ -75,8 +76,8 @@ def train_lora(
         seed=seed,
     )
     where = pick_device(device)
-    with quiet_loading():
-        pipe = StableDiffusionPipeline.from_pretrained(find_base(base)).to(where)
+    with quiet_loading(), loading(f"--base {base}"):
+        pipe = StableDiffusionPipeline.from_pretrained(find_base(base), use_safetensors=True).to(where)
     train(pipe, pictures, config, out=out, work=place)
     if work is None:  # nobody asked for it, and the next training of this name may be another
         clear_checkpoints(place)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mole_diffusion.errors import MoLEError
+
 
 def balance_loss(gates: Tensor, present: Tensor | None = None) -> Tensor:
     """Gating balance loss of MoLE: ``L = - sum_i log q_i``, q_i the mean gate of LoRA i over all gated places.
@@ -64,11 +66,11 @@ def mean_usage(gates: Tensor, present: Tensor | None = None) -> Tensor:
         ValueError: If shapes do not fit.
     """
     if gates.ndim not in (2, 3) or 0 in gates.shape:
-        raise ValueError(f"`gates` must be (places, N) or (batch, places, N), got {tuple(gates.shape)}.")
+        raise MoLEError(f"`gates` must be (places, N) or (batch, places, N), got {tuple(gates.shape)}.")
     if present is None:
         present = torch.ones(gates.shape[-2:], dtype=torch.bool)
     if present.shape != gates.shape[-2:]:
-        raise ValueError(
+        raise MoLEError(
             f"`present` must be {tuple(gates.shape[-2:])}, (places, N), like `gates`, got {tuple(present.shape)}."
         )
     mask = present.to(gates.device, gates.dtype)

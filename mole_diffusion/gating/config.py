@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from mole_diffusion.errors import MoLEError
+
 Scope = Literal["matrix", "layer", "block", "transformer", "network"]
 GateInput = Literal["experts", "hidden", "none"]
 Normalization = Literal["l2", "rms", "layer_norm"]
@@ -46,7 +48,7 @@ class GateConfig:
             also from a LoRA that acts alone.
 
     Raises:
-        ValueError: On any other value, and where two settings contradict each other.
+        MoLEError: On any other value, and where two settings contradict each other.
     """
 
     scope: Scope = "block"
@@ -68,43 +70,55 @@ class GateConfig:
         ):
             value = getattr(self, name)
             if value not in get_args(allowed):
-                raise ValueError(f"`{name}` must be one of {list(get_args(allowed))}, got {value!r}.")
+                raise MoLEError(f"`{name}` must be one of {list(get_args(allowed))}, got {value!r}.")
         axis = self.token_axis
         is_grid = isinstance(axis, int) and not isinstance(axis, bool)
         if axis not in ("pooled", "flatten", "token") and not (is_grid and int(axis) >= 1):
-            raise ValueError(
+            raise MoLEError(
                 f"`token_axis` must be 'pooled', 'flatten', 'token' or a grid size of at least 1, got {axis!r}."
             )
-        if not (self.temperature > 0 and math.isfinite(self.temperature)):
-            raise ValueError(
-                f"`temperature` must be positive and finite, got {self.temperature}. Use 1.0 for a plain softmax."
+        if not _is_positive(self.temperature):
+            raise MoLEError(
+                f"`temperature` must be positive and finite, got {self.temperature!r}. Use 1.0 for a plain softmax."
             )
+        for name in ("learn_temperature", "null_expert"):
+            if not isinstance(getattr(self, name), bool):
+                raise MoLEError(f"`{name}` must be true or false, got {getattr(self, name)!r}.")
         if self.experts == "block" and self.scope != "block":
-            raise ValueError(f"experts='block' needs scope='block', got scope={self.scope!r}.")
+            raise MoLEError(f"experts='block' needs scope='block', got scope={self.scope!r}.")
         if self.experts == "block" and axis not in ("pooled", "flatten"):
-            raise ValueError(f"experts='block' needs token_axis='pooled' or 'flatten', got {axis!r}.")
+            raise MoLEError(f"experts='block' needs token_axis='pooled' or 'flatten', got {axis!r}.")
         if self.scope == "network" and axis == "token":
-            raise ValueError("token_axis='token' needs a scope whose modules see the same tokens, not scope='network'.")
+            raise MoLEError("token_axis='token' needs a scope whose modules see the same tokens, not scope='network'.")
         if self.experts == "block" and self.input != "experts":
-            raise ValueError(f"experts='block' needs input='experts', got input={self.input!r}.")
+            raise MoLEError(f"experts='block' needs input='experts', got input={self.input!r}.")
         if self.input == "none" and axis != "pooled":
-            raise ValueError(f"input='none' has no tokens to read; leave token_axis at 'pooled', got {axis!r}.")
-        if not (self.gate_sum > 0 and math.isfinite(self.gate_sum)):
-            raise ValueError(f"`gate_sum` must be positive and finite, got {self.gate_sum}. The paper's is 1.")
+            raise MoLEError(f"input='none' has no tokens to read; leave token_axis at 'pooled', got {axis!r}.")
+        if not _is_positive(self.gate_sum):
+            raise MoLEError(f"`gate_sum` must be positive and finite, got {self.gate_sum!r}. The paper's is 1.")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GateConfig:
         """From a saved configuration.
 
         Raises:
-            ValueError: If a key is unknown, say because a newer version wrote it, or a value is not allowed.
+            MoLEError: If a key is unknown, say because a newer version wrote it, or a value is not allowed.
         """
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
-            raise ValueError(f"Unknown keys {unknown} in a gate configuration; known are {sorted(known)}.")
+            raise MoLEError(f"Unknown keys {unknown} in a gate configuration; known are {sorted(known)}.")
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return dataclasses.asdict(self)
+
+
+def _is_positive(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return value > 0 and math.isfinite(value)
+    except OverflowError:  # a whole number with more digits than a float has
+        return False

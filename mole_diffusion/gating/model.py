@@ -15,8 +15,11 @@ from typing import Any
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.utils import hub_utils
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from mole_diffusion.errors import MoLEError
 
 from ..experts import Experts, Projections, Run, Site
 from ..lora import LoRA
@@ -25,6 +28,7 @@ from .block import BlockExperts
 from .config import GateConfig, TokenAxis
 from .gate import Gate, masked_softmax
 from .record import GateRecord
+from .saving import CARD, card_of, check_loras, fingerprint, key_of, own_card, read_gates
 from .spec import GateSpec, plan_gates, with_positions
 from .tokens import reduce_tokens, token_grid
 
@@ -44,7 +48,7 @@ class MoLEModel(ModelMixin, ConfigMixin):
         gate_table: One ``GateSpec.to_dict()`` per gate.
 
     Raises:
-        ValueError: If the configuration is not one this version knows.
+        MoLEError: If the configuration is not one this version knows.
     """
 
     config_name = "config.json"
@@ -60,23 +64,24 @@ class MoLEModel(ModelMixin, ConfigMixin):
         self.gate_config = GateConfig.from_dict(gate_config)
         self.specs = tuple(GateSpec.from_dict(spec) for spec in gate_table)
         self.lora_names = tuple(lora["name"] for lora in loras)
-        self.gates = nn.ModuleDict({_key(spec.name): self._make_gate(spec) for spec in self.specs})
+        self.gates = nn.ModuleDict({key_of(spec.name): self._make_gate(spec) for spec in self.specs})
         many = self.num_experts > 1
         self._sum_exponent = math.log(self.gate_config.gate_sum) / math.log(self.num_experts) if many else 0.0
         self._binding: Binding | None = None
         self._record: GateRecord | None = None
+        self._card: str | None = None
 
     @classmethod
     def from_experts(cls, experts: Experts, config: GateConfig | None = None) -> MoLEModel:
         """Untrained gates (uniform) for attached experts.
 
         Raises:
-            ValueError: If the experts are not attached, or ``token_axis="flatten"`` and the model was never run.
+            MoLEError: If the experts are not attached, or ``token_axis="flatten"`` and the model was never run.
         """
         config = config or GateConfig()
         _need_attached(experts)
         specs = [with_positions(spec, config, experts) for spec in plan_gates(experts, config)]
-        loras = [_fingerprint(lora) for lora in experts.loras]
+        loras = [fingerprint(lora) for lora in experts.loras]
         return cls(gate_config=config.to_dict(), loras=loras, gate_table=[spec.to_dict() for spec in specs])
 
     @property
@@ -97,33 +102,15 @@ class MoLEModel(ModelMixin, ConfigMixin):
         """Check that these are the LoRAs the gates were made for, in their order.
 
         Raises:
-            ValueError: Naming every difference in number, names, order, ranks and files.
+            GatesError: Naming every difference in number, names, order, ranks and factors.
         """
-        expected: list[dict[str, Any]] = list(self.config.loras)
-        names = [lora.name for lora in loras]
-        if names != list(self.lora_names):
-            order = " in this order" if sorted(names) == sorted(self.lora_names) else ""
-            raise ValueError(
-                f"These gates were trained for the LoRAs {list(self.lora_names)}{order}, got {names}. Load "
-                f"those{order}, or train new gates."
-            )
-        problems = []
-        for want, lora in zip(expected, loras, strict=True):
-            if list(want["ranks"]) != list(lora.ranks):
-                problems.append(f"{lora.name!r} has ranks {list(lora.ranks)} and not {list(want['ranks'])}")
-            if want["sha256"] != lora.sha256:
-                problems.append(f"{lora.name!r} has SHA-256 {lora.sha256[:12]}… and not {want['sha256'][:12]}…")
-        if problems:
-            raise ValueError(
-                f"These gates were trained for other files: {'; '.join(problems)}. Load the files they were trained "
-                "with, or train new gates."
-            )
+        check_loras(self.config.loras, loras)
 
     def bind(self, experts: Experts) -> None:
         """Get ready to weigh these experts; setting ``experts.weigher`` does it.
 
         Raises:
-            ValueError: If they are not attached, are not those of the LoRAs the gates were made for, or sit in a model
+            MoLEError: If they are not attached, are not those of the LoRAs the gates were made for, or sit in a model
                 with other modules.
         """
         if self._binding is not None and self._binding.sites is experts.sites:
@@ -131,14 +118,18 @@ class MoLEModel(ModelMixin, ConfigMixin):
         _need_attached(experts)
         self.check_loras(experts.loras)
         found = {spec.name: spec for spec in plan_gates(experts, self.gate_config)}
+        specs = []
         for spec in self.specs:
-            if found.pop(spec.name, None) != dataclasses.replace(spec, positions=1):
-                raise ValueError(
+            here = found.pop(spec.name, None)
+            if here is None or here.to_dict() != dataclasses.replace(spec, positions=1).to_dict():
+                raise MoLEError(
                     f"The gate at {spec.name} was made for other adapted modules than this model has there. Load the "
                     "base model the gates were trained with."
                 )
+            specs.append(dataclasses.replace(here, positions=spec.positions))
         if found:
-            raise ValueError(f"The model has adapted places without a gate: {sorted(found)[:3]}. Train new gates.")
+            raise MoLEError(f"The model has adapted places without a gate: {sorted(found)[:3]}. Train new gates.")
+        self.specs = tuple(specs)  # with the names of modules that this version of transformers has
         binding = Binding(experts, self.specs)
         for spec in self.specs:
             if spec.block is not None:
@@ -153,11 +144,11 @@ class MoLEModel(ModelMixin, ConfigMixin):
         The first of a scope to run sets them for the whole scope.
 
         Raises:
-            ValueError: If a module runs before those its gate reads, or a flattened gate meets another resolution.
+            MoLEError: If a module runs before those its gate reads, or a flattened gate meets another resolution.
         """
         binding = self._binding
         if binding is None or site.name not in binding.spec_of:
-            raise ValueError(f"These gates do not weigh {site.name}. Set `experts.weigher = model` to bind them.")
+            raise MoLEError(f"These gates do not weigh {site.name}. Set `experts.weigher = model` to bind them.")
         spec = binding.spec_of[site.name]
         if spec.block is not None:
             return binding.blocks[spec.name].weights(run)
@@ -170,7 +161,7 @@ class MoLEModel(ModelMixin, ConfigMixin):
             current = Current(weakref.ref(projections), self._weigh(spec, features, size, run))
             run.notes[spec.name] = current
         elif current is None:
-            raise ValueError(
+            raise MoLEError(
                 f"{site.name} ran before {list(spec.entry_sites)}, which its gate reads. This model runs its modules "
                 "in an order the scope does not expect; use scope='matrix'."
             )
@@ -204,25 +195,47 @@ class MoLEModel(ModelMixin, ConfigMixin):
             for file in Path(temporary).iterdir():
                 os.replace(file, folder / file.name)
         if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
+            self._card = own_card(folder) or self._card  # a training leaves its card beside the gates
+            self.push_to_hub(kwargs.pop("repo_id", folder.resolve().name), **kwargs)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+    ) -> Any:
+        """Upload the gates with their model card: the one they came with, or one of what they are made for.
+
+        Args are those of diffusers' ``push_to_hub``.
+        """
+        repo_id = hub_utils.create_repo(repo_id, exist_ok=True, private=private, token=token).repo_id
+        with tempfile.TemporaryDirectory() as temporary:
+            self.save_pretrained(temporary)
+            card = self._card or card_of(self.config.loras, self.gate_config)
+            (Path(temporary) / CARD).write_text(card, encoding="utf-8")
+            return self._upload_folder(
+                temporary, repo_id, token=token, commit_message=commit_message, create_pr=create_pr
+            )
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, **kwargs: Any) -> MoLEModel:
-        """Gates from a folder or the Hub, strictly: safetensors only, every key in its place.
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> MoLEModel:
+        """Gates from a folder or the Hub, strictly: safetensors only, every key in its place, every number finite.
+
+        Args:
+            pretrained_model_name_or_path: Folder or Hub id.
+            kwargs: ``subfolder``; of the Hub: ``revision``, ``token``, ``cache_dir``, ``force_download``,
+                ``local_files_only``.
 
         Raises:
-            ValueError: If the file lacks gates of the table, or has others.
+            GatesError: If the folder holds something else than :meth:`save_pretrained` writes.
         """
-        kwargs = {"use_safetensors": True, **kwargs, "output_loading_info": True}
-        model, info = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        problems = {kind: keys for kind, keys in info.items() if kind.endswith("_keys") and keys}
-        if problems:
-            shown = "; ".join(f"{kind.replace('_', ' ')} {sorted(map(str, k))[:3]}" for kind, k in problems.items())
-            raise ValueError(
-                f"{pretrained_model_name_or_path} does not hold the gates its config.json describes: {shown}. The "
-                "files do not belong together; save the gates again."
-            )
-        return model
+        saved = read_gates(pretrained_model_name_or_path, **kwargs)
+        model = cls(**saved.settings)
+        model.load_state_dict(saved.tensors)
+        model._card = saved.card
+        return model.eval()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoLEModel:
         # `.to(bfloat16)` and `.half()` move the gates but leave them fp32: a softmax over small logits needs it.
@@ -247,7 +260,7 @@ class MoLEModel(ModelMixin, ConfigMixin):
         )
 
     def _gate(self, spec: GateSpec) -> Gate:
-        gate = self.gates[_key(spec.name)]
+        gate = self.gates[key_of(spec.name)]
         assert isinstance(gate, Gate)
         return gate
 
@@ -290,18 +303,9 @@ class MoLEModel(ModelMixin, ConfigMixin):
         experts.on_detach(block.register_forward_hook(hook, with_kwargs=True).remove)
 
 
-def _key(name: str) -> str:
-    """Gate names hold dots, which names of submodules may not."""
-    return name.replace(".", "/")
-
-
-def _fingerprint(lora: LoRA) -> dict[str, Any]:
-    return {"name": lora.name, "sha256": lora.sha256, "ranks": list(lora.ranks)}
-
-
 def _need_attached(experts: Experts) -> None:
     if not experts.attached:
-        raise ValueError("These experts hang on no model; call `experts.attach(components)` first.")
+        raise MoLEError("These experts hang on no model; call `experts.attach(components)` first.")
 
 
 def _read(spec: GateSpec, site: Site, projections: Projections, axis: TokenAxis) -> Tensor:

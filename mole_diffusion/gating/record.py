@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mole_diffusion.errors import MoLEError
+
 from ..experts import Run, in_backward
 from .spec import GateSpec
 
@@ -84,7 +86,7 @@ class GateRecord:
         """
         means = list(self.mean().values())
         if not means:
-            raise ValueError("No gate was recorded. Run the model inside `with model.record() as record:`.")
+            raise MoLEError("No gate was recorded. Run the model inside `with model.record() as record:`.")
         return torch.stack([mean.to(means[-1].device) for mean in means])
 
     def rows(self) -> Tensor:
@@ -96,7 +98,7 @@ class GateRecord:
         gates = list(self.gates.values())
         sizes = sorted({len(weights) for weights in gates})
         if len(sizes) != 1:
-            raise ValueError(
+            raise MoLEError(
                 f"Recorded batches have the sizes {sizes}. Record one pass of every model with one batch, inside "
                 "`with model.record() as record:`, or use `places()`, which takes means."
             )

@@ -7,9 +7,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mole_diffusion.errors import MoLEError
+
 from ..experts import Experts, Site
+from ..lora.modules import canonical_name
 from .config import GateConfig
 from .scopes import block_module, firing_order, gate_name
+
+
+def canonical_place(component: str, place: str) -> str:
+    """Name of a gate, ``component.module`` or only the component, whatever the version of transformers."""
+    module = place.removeprefix(component).removeprefix(".")
+    return ".".join(part for part in (component, canonical_name(module)) if part)
 
 
 @dataclass(frozen=True)
@@ -56,14 +65,19 @@ class GateSpec:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GateSpec:
-        """From plain values, as JSON gives them back."""
+        """From plain values, as JSON gives them back; a name may be that of another version of transformers."""
         entries = tuple(Entry(e["module"], tuple(e["ranks"]), e["features"]) for e in values["entries"])
         plain = {**values, "experts": tuple(values["experts"]), "modules": tuple(values["modules"])}
-        return cls(**{**plain, "entries": entries})
+        name = canonical_place(values["component"], values["name"])
+        return cls(**{**plain, "name": name, "entries": entries})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return dataclasses.asdict(self)
+        """Plain values, for JSON, with names of modules that do not depend on the version of transformers."""
+        plain = dataclasses.asdict(self)
+        entries = [{**entry, "module": canonical_name(entry["module"])} for entry in plain["entries"]]
+        modules = [canonical_name(module) for module in self.modules]
+        block = None if self.block is None else canonical_name(self.block)
+        return {**plain, "entries": entries, "modules": modules, "block": block}
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -114,7 +128,7 @@ def with_positions(spec: GateSpec, config: GateConfig, experts: Experts) -> Gate
     """Complete a planned gate by the length of its token axis.
 
     Raises:
-        ValueError: For ``token_axis="flatten"`` if the model was not run yet, so that nobody knows how many tokens
+        MoLEError: For ``token_axis="flatten"`` if the model was not run yet, so that nobody knows how many tokens
             there will be.
     """
     axis = config.token_axis
@@ -124,7 +138,7 @@ def with_positions(spec: GateSpec, config: GateConfig, experts: Experts) -> Gate
         entry = experts.sites[spec.entry_sites[0]]
         tokens = entry.tokens if spec.hidden_features is None else entry.input_tokens
         if tokens is None:
-            raise ValueError(
+            raise MoLEError(
                 f"Gates with token_axis='flatten' fit one resolution only, and {spec.component} has not seen any yet. "
                 "Run it once at the resolution you want, then make the gates; or use token_axis='pooled'."
             )
@@ -136,7 +150,7 @@ def with_positions(spec: GateSpec, config: GateConfig, experts: Experts) -> Gate
 
 def _scope(site: Site, config: GateConfig) -> str:
     """Name of the gate that weighs a module. One weight per token cannot serve modules with other tokens."""
-    name = gate_name(config.scope, site.component, site.module_name)
+    name = gate_name(config.scope, site.component, canonical_name(site.module_name))
     if config.token_axis != "token" or config.scope == "matrix":
         return name
     if site.reads_text:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
+from mole_diffusion.errors import MoLEError
+
 from .config import TokenAxis
 
 
@@ -32,7 +34,7 @@ def reduce_tokens(features: Tensor, axis: TokenAxis, positions: int, size: tuple
         return features.mean(dim=1, keepdim=True)
     if axis == "flatten":
         if tokens != positions:
-            raise ValueError(
+            raise MoLEError(
                 f"The gate at {gate} was made with token_axis='flatten' for {positions} tokens, and now there are "
                 f"{tokens}. Use the resolution (or prompt length) it was trained at, or gates with token_axis='pooled'."
             )
@@ -56,7 +58,7 @@ def token_grid(tokens: int, sample_size: tuple[int, int] | None, gate: str) -> t
             height, width = -(-height // 2), -(-width // 2)
         if height * width == tokens:
             return height, width
-    raise ValueError(
+    raise MoLEError(
         f"The gate at {gate} pools over a grid, but {tokens} tokens are no picture of a sample of size {sample_size}. "
         "Use token_axis='pooled' for this model."
     )

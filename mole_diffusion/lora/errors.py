@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from mole_diffusion.errors import MoLEError
+from mole_diffusion.errors import MoLEError, printable
 
 SHOWN_KEYS = 3
 
@@ -39,11 +39,12 @@ def refusal(
     if named := sorted(set(components)):
         where.append(f"component {', '.join(named)}")
     place = f" ({', '.join(where)})" if where else ""
-    return LoRAError(f"{source}{place}: {problem}{_shown(keys)}. {remedy}")
+    return LoRAError(f"{printable(source, 300)}{place}: {printable(problem, 500)}{_shown(keys)}. {remedy}")
 
 
 def _shown(keys: Sequence[str]) -> str:
     if not keys:
         return ""
     rest = len(keys) - SHOWN_KEYS
-    return ": " + ", ".join(repr(key) for key in keys[:SHOWN_KEYS]) + (f" and {rest} more" if rest > 0 else "")
+    shown = [f"'{printable(key, 160)}'" for key in keys[:SHOWN_KEYS]]
+    return ": " + ", ".join(shown) + (f" and {rest} more" if rest > 0 else "")

@@ -48,5 +48,10 @@ class ModuleIndex:
         return ((name, shape[1]) for name, shape in self.shapes.items())
 
 
+def canonical_name(module: str) -> str:
+    """A module's name that does not depend on the version of transformers: without the `text_model.` it dropped."""
+    return module.removeprefix(TEXT_MODEL)
+
+
 def _normal(name: str) -> str:
     return name.replace(".", "_").removeprefix(TEXT_MODEL.replace(".", "_"))

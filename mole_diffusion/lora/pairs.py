@@ -1,56 +1,69 @@
-"""From keys to pairs: down, up and alpha of a place brought together, their numbers checked. Needs no model."""
+"""From keys to pairs: down, up and alpha of a place brought together and checked. Needs no model.
+
+Pairs are found in the header alone, so that a file that does not fit is refused before its tensors are read.
+"""
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mole_diffusion.lora.errors import refusal
-from mole_diffusion.lora.layouts import LAYOUTS, place_keys
+from mole_diffusion.lora.layouts import LAYOUTS, Kind, place_keys
 from mole_diffusion.lora.sources import LoRAFile
-from mole_diffusion.lora.unsupported import find_unsupported
+from mole_diffusion.lora.unsupported import explain_unplaced, find_unsupported
+
+Shape = tuple[int, ...]
+# More rank than twice the larger side adds nothing, and a gate keeps r x r numbers of a module. Small modules get some
+# more, since trainers use one rank for all.
+SMALL_MODULE_RANK = 512
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Pair:
-    """Factors of one module as the file has them, in fp32 on the CPU; names not yet looked up in a model.
+    """Factors of one module as the header tells them; names not yet looked up in a model.
 
     Attributes:
         component: Model it belongs to; None where the keys do not say.
         module: Name as the file spells it.
-        down: A, `(r, …)`.
-        up: B, `(d_out, r, …)`.
-        alpha: Of the file; None where it has none.
-        key: The key of `down`, for messages.
+        down: Shape of A, `(r, …)`.
+        up: Shape of B, `(d_out, r, …)`.
+        keys: Key of `"down"`, `"up"` and, where the file has one, `"alpha"`.
     """
 
     component: str | None
     module: str
-    down: Tensor
-    up: Tensor
-    alpha: float | None
-    key: str
+    down: Shape
+    up: Shape
+    keys: Mapping[Kind, str]
 
     @property
     def r(self) -> int:
         """Rank."""
-        return self.down.shape[0]
+        return self.down[0]
+
+    @property
+    def key(self) -> str:
+        """The key of `down`, for messages."""
+        return self.keys["down"]
 
 
-def read_pairs(file: LoRAFile) -> tuple[str, list[Pair]]:
+def find_pairs(file: LoRAFile) -> tuple[str, list[Pair]]:
     """Layout of the file and its pairs, in the order of their keys.
 
     Raises:
-        LoRAError: If a kind of adapter is not plain LoRA, a key has no place, a pair is incomplete or its ranks
-            disagree, or a value is not finite.
+        LoRAError: If a kind of adapter is not plain LoRA, a key has no place, a pair is incomplete, its ranks disagree
+            or are larger than any LoRA's, or it holds no floating-point numbers.
     """
-    if found := find_unsupported(file.tensors):
+    if found := find_unsupported(file.entries):
         kind, keys, remedy = found
         raise refusal(file.source, f"{kind} is not supported yet, {len(keys)} keys", remedy, keys=keys)
-    layout, places, unplaced = place_keys(file.tensors)
+    layout, places, unplaced = place_keys(file.entries)
     if layout is None:
         raise refusal(
             file.source,
@@ -59,14 +72,9 @@ def read_pairs(file: LoRAFile) -> tuple[str, list[Pair]]:
             keys=unplaced,
         )
     if unplaced:
-        raise refusal(
-            file.source,
-            f"{len(unplaced)} keys do not belong to this layout",
-            "Remove these keys, or save the LoRA again in one layout.",
-            layout=layout,
-            keys=unplaced,
-        )
-    parts: dict[tuple[str | None, str], dict[str, str]] = defaultdict(dict)
+        problem, remedy = explain_unplaced(unplaced)
+        raise refusal(file.source, f"{len(unplaced)} keys {problem}", remedy, layout=layout, keys=unplaced)
+    parts: dict[tuple[str | None, str], dict[Kind, str]] = defaultdict(dict)
     for key, place in places.items():
         owner = parts[place.component, place.module]
         if place.kind in owner:
@@ -79,11 +87,28 @@ def read_pairs(file: LoRAFile) -> tuple[str, list[Pair]]:
                 keys=[owner[place.kind], key],
             )
         owner[place.kind] = key
-    pairs = [_pair(file, layout, *owner, keys) for owner, keys in parts.items()]
-    return layout, pairs
+    return layout, [_pair(file, layout, *owner, keys) for owner, keys in parts.items()]
 
 
-def _pair(file: LoRAFile, layout: str, component: str | None, module: str, keys: dict[str, str]) -> Pair:
+def read_alpha(file: LoRAFile, layout: str, pair: Pair) -> float | None:
+    """The pair's own alpha; None where the file has none.
+
+    Raises:
+        LoRAError: If it is not finite.
+    """
+    return float(_values(file, layout, pair, "alpha")) if "alpha" in pair.keys else None
+
+
+def read_factors(file: LoRAFile, layout: str, pair: Pair) -> tuple[Tensor, Tensor]:
+    """down and up as the file has them, in fp32 on the CPU.
+
+    Raises:
+        LoRAError: If a value is not finite.
+    """
+    return _values(file, layout, pair, "down"), _values(file, layout, pair, "up")
+
+
+def _pair(file: LoRAFile, layout: str, component: str | None, module: str, keys: dict[Kind, str]) -> Pair:
     if missing := [kind for kind in ("down", "up") if kind not in keys]:
         raise refusal(
             file.source,
@@ -93,51 +118,66 @@ def _pair(file: LoRAFile, layout: str, component: str | None, module: str, keys:
             components=_said(component),
             keys=sorted(keys.values()),
         )
-    tensors = {kind: _checked(file, layout, component, key) for kind, key in keys.items()}
-    down, up, alpha = tensors["down"], tensors["up"], tensors.get("alpha")
-    if down.ndim not in (2, 4) or up.ndim not in (2, 4) or up.shape[1] != down.shape[0] or up.shape[2:].numel() != 1:
+    shapes = {kind: _checked_shape(file, layout, component, kind, key) for kind, key in keys.items()}
+    down, up = shapes["down"], shapes["up"]
+    if len(down) not in (2, 4) or len(up) not in (2, 4) or up[1] != down[0] or math.prod(up[2:]) != 1:
         raise refusal(
             file.source,
-            f"down {tuple(down.shape)} and up {tuple(up.shape)} are not factors of one module",
+            f"down {down} and up {up} are not factors of one module",
             "Expected (r, d_in) and (d_out, r), or (r, c_in, kh, kw) and (d_out, r, 1, 1); save it again.",
             layout=layout,
             components=_said(component),
             keys=[keys["down"], keys["up"]],
         )
-    if alpha is not None and alpha.numel() != 1:
+    if down[0] > max(SMALL_MODULE_RANK, 2 * max(math.prod(down[1:]), up[0])):
         raise refusal(
             file.source,
-            f"alpha has shape {tuple(alpha.shape)}, expected one number",
+            f"rank {down[0]} for a module of {math.prod(down[1:])} by {up[0]} numbers, more than any LoRA has",
+            "The file is damaged, or made to fill the memory; get another.",
+            layout=layout,
+            components=_said(component),
+            keys=[keys["down"]],
+        )
+    if math.prod(shapes.get("alpha", ())) != 1:
+        raise refusal(
+            file.source,
+            f"alpha has shape {shapes['alpha']}, expected one number",
             "Save the LoRA again.",
             layout=layout,
             components=_said(component),
             keys=[keys["alpha"]],
         )
-    return Pair(component, module, down, up, None if alpha is None else float(alpha), keys["down"])
+    return Pair(component, module, down, up, keys)
 
 
-def _checked(file: LoRAFile, layout: str, component: str | None, key: str) -> Tensor:
-    tensor = file.tensors[key].detach()
-    problem = None
-    if tensor.numel() == 0:
-        problem = f"an empty tensor {tuple(tensor.shape)}"
-    elif not tensor.is_floating_point() and not key.endswith(".alpha"):
-        problem = f"values of type {tensor.dtype}, not floating point"
-    else:
-        # Cast first: float8 has no isfinite.
-        tensor = tensor.to(device="cpu", dtype=torch.float32, copy=True).contiguous()
-        if not torch.isfinite(tensor).all():
-            problem = "NaN or infinity"
+def _checked_shape(file: LoRAFile, layout: str, component: str | None, kind: Kind, key: str) -> Shape:
+    entry, problem = file.entries[key], None
+    if math.prod(entry.shape) == 0:
+        problem = f"an empty tensor {entry.shape}"
+    elif entry.dtype.is_complex or entry.dtype == torch.bool:
+        problem = f"values of type {entry.dtype}, not floating point"
+    elif not entry.dtype.is_floating_point and kind != "alpha":
+        problem = f"values of type {entry.dtype}, not floating point"
     if problem:
-        raise refusal(
-            file.source,
-            problem,
-            "Training diverged, or the file is damaged or quantised; use another checkpoint.",
-            layout=layout,
-            components=_said(component),
-            keys=[key],
-        )
-    return tensor
+        remedy = "The file is damaged or quantised; save it in floating point, or use another."
+        raise refusal(file.source, problem, remedy, layout=layout, components=_said(component), keys=[key])
+    return entry.shape
+
+
+def _values(file: LoRAFile, layout: str, pair: Pair, kind: Kind) -> Tensor:
+    # Cast first: float8 has no isfinite.
+    key = pair.keys[kind]
+    tensor = file.tensors[key].detach().to(device="cpu", dtype=torch.float32, copy=True).contiguous()
+    if torch.isfinite(tensor).all():
+        return tensor
+    raise refusal(
+        file.source,
+        "NaN or infinity",
+        "Training diverged, or the file is damaged; use another checkpoint.",
+        layout=layout,
+        components=_said(pair.component),
+        keys=[key],
+    )
 
 
 def _said(component: str | None) -> list[str]:

@@ -6,9 +6,10 @@ import os
 from collections import Counter
 from dataclasses import dataclass
 
+from mole_diffusion.lora.adapter import read_settings, strength
 from mole_diffusion.lora.families import family, text_width
 from mole_diffusion.lora.layouts import COMPONENTS
-from mole_diffusion.lora.pairs import read_pairs
+from mole_diffusion.lora.pairs import find_pairs, read_alpha, read_factors
 from mole_diffusion.lora.sources import read_source
 from mole_diffusion.lora.triggers import read_triggers
 
@@ -25,7 +26,8 @@ class LoRAReport:
         layout: `"diffusers"`, `"diffusers-old"`, `"peft"` or `"kohya"`.
         modules: Number of modules by component; `"unstated"` where the keys name none.
         ranks: How many modules have which rank, by rank.
-        alphas: Different alphas in the file, sorted; empty where it has none and so acts with scaling 1.
+        alphas: Different alphas in the file or its config, sorted; empty where none is known.
+        scalings: By which the products of factors are multiplied, as `load_lora` does, sorted.
         family: Base models it was made for, guessed from the width of its cross-attention, or `"unknown"`.
         triggers: Phrases that call it in a prompt, as the file names them; empty where it names none.
     """
@@ -36,6 +38,7 @@ class LoRAReport:
     modules: dict[str, int]
     ranks: dict[int, int]
     alphas: tuple[float, ...]
+    scalings: tuple[float, ...]
     family: str
     triggers: tuple[str, ...]
 
@@ -47,16 +50,27 @@ def inspect_lora(path: str | os.PathLike[str]) -> LoRAReport:
         LoRAError: If the file cannot be read or is not plain LoRA; whether it fits a model only `load_lora` can tell.
     """
     file = read_source(path)
-    layout, pairs = read_pairs(file)
+    layout, pairs = find_pairs(file)
+    settings = read_settings(file, layout)
     counts = Counter(pair.component or UNSTATED for pair in pairs)
     ranks = Counter(pair.r for pair in pairs)
+    alphas: set[float] = set()
+    scalings: set[float] = set()
+    for pair in pairs:
+        read_factors(file, layout, pair)  # for its check of the values
+        config = settings.get(pair.component, settings.get(None))
+        alpha, scale = strength(file, layout, pair, read_alpha(file, layout, pair), config)
+        scalings.add(scale)
+        if alpha is not None:
+            alphas.add(alpha)
     return LoRAReport(
         source=file.source,
         sha256=file.sha256,
         layout=layout,
         modules={component: counts[component] for component in (*COMPONENTS, UNSTATED) if component in counts},
         ranks=dict(sorted(ranks.items())),
-        alphas=tuple(sorted({pair.alpha for pair in pairs if pair.alpha is not None})),
-        family=family(text_width((pair.module, pair.down.shape[1]) for pair in pairs)),
+        alphas=tuple(sorted(alphas)),
+        scalings=tuple(sorted(scalings)),
+        family=family(text_width((pair.module, pair.down[1]) for pair in pairs)),
         triggers=read_triggers(file.metadata),
     )

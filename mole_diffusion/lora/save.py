@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from mole_diffusion.errors import MoLEError
 from mole_diffusion.files import atomic_path
 from mole_diffusion.lora.errors import refusal
 from mole_diffusion.lora.factors import LoRA, LoRAFactors
@@ -48,16 +49,16 @@ def save_lora(
     """
     target = Path(path)
     if target.suffix != ".safetensors":
-        raise ValueError(f"`path` is {str(target)!r}; a LoRA is saved as safetensors, so let it end in .safetensors.")
+        raise MoLEError(f"`path` is {str(target)!r}; a LoRA is saved as safetensors, so let it end in .safetensors.")
     if layout not in _WRITERS:
-        raise ValueError(f"`layout` is {layout!r}; choose one of {', '.join(_WRITERS)}.")
+        raise MoLEError(f"`layout` is {layout!r}; choose one of {', '.join(_WRITERS)}.")
     factors = lora.factors if isinstance(lora, LoRA) else lora
     tensors = _WRITERS[layout](str(target), factors)
     if not tensors:
         raise refusal(str(target), "no factors to save", "Give at least one module's.", layout=layout)
     tensors = {key: tensor.to(dtype) for key, tensor in tensors.items()}
     if overflowing := [key for key, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise ValueError(
+        raise MoLEError(
             f"{len(overflowing)} tensors of the LoRA are not finite in {dtype}, {overflowing[0]} first. Save it in "
             "torch.float32 or torch.bfloat16."
         )

@@ -9,6 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from mole_diffusion.errors import MoLEError
+
 from .anonymous import AnonymousSubjectsError, anonymous_subjects
 from .render import render
 from .show import show
@@ -103,11 +105,11 @@ def lora_path(name: str, layout: Literal["diffusers", "kohya"] = "diffusers") ->
     """
     subject(name)
     if layout not in ("diffusers", "kohya"):
-        raise ValueError(f'layout {layout!r} is not one of "diffusers", "kohya".')
+        raise MoLEError(f'layout {layout!r} is not one of "diffusers", "kohya".')
     path = _ASSETS / ("loras" if layout == "diffusers" else "loras-kohya") / f"{name}.safetensors"
     if not path.exists():
         there = sorted(file.stem for file in path.parent.glob("*.safetensors"))
-        raise ValueError(f"subject {name!r} has no LoRA in {layout} layout; these have one: {there}.")
+        raise MoLEError(f"subject {name!r} has no LoRA in {layout} layout; these have one: {there}.")
     return path
 
 
@@ -120,7 +122,7 @@ def gates_dir(names: str) -> Path:
     path = _ASSETS / "gates" / names
     if not path.is_dir():
         there = sorted(folder.name for folder in path.parent.glob("*+*"))
-        raise ValueError(
+        raise MoLEError(
             f"no gates for {names!r} ship with the toybox; there are {there}. Train some with train_gates()."
         )
     return path

@@ -132,7 +132,7 @@ class GateReport:
     def _lora_line(self, lora: Mapping[str, Any]) -> str:
         name, (low, high) = lora["name"], lora["ranks"]
         token = f', token "{_in_a_line(self.concepts[name].token)}"' if name in self.concepts else ""
-        return f"- {_in_a_line(name)}: SHA-256 {lora['sha256']}, ranks {low} to {high}{token}"
+        return f"- {_in_a_line(name)}: factors of SHA-256 {lora['sha256']}, ranks {low} to {high}{token}"
 
     def _card(self, gates: MoLEModel, history: History, pictures: bool) -> str:
         """The model card, in the form of the Hugging Face Hub."""

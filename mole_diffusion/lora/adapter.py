@@ -1,0 +1,224 @@
+"""What changes the meaning of a file's factors beside the factors: PEFT's configs and entries of the header.
+
+This is the one place that reads them, for loading and inspecting alike: a setting that is not read here and makes
+the same factors act otherwise would be a wrong picture without a word.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mole_diffusion.errors import MoLEError, printable
+from mole_diffusion.lora.errors import LoRAError, refusal
+from mole_diffusion.lora.layouts import COMPONENTS
+from mole_diffusion.lora.modules import TEXT_MODEL
+from mole_diffusion.lora.pairs import Pair
+from mole_diffusion.lora.patterns import PatternError, Patterns
+from mole_diffusion.lora.sources import Config, LoRAFile
+from mole_diffusion.reading import parse_json
+
+DIFFUSERS_METADATA = "lora_adapter_metadata"
+QUANTISED = "_quantization_metadata"
+
+_EXTRACT = "Merge it into its base and extract a plain LoRA from the difference by SVD, or train a plain one."
+# Ways to start a training that leave the base as it is. All others move a part of the base into the factors, which
+# on the whole base would count twice, or quantise it; ones that PEFT will know tomorrow may do either.
+_HARMLESS_STARTS = ("gaussian", "eva", "orthogonal", "mica")
+_MOVING_STARTS = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": "LoftQ", "lora_ga": "LoRA-GA"}
+_CONVERT_START = (
+    "Where it was trained, convert it with PEFT: `model.save_pretrained(folder, "
+    "path_initial_model_for_weight_conversion=initial)`, `initial` being the adapter saved before training. "
+    "Or merge it into its base and extract a plain LoRA by SVD."
+)
+# Settings of PEFT that make the factors something else than a change of weight by alpha / r * up @ down.
+_OTHER_KINDS = {
+    "use_dora": "DoRA",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "BD-LoRA (block-diagonal factors)",
+    "alora_invocation_tokens": "Activated LoRA, which acts on some tokens only",
+    "arrow_config": "Arrow routing",
+    "kasa_config": "KaSA, which changes the base",
+    "monteclora_config": "MonteCLoRA",
+    "layer_replication": "layer replication, which changes the base",
+    "modules_to_save": "modules_to_save, whole modules trained beside the LoRA",
+    "trainable_token_indices": "trainable tokens, embeddings trained beside the LoRA",
+    "target_parameters": "LoRA of bare parameters",
+    "lora_bias": "LoRA with biases",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterSettings:
+    """How strongly the pairs of one component act, as a config says.
+
+    Attributes:
+        rank, alpha: The config's `r` and `lora_alpha`; None where it has none.
+        ranks, alphas: Its patterns.
+        rslora: Whether the scaling is `alpha / sqrt(r)`.
+    """
+
+    rank: Any
+    alpha: Any
+    ranks: Patterns
+    alphas: Patterns
+    rslora: bool
+
+
+def read_settings(file: LoRAFile, layout: str) -> dict[str | None, AdapterSettings]:
+    """Settings that travel with a file, by component; the key None is for whatever the file holds.
+
+    They come from PEFT's `adapter_config.json`, or from the JSON text that diffusers writes into the safetensors
+    header, whose names are `unet.r`, `unet.lora_alpha`, `text_encoder.r` and so on.
+
+    Raises:
+        LoRAError: If they cannot be read, or make the file something else than plain LoRA on the whole base.
+    """
+    if file.metadata.get(QUANTISED):
+        raise refusal(
+            file.source,
+            f"header entry {QUANTISED!r} says that its values are quantised, with scales of their own",
+            "Save it in floating point, such as bfloat16, with the program that wrote it.",
+        )
+    # Where a config lies beside a file that PEFT did not name, only factors without a component can be its.
+    configs: dict[str | None, Config] = {None: file.peft_config}
+    if not file.peft_config or (file.config_may_be_others and layout != "peft"):
+        configs = _diffusers_configs(file)
+    return {component: _settings(file, config) for component, config in configs.items()}
+
+
+def strength(
+    file: LoRAFile, layout: str, pair: Pair, alpha: float | None, settings: AdapterSettings | None
+) -> tuple[float | None, float]:
+    """Alpha and scaling of a pair: `alpha / r`, `alpha / sqrt(r)` where the config says rsLoRA, 1.0 without an alpha.
+
+    Args:
+        file: It comes from, for messages.
+        layout: Of the file, for messages.
+        pair: The pair.
+        alpha: Of the pair's own, which goes before the config's; None where it has none.
+        settings: Of the pair's component.
+
+    Raises:
+        LoRAError: If the config's rank is not the pair's, so that it belongs to another file, or a number is none.
+    """
+
+    def refuse(problem: str, remedy: str) -> LoRAError:
+        components = [pair.component] if pair.component else []
+        return refusal(file.source, problem, remedy, layout=layout, components=components, keys=[pair.key])
+
+    stated: Any = alpha
+    if settings is not None:
+        names = _spellings(pair.module)
+        try:
+            expected = settings.ranks.find(names, settings.rank)
+            stated = settings.alphas.find(names, settings.alpha) if alpha is None else alpha
+        except PatternError as error:
+            raise refuse(f"a pattern in its config {error}", "Write names of modules instead.") from None
+        if expected is not None and expected != pair.r:
+            raise refuse(
+                f"its config says rank {printable(repr(expected), 40)}, the factors have rank {pair.r}",
+                "Put the config that was saved with these weights beside them.",
+            )
+    if stated is None:
+        return None, 1.0
+    number = _finite(stated)
+    if number is None:
+        raise refuse(f"alpha {printable(repr(stated), 40)} is not a finite number", "Correct the config.")
+    return number, number / (math.sqrt(pair.r) if settings is not None and settings.rslora else pair.r)
+
+
+def _spellings(module: str) -> Sequence[str]:
+    """The names that a config may have for a module: transformers once had a `text_model.` that it dropped."""
+    return (module, module.removeprefix(TEXT_MODEL), TEXT_MODEL + module.removeprefix(TEXT_MODEL))
+
+
+def _finite(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        return None
+
+
+def _settings(file: LoRAFile, config: Config) -> AdapterSettings:
+    _refuse_other_kinds(file, config)
+    patterns = {}
+    for name in ("rank_pattern", "alpha_pattern"):
+        try:
+            patterns[name] = Patterns(config.get(name) or {})
+        except PatternError as error:
+            raise refusal(file.source, f"{name} in its config {error}", "Write names of modules instead.") from None
+    rslora = _switch(file, config, "use_rslora")
+    return AdapterSettings(
+        config.get("r"), config.get("lora_alpha"), patterns["rank_pattern"], patterns["alpha_pattern"], rslora
+    )
+
+
+def _refuse_other_kinds(file: LoRAFile, config: Config) -> None:
+    kind = config.get("peft_type") or "LORA"
+    if str(kind).upper() != "LORA":
+        raise refusal(
+            file.source, f"its config says {printable(str(kind), 60)}", f"Only plain LoRA is read. {_EXTRACT}"
+        )
+    for name, what in _OTHER_KINDS.items():
+        if config.get(name):
+            raise refusal(file.source, f"its config says {what}", f"Only plain LoRA is read. {_EXTRACT}")
+    if config.get("bias") not in (None, False, "none"):
+        bias = printable(str(config["bias"]), 60)
+        raise refusal(file.source, f"its config says that biases were trained ({bias})", _EXTRACT)
+    known = {*_OTHER_KINDS, "use_rslora"}
+    # PEFT names a variant of LoRA so; one that is newer than this reader is none that it reads.
+    if other := next((name for name in config if name.startswith("use_") and name not in known and config[name]), None):
+        raise refusal(file.source, f"its config says {printable(other, 60)}, which is not known here", _EXTRACT)
+    start = config.get("init_lora_weights")
+    if start is None or isinstance(start, bool) or str(start).lower() in _HARMLESS_STARTS:
+        return
+    named = next((name for word, name in _MOVING_STARTS.items() if str(start).lower().startswith(word)), None)
+    said = f"init_lora_weights={printable(repr(start), 60)}"
+    if named is None:
+        raise refusal(file.source, f"its config says {said}, which is not known here", _EXTRACT)
+    remedy = _EXTRACT if named == "LoftQ" else _CONVERT_START
+    raise refusal(
+        file.source,
+        f"its config says {said}: {named} moves a part of the base into the factors, so that on the whole base it "
+        "would count twice",
+        remedy,
+    )
+
+
+def _switch(file: LoRAFile, config: Config, name: str) -> bool:
+    value = config.get(name)
+    if value not in (None, True, False) or isinstance(value, float):
+        raise refusal(
+            file.source,
+            f"{name} in its config is {printable(repr(value), 60)}, not true or false",
+            "Correct the config.",
+        )
+    return bool(value)
+
+
+def _diffusers_configs(file: LoRAFile) -> dict[str | None, Config]:
+    """The header's JSON text, taken apart by component."""
+    text = file.metadata.get(DIFFUSERS_METADATA)
+    if not text:
+        return {}
+    try:
+        settings = parse_json(text)
+    except MoLEError as error:
+        settings, why = None, f" ({error})"
+    else:
+        why = ""
+    if not isinstance(settings, dict):
+        raise refusal(
+            file.source, f"header entry {DIFFUSERS_METADATA!r} is not a JSON object{why}", "Save the LoRA again."
+        )
+    configs: dict[str | None, dict[str, Any]] = {}
+    for name, value in settings.items():
+        owner, dot, setting = name.partition(".")
+        component = owner if dot and owner in COMPONENTS else None
+        configs.setdefault(component, {})[setting if component else name] = value
+    return dict(configs)

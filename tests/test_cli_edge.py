@@ -1,0 +1,101 @@
+"""The edge of the command line: a user's errors are one line, all others keep their traceback."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from mole_diffusion import MoLEStableDiffusionPipeline, toybox
+from mole_diffusion.cli import app
+from mole_diffusion.cli.app import BAD_INPUT
+from mole_diffusion.errors import MoLEError
+from mole_diffusion.loading import LoadingError
+from mole_diffusion.metrics import VisionBackbone
+
+
+def run_raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> Any:
+    """`mole inspect x`, with a reader that raises."""
+
+    def inspect_lora(_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("mole_diffusion.lora.inspect_lora", inspect_lora)
+    return CliRunner().invoke(app, ["inspect", "x.safetensors"])
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MoLEError("wrong\nfile \x1b[31m"), "mole: wrong file \\x1b[31m\n"),
+        (OSError(errno.ENOSPC, "No space left on device", "out.png"), "No space left on device: 'out.png'"),
+        (MoLEError("x" * 10**6), "…"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line(monkeypatch: pytest.MonkeyPatch, error: Any, said: str) -> None:
+    result = run_raising(monkeypatch, error)
+    assert result.exit_code == BAD_INPUT
+    assert said in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert len(result.stderr) < 2100
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("x"), TypeError("x"), KeyError("x"), RuntimeError("x"), OSError("no system call said this")]
+)
+def test_a_bug_looks_like_one(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    result = run_raising(monkeypatch, error)
+    assert result.exit_code == 1
+    assert result.exception is error
+
+
+def damage_json(base: Path) -> None:
+    (base / "unet" / "config.json").write_text("{")
+
+
+def damage_weights(base: Path) -> None:
+    file = base / "unet" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+def pickle_weights(base: Path) -> None:
+    file = base / "unet" / "diffusion_pytorch_model.safetensors"
+    file.unlink()
+    torch.save({"x": torch.zeros(1)}, file.with_suffix(".bin"))
+
+
+def no_index(base: Path) -> None:
+    (base / "model_index.json").unlink()
+
+
+@pytest.mark.parametrize("damage", [damage_json, damage_weights, pickle_weights, no_index])
+def test_a_base_is_safetensors_and_whole_or_one_error(damage: Callable[[Path], None], tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    for file in Path(toybox.base_dir()).rglob("*"):
+        if file.is_file():
+            (base / file.relative_to(toybox.base_dir())).parent.mkdir(parents=True, exist_ok=True)
+            (base / file.relative_to(toybox.base_dir())).symlink_to(file)
+    replaced = base / "unet" / "diffusion_pytorch_model.safetensors"
+    content = replaced.read_bytes()
+    replaced.unlink()
+    replaced.write_bytes(content)
+    config = (base / "unet" / "config.json").read_text()
+    (base / "unet" / "config.json").unlink()
+    (base / "unet" / "config.json").write_text(config)
+    damage(base)
+    with pytest.raises(LoadingError, match=r"the base model .*base cannot be loaded: ") as error:
+        MoLEStableDiffusionPipeline.from_pretrained(base)
+    assert isinstance(error.value, MoLEError)
+    assert isinstance(error.value, OSError)
+
+
+def test_an_encoder_is_safetensors_or_one_error(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "dinov2"}')
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(LoadingError, match=r"the vision model .* cannot be loaded"):
+        VisionBackbone.from_pretrained(tmp_path)

@@ -1,0 +1,225 @@
+"""Files that chance damaged: LoRA files, gates folders and YAML end in the right thing or in one of our errors.
+
+Bounded in number, and the same in every run. What loads from a damaged file is checked too: its numbers are finite
+and do something.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save, save_file
+
+from mole_diffusion.cli.gate_inputs import read_config
+from mole_diffusion.errors import MoLEError
+from mole_diffusion.experts import Experts
+from mole_diffusion.gating import GateConfig, MoLEModel
+from mole_diffusion.lora import inspect_lora, load_lora
+from mole_diffusion.metrics.benchmark_config import BenchmarkConfig
+from tests.lora_files import to_kohya, to_peft
+from tests.running import make_lora, models, run_unet
+from tests.tiny import ATTENTION, random_lora, tiny_components
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+COMPONENTS = tiny_components()
+STATE = random_lora(COMPONENTS, alpha=2.0, targets=r"mid_block.*attn1\.to_[qk]$|text_encoder.*0\.mlp\.fc1$")
+FILES = [save(STATE), save(to_kohya(STATE)), save(to_peft(STATE, "unet"))]
+CONFIG = {
+    "peft_type": "LORA",
+    "r": 4,
+    "lora_alpha": 8,
+    "use_rslora": False,
+    "init_lora_weights": True,
+    "rank_pattern": {"to_q": 4},
+    "alpha_pattern": {"attn1.to_k": 2},
+    "target_modules": ["to_q"],
+    "modules_to_save": None,
+}
+ODD = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.sampled_from([10**400, -1, 0, 2**63, 1e308, -0.0]),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.text(max_size=20),
+    st.sampled_from(["\x1b[2J", "(a+)+$", "../..", "pissa", "", "LOHA", "[", "\ud800"]),
+    st.lists(st.integers(), max_size=3),
+    st.dictionaries(st.text(max_size=5), st.integers(), max_size=3),
+)
+bounded = settings(
+    max_examples=50,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+def put(value: Any, path: list[int], new: Any) -> Any:
+    """A JSON value with something else at one place, which numbers lead to; or nothing there, for `...`."""
+    if not path or not isinstance(value, dict | list) or not value:
+        return new
+    keys = sorted(value) if isinstance(value, dict) else range(len(value))
+    key = keys[path[0] % len(keys)]
+    if new is ... and len(path) == 1:
+        rest = [(k, value[k]) for k in keys if k != key]
+        return dict(rest) if isinstance(value, dict) else [entry for _, entry in rest]
+    changed = put(value[key], path[1:], None if new is ... else new)
+    return {**value, key: changed} if isinstance(value, dict) else [changed if k == key else value[k] for k in keys]
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """One of our errors may come, and ends what is inside; it is a line that a terminal may show."""
+    message = ""
+    try:
+        yield
+    except MoLEError as error:
+        message = str(error)
+    assert message.isprintable()
+    assert len(message) <= 2000
+
+
+def check_lora(content: bytes, config: str | None = None) -> None:
+    """Loading and inspecting a file, with a config beside it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "adapter_model.safetensors"
+        path.write_bytes(content)
+        if config is not None:
+            (Path(folder) / "adapter_config.json").write_text(config, encoding="utf-8", errors="surrogatepass")
+        with refusing():
+            inspect_lora(path)
+        with refusing():
+            lora = load_lora(path, COMPONENTS)
+            deltas = [factors.delta() for modules in lora.factors.values() for factors in modules.values()]
+            assert all(delta.isfinite().all() for delta in deltas)
+            assert any(delta.any() for delta in deltas)
+
+
+@bounded
+@given(st.sampled_from(FILES), st.data())
+def test_bytes_of_a_lora_file(content: bytes, data: st.DataObject) -> None:
+    damaged = bytearray(content)
+    header = 8 + struct.unpack("<Q", content[:8])[0]
+    for _ in range(data.draw(st.integers(1, 4))):  # mostly in the header, where the meaning is
+        end = data.draw(st.sampled_from([8, header, header, len(content)]))
+        damaged[data.draw(st.integers(0, end - 1))] = data.draw(st.integers(0, 255))
+    check_lora(bytes(damaged[: data.draw(st.sampled_from([len(damaged)] * 4 + [header, len(damaged) - 1, 9]))]))
+
+
+@bounded
+@given(st.sampled_from(FILES), st.lists(st.integers(0, 50), min_size=1, max_size=3), st.one_of(ODD, st.just(...)))
+def test_headers_of_a_lora_file(content: bytes, path: list[int], new: Any) -> None:
+    size = struct.unpack("<Q", content[:8])[0]
+    header = json.dumps(put(json.loads(content[8 : 8 + size]), path, new)).encode()
+    check_lora(struct.pack("<Q", len(header)) + header + content[8 + size :])
+
+
+@bounded
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=2), st.one_of(ODD, st.just(...)))
+def test_configs_of_an_adapter(path: list[int], new: Any) -> None:
+    check_lora(FILES[2], json.dumps(put(CONFIG, path, new)))
+    text = json.dumps({f"unet.{key}": value for key, value in put(CONFIG, path[:1], new).items()})
+    check_lora(save(STATE, metadata={"lora_adapter_metadata": text}))
+
+
+@bounded
+@given(st.text(max_size=200))
+def test_metadata_of_a_lora_file(text: str) -> None:
+    try:
+        content = save(STATE, metadata={"lora_adapter_metadata": text, "adapter_config.json": text})
+    except UnicodeEncodeError:  # safetensors itself cannot hold it
+        return
+    check_lora(content)
+
+
+@pytest.fixture(scope="module")
+def gates_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    gates = MoLEModel.from_experts(EXPERTS, GateConfig(scope="layer"))
+    for parameter in gates.gate_parameters():
+        parameter.data += torch.randn_like(parameter) / 3
+    gates.save_pretrained(folder := tmp_path_factory.mktemp("gates"))
+    return folder
+
+
+GATED = tiny_components()
+EXPERTS = Experts([make_lora(GATED, name, i, targets=ATTENTION) for i, name in enumerate(("cat", "boot"))])
+EXPERTS.attach(models(GATED))
+
+
+@torch.no_grad()
+def check_gates(config: str, weights: bytes | None, source: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(config, encoding="utf-8", errors="surrogatepass")
+        name = "diffusion_pytorch_model.safetensors"
+        (Path(folder) / name).write_bytes((source / name).read_bytes() if weights is None else weights)
+        with refusing():
+            EXPERTS.weigher = MoLEModel.from_pretrained(folder)
+            assert run_unet(GATED).isfinite().all()
+
+
+@bounded
+@given(path=st.lists(st.integers(0, 50), min_size=1, max_size=5), new=st.one_of(ODD, st.just(...)))
+def test_configs_of_gates(gates_folder: Path, path: list[int], new: Any) -> None:
+    config = json.loads((gates_folder / "config.json").read_text())
+    check_gates(json.dumps(put(config, path, new)), None, gates_folder)
+
+
+@bounded
+@given(st.data())
+def test_weights_of_gates(gates_folder: Path, data: st.DataObject) -> None:
+    tensors = load_file(gates_folder / "diffusion_pytorch_model.safetensors")
+    key = data.draw(st.sampled_from(sorted(tensors)))
+    changes = {
+        "gone": lambda t: None,
+        "another shape": lambda t: t.flatten()[:1],
+        "half": lambda t: t.half(),
+        "huge": lambda t: t + data.draw(st.floats(-1e38, 1e38)),
+        "not finite": lambda t: t * float("nan"),
+        "whole numbers": lambda t: t.long(),
+    }
+    changed = changes[data.draw(st.sampled_from(sorted(changes)))](tensors.pop(key))
+    with tempfile.TemporaryDirectory() as folder:
+        save_file({**tensors, **({} if changed is None else {key: changed})}, Path(folder) / "x.safetensors")
+        content = bytearray((Path(folder) / "x.safetensors").read_bytes())
+    if data.draw(st.booleans()):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    check_gates((gates_folder / "config.json").read_text(), bytes(content), gates_folder)
+
+
+SETTINGS = {
+    "steps": 9,
+    "seed": 5,
+    "learning_rate": 0.01,
+    "gates": {"scope": "layer", "temperature": 2},
+    "balance": "off",
+}
+STUDY = yaml.safe_load((BENCHMARKS / "table1.yaml").read_text())
+
+
+@bounded
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=4), st.one_of(ODD, st.just(...)), st.text(max_size=30))
+def test_yaml(path: list[int], new: Any, noise: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "x.yaml"
+        readers: list[tuple[Callable[[Path], Any], Any]] = [
+            (BenchmarkConfig.from_file, STUDY),
+            (lambda file: read_config(None, file, None, {}), SETTINGS),
+        ]
+        for read, values in readers:
+            text = json.dumps(put(values, path, new))
+            for content in (text, text[: len(noise)] + noise + text[len(noise) :], noise):
+                file.write_text(content, encoding="utf-8", errors="surrogatepass")
+                with refusing():
+                    read(file)
