@@ -23,7 +23,7 @@ from ..lora import LoRA, load_lora
 from .loaded import Loaded, loaded_into
 from .naming import LoRASource, named_sources, read_roles, read_triggers
 from .prior import drawing_prior
-from .reading import Spans, given_words, prompt_words
+from .reading import Spans, add_region_words, given_words, prompt_words, split_prompts, with_region_prompts
 from .selection import Selection, check_names, read_selection
 from .size import latent_grid, picture_size
 from .stock_lora import StockLoRACalls
@@ -317,11 +317,13 @@ class MoLEPipelineMixin(StockLoRACalls):
         if keep.any():
             loaded.check(self.lora_components)
         region_map = None
+        prompts: dict[str, str] = {}
         if regions is not None:
+            regions, prompts = split_prompts(regions)
             size = size or picture_size(self, {})
             region_map = RegionMap.from_regions(regions, names, image_size=size, grid=latent_grid(self, size))
         of_roles = tuple(loaded.roles[name] for name in names)
-        call = Call(names, of_roles, scheduler or self.scheduler, regions=region_map)
+        call = Call(names, of_roles, scheduler or self.scheduler, regions=region_map, region_prompts=prompts)
         with ExitStack() as stack:
             with loaded.lock:
                 loaded.running += 1
@@ -372,8 +374,9 @@ class MoLEPipelineMixin(StockLoRACalls):
             loras: ``None`` draws with all loaded LoRAs, a list with those named, a dict also scales each weight, and
                 ``[]`` is the bare base model, bit for bit. Text encoders use the same choice.
             regions: Where LoRAs act, for methods that bind them to their subjects: name to a box ``(left, top, right,
-                bottom)`` in fractions of the picture or pixels, a polygon, a painted mask, or several of these. LoRAs
-                without one are found automatically. Or the :attr:`masks` of an earlier call.
+                bottom)`` in fractions of the picture or pixels, a polygon, a painted mask, or several of these; or
+                ``{"region": box, "prompt": "a <v1> cat asleep"}`` for one with words of its own. LoRAs without a region
+                are found automatically. Or the :attr:`masks` of an earlier call.
             spans: Beside ``prompt_embeds``, whose words nobody can read: name to the positions of its LoRA's tokens.
 
         Raises:
@@ -438,8 +441,14 @@ class MoLEPipelineMixin(StockLoRACalls):
         if reads and call is not None and call.names == tuple(loaded.loras):
             call.words = prompt_words(self, prompt, loaded, call)
         encoded = super().encode_prompt(prompt, *args, **kwargs)
-        if call is not None and call.words is not None and "words" in getattr(weigher, "needs", ()):
-            call.words.encoded(encoded[0])
+        if call is None or call.words is None or "words" not in getattr(weigher, "needs", ()):
+            return encoded
+        if reads and call.region_prompts and call.names == tuple(loaded.loras):
+            add_region_words(self, call)
+            encode = super().encode_prompt
+            texts = list(call.region_prompts.values())
+            encoded = with_region_prompts(encoded, encode, texts, args[0] if args else kwargs["device"])
+        call.words.encoded(encoded[0])
         return encoded
 
 

@@ -41,8 +41,7 @@ def prompt_words(pipe: Any, prompt: str | Sequence[str], loaded: Loaded, call: C
     if subjects_and_styles > 1 or call.regions is not None:
         fixed = () if call.regions is None else call.regions.fixed
         require_triggers(owned[:, taking_part], prompts, names, triggers, loaded.roles, fixed)
-    ids = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
-    return PromptWords(ids, owned, tokenizer.eos_token_id)
+    return PromptWords(_token_ids(pipe, prompts), owned, tokenizer.eos_token_id)
 
 
 def given_words(spans: Spans, names: Sequence[str], prompt_embeds: Tensor | None) -> PromptWords:
@@ -65,3 +64,64 @@ def given_words(spans: Spans, names: Sequence[str], prompt_embeds: Tensor | None
             )
         owned[:, list(names).index(name), places] = True
     return PromptWords(None, owned)
+
+
+def split_prompts(regions: Any) -> tuple[Any, dict[str, str]]:
+    """Regions alone, and the prompts that some have of their own.
+
+    Raises:
+        MoLEError: An entry has other keys than `region` and `prompt`, or a prompt is no text.
+    """
+    if not isinstance(regions, Mapping):
+        return regions, {}
+    places, prompts = {}, {}
+    for name, region in regions.items():
+        if isinstance(region, Mapping):
+            if set(region) != {"region", "prompt"} or not isinstance(region["prompt"], str):
+                raise MoLEError(
+                    f"`regions` of {name!r} has the keys {sorted(map(str, region))}. A region with words of its own is "
+                    'written {"region": (0, 0, 0.5, 1), "prompt": "a <v1> cat asleep"}.'
+                )
+            prompts[name], region = region["prompt"], region["region"]
+        places[name] = region
+    return places, prompts
+
+
+def add_region_words(pipe: Any, call: Call) -> None:
+    """Tells whose the words of regions' own prompts are."""
+    assert call.words is not None
+    for name, text in call.region_prompts.items():
+        ids = _token_ids(pipe, [text])
+        call.words.add_region(ids, call.names.index(name), pipe.tokenizer.all_special_ids)
+
+
+def with_region_prompts(encoded: Any, encode: Any, texts: Sequence[str], device: Any) -> Any:
+    """Prompt embeddings with those of regions' own prompts behind them.
+
+    The words of a region are drawn to its pixels and kept from others by the method. Negative embeddings, which must
+    be as long, are repeated: attention over the same tokens several times is attention over them once.
+
+    Args:
+        encoded: What the pipeline's `encode_prompt` gave: prompt embeddings, negative ones or ``None``, and more.
+        encode: The pipeline's `encode_prompt`.
+        texts: The regions' prompts.
+        device: Where to.
+    """
+    embeds, negative, *rest = encoded
+    for text in texts:
+        beside = encode(text, device, 1, False)[0]
+        embeds = torch.cat([embeds, beside.expand(len(embeds), -1, -1)], dim=1)
+    if negative is not None:
+        negative = negative.repeat(1, 1 + len(texts), 1)
+    return (embeds, negative, *rest)
+
+
+def _token_ids(pipe: Any, prompts: Sequence[str]) -> Tensor:
+    tokenizer = pipe.tokenizer
+    spelled = getattr(pipe, "maybe_convert_prompt", lambda text, _: text)
+    texts = [spelled(text, tokenizer) for text in prompts]
+    length = tokenizer.model_max_length
+    ids: Tensor = tokenizer(
+        texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    ).input_ids
+    return ids

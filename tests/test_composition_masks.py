@@ -174,6 +174,38 @@ def test_painted_masks_boxes_and_polygons_of_one_place_are_one_region(pipe: Any)
         assert_close(other, drawn[0])
 
 
+def test_a_region_may_have_words_of_its_own(pipe: Any) -> None:
+    pipe.set_composition("masks")
+    box = (0, 0, 0.5, 1)
+    with_words: Any = {"cat": {"region": box, "prompt": "a red cat"}, "dog": (0.5, 0, 1, 1)}
+    options: dict[str, Any] = {"loras": ["cat", "dog"], "seed": 1}
+    shapes: list[tuple[int, ...]] = []
+    handle = pipe.unet.register_forward_pre_hook(
+        lambda _, args, kwargs: shapes.append(tuple(kwargs["encoder_hidden_states"].shape)), with_kwargs=True
+    )
+    drawn = four(pipe, "a photo on grass", regions=with_words, **options)
+    handle.remove()
+    assert set(shapes) == {(2, 32, 32)}  # twice the tokens
+    other = {**with_words, "cat": {"region": box, "prompt": "a blue cat"}}
+    assert not torch.equal(four(pipe, "a photo on grass", regions=other, **options), drawn)
+    assert torch.equal(four(pipe, "a photo on grass", regions=with_words, **options), drawn)
+    batch = four(pipe, ["a photo on grass"] * 2, regions=with_words, **options | {"generator": _generators(1, 1)})
+    assert_close(batch, torch.cat([drawn, drawn]))
+    with pytest.raises(ValueError, match=r"`regions` of 'cat' has the keys \['box'\]"):
+        four(pipe, regions={"cat": {"box": box}})
+
+
+def _generators(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def test_words_repeated_for_negative_prompts_change_nothing() -> None:
+    query, key, value = (torch.randn(1, 2, n, 4, dtype=torch.float64) for n in (5, 7, 7))
+    once = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+    again = torch.nn.functional.scaled_dot_product_attention(query, key.repeat(1, 1, 3, 1), value.repeat(1, 1, 3, 1))
+    torch.testing.assert_close(once, again)
+
+
 def test_a_missing_word_is_an_error_that_offers_what_to_do(pipe: Any) -> None:
     pipe.set_composition("masks")
     with pytest.raises(ValueError, match=r"lacks the words that call a LoRA: 'mug'.*loras=\['cat', 'dog'\].*regions="):

@@ -29,6 +29,7 @@ class Call:
         words: Where in the prompts each LoRA's trigger words stand; ``None`` until the prompts are read, and where
             they never are (prompt embeddings of unknown words).
         regions: The regions a user gave; ``regions.fixed`` names the LoRAs that have one. ``None`` without.
+        region_prompts: What a user wants in a LoRA's region, by the LoRA.
         found: The regions a method found, for the pipeline to hand out afterwards.
         prior: Whether this is the pass without LoRAs that comes before the picture.
         state: What a method remembers from step to step, by itself.
@@ -39,6 +40,7 @@ class Call:
     scheduler: Any = None
     words: PromptWords | None = None
     regions: RegionMap | None = None
+    region_prompts: dict[str, str] = field(default_factory=dict)
     found: RegionMap | None = None
     prior: bool = False
     state: dict[Any, Any] = field(default_factory=dict)

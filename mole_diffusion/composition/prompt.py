@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -25,8 +27,21 @@ class PromptWords:
         self.input_ids = input_ids
         self.owned = owned
         self._end_of_text = end_of_text
+        self._beside: list[tuple[Tensor, Tensor]] = []
         self._embeddings: Tensor | None = None
         self._latest: tuple[Tensor, Tensor] | None = None
+
+    def add_region(self, input_ids: Tensor, owner: int, special: Collection[int]) -> None:
+        """A prompt of one LoRA's region, whose tokens come after those of every prompt. All its words are that LoRA's.
+
+        Args:
+            input_ids: ``(1, tokens)``.
+            owner: Index of the LoRA.
+            special: Tokens that are no words: the start and end of the text, and padding.
+        """
+        owned = torch.zeros(1, self.owned.shape[1], input_ids.shape[1], dtype=torch.bool)
+        owned[0, owner] = ~torch.isin(input_ids[0], torch.tensor(list(special)))
+        self._beside.append((input_ids, owned))
 
     def encoded(self, embeddings: Tensor) -> None:
         """Say what the prompts became: ``(prompts * pictures, tokens, width)``, pictures of a prompt side by side."""
@@ -49,6 +64,9 @@ class PromptWords:
         if self.input_ids is not None and self.input_ids.shape[1] == rows.shape[1]:
             for prompt, owned in zip(self.input_ids, self.owned, strict=True):
                 found[(rows == prompt).all(dim=1)] = owned
+        for prompt, owned in self._beside:
+            if prompt.shape[1] == rows.shape[1]:
+                found[(rows == prompt).all(dim=1)] |= owned
         return found.to(input_ids.device)
 
     def rows(self, embeddings: Tensor) -> Tensor:
@@ -88,7 +106,8 @@ class PromptWords:
         Args:
             embeddings: What the denoiser is given, ``(rows, tokens, width)``.
         """
-        return self._by_row(self.owned, embeddings)
+        beside = [owned.expand(len(self.owned), -1, -1) for _, owned in self._beside]
+        return self._by_row(torch.cat([self.owned, *beside], dim=2), embeddings)
 
     def ends(self, embeddings: Tensor) -> Tensor:
         """Where the denoiser's rows end their prompt, ``(rows, 1, tokens)`` bool; nowhere if only embeddings are known.
