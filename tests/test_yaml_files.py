@@ -66,7 +66,7 @@ def test_a_byte_order_mark_is_no_part_of_a_key(tmp_path: Path) -> None:
 def test_what_is_no_yaml_for_settings(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_bytes(text.encode())
-    before = time.perf_counter()
+    before = time.process_time()
     for read in (read_yaml, BenchmarkConfig.from_file, read_paper, lambda path: read_config(None, path, None, {})):
         with pytest.raises(MoLEError) as error:
             read(path)
@@ -76,7 +76,7 @@ def test_what_is_no_yaml_for_settings(text: str, message: str, tmp_path: Path) -
         assert len(said) <= 2000
     with pytest.raises(MoLEError, match=message):
         parse_yaml(text)
-    assert time.perf_counter() - before < 30
+    assert time.process_time() - before < 30
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:
