@@ -161,7 +161,9 @@ class BenchmarkConfig:
         _no_repeats("compositions", ["+".join(names) for names in values["compositions"]])
         values["keep"] = _keep(values["keep"], values["compositions"])
         for key in ("prompts", "train_prompts"):
-            _check_prompts(key, _list(values, key) if key == "prompts" or values[key] else [])
+            if key == "train_prompts" and values[key] is None:
+                values[key] = []
+            _check_prompts(key, [] if key == "train_prompts" and values[key] == [] else _list(values, key))
         both = [prompt for prompt in values["train_prompts"] if prompt in values["prompts"]]
         if both:
             raise MoLEError(f"`train_prompts` has {both[0]!r}, which is measured too. Train on other prompts.")

@@ -10,6 +10,8 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from mole_diffusion.errors import MoLEError
+
 from .files import atomic_path
 
 INK, PAPER, GAP = (28, 28, 32), (255, 255, 255), 6
@@ -37,7 +39,7 @@ def picture_sheet(
         ValueError: There is no picture to show.
     """
     if not any(pictures for _, pictures in rows):
-        raise ValueError("there is no picture to put on the sheet: every row is empty.")
+        raise MoLEError("there is no picture to put on the sheet: every row is empty.")
     font, bold = ImageFont.load_default(16), ImageFont.load_default(20)
     pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     left = max(int(pen.multiline_textbbox((0, 0), label, font=font)[2]) for label, _ in rows) + 3 * GAP
@@ -97,10 +99,10 @@ def gate_heat_maps(
     from matplotlib.figure import Figure
 
     if not tables:
-        raise ValueError("there is no table of gate weights to draw.")
+        raise MoLEError("there is no table of gate weights to draw.")
     for weights in tables.values():
         if tuple(weights.shape) != (len(places), len(loras)):
-            raise ValueError(
+            raise MoLEError(
                 f"`weights` must be (places, LoRAs) = ({len(places)}, {len(loras)}), got {tuple(weights.shape)}."
             )
     arrays = {title: weights.detach().float().cpu().numpy() for title, weights in tables.items()}
@@ -143,7 +145,7 @@ def curves(
     from matplotlib.figure import Figure
 
     if not any(panels.values()):
-        raise ValueError("there is no curve to draw: every panel is empty.")
+        raise MoLEError("there is no curve to draw: every panel is empty.")
     figure = Figure(figsize=(8, 0.6 + 2.2 * len(panels)), layout="constrained")
     for axes, (label, lines) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels.items(), strict=True):
         for index, (name, values) in enumerate(lines.items()):

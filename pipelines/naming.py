@@ -30,14 +30,14 @@ def named_sources(loras: object) -> dict[str, LoRASource]:
         sources = dict(pairs)
         if len(sources) < len(pairs):
             names = [name for name, _ in pairs]
-            raise ValueError(f"several LoRAs in the list have the same name: {', '.join(names)}. Pass a dict of names.")
+            raise MoLEError(f"several LoRAs in the list have the same name: {', '.join(names)}. Pass a dict of names.")
     else:
         raise TypeError(
             f'`loras` must be a dict such as {{"cat": "cat.safetensors"}} or a list of files, '
             f"got {loras!r} ({type(loras).__name__})."
         )
     if not sources:
-        raise ValueError(f"there is nothing to load: `loras` is {loras!r}. Taking all off again is `unload_loras()`.")
+        raise MoLEError(f"there is nothing to load: `loras` is {loras!r}. Taking all off again is `unload_loras()`.")
     for name in sources:
         if not isinstance(name, str) or not name:
             raise TypeError(f"a LoRA's name must be a non-empty string, got {name!r} ({type(name).__name__}).")

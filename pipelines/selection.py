@@ -9,6 +9,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from ..errors import MoLEError
+
 Selection = Mapping[str, float] | Sequence[str] | None
 
 
@@ -52,9 +54,9 @@ def check_names(given: Iterable[str], names: Sequence[str], argument: str) -> No
             raise TypeError(f"`{argument}` must hold names of LoRAs, got {_shown(name)} among them.")
         if name not in names:
             loaded = f"Loaded are: {', '.join(names)}." if names else "None is loaded; call `load_loras` first."
-            raise ValueError(f"`{argument}` has {name!r}, which is not loaded. {loaded}")
+            raise MoLEError(f"`{argument}` has {name!r}, which is not loaded. {loaded}")
         if name in seen:
-            raise ValueError(f"`{argument}` has {name!r} twice. Loaded are: {', '.join(names)}.")
+            raise MoLEError(f"`{argument}` has {name!r} twice. Loaded are: {', '.join(names)}.")
         seen.add(name)
 
 
@@ -62,7 +64,7 @@ def _read_scale(name: str, scale: object) -> float:
     if isinstance(scale, bool) or not isinstance(scale, Real):
         raise TypeError(f"the scale of {name!r} in `loras` must be a number, got {_shown(scale)}.")
     if not math.isfinite(scale):
-        raise ValueError(f"the scale of {name!r} in `loras` must be finite, got {scale}.")
+        raise MoLEError(f"the scale of {name!r} in `loras` must be finite, got {scale}.")
     return float(scale)
 
 

@@ -35,14 +35,14 @@ def state(models: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def refused(path: Any, models: Any, message: str) -> None:
-    before = time.perf_counter()
+    before = time.process_time()
     for read in (lambda: load_lora(path, models), lambda: inspect_lora(path)):
         with pytest.raises(LoRAError, match=message) as error:
             read()
         text = str(error.value)
         assert text.isprintable()
         assert len(text) <= 2000
-    assert time.perf_counter() - before < 2
+    assert time.process_time() - before < 2
 
 
 def with_header(header: dict[str, Any] | bytes, data: bytes = b"") -> bytes:

@@ -198,10 +198,10 @@ def test_other_expressions_are_refused(pattern: str) -> None:
 
 def test_no_expression_keeps_the_reader_busy(state: dict[str, Tensor], models: Any, tmp_path: Path) -> None:
     folder = adapter(tmp_path / "cat", state, alpha_pattern={f"(.*)+((a*)*.*)*{k}x": 1 for k in range(150)})
-    before = time.perf_counter()
+    before = time.process_time()
     with pytest.raises(LoRAError, match="take too long"):
         load_lora(folder, models)
-    assert time.perf_counter() - before < 10
+    assert time.process_time() - before < 10
 
 
 def test_quantised_numbers_are_named_by_keys_and_by_header(

@@ -111,3 +111,11 @@ def test_every_tracked_file_has_a_name_that_every_system_takes() -> None:
     names = {part for path in listed.split("\0") if path for part in path.split("/")}
     assert [name for name in names if not name.startswith(".") and file_name(name) != name] == []
     assert len({name.casefold() for name in listed.split("\0")}) == len(listed.split("\0"))
+
+
+def test_what_a_user_can_mend_is_one_class_of_errors() -> None:
+    """The command line shows any other error as the bug that it is."""
+    files = [file for room in ("mole_diffusion", "metrics", "pipelines") for file in (ROOT / room).rglob("*.py")]
+    bare = [file.name for file in files if "raise ValueError(" in file.read_text(encoding="utf-8")]
+    assert len(files) > 100
+    assert not bare, f"raise MoLEError instead, in {bare}"

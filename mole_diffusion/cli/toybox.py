@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from mole_diffusion.errors import MoLEError
+
 from .inputs import Base, Device, find_base, pick_device, quiet_loading
 
 toybox = typer.Typer(
@@ -104,7 +106,7 @@ def measure(
     folder = world.base_dir().parent if assets is None else assets
     missing = [part for part in ("base", "loras", "clip") if not (folder / part).is_dir()]
     if missing:
-        raise ValueError(
+        raise MoLEError(
             f"--assets {folder}: no toybox, for it lacks {' and '.join(missing)}. Make one with mole toybox build."
         )
     with quiet_loading():

@@ -6,6 +6,8 @@ import math
 
 from torch import Tensor
 
+from mole_diffusion.errors import MoLEError
+
 from .step import Step
 from .steps import StepComposition
 
@@ -28,7 +30,7 @@ class Merge(StepComposition):
 
     def __init__(self, scale: float = 0.8) -> None:
         if not math.isfinite(scale):
-            raise ValueError(f"`scale` must be finite, got {scale}. The authors use 0.8.")
+            raise MoLEError(f"`scale` must be finite, got {scale}. The authors use 0.8.")
         self.scale = scale
 
     def weights(self, keep: Tensor, step: Step | None) -> Tensor:

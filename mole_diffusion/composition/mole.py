@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from mole_diffusion.errors import MoLEError
+
 from ..experts import Projections, Run, Site
 from ..gating import MoLEModel
 from .base import Composition, Need
@@ -28,5 +30,5 @@ class MoLE(Composition):
 
     def weigh(self, site: Site, projections: Projections, run: Run) -> Tensor | None:
         if self.gates is None:
-            raise ValueError('composition "mole" has no gates. Load some with `pipe.load_gates`, or pass MoLE(gates).')
+            raise MoLEError('composition "mole" has no gates. Load some with `pipe.load_gates`, or pass MoLE(gates).')
         return self.gates.weigh(site, projections, run)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from mole_diffusion.errors import MoLEError
+
 from .call import current_call
 
 
@@ -37,7 +39,7 @@ class Step:
         """
         now, places = _first(self.timestep), self._places
         if now not in places:
-            raise ValueError(
+            raise MoLEError(
                 f"the denoiser was called at timestep {now:g}, which is none of the {self.total} steps of the "
                 "pipeline's scheduler. A pipeline with a scheduler of its own draws with LoRAs inside "
                 "`with pipe.composing(scheduler=its.scheduler):`."

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from mole_diffusion.errors import MoLEError
+
 from .step import Step
 from .steps import StepComposition
 
@@ -28,7 +30,7 @@ class Switch(StepComposition):
 
     def __init__(self, every: int = 5) -> None:
         if every < 1:
-            raise ValueError(f"`every` must be at least 1 step, got {every}. The authors use 5.")
+            raise MoLEError(f"`every` must be at least 1 step, got {every}. The authors use 5.")
         self.every = every
 
     def weights(self, keep: Tensor, step: Step | None) -> Tensor:

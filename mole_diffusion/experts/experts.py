@@ -14,6 +14,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from mole_diffusion.errors import MoLEError
+
 from ..lora import LoRA, LoRAFactors
 from .attach import ENGINES, AttachError, Attachment, Engine, refuse_unfit
 from .passes import narrow, tensors, widen
@@ -83,10 +85,10 @@ class Experts:
         self.loras = tuple(loras)
         self.names = tuple(lora.name for lora in self.loras)
         if not self.loras:
-            raise ValueError("Experts need at least one LoRA, got none.")
+            raise MoLEError("Experts need at least one LoRA, got none.")
         repeated = sorted({name for name in self.names if self.names.count(name) > 1})
         if repeated:
-            raise ValueError(f"LoRA names must differ, got {list(self.names)}: {repeated} come more than once.")
+            raise MoLEError(f"LoRA names must differ, got {list(self.names)}: {repeated} come more than once.")
         self._factors = _by_module(self.loras)
         self._sites: dict[str, Site] = {}
         self._attachments: dict[str, Attachment] = {}
@@ -159,9 +161,9 @@ class Experts:
             ValueError: If shapes do not fit, the engine is unknown, or the experts are attached already.
         """
         if engine not in ENGINES:
-            raise ValueError(f"`engine` must be one of {list(ENGINES)}, got {engine!r}.")
+            raise MoLEError(f"`engine` must be one of {list(ENGINES)}, got {engine!r}.")
         if self.attached:
-            raise ValueError("These experts are attached already; call `detach()` first.")
+            raise MoLEError("These experts are attached already; call `detach()` first.")
         planned = self.check(components)
         try:
             for name, model in components.items():
@@ -254,7 +256,7 @@ class Experts:
         if keep is not None:
             kept = self._rows("keep", keep)
             if not torch.isin(kept, torch.tensor([0.0, 1.0], device=kept.device)).all():
-                raise ValueError(f"`keep` must hold 0 and 1 only, got {keep.tolist()}. Use `scale` for other weights.")
+                raise MoLEError(f"`keep` must hold 0 and 1 only, got {keep.tolist()}. Use `scale` for other weights.")
         if scale is not None:
             scales = self._rows("scale", scale)
         # Looked at once here, because a look at a tensor on a GPU in every module would stall it.
@@ -309,7 +311,7 @@ class Experts:
         projections = site.group.project(site, hidden_states, output)
         batch = len(projections.tensors[site.name]) // run.passes
         if len(run.keep) not in (1, batch) or len(run.scale) not in (1, batch):
-            raise ValueError(
+            raise MoLEError(
                 f"`keep` has {len(run.keep)} rows and `scale` {len(run.scale)}, but {site.component} runs a batch of "
                 f"{batch}. Give one row for all, or one for each (with guidance, for both halves)."
             )
@@ -438,7 +440,7 @@ class Experts:
         rows = given.detach().to(torch.float32)
         rows = rows[None] if rows.ndim == 1 else rows
         if rows.ndim != 2 or rows.shape[1] != self.num_experts or not rows.isfinite().all():
-            raise ValueError(
+            raise MoLEError(
                 f"`{name}` must be finite, of shape ({self.num_experts},) or (rows, {self.num_experts}) for the LoRAs "
                 f"{list(self.names)}, got shape {tuple(given.shape)}: {given.tolist()}."
             )
@@ -488,7 +490,7 @@ def _check_weights(weights: Tensor, projected: Tensor, site: Site, num_experts: 
     batch, tokens, _ = projected.shape
     fits = weights.ndim == 3 and weights.shape[2] == num_experts
     if not fits or weights.shape[0] not in (1, batch) or weights.shape[1] not in (1, tokens):
-        raise ValueError(
+        raise MoLEError(
             f"The weights for {site.name} must be (1 or {batch}, 1 or {tokens}, {num_experts}), got "
             f"{tuple(weights.shape)}."
         )

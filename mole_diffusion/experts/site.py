@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mole_diffusion.errors import MoLEError
+
 from .stack import ExpertStack
 
 
@@ -59,7 +61,7 @@ class Site:
             return z[:, None] if z.ndim == 2 else z.flatten(1, -2)
         conv: Any = self.module
         if conv.padding_mode != "zeros":  # also if it was another when the experts were attached
-            raise ValueError(
+            raise MoLEError(
                 f"{self.name} pads with padding_mode={conv.padding_mode!r} now; experts run beside convolutions with "
                 "zero padding only. Set it back to 'zeros', or unload the LoRAs that adapt it."
             )
@@ -168,7 +170,7 @@ def _check_fit(site: Site) -> None:
     down = site.stack.down
     if isinstance(module, nn.Conv2d):
         if module.groups != 1 or module.padding_mode != "zeros":
-            raise ValueError(
+            raise MoLEError(
                 f"{site.name} is a convolution with groups={module.groups} and padding_mode={module.padding_mode!r}; "
                 "experts run beside convolutions with groups=1 and zero padding only. Leave it out of the LoRAs."
             )
@@ -185,7 +187,7 @@ def _check_fit(site: Site) -> None:
         raise TypeError(f"{site.name} is a {type(module).__name__}; experts run beside Linear and Conv2d modules only.")
     given = (site.stack.up.shape[0], tuple(down.shape[1:]))
     if given != expected:
-        raise ValueError(
+        raise MoLEError(
             f"The LoRAs' factors at {site.name} map {given[1]} to {given[0]}, but the module maps {expected[1]} to "
             f"{expected[0]}. They were trained for another base model."
         )

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from mole_diffusion.errors import MoLEError
+
 from ..lora import LoRAFactors
 
 # Weights per LoRA to the same per rank, by the ranks of a module; an entry goes with the tensor it was made from.
@@ -39,11 +41,11 @@ class ExpertStack:
     def __init__(self, factors: Sequence[LoRAFactors | None], place: str) -> None:
         present = [(index, factor) for index, factor in enumerate(factors) if factor is not None]
         if not present:
-            raise ValueError(f"No LoRA has factors for {place}; leave the module out instead.")
+            raise MoLEError(f"No LoRA has factors for {place}; leave the module out instead.")
         inputs = {tuple(factor.down.shape[1:]) for _, factor in present}
         outputs = {factor.up.shape[0] for _, factor in present}
         if len(inputs) > 1 or len(outputs) > 1:
-            raise ValueError(
+            raise MoLEError(
                 f"The LoRAs disagree about {place}: inputs {sorted(inputs)}, outputs {sorted(outputs)}. "
                 "They were trained for different base models; load only those that fit yours."
             )

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from mole_diffusion.errors import MoLEError
+
 from .shapes import CLASSES, PATTERNS, ink_masks
 from .subjects import Subject, subject
 from .world import COLORS, GRID, OUTLINE_COLOR, Look
@@ -74,7 +76,7 @@ class Oracle:
 
     def __init__(self, max_error: float = 0.16) -> None:
         if not 0 < max_error < 1:
-            raise ValueError(f"max_error must lie between 0 and 1, got {max_error}.")
+            raise MoLEError(f"max_error must lie between 0 and 1, got {max_error}.")
         self.max_error = max_error
 
     @cached_property
@@ -180,7 +182,7 @@ def judge(detections: Sequence[Detection], names: Sequence[str | Subject]) -> di
 
 def _to_tensor(image: Image.Image) -> Tensor:
     if any(side % GRID or side < max(_SIZES) for side in image.size):
-        raise ValueError(
+        raise MoLEError(
             f"the oracle reads pictures whose sides are multiples of {GRID} pixels, at least {max(_SIZES)}, as the "
             f"toybox draws them; got {image.width}×{image.height}."
         )

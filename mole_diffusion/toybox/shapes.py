@@ -14,6 +14,8 @@ from math import cos, pi, sin
 import numpy as np
 from PIL import Image, ImageDraw
 
+from mole_diffusion.errors import MoLEError
+
 PATTERNS = ("plain", "striped", "dotted")
 OUTLINE, PRIMARY, SECONDARY = 1, 2, 3
 _SUPERSAMPLING = 8
@@ -211,7 +213,7 @@ def _put_pattern(labels: np.ndarray, pattern: str) -> None:
         cx, cy = (x * 3.6 + 0.5 * (row % 2)) % 1 - 0.5, (y * 3.6) % 1 - 0.5
         chosen = cx**2 + cy**2 < 0.3**2
     else:
-        raise ValueError(f"pattern {pattern!r} is not one of {list(PATTERNS)}.")
+        raise MoLEError(f"pattern {pattern!r} is not one of {list(PATTERNS)}.")
     labels[(labels == PRIMARY) & chosen] = SECONDARY
 
 
@@ -228,7 +230,7 @@ def ink_masks(class_name: str, pattern: str, size: int) -> np.ndarray:
         Shape ``(3, size, size)``, float32 from 0 to 1; the sum over inks is the object's opacity. Read-only.
     """
     if class_name not in _DRAWINGS:
-        raise ValueError(f"class {class_name!r} is not one of {list(CLASSES)}.")
+        raise MoLEError(f"class {class_name!r} is not one of {list(CLASSES)}.")
     pen = _Pen(size * _SUPERSAMPLING)
     _DRAWINGS[class_name](pen)
     labels = np.array(pen.image)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from mole_diffusion.errors import MoLEError
+
 from .render import render
 from .vocabulary import RARE_TOKENS
 from .world import GROUNDS, Look, Scene, compose_scene, phrase_caption
@@ -60,7 +62,7 @@ def subject(name: str | Subject) -> Subject:
     if isinstance(name, Subject):
         return name
     if name not in SUBJECTS:
-        raise ValueError(f"subject {name!r} is not one of {list(SUBJECTS)}.")
+        raise MoLEError(f"subject {name!r} is not one of {list(SUBJECTS)}.")
     return SUBJECTS[name]
 
 

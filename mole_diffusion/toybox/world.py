@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from mole_diffusion.errors import MoLEError
+
 from .shapes import CLASSES, PATTERNS
 
 IMAGE_SIZE = 64  # side of a picture in pixels, up to four objects
@@ -46,9 +48,9 @@ class Look:
     def __post_init__(self) -> None:
         for color in (self.primary, self.secondary):
             if color not in COLORS:
-                raise ValueError(f"color {color!r} is not one of {list(COLORS)}.")
+                raise MoLEError(f"color {color!r} is not one of {list(COLORS)}.")
         if self.pattern not in PATTERNS:
-            raise ValueError(f"pattern {self.pattern!r} is not one of {list(PATTERNS)}.")
+            raise MoLEError(f"pattern {self.pattern!r} is not one of {list(PATTERNS)}.")
 
     def __str__(self) -> str:
         colors = f"{self.primary} and {self.secondary}"
@@ -67,7 +69,7 @@ class SceneObject:
 
     def __post_init__(self) -> None:
         if self.class_name not in CLASSES:
-            raise ValueError(f"class {self.class_name!r} is not one of {list(CLASSES)}.")
+            raise MoLEError(f"class {self.class_name!r} is not one of {list(CLASSES)}.")
 
     @property
     def box(self) -> tuple[int, int, int, int]:
@@ -86,13 +88,13 @@ class Scene:
 
     def __post_init__(self) -> None:
         if self.ground not in GROUNDS:
-            raise ValueError(f"ground {self.ground!r} is not one of {list(GROUNDS)}.")
+            raise MoLEError(f"ground {self.ground!r} is not one of {list(GROUNDS)}.")
         if self.side < 1 or self.side % GRID:
-            raise ValueError(f"side must be a multiple of {GRID} pixels, got {self.side}.")
+            raise MoLEError(f"side must be a multiple of {GRID} pixels, got {self.side}.")
         for item in self.objects:
             left, top, right, bottom = item.box
             if left < 0 or top < 0 or right > self.side or bottom > self.side:
-                raise ValueError(f"{item.class_name} with box {item.box} leaves the {self.side}×{self.side} picture.")
+                raise MoLEError(f"{item.class_name} with box {item.box} leaves the {self.side}×{self.side} picture.")
 
 
 def picture_side(num_objects: int) -> int:
@@ -128,7 +130,7 @@ def random_scene(rng: np.random.Generator, num_objects: int | None = None) -> Sc
     if num_objects is None:
         num_objects = int(rng.choice(list(_SHARES), p=list(_SHARES.values())))
     if not 1 <= num_objects <= MAX_OBJECTS:
-        raise ValueError(f"num_objects must be 1 to {MAX_OBJECTS}, got {num_objects}.")
+        raise MoLEError(f"num_objects must be 1 to {MAX_OBJECTS}, got {num_objects}.")
     names = [str(name) for name in rng.choice(CLASSES, size=num_objects, replace=False)]
     looks = [random_look(rng) for _ in names]
     return compose_scene(names, looks, str(rng.choice(GROUNDS)), rng)

@@ -241,7 +241,7 @@ def read_fields(config: Any, values: Mapping[str, Any]) -> dict[str, Any]:
         elif isinstance(default, float):
             try:
                 read[name], fits = float(value), not isinstance(value, bool)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 fits = False
         else:
             continue

@@ -12,6 +12,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from mole_diffusion.errors import MoLEError
 from mole_diffusion.files import write_json
 
 from .. import base_dir
@@ -68,7 +69,7 @@ def build(
     """
     unknown = sorted(set(reuse) - set(REUSABLE))
     if unknown:
-        raise ValueError(f"cannot reuse {unknown}; parts that can be taken over are {list(REUSABLE)}.")
+        raise MoLEError(f"cannot reuse {unknown}; parts that can be taken over are {list(REUSABLE)}.")
     work, effort, device = Path(out), effort or Effort(), torch.device(device)
     assets, installed = work / "assets", base_dir().parent
     work.mkdir(parents=True, exist_ok=True)
