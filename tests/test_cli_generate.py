@@ -23,13 +23,12 @@ PROMPT = "a cat, a dog and a mug"
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny base model and three LoRAs, the last of which says what calls it."""
+    """A folder with a tiny base model and three LoRAs, which do not say what calls them."""
     folder = tmp_path_factory.mktemp("world")
     pipe = composing_pipeline()
     pipe.save_pretrained(folder / "base")
     for name, state in lora_states(pipe).items():
         save_lora(load_lora(state, pipe.lora_components, name=name), folder / f"{name}.safetensors")
-    Image.new("L", (16, 16), 255).save(folder / "white.png")
     return folder
 
 

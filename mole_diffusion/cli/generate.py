@@ -69,7 +69,7 @@ def generate(
         str | None,
         typer.Option(
             help="One of `mole methods` [default: mole with gates, masks where the words of several LoRAs are known, "
-            "else normalized]."
+            "else budget]."
         ),
     ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
