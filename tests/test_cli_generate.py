@@ -192,7 +192,7 @@ def bad_calls(world: Path, tmp: Path) -> dict[str, tuple[list[object], str]]:
         "masks into a file": ([*draw, "--save-masks", tmp / "file"], "file is a file, and a folder is to be written"),
         "no multiple of 8": ([*draw, "--width", 30], "--width 30: must be a multiple of 8, such as 24"),
         "no steps": ([*draw, "--steps", 0], "'--steps'"),
-        "no such option": ([*draw, "--colour", "red"], "No such option: --colour. See: mole generate --help"),
+        "no such option": ([*draw, "--colour", "red"], "No such option: --colour"),
         "no prompt": (["generate"], "Missing option '--prompt'"),
     }
 
