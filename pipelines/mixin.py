@@ -25,7 +25,7 @@ from .naming import LoRASource, named_sources, read_roles, read_triggers
 from .prior import drawing_prior
 from .reading import Spans, add_region_words, given_words, prompt_words, split_prompts, with_region_prompts
 from .selection import Selection, check_names, read_selection
-from .size import latent_grid, picture_size
+from .size import latent_grid, picture_count, picture_size
 from .stock_lora import StockLoRACalls
 from .turns import turn
 
@@ -310,6 +310,7 @@ class MoLEPipelineMixin(StockLoRACalls):
         regions: Regions | None,
         scheduler: Any,
         size: tuple[int, int] | None,
+        count: int | None = None,
     ) -> Iterator[Call]:
         loaded = self._loaded
         names = tuple(loaded.loras)
@@ -321,7 +322,11 @@ class MoLEPipelineMixin(StockLoRACalls):
         if regions is not None:
             regions, prompts = split_prompts(regions)
             size = size or picture_size(self, {})
-            region_map = RegionMap.from_regions(regions, names, image_size=size, grid=latent_grid(self, size))
+            # Those of an earlier call have a row for each picture; what else is given is one for all pictures.
+            rows = (count or regions.rows) if isinstance(regions, RegionMap) and regions.rows > 1 else 1
+            region_map = RegionMap.from_regions(
+                regions, names, image_size=size, grid=latent_grid(self, size), rows=rows
+            )
         of_roles = tuple(loaded.roles[name] for name in names)
         call = Call(names, of_roles, scheduler or self.scheduler, regions=region_map, region_prompts=prompts)
         with ExitStack() as stack:
@@ -399,7 +404,9 @@ class MoLEPipelineMixin(StockLoRACalls):
                 '`set_composition("masks")` first, or draw without regions.'
             )
         settings: dict[str, Any] = {"scale": attention.get("scale", 1.0), "regions": regions, "scheduler": None}
-        settings["size"] = picture_size(self, self._named(args, kwargs)) if regions is not None else None
+        given = self._named(args, kwargs)
+        settings["size"] = picture_size(self, given) if regions is not None else None
+        settings["count"] = picture_count(given)
         with turn(self), self._composing(loras, method, **settings) as call:
             self.__dict__["_mole_masks"] = None
             if spans is not None:

@@ -1,4 +1,4 @@
-"""How large a picture a call will draw."""
+"""How many pictures a call will draw, and how large."""
 
 from __future__ import annotations
 
@@ -25,6 +25,13 @@ def picture_size(pipe: Any, given: Mapping[str, Any]) -> tuple[int, int]:
     else:
         width, height = picture.size
     return int(given.get("height") or height), int(given.get("width") or width)
+
+
+def picture_count(given: Mapping[str, Any]) -> int:
+    """How many pictures a call with these arguments draws."""
+    prompts: Any = given.get("prompt_embeds") if given.get("prompt") is None else given["prompt"]
+    several = 1 if prompts is None or isinstance(prompts, str) else len(prompts)
+    return several * int(given.get("num_images_per_prompt") or 1)
 
 
 def latent_grid(pipe: Any, size: tuple[int, int]) -> tuple[int, int]:

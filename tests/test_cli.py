@@ -6,6 +6,7 @@ import inspect
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from mole_diffusion.pipelines import MoLEStableDiffusionPipeline
 from mole_diffusion.training import LoRATrainingConfig
 from tests.composing import NAMES, composing_pipeline, lora_states
 
+PROMPT = "a cat, a dog and a mug"
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -32,7 +34,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pipe = composing_pipeline()
     pipe.save_pretrained(folder / "base")
     for name, state in lora_states(pipe).items():
-        save_lora(load_lora(state, pipe.lora_components, name=name), folder / f"{name}.safetensors")
+        lora = replace(load_lora(state, pipe.lora_components, name=name), triggers=(name,))
+        save_lora(lora, folder / f"{name}.safetensors")
     pipe.load_loras({name: folder / f"{name}.safetensors" for name in NAMES})
     pipe.init_gates()
     pipe.save_gates(folder / "gates")
@@ -53,7 +56,7 @@ def mole(*arguments: object) -> Any:
 
 def drawing(world: Path, out: Path, *more: object) -> list[object]:
     loras = [part for name in NAMES for part in ("--lora", f"{name}={world / name}.safetensors")]
-    options = ["--base", world / "base", *loras, "--prompt", "a cat", "--steps", 2, "--device", "cpu", "--out", out]
+    options = ["--base", world / "base", *loras, "--prompt", PROMPT, "--steps", 2, "--device", "cpu", "--out", out]
     return ["generate", *options, *more]
 
 
@@ -121,7 +124,7 @@ def test_generate_draws_what_the_pipeline_draws(world: Path, tmp_path: Path) -> 
     pipe = MoLEStableDiffusionPipeline.from_pretrained(world / "base")
     pipe.load_loras({name: world / f"{name}.safetensors" for name in NAMES})
     pipe.load_gates(world / "gates")
-    expected = pipe("a cat", loras=["cat", "mug"], num_inference_steps=2, generator=torch.manual_seed(5)).images[0]
+    expected = pipe(PROMPT, loras=["cat", "mug"], num_inference_steps=2, generator=torch.manual_seed(5)).images[0]
     assert picture(tmp_path / "new" / "it.png").tobytes() == expected.tobytes()
 
 

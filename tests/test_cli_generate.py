@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler
+from diffusers import DDPMScheduler
 from PIL import Image
 
 from mole_diffusion.cli.generate_inputs import read_loras
@@ -23,13 +23,12 @@ PROMPT = "a cat, a dog and a mug"
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny base model and three LoRAs, the last of which says what calls it."""
+    """A folder with a tiny base model and three LoRAs, which do not say what calls them."""
     folder = tmp_path_factory.mktemp("world")
     pipe = composing_pipeline()
     pipe.save_pretrained(folder / "base")
     for name, state in lora_states(pipe).items():
         save_lora(load_lora(state, pipe.lora_components, name=name), folder / f"{name}.safetensors")
-    Image.new("L", (16, 16), 255).save(folder / "white.png")
     return folder
 
 
@@ -90,8 +89,8 @@ def test_strengths_triggers_roles_and_size_are_those_of_the_pipeline(world: Path
     pipe.load_loras(files, triggers={"cat": ["cat", "kitten"], "dog": "dog"}, roles={"mug": "style"})
     assert pipe.composition.name == "masks"
     assert picture(out).size == (48, 32)
-    assert picture(out).tobytes() == drawn(pipe, loras=dict.fromkeys(NAMES, 0.7), width=48)
-    assert picture(out).tobytes() != drawn(pipe, width=48)
+    assert picture(out).tobytes() == drawn(pipe, loras=dict.fromkeys(NAMES, 0.7), width=48, height=32)
+    assert picture(out).tobytes() != drawn(pipe, width=48, height=32)
 
 
 def test_regions_are_boxes_and_painted_pictures(world: Path, composing: Any, tmp_path: Path) -> None:
@@ -131,9 +130,9 @@ def test_several_pictures_have_seeds_and_masks_of_their_own(world: Path, composi
 
 def test_scheduler_and_number_format(world: Path, composing: Any, tmp_path: Path) -> None:
     out = tmp_path / "it.png"
-    done = mole(*drawing(world, out, "--scheduler", "EulerDiscreteScheduler", "--composition", "budget"))
+    done = mole(*drawing(world, out, "--scheduler", "DDPMScheduler", "--composition", "budget"))
     assert done.exit_code == 0, done.output
-    composing.scheduler = EulerDiscreteScheduler.from_config(composing.scheduler.config)
+    composing.scheduler = DDPMScheduler.from_config(composing.scheduler.config)
     composing.set_composition("budget")
     exact = drawn(composing)
     assert picture(out).tobytes() == exact
@@ -149,6 +148,7 @@ def bad_calls(world: Path, tmp: Path) -> dict[str, tuple[list[object], str]]:
     draw = drawing(world, tmp / "it.png")
     (tmp / "file").write_text("x")
     (tmp / "text.png").write_text("x")
+    (tmp / "folder.png").mkdir()
     gated = [*draw, "--gates", tmp]
     none: list[object] = ["generate", "--base", world / "base", "--device", "cpu", "--out", tmp / "it.png", "--prompt"]
     one = [*none, "a cat", "--lora", f"cat={world / 'cat'}.safetensors"]
@@ -187,12 +187,12 @@ def bad_calls(world: Path, tmp: Path) -> dict[str, tuple[list[object], str]]:
         "gates without LoRAs": ([*none, "x", "--gates", tmp], "--gates weigh LoRAs, and there is no --lora"),
         "no such gates": ([*draw, "--gates", "./nowhere"], "--gates ./nowhere: there is no such folder"),
         "no such single file": (["generate", "--prompt", "x", "--base", "no.safetensors"], "there is no such file"),
-        "unwritable": ([*draw, "--out", tmp / "file" / "it.png"], "nothing can be written in"),
-        "a folder": ([*draw, "--out", world.parent / "x.png" / ".."], "a picture needs a suffix"),
-        "masks into a file": ([*draw, "--save-masks", tmp / "file"], "file is a file. Name a folder"),
+        "unwritable": ([*draw, "--out", tmp / "file" / "it.png"], "it.png cannot be written: a part of its path is a"),
+        "a folder": ([*draw, "--out", tmp / "folder.png"], "folder.png is a folder, and a file is to be written"),
+        "masks into a file": ([*draw, "--save-masks", tmp / "file"], "file is a file, and a folder is to be written"),
         "no multiple of 8": ([*draw, "--width", 30], "--width 30: must be a multiple of 8, such as 24"),
         "no steps": ([*draw, "--steps", 0], "'--steps'"),
-        "no such option": ([*draw, "--colour", "red"], "No such option: --colour. See: mole generate --help"),
+        "no such option": ([*draw, "--colour", "red"], "No such option: --colour"),
         "no prompt": (["generate"], "Missing option '--prompt'"),
     }
 
@@ -208,7 +208,7 @@ def test_every_mistake_is_one_line_before_a_model_is_loaded(world: Path, tmp_pat
         assert len(lines) == 1, (case, done.stderr)
         assert lines[0].startswith("mole: "), case
         assert message in lines[0], (case, lines[0])
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["base", "file", "text.png"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["base", "file", "folder.png", "text.png"]
 
 
 def test_a_single_file_that_is_no_model(tmp_path: Path) -> None:

@@ -105,6 +105,24 @@ def test_a_batch_of_different_prompts_equals_separate_calls(pipe: Any, method: s
         assert_close(both[row : row + 1], four(pipe, prompt, guidance_scale=guidance, generator=generators()[row]))
 
 
+def test_masks_of_several_pictures_are_given_again_picture_by_picture(pipe: Any) -> None:
+    pipe.set_composition("masks")
+    halves = torch.zeros(2, 3, 4, 4)
+    halves[0, 0, :, :2], halves[1, 0, :, 2:] = 1, 1
+    halves[:, 1] = 1 - halves[:, 0]
+    names = ("cat", "dog", "mug")
+
+    def generators() -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+
+    both = four(pipe, generator=generators(), num_images_per_prompt=2, regions=RegionMap(halves, names))
+    for row in range(2):
+        own = RegionMap(halves[row : row + 1], names)
+        assert_close(both[row : row + 1], four(pipe, generator=generators()[row], regions=own))
+    with pytest.raises(ValueError, match="the region map given has 2 rows, but this call draws 4"):
+        four(pipe, num_images_per_prompt=4, regions=RegionMap(halves, names))
+
+
 def test_several_pictures_of_a_prompt_have_masks_of_their_own(pipe: Any) -> None:
     pipe.set_composition("masks")
     seeds = [torch.Generator().manual_seed(seed) for seed in (5, 6)]

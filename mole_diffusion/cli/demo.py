@@ -75,19 +75,19 @@ def demo(
     placed_masks = pipe.masks.overlay(placed)
     three = ", ".join(names[:-1]) + f" and {names[-1]}"
     rows = [
-        (f"what the LoRAs\nlearnt: {three}", references),
+        (f"what the LoRAs learnt:\n{three}", references),
         ('by default, "masks":\neach LoRA acts where\nits subject will be,\nno training', found),
         ("where each LoRA acted\nin the row above:\npipe.masks", found_masks),
         ('"norm_router":\nno words, no masks', draw("norm_router")),
         ("boxes of your own:\nregions={…}", placed),
-        ("the boxes of the row\nabove", placed_masks),
+        ("the boxes of\nthe row above", placed_masks),
         ('"normalized":\nevery LoRA at 1/3', draw("normalized")),
         ('"linear": plain sum,\nevery LoRA in full', draw("linear")),
     ]
     with pipe.gates.record(accumulate=True) as record:
         rows.append(('"mole": gates\ntrained for these\nthree LoRAs', draw("mole")))
     rows.append((f"the same gates,\nthe {names[-1]}'s LoRA\nmasked out", draw("mole", loras=names[:-1])))
-    rows.append((f"for comparison: {three},\neach LoRA alone", alone))
+    rows.append((f"{three},\neach LoRA alone,\nfor comparison", alone))
 
     sheet = picture_sheet(rows, out / "sheet.png", title=prompt, cell=192)
     table = record.table()

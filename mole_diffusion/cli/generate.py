@@ -69,7 +69,7 @@ def generate(
         str | None,
         typer.Option(
             help="One of `mole methods` [default: mole with gates, masks where the words of several LoRAs are known, "
-            "else normalized]."
+            "else budget]."
         ),
     ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
@@ -141,6 +141,8 @@ def generate(
 
     import torch
 
+    from mole_diffusion.pipelines.size import picture_size
+
     with quiet_loading():
         pipe = load_pipeline(base_found, base_config, precision).to(where)
     if scheduler_class is not None:
@@ -151,6 +153,8 @@ def generate(
         pipe.load_gates(gates_found)
     if method is not None:
         pipe.set_composition(method)
+    if height or width:  # diffusers passes over one of the two without the other
+        height, width = picture_size(pipe, {"height": height, "width": width})
     drawn = pipe(
         prompt,
         loras=chosen,
