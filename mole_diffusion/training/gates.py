@@ -121,7 +121,7 @@ def train_gates(
 
         checkpoints = None
         if work is not None:
-            lora_hashes = [lora.sha256 for lora in pipe.experts.loras]
+            lora_hashes = [lora.fingerprint for lora in pipe.experts.loras]
             tensors = [guidance.text_features, *references.values(), *base_tensors(pipe), *clip.state_dict().values()]
             run = fingerprint(config, tensors, [*prompts, *guidance.texts, *lora_hashes, *base_texts(pipe)])
             checkpoints = CheckpointFolder(work, run)

@@ -56,7 +56,7 @@ def _drawn(
     files = []
     if cache is not None:
         lora = next(lora for lora in pipe.experts.loras if lora.name == name)
-        key = content_hash([], [lora.sha256, prompt, str(config.seed), f"{STEPS} {GUIDANCE_SCALE}", base])[:16]
+        key = content_hash([], [lora.fingerprint, prompt, str(config.seed), f"{STEPS} {GUIDANCE_SCALE}", base])[:16]
         # The name of a LoRA leads nowhere: it is no part of the name of a file as it is.
         files = [cache / f"{file_name(name)}-{key}-{k}.png" for k in range(config.reference_pictures)]
         drawn = [_whole(file) for file in files]
