@@ -28,6 +28,15 @@ def by_picture(images: Pictures) -> list[Tensor]:
         TypeError: `images` are neither tensors nor PIL images.
         MoLEError: There are none, or a tensor has another shape, type or values outside of [0, 1].
     """
+    return [_to_tensor(image) for image in _one_by_one(images)]
+
+
+def as_images(images: Pictures) -> list[Image.Image]:
+    """Each picture as an RGB image, for what looks at pixels of 8 bits. Raises: as :func:`by_picture`."""
+    return [image if isinstance(image, Image.Image) else _to_image(image) for image in _one_by_one(images)]
+
+
+def _one_by_one(images: Pictures) -> list[Any]:
     one: list[Any] | tuple[Any, ...]
     if isinstance(images, Tensor):
         one = list(images) if images.ndim == 4 else [images]
@@ -39,18 +48,16 @@ def by_picture(images: Pictures) -> list[Tensor]:
         raise TypeError(f"`images` must be a tensor or a list of PIL images, got {type(images).__name__}.")
     if not one:
         raise MoLEError("there is no picture to measure: `images` is empty.")
-    return [_to_tensor(image) for image in one]
+    return [as_seen(image) if isinstance(image, Image.Image) else image for image in one]
 
 
-def as_images(images: Pictures) -> list[Image.Image]:
-    """Each picture as an RGB image, for what looks at pixels of 8 bits. Raises: as :func:`by_picture`."""
-    eight_bits = [(picture * 255).round().byte().permute(1, 2, 0).cpu().numpy() for picture in by_picture(images)]
-    return [Image.fromarray(pixels) for pixels in eight_bits]
+def _to_image(image: Any) -> Image.Image:
+    return Image.fromarray((_to_tensor(image) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
 def _to_tensor(image: Any) -> Tensor:
     if isinstance(image, Image.Image):
-        return torch.from_numpy(np.array(as_seen(image), np.float32) / 255).permute(2, 0, 1)
+        return torch.from_numpy(np.array(image, np.float32) / 255).permute(2, 0, 1)
     if not isinstance(image, Tensor):
         raise TypeError(f"`images` must be a tensor or a list of PIL images, got a list with {type(image).__name__}.")
     known = image.dtype == torch.uint8 or image.is_floating_point()

@@ -95,7 +95,7 @@ def read_picture(file: str | os.PathLike[str]) -> Image.Image:
 def as_seen(image: Image.Image) -> Image.Image:
     """A picture as a viewer shows it, RGB with 8 bits: upright, on white where it is transparent.
 
-    Depths of up to 16 bits are scaled, not cut. What is RGB and upright comes out with the same pixels.
+    Depths of up to 16 bits are scaled, not cut. What is RGB and upright comes out as it is.
 
     Raises:
         MoLEError: The picture has a depth at which nobody knows what is white: 32-bit integers or floats.
@@ -105,6 +105,8 @@ def as_seen(image: Image.Image) -> Image.Image:
     except Exception as error:  # damaged data makes the decoders raise what they like
         raise MoLEError(f"a picture is damaged: {_why(error)}. Write it again.") from None
     turned = _UPRIGHT.get(_orientation(image))
+    if image.mode == "RGB" and turned is None and not image.has_transparency_data:
+        return image
     if image.mode.startswith("I") or image.mode == "F":
         image = _eight_bits(image)
     if image.has_transparency_data:

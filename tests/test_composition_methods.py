@@ -29,7 +29,18 @@ def test_a_row_that_keeps_nothing_gets_nothing() -> None:
 
 
 def test_every_method_is_listed_under_its_name() -> None:
-    assert set(COMPOSITIONS) == {"linear", "normalized", "merge", "switch", "composite", "masks", "mole"}
+    assert set(COMPOSITIONS) == {
+        "linear",
+        "normalized",
+        "budget",
+        "merge",
+        "switch",
+        "composite",
+        "masks",
+        "freefuse",
+        "norm_router",
+        "mole",
+    }
     assert all(method.name == name for name, method in COMPOSITIONS.items())
 
 

@@ -73,7 +73,7 @@ def test_gates_do_not_load_into_a_model_without_any(components: dict[str, Any], 
     bare = Experts([make_lora(components, f"lora{i}", i, targets=ATTENTION) for i in range(3)])
     other = tiny_components()
     bare.attach({"unet": other["unet"]})
-    with pytest.raises(ValueError, match="trained for other files"):
+    with pytest.raises(ValueError, match="trained for other LoRAs"):
         bare.weigher = MoLEModel.from_pretrained(tmp_path)
 
 

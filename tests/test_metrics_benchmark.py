@@ -88,7 +88,7 @@ def test_every_row_is_there_and_a_failure_says_why(done: Path) -> None:
         ("mug+robot", "mole", 0),
         ("mug+robot", "mole", 1),
     ]
-    assert "ValueError: no gates for 'mug+robot' ship" in failed[0]["error"]
+    assert "MoLEError: no gates for 'mug+robot' ship" in failed[0]["error"]
     row = next(row for row in rows if row["method"] == "merge(scale=0.5)")
     assert row["text alignment (clipscore)"] == pytest.approx(2.5 * max(row["text alignment (cosine)"], 0), abs=1e-6)
     by_concept = row["image alignment by concept"]
@@ -287,6 +287,13 @@ def test_on_the_command_line(done: Path, tmp_path: Path) -> None:
     assert broken.stderr.startswith(f"mole: {path}:")
 
 
+def _found(folder: Path, pattern: str) -> list[Path]:
+    try:
+        return list(folder.glob(pattern))
+    except FileNotFoundError:  # a training that ends takes its checkpoints away while we look
+        return []
+
+
 @pytest.mark.slow
 def test_killed_and_started_again_it_gives_the_same_table(tmp_path: Path) -> None:
     path = tmp_path / "free.yaml"
@@ -309,7 +316,7 @@ def test_killed_and_started_again_it_gives_the_same_table(tmp_path: Path) -> Non
         for rank in range(2)
     ]
     # Both kinds of work are under way: a picture is there, and a checkpoint of gates or the gates.
-    while not (list(killed.glob("rows/*/*/*.json")) and list(killed.glob("gates/**/*.safetensors"))):
+    while not (_found(killed, "rows/*/*/*.json") and _found(killed, "gates/**/*.safetensors")):
         assert all(worker.poll() in (None, 0) for worker in workers)
         time.sleep(0.01)
     for worker in workers:

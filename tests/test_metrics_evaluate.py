@@ -65,11 +65,11 @@ def test_rows_are_the_metrics_of_each_picture(folder: Path) -> None:
             text = TextAlignment(clip, scale)
             text.update([picture], [row["prompt"]])
             name = f"text alignment ({scale})"
-            assert float(row[name]) == pytest.approx(text.compute()[name], abs=1e-5)
+            assert float(row[name]) == pytest.approx(float(text.compute()[name]), abs=1e-5)
         image = ImageAlignment(clip, known)
         image.update([picture])
         for concept, value in image.compute().items():
-            assert float(row[f"image alignment: {concept}"]) == pytest.approx(value, abs=1e-5)
+            assert float(row[f"image alignment: {concept}"]) == pytest.approx(float(value), abs=1e-5)
     mean = sum(float(row["image alignment: mean"]) for row in rows) / 3
     assert f"{mean:.4f}" in done.stdout
 
