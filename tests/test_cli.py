@@ -242,6 +242,11 @@ def bad_calls(world: Path, tmp: Path) -> dict[str, tuple[list[object], str]]:
         "no picture format": ([*draw, "--out", tmp / "it.xyz"], "a picture needs a suffix such as .png, got '.xyz'"),
         "no such device": ([*draw, "--device", "tpu9"], "--device tpu9 cannot be used here. Try --device cpu."),
         "not a lora": (["inspect", world / "base" / "model_index.json"], "model_index.json"),
+        "no toybox": (
+            ["toybox", "measure", "--assets", world],
+            "no toybox, for it lacks loras and clip. Make one with mole toybox build.",
+        ),
+        "too many strangers": (["toybox", "anonymous", "--count", 157], "count must be 1 to 156"),
         "no file": (["inspect", tmp / "none.safetensors"], "none.safetensors"),
         "no folder": ([*train, "--images", tmp / "none", "--out", "x.safetensors"], "none: there is no such folder"),
         "no pictures": ([*train, "--images", empty, "--out", "x.safetensors"], "no picture in this folder"),

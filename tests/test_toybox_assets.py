@@ -16,7 +16,7 @@ from mole_diffusion.clip import DifferentiableCLIP
 from mole_diffusion.lora import inspect_lora, load_lora
 from mole_diffusion.toybox.recipe.clip import wrong_scenes
 from mole_diffusion.toybox.recipe.loras import IN_KOHYA_LAYOUT, RANKS, WITH_TEXT_ENCODER
-from mole_diffusion.toybox.recipe.measure import measure_clip
+from mole_diffusion.toybox.recipe.measure import measure_clip, measure_crops
 from mole_diffusion.toybox.shapes import CLASSES
 from mole_diffusion.toybox.world import COLORS, article, full_caption, random_scene
 
@@ -175,3 +175,7 @@ def test_the_report_says_how_good_it_is() -> None:
 def test_the_clip_sees_what_the_report_says() -> None:
     seen = measure_clip(DifferentiableCLIP(toybox.clip_dir()), num_scenes=60)
     assert seen == pytest.approx(json.loads((toybox.base_dir().parent / "report.json").read_text())["clip"], abs=0.15)
+
+
+def test_the_clip_tells_a_subjects_crop_from_the_same_class_in_another_look() -> None:
+    assert measure_crops(DifferentiableCLIP(toybox.clip_dir()), num_scenes=40) > 1
