@@ -5,7 +5,7 @@ It needs a checkout of diffusers, of which nothing is copied here, at the tag of
     git clone --depth 1 --branch v0.42.1 https://github.com/huggingface/diffusers ../diffusers
     python tests/peers/run_diffusers_tests.py --checkout ../diffusers
 
-and the packages of ``pip install -e ".[dev]"``. With a network the tests fetch two tiny models from the Hub; with
+and ``pip install -e ".[dev]" parameterized``. With a network the tests fetch two tiny models from the Hub; with
 ``--offline`` stand-ins of the same shape take their place, and the tests that compare with recorded pixels fail for
 both. Of ten thousand lines of tests one process makes ten minutes or more.
 
@@ -55,9 +55,9 @@ def check(checkout: Path, *, other_version: bool) -> None:
             f"{checkout} is diffusers {version}, and {installed} is installed. {get}; or pass --other-version to run "
             "its tests all the same."
         )
-    for package in ("pytest", "peft"):
+    for package in ("pytest", "peft", "parameterized"):
         if importlib.util.find_spec(package) is None:
-            raise Refusal(f'the tests need {package}, which is not installed: pip install -e ".[dev]"')
+            raise Refusal(f"the tests need {package}, which is not installed: pip install {package}")
     print(f"diffusers {installed}, tests of {version}")
 
 
