@@ -7,7 +7,7 @@ It needs a checkout of diffusers, of which nothing is copied here, at the tag of
 
 and ``pip install -e ".[dev]" parameterized``. With a network the tests fetch two tiny models from the Hub; with
 ``--offline`` stand-ins of the same shape take their place, and the tests that compare with recorded pixels fail for
-both. Of ten thousand lines of tests one process makes ten minutes or more.
+both.
 
 It prints how many passed, failed and were skipped, and which tests fail with our pipelines and pass with diffusers'.
 The exit code is 0 if there are none, 1 if there are some, and 2 if the tests could not be run.
