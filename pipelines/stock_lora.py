@@ -19,6 +19,37 @@ class StockLoRACalls(DiffusersContract):
     ``load_lora_weights`` goes on working: its adapters act beside the LoRAs of ``load_loras``.
     """
 
+    def load_lora_weights(self, *args: Any, **kwargs: Any) -> None:
+        """As in diffusers: an adapter of PEFT, beside ours and under a name that none of them has."""
+        name = args[1] if len(args) > 1 else kwargs.get("adapter_name")
+        if name in self._loaded.loras:
+            raise MoLEError(
+                f"`adapter_name={name!r}` is the name of a LoRA that `load_loras` loaded. Choose another, or call "
+                f"`unload_loras([{name!r}])` first."
+            )
+        super().load_lora_weights(*args, **kwargs)
+
+    def get_active_adapters(self) -> list[str]:
+        """The names of what draws in a call with ``loras=None``, ours and PEFT's."""
+        if not self._loaded.loras:
+            active: list[str] = super().get_active_adapters()
+            return active
+        return [*([] if self._loaded.disabled else self._loaded.loras), *self._active_adapters()]
+
+    def get_list_adapters(self) -> dict[str, list[str]]:
+        """By model, the names of what is loaded into it, ours and PEFT's."""
+        listed = super().get_list_adapters() if self._adapters() else {}
+        for name, lora in self._loaded.loras.items():
+            for component in lora.factors:
+                listed.setdefault(component, []).append(name)
+        return listed
+
+    def set_lora_device(self, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> None:
+        """Moves PEFT's adapters; ours are where the model is."""
+        if any(name in self._loaded.loras for name in adapter_names):
+            self._refuse("set_lora_device", "they are where the model is; `unload_loras` frees their memory")
+        super().set_lora_device(adapter_names, *args, **kwargs)
+
     def disable_lora(self) -> None:
         """Draws without LoRAs, ours and PEFT's, until `enable_lora`."""
         self._loaded.disabled = True

@@ -108,12 +108,35 @@ def test_calls_of_diffusers_do_for_ours_what_their_names_say() -> None:
 
 
 @pytest.mark.parametrize(
-    ("call", "arguments"), [("fuse_lora", []), ("unfuse_lora", []), ("set_adapters", [["cat"], [0.3]])]
+    ("call", "arguments"),
+    [
+        ("fuse_lora", []),
+        ("unfuse_lora", []),
+        ("set_adapters", [["cat"], [0.3]]),
+        ("set_lora_device", [["cat"], "cpu"]),
+    ],
 )
 def test_calls_that_cannot_mean_ours_name_them(call: str, arguments: list[Any]) -> None:
     pipe = composing_pipeline("cat")
     with pytest.raises(ValueError, match=r"adapters of `load_lora_weights`, and the LoRAs cat were loaded by `load_lo"):
         getattr(pipe, call)(*arguments)
+
+
+def test_lists_of_adapters_have_ours_and_those_of_peft() -> None:
+    pipe = composing_pipeline("cat", "mug")
+    assert pipe.get_active_adapters() == ["cat", "mug"]
+    assert pipe.get_list_adapters() == {"unet": ["cat", "mug"], "text_encoder": ["cat"]}
+    theirs = random_lora({"unet": pipe.unet}, 3, ATTENTION, seed=8)
+    with pytest.raises(ValueError, match=r"`adapter_name='cat'` is the name of a LoRA that `load_loras` loaded"):
+        pipe.load_lora_weights(dict(theirs), adapter_name="cat")
+    pipe.load_lora_weights(dict(theirs), adapter_name="theirs")
+    assert pipe.get_active_adapters() == ["cat", "mug", "theirs"]
+    assert pipe.get_list_adapters() == {"unet": ["theirs", "cat", "mug"], "text_encoder": ["cat"]}
+    pipe.set_adapters("theirs", 0.5)  # looks into these lists
+    pipe.disable_lora()
+    assert pipe.get_active_adapters() == []
+    pipe.unload_lora_weights()
+    assert pipe.get_list_adapters() == {"unet": ["cat", "mug"], "text_encoder": ["cat"]}
 
 
 def test_beside_adapters_of_peft() -> None:
