@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,6 +23,7 @@ from .loaded import Loaded, loaded_into
 from .naming import LoRASource, named_sources, read_roles, read_triggers
 from .prior import drawing_prior
 from .reading import Spans, add_region_words, given_words, prompt_words, split_prompts, with_region_prompts
+from .refusals import refuse_half_measures, refuse_not_finite
 from .selection import Selection, check_names, read_selection
 from .size import latent_grid, picture_count, picture_size
 from .stock_lora import StockLoRACalls
@@ -395,7 +395,7 @@ class MoLEPipelineMixin(StockLoRACalls):
         loras = [] if loaded.disabled and loras is None else loras
         keep, _ = read_selection(loras, list(loaded.loras))
         taking_part = [name for name, kept in zip(loaded.loras, keep[0].tolist(), strict=True) if kept]
-        self._refuse_half_measures(loras, taking_part, kwargs)
+        refuse_half_measures(self, loras, taking_part, kwargs)
         has_prompt = kwargs.get("prompt_embeds") is None or spans is not None
         method = loaded.composition or self._default(taking_part, has_prompt=has_prompt, regions=regions is not None)
         if regions is not None and "words" not in method.needs:
@@ -419,26 +419,6 @@ class MoLEPipelineMixin(StockLoRACalls):
             self.__dict__["_mole_masks"] = call.found or call.regions
         return output
 
-    def _refuse_half_measures(self, loras: Selection, taking_part: Sequence[str], kwargs: Mapping[str, Any]) -> None:
-        """Raises MoLEError where a picture would not be what the arguments say."""
-        loaded = self._loaded
-        if loras is not None and not taking_part and loaded.loras:
-            active = self._active_adapters()
-            if active:
-                raise MoLEError(
-                    f"`loras={loras!r}` is the bare base model, and the adapters {', '.join(active)} of "
-                    "`load_lora_weights` draw too. Call `unload_lora_weights()` or `disable_lora()` first."
-                )
-        if kwargs.get("prompt_embeds") is not None and kwargs.get("prompt") is None:
-            for name in taking_part:
-                touched = loaded.loras[name].factors
-                if all(component.startswith("text_encoder") for component in touched):
-                    raise MoLEError(
-                        f"the LoRA {name!r} acts on the text encoder alone, and `prompt_embeds` were made before: it "
-                        "would do nothing. Pass the prompt, or make the embeddings inside `with pipe.composing():` and "
-                        f"draw with loras={[other for other in taking_part if other != name]}."
-                    )
-
     def encode_prompt(self, prompt: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As in diffusers. Inside a call it is also where the LoRAs' words are looked for in the prompts."""
         call = current_call()
@@ -457,13 +437,6 @@ class MoLEPipelineMixin(StockLoRACalls):
             encoded = with_region_prompts(encoded, encode, texts, args[0] if args else kwargs["device"])
         call.words.encoded(encoded[0])
         return encoded
-
-
-def refuse_not_finite(numbers: Mapping[str, Any]) -> None:
-    """Raises MoLEError for a number that would make a black picture."""
-    for name, value in numbers.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise MoLEError(f"`{name}` must be finite, got {value}.")
 
 
 def _finish(loaded: Loaded) -> None:

@@ -187,17 +187,27 @@ class Masks(RegionalComposition):
         region_map = None if call.prior else self.find(run)
         if region_map is None or text is None or run.sample_size is None:
             return None
-        owned = self.words(call).of_embeddings(text).to(query.device, torch.float32)  # (rows, N, words)
-        shares = region_map.at(*token_grid(query.shape[2], run.sample_size, layer.name), device=query.device)
+        size, rows = token_grid(query.shape[2], run.sample_size, layer.name), len(query)
+        return self._kept(
+            run,
+            ("bias", *size, rows, query.dtype),
+            (region_map, text),
+            lambda: self._bias(region_map, size, rows, text, run).to(query.dtype),
+        )
+
+    def _bias(self, region_map: RegionMap, size: tuple[int, int], rows: int, text: Tensor, run: Run) -> Tensor:
+        """``(rows, 1, pixels, words)``: for the words of each subject, more where it is and less where it is not."""
+        call, device = self.call(run), text.device
+        owned = self.words(call).of_embeddings(text).float()  # (rows, N, words)
+        shares = region_map.at(*size, device=device)
         if len(shares) > 1:
-            shares = shares.repeat(len(query) // len(shares), 1, 1)
+            shares = shares.repeat(rows // len(shares), 1, 1)
         kept = run.keep * roles(run, "subject")  # (rows | 1, N)
-        given = torch.tensor([float(name in region_map.fixed) for name in call.names], device=query.device)
+        given = torch.tensor([float(name in region_map.fixed) for name in call.names], device=device)
         own = self.own_words + given * (self.given_own_words - self.own_words)
         others = self.others_words + given * (self.given_others_words - self.others_words)
-        # (rows, pixels, N): for the words of each subject, more where it is and less where it is not.
-        more = (shares * (own + others) - others) * kept[:, None]
-        return (more @ owned)[:, None].to(query.dtype)
+        more = (shares * (own + others) - others) * kept[:, None]  # (rows, pixels, N)
+        return (more @ owned)[:, None]
 
     def _decide(self, call: Call, found: _Found, run: Run) -> RegionMap:
         if found.maps is None or found.maps.empty:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import functools
-import inspect
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -18,43 +15,13 @@ from mole_diffusion.errors import MoLEError
 
 from ..lora import LoRA, LoRAFactors
 from .attach import ENGINES, AttachError, Attachment, Engine, refuse_unfit
+from .choice import CHOICES, Choice, Passes
+from .inputs import by_name, denoiser_inputs, is_denoiser, sample_of, text_inputs
 from .passes import narrow, tensors, widen
 from .run import Run, Weigher, in_backward
 from .seam import LayerSeam
 from .site import Site, group_sites
 from .stack import ExpertStack
-
-
-@dataclass(frozen=True, eq=False)
-class _Choice:
-    """What ``using`` set: it belongs to the thread (or task) that is inside of the ``with`` and to nobody else."""
-
-    keep: Tensor
-    scale: Tensor
-    silent: bool
-    weigher: Weigher | None = None
-    call: Any = None
-    moved: dict[torch.device | None, tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-    def on(self, device: torch.device | None) -> tuple[Tensor, Tensor]:
-        """`keep` and `scale` there; the same tensors every time, so that a weigher can tell that nothing changed."""
-        if device not in self.moved:
-            self.moved[device] = self.keep.to(device), self.scale.to(device)
-        return self.moved[device]
-
-
-class _Passes(threading.local):
-    """The forward passes of one thread, by component."""
-
-    def __init__(self) -> None:
-        self.runs: dict[str, Run] = {}
-        self.running: set[str] = set()
-        self.resumed: dict[str, Run] = {}
-        self.alone: dict[str, tuple[tuple[Any, ...], Run]] = {}
-
-
-# By experts; replaced as a whole and never changed, so that a context keeps what it was given.
-_CHOICES: ContextVar[Mapping[int, _Choice]] = ContextVar("mole_diffusion.experts.choices", default={})  # noqa: B039
 
 
 class Experts:
@@ -92,11 +59,11 @@ class Experts:
         self._factors = _by_module(self.loras)
         self._sites: dict[str, Site] = {}
         self._attachments: dict[str, Attachment] = {}
-        self._passes = _Passes()
+        self._passes = Passes()
         self._latest: dict[str, Run] = {}
         self._on_detach: list[Callable[[], None]] = []
         self._weigher: Weigher | None = None
-        self._everything = _Choice(torch.ones(1, self.num_experts), torch.ones(1, self.num_experts), silent=False)
+        self._everything = Choice(torch.ones(1, self.num_experts), torch.ones(1, self.num_experts), silent=False)
 
     @property
     def num_experts(self) -> int:
@@ -168,7 +135,7 @@ class Experts:
         try:
             for name, model in components.items():
                 # The denoiser also where no LoRA touches it: it says which step it is, and shows its attention.
-                if name in planned or (isinstance(model, nn.Module) and _is_denoiser(model)):
+                if name in planned or (isinstance(model, nn.Module) and is_denoiser(model)):
                     self._attach_component(name, model, planned.get(name, []), engine)
             self.weigher = self._weigher  # whoever was set before now sees these modules
         except Exception:
@@ -202,7 +169,7 @@ class Experts:
         self._attachments.clear()
         self._sites = {}
         self._latest.clear()
-        self._passes = _Passes()
+        self._passes = Passes()
 
     def component(self, name: str) -> nn.Module:
         """The model a component was attached to."""
@@ -262,12 +229,12 @@ class Experts:
         # Looked at once here, because a look at a tensor on a GPU in every module would stall it.
         silent = not (kept * scales.to(kept.device)).any().item()
         weigher = before.weigher if weigher is None else weigher
-        choice = _Choice(kept, scales, silent, weigher, before.call if call is None else call)
-        token = _CHOICES.set({**_CHOICES.get(), id(self): choice})
+        choice = Choice(kept, scales, silent, weigher, before.call if call is None else call)
+        token = CHOICES.set({**CHOICES.get(), id(self): choice})
         try:
             yield
         finally:
-            _CHOICES.reset(token)
+            CHOICES.reset(token)
 
     @property
     def chosen(self) -> Weigher | None:
@@ -276,8 +243,8 @@ class Experts:
         return self._weigher if choice.weigher is None else choice.weigher
 
     @property
-    def _choice(self) -> _Choice:
-        return _CHOICES.get().get(id(self), self._everything)
+    def _choice(self) -> Choice:
+        return CHOICES.get().get(id(self), self._everything)
 
     def matches(self) -> dict[str, dict[str, int]]:
         """Number of modules each LoRA touches, by LoRA and component."""
@@ -375,7 +342,7 @@ class Experts:
         return sites
 
     def _attach_component(self, component: str, model: nn.Module, sites: list[Site], engine: Engine) -> None:
-        denoiser = _is_denoiser(model)
+        denoiser = is_denoiser(model)
         if engine == "processors" and not denoiser:
             engine = "auto"  # a text encoder has no attention processors
 
@@ -383,11 +350,11 @@ class Experts:
             root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
             device = next((x.device for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
-            inputs = _denoiser_inputs if denoiser else _text_inputs
+            inputs = denoiser_inputs if denoiser else text_inputs
             run = self._begin(component, device, inputs(root, args, kwargs))
             if run.passes == 1:
                 return None
-            batch = len(_sample(_by_name(root, args, kwargs)))
+            batch = len(sample_of(by_name(root, args, kwargs)))
             return widen(args, batch, run.passes), widen(kwargs, batch, run.passes)
 
         def end(output: Any) -> Any:
@@ -456,34 +423,6 @@ def _by_module(loras: Sequence[LoRA]) -> dict[str, dict[str, list[LoRAFactors | 
                 row = factors.setdefault(component, {}).setdefault(module, [None] * len(loras))
                 row[index] = pair
     return factors
-
-
-def _denoiser_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    given = _by_name(model, args, kwargs)
-    sample = _sample(given)
-    size = (sample.shape[-2], sample.shape[-1]) if isinstance(sample, Tensor) and sample.ndim == 4 else None
-    return {
-        "timestep": given.get("timestep"),
-        "encoder_hidden_states": given.get("encoder_hidden_states"),
-        "sample_size": size,
-    }
-
-
-def _text_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {"input_ids": _by_name(model, args, kwargs).get("input_ids")}
-
-
-def _is_denoiser(model: nn.Module) -> bool:
-    return "timestep" in inspect.signature(model.forward).parameters
-
-
-def _by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    names = list(inspect.signature(model.forward).parameters)
-    return {**dict(zip(names, args, strict=False)), **kwargs}
-
-
-def _sample(given: Mapping[str, Any]) -> Any:
-    return given.get("sample", given.get("hidden_states"))
 
 
 def _check_weights(weights: Tensor, projected: Tensor, site: Site, num_experts: int) -> None:

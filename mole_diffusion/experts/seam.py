@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
 
-    from .experts import Experts
+
+class Asked(Protocol):
+    """Who knows which weigher there is in the present pass: the experts."""
+
+    def watched(self, component: str) -> bool: ...
+    def biased(self, component: str) -> bool: ...
+    def bias(self, component: str, layer: LayerSeam, query: Tensor, key: Tensor) -> Tensor | None: ...
+    def attended(self, component: str, layer: LayerSeam, query: Tensor, key: Tensor, output: Tensor) -> None: ...
 
 
 class LayerSeam:
@@ -27,7 +34,7 @@ class LayerSeam:
         scale: What scores are multiplied by before the softmax.
     """
 
-    def __init__(self, experts: Experts, component: str, name: str, attention: Attention) -> None:
+    def __init__(self, experts: Asked, component: str, name: str, attention: Attention) -> None:
         self._experts = experts
         self._component = component
         self.name = name

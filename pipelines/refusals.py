@@ -1,0 +1,38 @@
+"""What a call is refused for before anything is drawn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..errors import MoLEError
+from .selection import Selection
+
+
+def refuse_half_measures(pipe: Any, loras: Selection, taking_part: Sequence[str], kwargs: Mapping[str, Any]) -> None:
+    """Raises MoLEError where a picture would not be what the arguments say."""
+    loaded = pipe._loaded
+    if loras is not None and not taking_part and loaded.loras:
+        active = pipe._active_adapters()
+        if active:
+            raise MoLEError(
+                f"`loras={loras!r}` is the bare base model, and the adapters {', '.join(active)} of "
+                "`load_lora_weights` draw too. Call `unload_lora_weights()` or `disable_lora()` first."
+            )
+    if kwargs.get("prompt_embeds") is not None and kwargs.get("prompt") is None:
+        for name in taking_part:
+            touched = loaded.loras[name].factors
+            if all(component.startswith("text_encoder") for component in touched):
+                raise MoLEError(
+                    f"the LoRA {name!r} acts on the text encoder alone, and `prompt_embeds` were made before: it "
+                    "would do nothing. Pass the prompt, or make the embeddings inside `with pipe.composing():` and "
+                    f"draw with loras={[other for other in taking_part if other != name]}."
+                )
+
+
+def refuse_not_finite(numbers: Mapping[str, Any]) -> None:
+    """Raises MoLEError for a number that would make a black picture."""
+    for name, value in numbers.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise MoLEError(f"`{name}` must be finite, got {value}.")
