@@ -22,7 +22,11 @@ from mole_diffusion.pipelines import MoLEPipelineMixin, MoLEStableDiffusionPipel
 from tests.composing import NAMES, PROMPT, assert_close, composing_pipeline, draw, lora_states, merge
 from tests.tiny import tiny_pipeline
 
-SCHEDULERS = [scheduler for scheduler in DDIMScheduler().compatibles if not scheduler.__module__.endswith("objects")]
+# In one order everywhere: processes that share the tests must agree on it, and diffusers gives a set.
+SCHEDULERS = sorted(
+    (scheduler for scheduler in DDIMScheduler().compatibles if not scheduler.__module__.endswith("objects")),
+    key=lambda scheduler: scheduler.__name__,
+)
 
 
 @pytest.fixture(scope="module")
