@@ -407,7 +407,7 @@ class MoLEPipelineMixin(StockLoRACalls):
         given = self._named(args, kwargs)
         settings["size"] = picture_size(self, given) if regions is not None else None
         settings["count"] = picture_count(given)
-        with turn(self), self._composing(loras, method, **settings) as call:
+        with turn(self, self.scheduler), self._composing(loras, method, **settings) as call:
             self.__dict__["_mole_masks"] = None
             if spans is not None:
                 call.words = given_words(spans, call.names, kwargs.get("prompt_embeds"))
@@ -421,6 +421,11 @@ class MoLEPipelineMixin(StockLoRACalls):
 
     def encode_prompt(self, prompt: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As in diffusers. Inside a call it is also where the LoRAs' words are looked for in the prompts."""
+        tokenizers = [part for name, part in self.components.items() if name.startswith("tokenizer") and part]
+        with turn(*tokenizers):
+            return self._encode_prompt_alone(prompt, *args, **kwargs)
+
+    def _encode_prompt_alone(self, prompt: Any, *args: Any, **kwargs: Any) -> Any:
         call = current_call()
         loaded = self._loaded
         weigher = None if call is None or loaded.experts is None else loaded.experts.chosen

@@ -8,16 +8,17 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
-# A pipeline notes its settings on itself while it draws, and a scheduler its steps: neither serves two calls at once.
+# A pipeline notes its settings on itself while it draws, a scheduler its steps, and a tokenizer how long prompts are to
+# be: none of them serves two calls at once.
 _LOCKS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 _MAKING = threading.Lock()
 
 
 @contextmanager
-def turn(pipe: Any) -> Iterator[None]:
-    """Waits until no other thread draws with this pipeline or its scheduler."""
+def turn(*things: Any) -> Iterator[None]:
+    """Waits until no other thread is inside of a `turn` with one of these."""
     with ExitStack() as stack:
-        for thing in (pipe, pipe.scheduler):
+        for thing in things:
             with _MAKING:
                 lock = _LOCKS.setdefault(thing, threading.RLock())
             stack.enter_context(lock)

@@ -144,7 +144,7 @@ def _others(pipe: Any, case: str) -> dict[str, Any]:
         ("names", r"trained for the LoRAs \['cat', 'dog', 'mug'\], got \['cat', 'dog', 'cup'\]"),
         ("number", r"trained for the LoRAs \['cat', 'dog', 'mug'\], got \['cat', 'dog'\]"),
         ("ranks", r"'mug' has ranks \[3, 3\] and not \[2, 2\]"),
-        ("files", "'mug' has SHA-256 .* and not .*Load the files they were trained with"),
+        ("files", "'mug' has factors of SHA-256 .* and not .*Load the ones they were trained with"),
     ],
 )
 def test_gates_for_other_loras_are_refused(pipe: Any, tmp_path: Path, case: str, message: str) -> None:

@@ -53,7 +53,7 @@ def test_what_a_training_leaves(clip: DifferentiableCLIP, tmp_path: Path) -> Non
     card = (tmp_path / "gates" / "README.md").read_text()
     for words in (
         "# Gates for lora0 + lora1",
-        pipe.experts.loras[0].sha256,
+        pipe.experts.loras[0].fingerprint,
         'token "<v1>"',
         PROMPTS[1],
         "seed 0",

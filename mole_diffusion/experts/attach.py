@@ -116,8 +116,9 @@ class Attachment:
 
     def fired(self, site: Site) -> None:
         """Note that a site was reached; only the first forward pass is watched."""
-        if self._fired is not None:
-            self._fired.add(site.module_name)
+        fired = self._fired  # another thread may end its pass meanwhile
+        if fired is not None:
+            fired.add(site.module_name)
 
     def _swap_processors(self) -> None:
         """Our processor in every layer whose own is understood; also where no LoRA is, for methods that watch."""
@@ -189,9 +190,10 @@ class Attachment:
 
     def _after_forward(self, model: nn.Module, args: Any, output: Any) -> Any:
         result = self._end(output)
-        if output is None or self._fired is None:  # an exception is on its way, or the check was passed before
+        fired = self._fired
+        if output is None or fired is None:  # an exception is on its way, or the check was passed before
             return result
-        missing = [site.module_name for site in self.sites if site.module_name not in self._fired]
+        missing = [site.module_name for site in self.sites if site.module_name not in fired]
         self._fired = set() if missing else None  # look again next time
         if missing:
             shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
