@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 
@@ -37,9 +39,22 @@ def call_memory(call: Callable[[], object], device: torch.device) -> float | Non
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would tell standard error of every start and stop
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        with _no_collection(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             call()
         profiler.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
     changes = sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"])
     return max(accumulate(event["args"]["Bytes"] for event in changes), default=0) / 2**20
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Garbage is collected now and not in between, where it would come at another moment each time."""
+    gc.collect()
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()

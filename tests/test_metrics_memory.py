@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
@@ -27,6 +29,14 @@ def test_what_was_there_does_not_count() -> None:
     weights = torch.ones(8 * MIB)
     assert call_memory(lambda: weights[: 2 * MIB] * 2, torch.device("cpu")) == pytest.approx(2, abs=1e-3)
     assert call_memory(lambda: None, torch.device("cpu")) == pytest.approx(0, abs=1e-3)
+
+
+def test_garbage_is_not_collected_in_between() -> None:
+    def call() -> None:
+        assert not gc.isenabled()
+
+    call_memory(call, torch.device("cpu"))
+    assert gc.isenabled()
 
 
 def test_other_devices_tell_nothing() -> None:
