@@ -15,11 +15,11 @@ import numpy as np
 import torch
 
 from mole_diffusion import MoLEStableDiffusionPipeline, toybox, train_gates
+from mole_diffusion.benchmark.stats import paired_bootstrap
 from mole_diffusion.clip import DifferentiableCLIP
 from mole_diffusion.composition import Composition, Masks, Normalized, NormRouter
 from mole_diffusion.files import write_json
 from mole_diffusion.metrics import concept_presence
-from mole_diffusion.metrics.compare import paired_bootstrap
 from mole_diffusion.training import GateTrainingConfig
 
 TRAIN, MEASURE = ("grass", "sand", "snow", "water"), ("slate", "brick")

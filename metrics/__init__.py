@@ -7,18 +7,14 @@ from __future__ import annotations
 
 from ..pictures import picture_files, read_picture
 from .alignment import ImageAlignment, TextAlignment, image_alignment, text_alignment
-from .benchmark_config import BenchmarkConfig
-from .benchmark_report import write_report
-from .benchmark_run import run_benchmark
 from .encoders import ImageEncoder, TextImageEncoder, VisionBackbone, embed_images, load_clip
-from .evaluate import Evaluation, evaluate_folder
-from .gate_report import GateReport, GateStatistics, gate_statistics
+from .folder import Evaluation, evaluate_folder
+from .gates import GateReport, GateStatistics, gate_statistics
 from .pictures import Pictures
 from .presence import ConceptPresence, concept_presence
 from .region import Detector, RegionAlignment, oracle_detector, reference_regions, region_alignment
 
 __all__ = [
-    "BenchmarkConfig",
     "ConceptPresence",
     "Detector",
     "Evaluation",
@@ -42,7 +38,5 @@ __all__ = [
     "read_picture",
     "reference_regions",
     "region_alignment",
-    "run_benchmark",
     "text_alignment",
-    "write_report",
 ]

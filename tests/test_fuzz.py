@@ -21,12 +21,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 
+from mole_diffusion.benchmark.config import BenchmarkConfig
 from mole_diffusion.cli.gate_inputs import read_config
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.experts import Experts
 from mole_diffusion.gating import GateConfig, MoLEModel
 from mole_diffusion.lora import inspect_lora, load_lora
-from mole_diffusion.metrics.benchmark_config import BenchmarkConfig
 from tests.lora_files import to_kohya, to_peft
 from tests.running import make_lora, models, run_unet
 from tests.tiny import ATTENTION, random_lora, tiny_components

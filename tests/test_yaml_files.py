@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from mole_diffusion.benchmark.config import BenchmarkConfig
+from mole_diffusion.benchmark.report.paper import read_paper
 from mole_diffusion.cli.gate_inputs import read_config
 from mole_diffusion.errors import MoLEError
-from mole_diffusion.metrics.benchmark_config import BenchmarkConfig
-from mole_diffusion.metrics.paper import read_paper
 from mole_diffusion.yaml_files import parse_yaml, read_yaml
 
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(

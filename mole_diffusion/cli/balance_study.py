@@ -67,8 +67,8 @@ def balance_study(
         device=device,
         config=chosen,
     )
-    from mole_diffusion.training import balance_study as study
-    from mole_diffusion.training.study import TEMPERATURES
+    from mole_diffusion.benchmark import balance_study as study
+    from mole_diffusion.benchmark.study import TEMPERATURES
 
     study(
         inputs.pipe,

@@ -37,7 +37,7 @@ def run(config: Config, out: Out = None, device: Device = "auto") -> None:
       mole benchmark run benchmarks/table1.yaml
       torchrun --nproc-per-node 4 --no-python mole benchmark run benchmarks/table1.yaml --out runs/table1
     """
-    from mole_diffusion.metrics import BenchmarkConfig, run_benchmark
+    from mole_diffusion.benchmark import BenchmarkConfig, run_benchmark
 
     settings = BenchmarkConfig.from_file(config)
     local = os.environ.get("LOCAL_RANK")
@@ -69,7 +69,7 @@ def report(
       mole benchmark report benchmarks/table1.yaml
       mole benchmark report benchmarks/table1.yaml --page docs/results
     """
-    from mole_diffusion.metrics import BenchmarkConfig, write_report
+    from mole_diffusion.benchmark import BenchmarkConfig, write_report
 
     file = None if page is None else page / f"{config.stem}.md"
     path = write_report(BenchmarkConfig.from_file(config), _folder(config, out), page=file)

@@ -53,7 +53,7 @@ def evaluate(
     from rich.table import Table
 
     from mole_diffusion.metrics import VisionBackbone, evaluate_folder, load_clip
-    from mole_diffusion.metrics.tables import write_csv
+    from mole_diffusion.tables import write_csv
 
     where = pick_device(device)
     with quiet_loading():

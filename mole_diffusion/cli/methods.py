@@ -26,8 +26,8 @@ def methods() -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from mole_diffusion.benchmark.methods import PRESETS
     from mole_diffusion.composition import COMPOSITIONS
-    from mole_diffusion.metrics.benchmark_methods import PRESETS
 
     table = Table(box=box.ROUNDED, show_lines=True)
     table.add_column("method", no_wrap=True)

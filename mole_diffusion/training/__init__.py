@@ -5,7 +5,6 @@ from mole_diffusion.training.gate_config import PRESETS, GateTrainingConfig
 from mole_diffusion.training.gates import train_gates
 from mole_diffusion.training.loop import TrainingDivergedError
 from mole_diffusion.training.lora import TEXT_ENCODER_TARGETS, UNET_TARGETS, LoRATrainingConfig, train_lora
-from mole_diffusion.training.study import balance_study
 
 __all__ = [
     "PRESETS",
@@ -15,7 +14,6 @@ __all__ = [
     "GateTrainingConfig",
     "LoRATrainingConfig",
     "TrainingDivergedError",
-    "balance_study",
     "prompts_from_templates",
     "train_gates",
     "train_lora",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from .benchmark_config import BenchmarkConfig
-from .benchmark_rows import (
+from mole_diffusion.benchmark.config import BenchmarkConfig
+from mole_diffusion.benchmark.row import (
     HIGHER_IS_BETTER,
     IMAGE,
     TEXT,
@@ -18,8 +18,8 @@ from .benchmark_rows import (
     num_kept,
     of,
 )
-from .compare import correlation, paired_bootstrap, rank_correlation, wins
-from .tables import markdown_table, number
+from mole_diffusion.benchmark.stats import correlation, paired_bootstrap, rank_correlation, wins
+from mole_diffusion.tables import markdown_table, number
 
 TRUTHS = ("presence rate", "all-present rate", "confusion rate")
 BY_CASE = (TEXT, IMAGE, "presence rate", "all-present rate")

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..composition import COMPOSITIONS, Composition
-from ..errors import MoLEError
-from ..gating import GateConfig
-from ..training import GateTrainingConfig
+from mole_diffusion.composition import COMPOSITIONS, Composition
+from mole_diffusion.errors import MoLEError
+from mole_diffusion.gating import GateConfig
+from mole_diffusion.training import GateTrainingConfig
 
 CAT = GateConfig(input="none", scope="matrix")
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {"cat": ("mole", {"gates": CAT.to_dict()})}

@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..errors import MoLEError
-from ..files import NotWrittenError, atomic_path, in_use, try_folder, write_json
-from .benchmark_config import BenchmarkConfig, Cell
-from .benchmark_draw import Drawer
-from .benchmark_inputs import LORAS, METHODS, SHA256, made_of
-from .benchmark_judge import Judge
-from .benchmark_rows import read_row, row_names
-from .benchmark_share import process_share, share
+from mole_diffusion.benchmark.config import BenchmarkConfig, Cell
+from mole_diffusion.benchmark.draw import Drawer
+from mole_diffusion.benchmark.inputs import LORAS, METHODS, SHA256, made_of
+from mole_diffusion.benchmark.judge import Judge
+from mole_diffusion.benchmark.row import read_row, row_names
+from mole_diffusion.benchmark.share import process_share, share
+from mole_diffusion.errors import MoLEError
+from mole_diffusion.files import NotWrittenError, atomic_path, in_use, try_folder, write_json
 
 CONFIG, PICTURES, ROWS = "benchmark.json", "pictures", "rows"
 _BY_NAME = (METHODS, LORAS, SHA256)

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import MoLEError
-from .alignment import text_name
-from .benchmark_config import BenchmarkConfig, Cell
+from mole_diffusion.benchmark.config import BenchmarkConfig, Cell
+from mole_diffusion.errors import MoLEError
+from mole_diffusion.metrics.alignment import text_name
 
 TEXT, IMAGE = text_name("clipscore"), "image alignment"
 HIGHER_IS_BETTER = {

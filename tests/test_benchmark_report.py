@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mole_diffusion.benchmark import BenchmarkConfig, write_report
+from mole_diffusion.benchmark.config import Cell
+from mole_diffusion.benchmark.report.paper import read_paper
+from mole_diffusion.benchmark.run import picture_path
 from mole_diffusion.files import write_json
-from mole_diffusion.metrics import BenchmarkConfig, write_report
-from mole_diffusion.metrics.benchmark_config import Cell
-from mole_diffusion.metrics.benchmark_run import picture_path
-from mole_diffusion.metrics.paper import read_paper
-from mole_diffusion.metrics.tables import number
+from mole_diffusion.tables import number
 
 PAPER = """
 title: A table

@@ -9,10 +9,10 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from ..errors import MoLEError
-from ..files import file_name
-from ..yaml_files import read_yaml
-from .benchmark_methods import Method, read_methods
+from mole_diffusion.benchmark.methods import Method, read_methods
+from mole_diffusion.errors import MoLEError
+from mole_diffusion.files import file_name
+from mole_diffusion.yaml_files import read_yaml
 
 MOST_SEEDS = 100_000
 _DEFAULTS: dict[str, Any] = {
@@ -236,7 +236,7 @@ class BenchmarkConfig:
 
 def _concepts(given: Any) -> dict[str, Concept]:
     if given == "toybox":
-        from .. import toybox
+        from mole_diffusion import toybox
 
         return {
             name: Concept(

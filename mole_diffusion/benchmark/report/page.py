@@ -9,17 +9,17 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..errors import MoLEError
-from ..files import atomic_path, file_name, try_file, try_folder
-from . import benchmark_tables as tables
-from .benchmark_config import BenchmarkConfig
-from .benchmark_gates import SECONDS, gates_folder
-from .benchmark_inputs import shown, without_paths
-from .benchmark_plots import draw_gates, draw_scatter, draw_sheet
-from .benchmark_rows import Row, labels
-from .benchmark_run import read_rows
-from .paper import paper_section
-from .tables import write_csv
+from mole_diffusion.benchmark.config import BenchmarkConfig
+from mole_diffusion.benchmark.gates import SECONDS, gates_folder
+from mole_diffusion.benchmark.inputs import shown, without_paths
+from mole_diffusion.benchmark.report import tables
+from mole_diffusion.benchmark.report.paper import paper_section
+from mole_diffusion.benchmark.report.plots import draw_gates, draw_scatter, draw_sheet
+from mole_diffusion.benchmark.row import Row, labels
+from mole_diffusion.benchmark.run import read_rows
+from mole_diffusion.errors import MoLEError
+from mole_diffusion.files import atomic_path, file_name, try_file, try_folder
+from mole_diffusion.tables import write_csv
 
 SHEETS_SHOWN = 3
 

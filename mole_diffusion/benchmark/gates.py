@@ -1,7 +1,7 @@
 """The gates a benchmark draws with: those that lie somewhere, or trained where there are none yet.
 
 A training goes on where it was killed, and its gates appear in one step when they are whole. Each belongs to one
-process, which draws with them too (see :mod:`.benchmark_share`), so nobody waits and nothing is trained twice.
+process, which draws with them too (see :mod:`.share`), so nobody waits and nothing is trained twice.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any
 
 from PIL import Image
 
-from ..clip import DifferentiableCLIP
-from ..files import file_name, write_json
-from ..training import Concept, train_gates
-from .benchmark_config import BenchmarkConfig
-from .benchmark_methods import Method
+from mole_diffusion.benchmark.config import BenchmarkConfig
+from mole_diffusion.benchmark.methods import Method
+from mole_diffusion.clip import DifferentiableCLIP
+from mole_diffusion.files import file_name, write_json
+from mole_diffusion.training import Concept, train_gates
 
 GATES, SECONDS = "gates", "seconds.json"
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -36,7 +36,7 @@ def gates_folder(config: BenchmarkConfig, out: Path, composition: str, method: M
     if method.training is not None:
         return out / GATES / file_name(method.label) / file_name(composition)
     if config.gates == "toybox":
-        from .. import toybox
+        from mole_diffusion import toybox
 
         return toybox.gates_dir(composition)
     return Path(str(config.gates)) / file_name(composition)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from itertools import count, groupby
 
-from .benchmark_config import BenchmarkConfig, Cell
+from mole_diffusion.benchmark.config import BenchmarkConfig, Cell
 
 
 def process_share() -> tuple[int, int]:

@@ -9,11 +9,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..errors import MoLEError
-from ..files import sha256
-from ..pictures import picture_files
-from .benchmark_config import BenchmarkConfig
-from .benchmark_gates import gates_folder
+from mole_diffusion.benchmark.config import BenchmarkConfig
+from mole_diffusion.benchmark.gates import gates_folder
+from mole_diffusion.errors import MoLEError
+from mole_diffusion.files import sha256
+from mole_diffusion.pictures import picture_files
 
 SHA256, LORAS, METHODS = "sha256", "LoRA files", "methods"
 _BY_HASH = ("base", "clip", "gates", "image_encoder")
@@ -74,7 +74,7 @@ def _concept(config: BenchmarkConfig, name: str) -> dict[str, Any]:
 def _references_hash(name: str, folder: str) -> str:
     digest = hashlib.sha256()
     if folder == "toybox":
-        from .. import toybox
+        from mole_diffusion import toybox
 
         for picture in toybox.references(name):
             digest.update(picture.tobytes())
@@ -108,7 +108,7 @@ def _gates(config: BenchmarkConfig) -> dict[str, str | None]:
 def _source_hash(source: str, of_toybox: str, file: str) -> str | None:
     """Of a model: a folder or file here, the toybox's, one of the Hub that was loaded before, or a name for weights."""
     if source == "toybox":
-        from .. import toybox
+        from mole_diffusion import toybox
 
         return folder_hash(getattr(toybox, of_toybox)())
     path = Path(source.removeprefix("local-dir:"))

@@ -21,13 +21,14 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from mole_diffusion import MoLEStableDiffusionPipeline, toybox
+from mole_diffusion.benchmark import BenchmarkConfig, run_benchmark, write_report
+from mole_diffusion.benchmark.judge import Judge
+from mole_diffusion.benchmark.report.paper import read_paper
+from mole_diffusion.benchmark.run import read_rows
+from mole_diffusion.benchmark.stats import correlation, paired_bootstrap, rank_correlation, wins
 from mole_diffusion.cli import app
 from mole_diffusion.composition import COMPOSITIONS, Merge
-from mole_diffusion.metrics import BenchmarkConfig, RegionAlignment, oracle_detector, run_benchmark, write_report
-from mole_diffusion.metrics.benchmark_judge import Judge
-from mole_diffusion.metrics.benchmark_run import read_rows
-from mole_diffusion.metrics.compare import correlation, paired_bootstrap, rank_correlation, wins
-from mole_diffusion.metrics.paper import read_paper
+from mole_diffusion.metrics import RegionAlignment, oracle_detector
 from mole_diffusion.toybox.recipe.gates import TRAINED_ON
 from mole_diffusion.toybox.world import compose_scene
 

@@ -7,7 +7,7 @@ import gc
 import pytest
 import torch
 
-from mole_diffusion.metrics.memory import call_memory
+from mole_diffusion.benchmark.memory import call_memory
 
 MIB = 2**18  # numbers in float32
 

@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ..clip import DifferentiableCLIP
-from ..gating import GateRecord
-from ..pipelines import MoLEStableDiffusionPipeline
-from .benchmark_config import BenchmarkConfig, Cell
-from .benchmark_gates import gates_folder, train_missing_gates
-from .benchmark_methods import Method
-from .memory import call_memory
+from mole_diffusion.benchmark.config import BenchmarkConfig, Cell
+from mole_diffusion.benchmark.gates import gates_folder, train_missing_gates
+from mole_diffusion.benchmark.memory import call_memory
+from mole_diffusion.benchmark.methods import Method
+from mole_diffusion.clip import DifferentiableCLIP
+from mole_diffusion.gating import GateRecord
+from mole_diffusion.pipelines import MoLEStableDiffusionPipeline
 
 
 class Drawer:
@@ -165,7 +165,7 @@ def gates_by_picture(record: GateRecord, pictures: int) -> list[dict[str, list[f
 
 def _base(base: str) -> str:
     if base == "toybox":
-        from .. import toybox
+        from mole_diffusion import toybox
 
         return str(toybox.base_dir())
     return base

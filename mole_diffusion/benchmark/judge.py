@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..errors import MoLEError
-from ..pictures import read_pictures
-from .alignment import image_alignment, text_alignment, text_name
-from .benchmark_config import BenchmarkConfig, Cell
-from .encoders import ImageEncoder, TextCache, VisionBackbone, embed_images, load_clip
-from .presence import concept_presence
-from .region import oracle_detector, reference_regions, region_alignment
+from mole_diffusion.benchmark.config import BenchmarkConfig, Cell
+from mole_diffusion.errors import MoLEError
+from mole_diffusion.metrics.alignment import image_alignment, text_alignment, text_name
+from mole_diffusion.metrics.encoders import ImageEncoder, TextCache, VisionBackbone, embed_images, load_clip
+from mole_diffusion.metrics.presence import concept_presence
+from mole_diffusion.metrics.region import oracle_detector, reference_regions, region_alignment
+from mole_diffusion.pictures import read_pictures
 
 
 class Judge:
@@ -31,7 +31,7 @@ class Judge:
         self._references = {name: embed_images(self._encoder, self.pictures(name)) for name in used}
         self._oracle: Any = None
         if all(config.concepts[name].references == "toybox" for name in used):
-            from ..toybox.oracle import Oracle
+            from mole_diffusion.toybox.oracle import Oracle
 
             self._oracle = Oracle()
             find = oracle_detector(self._oracle)
@@ -57,7 +57,7 @@ class Judge:
         return rows
 
     def _look(self, pictures: Sequence[Image.Image], names: Sequence[str]) -> list[dict[str, float]]:
-        from ..toybox.oracle import judge
+        from mole_diffusion.toybox.oracle import judge
 
         looks = []
         for picture, detections in zip(pictures, self._oracle.detect(pictures), strict=True):
@@ -76,7 +76,7 @@ class Judge:
         """The reference pictures of a concept."""
         folder = self._config.concepts[name].references
         if folder == "toybox":
-            from .. import toybox
+            from mole_diffusion import toybox
 
             return toybox.references(name)
         try:

@@ -12,14 +12,14 @@ import torch
 from PIL import Image
 
 from mole_diffusion import MoLEStableDiffusionPipeline, toybox
+from mole_diffusion.benchmark import BenchmarkConfig, run_benchmark
+from mole_diffusion.benchmark.draw import gates_by_picture
+from mole_diffusion.benchmark.gates import training_prompts
+from mole_diffusion.benchmark.methods import PRESETS
+from mole_diffusion.benchmark.run import read_rows
+from mole_diffusion.benchmark.share import share
 from mole_diffusion.composition import COMPOSITIONS
 from mole_diffusion.gating import MoLEModel
-from mole_diffusion.metrics import BenchmarkConfig, run_benchmark
-from mole_diffusion.metrics.benchmark_draw import gates_by_picture
-from mole_diffusion.metrics.benchmark_gates import training_prompts
-from mole_diffusion.metrics.benchmark_methods import PRESETS
-from mole_diffusion.metrics.benchmark_run import read_rows
-from mole_diffusion.metrics.benchmark_share import share
 from tests.composing import NAMES, composing_pipeline
 
 STUDY: dict[str, Any] = {

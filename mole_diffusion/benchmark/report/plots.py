@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from ..errors import MoLEError
-from ..files import atomic_path
-from ..pictures import read_picture
-from ..sheets import as_they_are, gate_heat_map, picture_sheet
-from .benchmark_config import BenchmarkConfig, Cell
-from .benchmark_rows import IMAGE, TEXT, Row, by_case, is_whole, labels, of
-from .benchmark_run import picture_path
+from mole_diffusion.benchmark.config import BenchmarkConfig, Cell
+from mole_diffusion.benchmark.row import IMAGE, TEXT, Row, by_case, is_whole, labels, of
+from mole_diffusion.benchmark.run import picture_path
+from mole_diffusion.errors import MoLEError
+from mole_diffusion.files import atomic_path
+from mole_diffusion.pictures import read_picture
+from mole_diffusion.sheets import as_they_are, gate_heat_map, picture_sheet
 
 MOST_COLUMNS = 6  # on a sheet
 MOST_PLACES = 40  # on a heat map that can still be read

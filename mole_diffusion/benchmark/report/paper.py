@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, NamedTuple
 
-from ..errors import MoLEError
-from ..yaml_files import read_yaml
-from .benchmark_config import BenchmarkConfig
-from .benchmark_rows import IMAGE, TEXT, Row, by_case, by_picture, is_whole, labels, mean, num_kept, of
-from .benchmark_tables import interval
-from .compare import paired_bootstrap
-from .tables import markdown_table, number
+from mole_diffusion.benchmark.config import BenchmarkConfig
+from mole_diffusion.benchmark.report.tables import interval
+from mole_diffusion.benchmark.row import IMAGE, TEXT, Row, by_case, by_picture, is_whole, labels, mean, num_kept, of
+from mole_diffusion.benchmark.stats import paired_bootstrap
+from mole_diffusion.errors import MoLEError
+from mole_diffusion.tables import markdown_table, number
+from mole_diffusion.yaml_files import read_yaml
 
 MEASURES = {"text": TEXT, "image": IMAGE}
 

@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 
 from mole_diffusion import toybox
+from mole_diffusion.benchmark import BenchmarkConfig, run_benchmark, write_report
+from mole_diffusion.benchmark.draw import Drawer
+from mole_diffusion.benchmark.inputs import folder_hash, without_paths
+from mole_diffusion.benchmark.run import read_rows
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.files import NotWrittenError, in_use
-from mole_diffusion.metrics import BenchmarkConfig, run_benchmark, write_report
-from mole_diffusion.metrics.benchmark_draw import Drawer
-from mole_diffusion.metrics.benchmark_inputs import folder_hash, without_paths
-from mole_diffusion.metrics.benchmark_run import read_rows
 
 SMALL: dict[str, Any] = {
     "name": "small",

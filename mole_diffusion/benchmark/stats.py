@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from ..errors import MoLEError
+from mole_diffusion.errors import MoLEError
 
 RESAMPLES = 2000
 
