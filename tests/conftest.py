@@ -32,4 +32,4 @@ def pipe() -> Any:
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures for the report, and those that stand in for references, in two steps instead of 25."""
     for module in ("report", "references"):
-        monkeypatch.setattr(f"mole_diffusion.training.{module}.STEPS", 2)
+        monkeypatch.setattr(f"mole_diffusion.training.gates.{module}.STEPS", 2)

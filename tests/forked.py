@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mole_diffusion.clip import DifferentiableCLIP
-from mole_diffusion.training import references, report
+from mole_diffusion.training.gates import references, report
 from tests.gate_training import CONCEPTS, config, mole_pipeline, train
 
 

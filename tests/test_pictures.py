@@ -20,8 +20,8 @@ from mole_diffusion.cli.inputs import read_pictures as read_for_the_command_line
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.metrics.pictures import by_picture
 from mole_diffusion.pictures import as_seen, picture_files, read_picture, read_pictures
-from mole_diffusion.training.lora import _groups
-from mole_diffusion.training.references import _as_tensor
+from mole_diffusion.training.gates.references import _as_tensor
+from mole_diffusion.training.lora.data import groups_by_size
 
 RAMP = np.tile(np.linspace(0, 65535, 64).astype(np.uint16), (4, 1))
 
@@ -169,7 +169,7 @@ def test_training_references_and_measuring_see_the_same(tmp_path: Path) -> None:
     seen = torch.from_numpy(pixels(read_picture(tmp_path / "a.png"))).permute(2, 0, 1).float() / 255
     with Image.open(tmp_path / "a.png") as image:
         trained, reference, measured = (
-            _groups([image], 8, None)[0][1][0] / 2 + 0.5,
+            groups_by_size([image], 8, None)[0][1][0] / 2 + 0.5,
             _as_tensor(image)[0],
             by_picture(image)[0],
         )

@@ -18,9 +18,9 @@ from diffusers import StableDiffusionPipeline
 from mole_diffusion.clip import DifferentiableCLIP
 from mole_diffusion.gating import GateConfig
 from mole_diffusion.training import PRESETS, Concept, GateTrainingConfig, TrainingDivergedError
-from mole_diffusion.training.guidance import Guidance
-from mole_diffusion.training.loop import step_generator
-from mole_diffusion.training.walk import Walker
+from mole_diffusion.training.engine.loop import step_generator
+from mole_diffusion.training.gates.guidance import Guidance
+from mole_diffusion.training.gates.walk import Walker
 from tests.gate_training import CONCEPTS, PROMPTS, config, make_clip, mole_pipeline, train
 from tests.tiny import tiny_pipeline
 

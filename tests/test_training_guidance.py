@@ -13,9 +13,9 @@ from torch import Tensor
 
 from mole_diffusion.clip import DifferentiableCLIP
 from mole_diffusion.training import Concept, prompts_from_templates
-from mole_diffusion.training.concepts import text_for_clip
-from mole_diffusion.training.guidance import Guidance, crop_grid
-from mole_diffusion.training.references import reference_features
+from mole_diffusion.training.gates.concepts import text_for_clip
+from mole_diffusion.training.gates.guidance import Guidance, crop_grid
+from mole_diffusion.training.gates.references import reference_features
 from tests import reference
 from tests.gate_training import CONCEPTS, config, make_clip, mole_pipeline
 

@@ -14,8 +14,8 @@ from torch.func import functional_call
 
 from mole_diffusion.gating import GateConfig
 from mole_diffusion.pipelines import MoLEStableDiffusionPipeline
-from mole_diffusion.training.loop import step_generator
-from mole_diffusion.training.walk import Walker
+from mole_diffusion.training.engine.loop import step_generator
+from mole_diffusion.training.gates.walk import Walker
 from tests import reference
 from tests.gate_training import config, make_clip, train
 from tests.tiny import ATTENTION, random_lora, tiny_pipeline

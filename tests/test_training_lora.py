@@ -14,10 +14,10 @@ from torch import Tensor
 
 from mole_diffusion.lora import inspect_lora
 from mole_diffusion.training import TEXT_ENCODER_TARGETS, LoRATrainingConfig, TrainingDivergedError, train_lora
-from mole_diffusion.training.loop import step_generator
-from mole_diffusion.training.lora import _groups, _TrainingData
-from mole_diffusion.training.noise import NoiseSchedule
-from mole_diffusion.training.trainable import TrainableLoRA
+from mole_diffusion.training.engine.loop import step_generator
+from mole_diffusion.training.engine.noise import NoiseSchedule
+from mole_diffusion.training.lora.data import TrainingData, groups_by_size
+from mole_diffusion.training.lora.trainable import TrainableLoRA
 from tests.tiny import tiny_pipeline
 
 COLOURS = ("red", "green", "blue")
@@ -207,8 +207,8 @@ def test_bf16_trains_fp32_factors(pipe: Any) -> None:
 @pytest.mark.parametrize("flip", [False, True])
 def test_each_picture_meets_its_own_caption(pipe: Any, monkeypatch: pytest.MonkeyPatch, flip: bool) -> None:
     settings = config(prompts=(), captions=COLOURS, batch_size=5, horizontal_flip=flip)
-    [(numbers, pixels)] = _groups(pictures(), 32, pipe)
-    data = _TrainingData(pipe, [(numbers, pixels)], settings)
+    [(numbers, pixels)] = groups_by_size(pictures(), 32, pipe)
+    data = TrainingData(pipe, [(numbers, pixels)], settings)
     [(numbers, mean, std)] = data._groups
     monkeypatch.setattr(data, "_groups", [(numbers, mean, torch.zeros_like(std))])
     latents, prompt_embeds = data.sample(torch.Generator().manual_seed(0))
@@ -226,12 +226,12 @@ def test_each_picture_meets_its_own_caption(pipe: Any, monkeypatch: pytest.Monke
 def test_pictures_of_their_own_sizes_come_in_batches_of_one_size(pipe: Any) -> None:
     images = [Image.new("RGB", size) for size in ((32, 32), (48, 33), (32, 32))]
     settings = config(prompts=(), captions=COLOURS, batch_size=2, resolution="native")
-    groups = _groups(images, "native", pipe)
+    groups = groups_by_size(images, "native", pipe)
     assert [(numbers.tolist(), tuple(pixels.shape)) for numbers, pixels in groups] == [
         ([0, 2], (2, 3, 32, 32)),
         ([1], (1, 3, 32, 48)),  # to whole latents
     ]
-    data = _TrainingData(pipe, groups, settings)
+    data = TrainingData(pipe, groups, settings)
     captions = pipe.encode_prompt(list(COLOURS), "cpu", 1, False)[0]
     sides = []
     for seed in range(30):
@@ -242,7 +242,7 @@ def test_pictures_of_their_own_sizes_come_in_batches_of_one_size(pipe: Any) -> N
     assert 10 <= sides.count(16) < 30
     train_lora(pipe, images, settings, progress=False)
     with pytest.raises(ValueError, match="A picture of 40×3 pixels is too small to train on"):
-        _groups([Image.new("RGB", (40, 3))], "native", pipe)
+        groups_by_size([Image.new("RGB", (40, 3))], "native", pipe)
 
 
 def test_what_is_trained_is_what_stock_diffusers_loads(tmp_path: Path) -> None:
@@ -273,7 +273,7 @@ def test_what_is_trained_is_what_stock_diffusers_loads(tmp_path: Path) -> None:
 def test_a_trained_lora_lowers_the_loss_of_its_pictures(tmp_path: Path) -> None:
     pipe = tiny_pipeline()
     settings = config(steps=15, batch_size=3, learning_rate=1e-2, rank=4)
-    [(_, images)] = _groups(pictures(), 32, pipe)
+    [(_, images)] = groups_by_size(pictures(), 32, pipe)
     noise, timesteps = torch.randn(3, 4, 16, 16), torch.tensor([200, 500, 800])
 
     @torch.no_grad()

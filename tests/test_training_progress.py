@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from mole_diffusion.training import progress
-from mole_diffusion.training.progress import training_progress
+from mole_diffusion.training.engine import progress
+from mole_diffusion.training.engine.progress import training_progress
 
 
 class Clock:

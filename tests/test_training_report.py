@@ -15,7 +15,7 @@ from PIL import Image
 from mole_diffusion.benchmark import balance_study
 from mole_diffusion.clip import DifferentiableCLIP
 from mole_diffusion.gating import GateConfig, GateTable
-from mole_diffusion.training.history import History, gate_entropy
+from mole_diffusion.training.engine.history import History, gate_entropy
 from tests import reference
 from tests.gate_training import CONCEPTS, PROMPTS, config, make_clip, mole_pipeline, train
 

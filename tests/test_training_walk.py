@@ -9,9 +9,9 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from mole_diffusion.training.loop import step_generator
-from mole_diffusion.training.noise import NoiseSchedule
-from mole_diffusion.training.walk import Walker
+from mole_diffusion.training.engine.loop import step_generator
+from mole_diffusion.training.engine.noise import NoiseSchedule
+from mole_diffusion.training.gates.walk import Walker
 from tests import reference
 from tests.gate_training import PROMPTS, config, mole_pipeline
 

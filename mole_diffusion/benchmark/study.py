@@ -15,10 +15,10 @@ import torch
 from mole_diffusion.clip import DifferentiableCLIP
 from mole_diffusion.files import atomic_path, write_json
 from mole_diffusion.sheets import curves, gate_heat_map
-from mole_diffusion.training.concepts import Concept
-from mole_diffusion.training.gate_config import GateTrainingConfig
-from mole_diffusion.training.gates import train_gates
-from mole_diffusion.training.report import TRAINING_FILE
+from mole_diffusion.training.gates.concepts import Concept
+from mole_diffusion.training.gates.config import GateTrainingConfig
+from mole_diffusion.training.gates.report import TRAINING_FILE
+from mole_diffusion.training.gates.train import train_gates
 
 TEMPERATURES = (2.0, 5.0, 10.0)
 

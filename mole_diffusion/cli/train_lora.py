@@ -58,7 +58,7 @@ def train_lora(
     from mole_diffusion.loading import loading
     from mole_diffusion.training import TEXT_ENCODER_TARGETS, LoRATrainingConfig
     from mole_diffusion.training import train_lora as train
-    from mole_diffusion.training.checkpoint import clear_checkpoints
+    from mole_diffusion.training.engine.checkpoint import clear_checkpoints
 
     phrase = f"{token} {class_name}"
     prompts = prompt or [f"a photo of a {phrase}"]

@@ -1,9 +1,7 @@
 """Training loops: a LoRA from pictures, gates from prompts."""
 
-from mole_diffusion.training.concepts import Concept, prompts_from_templates
-from mole_diffusion.training.gate_config import PRESETS, GateTrainingConfig
-from mole_diffusion.training.gates import train_gates
-from mole_diffusion.training.loop import TrainingDivergedError
+from mole_diffusion.training.engine.loop import TrainingDivergedError
+from mole_diffusion.training.gates import PRESETS, Concept, GateTrainingConfig, prompts_from_templates, train_gates
 from mole_diffusion.training.lora import TEXT_ENCODER_TARGETS, UNET_TARGETS, LoRATrainingConfig, train_lora
 
 __all__ = [

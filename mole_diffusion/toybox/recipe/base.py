@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from mole_diffusion.files import write_safetensors
-from mole_diffusion.training.checkpoint import content_hash
+from mole_diffusion.training.engine.checkpoint import content_hash
 
 from ..render import render_array
 from ..shapes import CLASSES, PATTERNS

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mole_diffusion.training.checkpoint import CheckpointFolder
-from mole_diffusion.training.loop import check_finite, set_learning_rate
-from mole_diffusion.training.progress import training_progress
+from mole_diffusion.training.engine.checkpoint import CheckpointFolder
+from mole_diffusion.training.engine.loop import check_finite, set_learning_rate
+from mole_diffusion.training.engine.progress import training_progress
 
 _SAVE_EVERY_SECONDS = 60.0
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mole_diffusion.errors import MoLEError
-from mole_diffusion.training.concepts import Concept
-from mole_diffusion.training.gate_config import GateTrainingConfig
-from mole_diffusion.training.guidance import needs_references
+from mole_diffusion.training.gates.concepts import Concept
+from mole_diffusion.training.gates.config import GateTrainingConfig
+from mole_diffusion.training.gates.guidance import needs_references
 
 
 def check_prompts(prompts: Sequence[str]) -> list[str]:

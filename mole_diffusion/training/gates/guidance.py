@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mole_diffusion.clip import DifferentiableCLIP
 from mole_diffusion.errors import MoLEError
-from mole_diffusion.training.concepts import Concept, text_for_clip
-from mole_diffusion.training.gate_config import GateTrainingConfig
+from mole_diffusion.training.gates.concepts import Concept, text_for_clip
+from mole_diffusion.training.gates.config import GateTrainingConfig
 
 
 class Guidance:

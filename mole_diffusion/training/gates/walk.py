@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mole_diffusion.training.gate_config import GateTrainingConfig
-from mole_diffusion.training.noise import NoiseSchedule
+from mole_diffusion.training.engine.noise import NoiseSchedule
+from mole_diffusion.training.gates.config import GateTrainingConfig
 
 
 @dataclass(frozen=True)

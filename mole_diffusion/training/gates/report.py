@@ -17,9 +17,9 @@ from mole_diffusion.errors import MoLEError
 from mole_diffusion.files import atomic_path, try_folder, write_json, write_last
 from mole_diffusion.gating import MoLEModel
 from mole_diffusion.sheets import curves, gate_heat_maps, picture_sheet
-from mole_diffusion.training.concepts import Concept
-from mole_diffusion.training.gate_config import GateTrainingConfig
-from mole_diffusion.training.history import History
+from mole_diffusion.training.engine.history import History
+from mole_diffusion.training.gates.concepts import Concept
+from mole_diffusion.training.gates.config import GateTrainingConfig
 
 TRAINING_FILE, CARD_FILE = "training.json", "README.md"
 LIBRARY = "library_name: mole_diffusion"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.lora import LoRAFactors
-from mole_diffusion.training.loop import without_gradients
+from mole_diffusion.training.engine.models import without_gradients
 
 
 class LoRALayer(nn.Module):

@@ -16,30 +16,28 @@ from torch import Tensor
 from mole_diffusion.clip import DifferentiableCLIP
 from mole_diffusion.files import NotWrittenError, in_use, try_folder
 from mole_diffusion.gating import GateTable, MoLEModel, balance_loss, floor_loss, mean_usage
-from mole_diffusion.training.checkpoint import CheckpointFolder, base_tensors, base_texts, fingerprint
-from mole_diffusion.training.checks import check_concepts, check_pipeline, check_prompts
-from mole_diffusion.training.concepts import Concept
-from mole_diffusion.training.gate_config import GateTrainingConfig
-from mole_diffusion.training.guidance import Guidance, needs_references
-from mole_diffusion.training.history import History, gate_entropy
-from mole_diffusion.training.loop import (
-    Precision,
+from mole_diffusion.training.engine.checkpoint import CheckpointFolder, base_tensors, base_texts, fingerprint
+from mole_diffusion.training.engine.history import History, gate_entropy
+from mole_diffusion.training.engine.loop import (
     check_finite,
-    evaluating,
-    gradient_checkpointing,
     learning_rate_factor,
     make_optimizer,
     peak_memory,
     set_learning_rate,
     step_generator,
-    without_gradients,
 )
-from mole_diffusion.training.processes import Processes
-from mole_diffusion.training.progress import training_progress
-from mole_diffusion.training.references import reference_features
-from mole_diffusion.training.report import GateReport, check_out
-from mole_diffusion.training.trackers import LogWith, check_log_with, tracking
-from mole_diffusion.training.walk import Walker
+from mole_diffusion.training.engine.models import evaluating, gradient_checkpointing, without_gradients
+from mole_diffusion.training.engine.precision import Precision
+from mole_diffusion.training.engine.processes import Processes
+from mole_diffusion.training.engine.progress import training_progress
+from mole_diffusion.training.engine.trackers import LogWith, check_log_with, tracking
+from mole_diffusion.training.gates.checks import check_concepts, check_pipeline, check_prompts
+from mole_diffusion.training.gates.concepts import Concept
+from mole_diffusion.training.gates.config import GateTrainingConfig
+from mole_diffusion.training.gates.guidance import Guidance, needs_references
+from mole_diffusion.training.gates.references import reference_features
+from mole_diffusion.training.gates.report import GateReport, check_out
+from mole_diffusion.training.gates.walk import Walker
 
 
 def train_gates(
