@@ -31,18 +31,24 @@ def tiny_tokenizer() -> CLIPTokenizer:
     """A CLIP tokenizer that knows `WORDS` as one token each and spells everything else in ASCII."""
     characters = [c for c in string.printable if not c.isspace()]
     vocab = {token: i for i, token in enumerate(characters + [c + "</w>" for c in characters])}
+    merges = learn_merges(vocab, [[*word[:-1], word[-1] + "</w>"] for word in WORDS])
+    for special in ("<|startoftext|>", "<|endoftext|>"):
+        vocab[special] = len(vocab)
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
+
+
+def learn_merges(vocab: dict[str, int], words: Sequence[Sequence[str]]) -> list[tuple[str, str]]:
+    """Merges that make each of the words, given by their letters, one token; `vocab` gets what they make."""
     merges: list[tuple[str, str]] = []
-    for word in WORDS:
-        pieces = [*word[:-1], word[-1] + "</w>"]
+    for letters in words:
+        pieces = list(letters)
         for pair in merges:  # what earlier words already join; later merges cannot come before these
             pieces = _join(pieces, pair)
         while len(pieces) > 1:
             merges.append((pieces[0], pieces[1]))
             pieces = _join(pieces, merges[-1])
             vocab.setdefault(merges[-1][0] + merges[-1][1], len(vocab))
-    for special in ("<|startoftext|>", "<|endoftext|>"):
-        vocab[special] = len(vocab)
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
+    return merges
 
 
 def _join(pieces: list[str], pair: tuple[str, str]) -> list[str]:
