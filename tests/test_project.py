@@ -77,7 +77,8 @@ def test_constraints_satisfy_every_dependency() -> None:
             name, version = line.split("==")
             pins[canonicalize_name(name)] = version
     project = PYPROJECT["project"]
-    wanted = [Requirement(text) for text in project["dependencies"] + project["optional-dependencies"]["dev"]]
+    extras = [text for extra in project["optional-dependencies"].values() for text in extra]
+    wanted = [Requirement(text) for text in project["dependencies"] + extras]
     assert wanted
     for requirement in wanted:
         pin = pins[canonicalize_name(requirement.name)]
