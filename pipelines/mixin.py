@@ -17,6 +17,7 @@ from ..composition.call import current_call, running
 from ..errors import MoLEError
 from ..experts import Experts
 from ..experts.attach import refuse_adapters
+from ..families import COMPONENTS, Family, family_of
 from ..gating import GateConfig, MoLEModel
 from ..lora import LoRA, load_lora
 from .loaded import Loaded, loaded_into
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
     from ..composition.region_forms import Region
 
     Regions = Mapping[str, Region | Sequence[Region]] | RegionMap
-
-LORA_COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 # Every `composing` that this thread is inside of, the innermost last: what is loaded, its stack and its scale.
 _OPEN: ContextVar[tuple[tuple[Loaded, ExitStack, float], ...]] = ContextVar("mole_diffusion.open", default=())
@@ -104,9 +103,18 @@ class MoLEPipelineMixin(StockLoRACalls):
         return found
 
     @property
+    def family(self) -> Family:
+        """What is known of the models of this pipeline.
+
+        Raises:
+            MoLEError: Nothing is, or they are models that no LoRAs are composed on.
+        """
+        return family_of({name: getattr(self, name, None) for name in COMPONENTS})
+
+    @property
     def lora_components(self) -> dict[str, nn.Module]:
         """The models LoRAs can touch, by their names in the pipeline."""
-        found = {name: getattr(self, name, None) for name in LORA_COMPONENTS}
+        found = {name: getattr(self, name, None) for name in self.family.architectures}
         return {name: model for name, model in found.items() if isinstance(model, nn.Module)}
 
     # --- LoRAs ----------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ def drawing_prior(pipe: Any, method: Composition, call: Call, kwargs: Mapping[st
         call: The call the pass belongs to.
         kwargs: Of the pipeline's call.
     """
-    denoiser = getattr(pipe, "unet", None) or pipe.transformer
+    denoiser = getattr(pipe, pipe.family.denoiser)
 
     def look(*_: Any) -> None:
         run = pipe.experts.context

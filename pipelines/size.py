@@ -17,7 +17,7 @@ def picture_size(pipe: Any, given: Mapping[str, Any]) -> tuple[int, int]:
     several: Any = given.get("image")
     picture: Any = several[0] if isinstance(several, list | tuple) and several else several  # all of one size
     if picture is None:
-        denoiser = pipe.components.get("unet") or pipe.components["transformer"]
+        denoiser = getattr(pipe, pipe.family.denoiser)
         height = width = denoiser.config.sample_size * _factor(pipe)
     elif hasattr(picture, "shape"):  # (…, height, width, channels) or (…, channels, height, width)
         channels_last = len(picture.shape) > 2 and picture.shape[-1] in (1, 3, 4)

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mole_diffusion import families
 from mole_diffusion.experts import Experts
 from mole_diffusion.gating import GateConfig, MoLEModel, masked_softmax
+from mole_diffusion.families.unet import UNet
 from mole_diffusion.gating.gate import Gate
 from mole_diffusion.lora import LoRA, LoRAFactors
 from tests import reference
@@ -91,8 +93,15 @@ def literal(lora: LoRA, module: str) -> reference.FACTORS:
     return pair.down, pair.up, pair.scaling
 
 
+class TwoBlocks(UNet):
+    """Reads and order as in a UNet."""
+
+    classes = ("Denoiser",)
+
+
 @pytest.fixture
-def model() -> Denoiser:
+def model(monkeypatch: pytest.MonkeyPatch) -> Denoiser:
+    monkeypatch.setattr(families, "ARCHITECTURES", [TwoBlocks()])
     return Denoiser().double()
 
 

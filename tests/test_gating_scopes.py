@@ -9,14 +9,19 @@ import torch
 from torch import nn
 
 from mole_diffusion.experts import Experts
+from mole_diffusion.families import architecture_of
+from mole_diffusion.families.clip import CLIPText
+from mole_diffusion.families.flux import FluxTransformer
+from mole_diffusion.families.unet import UNet
 from mole_diffusion.gating import GateConfig
-from mole_diffusion.gating.scopes import firing_order, gate_name
+from mole_diffusion.gating.scopes import gate_name
 from mole_diffusion.gating.spec import plan_gates
 from tests.running import EVERYTHING, make_lora, models, run_text, run_unet
 from tests.tiny import ATTENTION
 
 BLOCK = "down_blocks.0.attentions.1.transformer_blocks.0"
 ENCODER = "text_model.encoder.layers.3"
+KNOWN = {"unet": UNet(), "text_encoder": CLIPText(), "transformer": FluxTransformer()}
 TIME = r"\.time_emb_proj$"
 
 
@@ -37,21 +42,22 @@ TIME = r"\.time_emb_proj$"
     ],
 )
 def test_names(component: str, module: str, layer: str, block: str) -> None:
-    assert gate_name("matrix", component, module) == f"{component}.{module}"
-    assert gate_name("layer", component, module) == f"{component}.{layer}"
-    assert gate_name("block", component, module) == f"{component}.{block}"
-    assert gate_name("network", component, module) == component
+    known = KNOWN[component]
+    assert gate_name("matrix", component, module, known) == f"{component}.{module}"
+    assert gate_name("layer", component, module, known) == f"{component}.{layer}"
+    assert gate_name("block", component, module, known) == f"{component}.{block}"
+    assert gate_name("network", component, module, known) == component
 
 
 def test_a_spatial_transformer_has_one_gate_for_its_blocks_and_projections() -> None:
     for module in ("proj_in", "transformer_blocks.0.attn1.to_q", "transformer_blocks.1.ff.net.2"):
-        name = gate_name("transformer", "unet", f"down_blocks.0.attentions.1.{module}")
+        name = gate_name("transformer", "unet", f"down_blocks.0.attentions.1.{module}", KNOWN["unet"])
         assert name == "unet.down_blocks.0.attentions.1"
     for component, module, block in (
         ("unet", "mid_block.resnets.1.conv2", "mid_block.resnets.1"),
         ("text_encoder", f"{ENCODER}.mlp.fc2", ENCODER),
     ):
-        assert gate_name("transformer", component, module) == f"{component}.{block}"
+        assert gate_name("transformer", component, module, KNOWN[component]) == f"{component}.{block}"
 
 
 @torch.no_grad()
@@ -66,7 +72,7 @@ def test_firing_order_is_the_order_of_a_forward_pass(components: dict[str, Any],
     # Every residual block projects the same time embedding; where in the block does not matter to any gate.
     fired = [name for name in fired if "time_emb_proj" not in name]
     assert len(fired) > 10
-    assert sorted(fired, key=firing_order) == fired
+    assert sorted(fired, key=architecture_of(components[component]).firing_order) == fired
 
 
 def test_entries_are_the_first_modules_that_read_the_same_tensor(components: dict[str, Any]) -> None:

@@ -56,11 +56,11 @@ class RegionalComposition(Composition):
         region_map: RegionMap | None = run.notes["regions"]
         if region_map is None:
             return None
-        if site.reads_text:
+        if site.reads == "text":
             text = run.encoder_hidden_states
             assert text is not None
             return self._kept(run, "words", (text,), lambda: self._words(self.words(call).of_embeddings(text), run))
-        if projections.hidden_states.ndim == 2:
+        if site.reads == "vector":
             return self._kept(run, "vector", (), lambda: self._shares(run)[:, None])
         projected = projections.tensors[site.name]
         rows, tokens = projected.shape[:2]

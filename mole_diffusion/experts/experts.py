@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from mole_diffusion.errors import MoLEError
 
+from ..families import Told, architecture_of, arguments, is_denoiser
 from ..lora import LoRA, LoRAFactors
 from .attach import ENGINES, AttachError, Attachment, Engine, refuse_unfit
 from .choice import CHOICES, Choice, Passes
-from .inputs import by_name, denoiser_inputs, is_denoiser, sample_of, text_inputs
 from .passes import narrow, tensors, widen
 from .run import Run, Weigher, in_backward
 from .seam import LayerSeam
@@ -135,7 +135,7 @@ class Experts:
         try:
             for name, model in components.items():
                 # The denoiser also where no LoRA touches it: it says which step it is, and shows its attention.
-                if name in planned or (isinstance(model, nn.Module) and is_denoiser(model)):
+                if name in planned or is_denoiser(model):
                     self._attach_component(name, model, planned.get(name, []), engine)
             self.weigher = self._weigher  # whoever was set before now sees these modules
         except Exception:
@@ -192,7 +192,7 @@ class Experts:
         settings = (self._weigher, self._choice)
         before, run = passes.alone.get(component, (None, None))
         if before is None or run is None or any(a is not b for a, b in zip(before, settings, strict=True)):
-            run = self._new_run(component, -1, None, {})
+            run = self._new_run(component, -1, None, Told(rows=1))
             passes.alone[component] = settings, run
         return run
 
@@ -337,25 +337,24 @@ class Experts:
             for name, module in modules.items()
             if name in stacks
         ]
-        group_sites(sites, model)
+        group_sites(sites, model, architecture_of(model))
         refuse_unfit(component, model, sites)
         return sites
 
     def _attach_component(self, component: str, model: nn.Module, sites: list[Site], engine: Engine) -> None:
-        denoiser = is_denoiser(model)
-        if engine == "processors" and not denoiser:
+        architecture = architecture_of(model)
+        if engine == "processors" and not architecture.denoiser:
             engine = "auto"  # a text encoder has no attention processors
 
         def begin(
             root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
             device = next((x.device for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
-            inputs = denoiser_inputs if denoiser else text_inputs
-            run = self._begin(component, device, inputs(root, args, kwargs))
+            told = architecture.told(root, arguments(root, args, kwargs))
+            run = self._begin(component, device, told)
             if run.passes == 1:
                 return None
-            batch = len(sample_of(by_name(root, args, kwargs)))
-            return widen(args, batch, run.passes), widen(kwargs, batch, run.passes)
+            return widen(args, told.rows, run.passes), widen(kwargs, told.rows, run.passes)
 
         def end(output: Any) -> Any:
             self._passes.running.discard(component)
@@ -372,17 +371,17 @@ class Experts:
             several: Any = run.weigher
             return narrow(output, run.passes, lambda predictions: several.combine(predictions, run))
 
-        seam = functools.partial(LayerSeam, self, component) if denoiser else None
+        seam = functools.partial(LayerSeam, self, component) if architecture.denoiser else None
         self._attachments[component] = Attachment(component, model, sites, engine, self.add, seam, begin, end)
         self._sites.update({site.name: site for site in sites})
 
-    def _begin(self, component: str, device: torch.device | None, inputs: dict[str, Any]) -> Run:
+    def _begin(self, component: str, device: torch.device | None, told: Told) -> Run:
         passes = self._passes
         passes.resumed.pop(component, None)
         passes.alone.pop(component, None)
         previous = passes.runs.pop(component, None)
         index = 0 if previous is None else previous.index + 1
-        run = self._new_run(component, index, device, inputs)
+        run = self._new_run(component, index, device, told)
         several = getattr(run.weigher, "passes", None)
         if several is not None and run.active and run.timestep is not None:
             run = replace(run, passes=several(run))
@@ -395,12 +394,12 @@ class Experts:
     def _resume(self, run: Run, gradient: Tensor) -> None:
         self._passes.resumed[run.component] = run
 
-    def _new_run(self, component: str, index: int, device: torch.device | None, inputs: dict[str, Any]) -> Run:
+    def _new_run(self, component: str, index: int, device: torch.device | None, told: Told) -> Run:
         choice = self._choice
         weigher = self.chosen
         active = weigher is not None and not choice.silent
         keep, scale = choice.on(device)
-        return Run(component, index, weigher, keep, scale, active, call=choice.call, **inputs)
+        return Run(component, index, weigher, keep, scale, active, told, call=choice.call)
 
     def _rows(self, name: str, values: Tensor) -> Tensor:
         given = torch.as_tensor(values)

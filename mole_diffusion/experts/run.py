@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from ..families import Told
+
 if TYPE_CHECKING:
     from .site import Projections, Site
 
@@ -26,10 +28,7 @@ class Run:
         keep: ``(rows | 1, N)`` of 0 and 1.
         scale: ``(rows | 1, N)``.
         active: False if the experts add nothing in this pass.
-        timestep: As the denoiser was given it; ``None`` in a text encoder.
-        encoder_hidden_states: The prompt embeddings the denoiser was given; ``None`` in a text encoder.
-        input_ids: The tokens a text encoder was given, ``(rows, tokens)``; ``None`` in a denoiser.
-        sample_size: ``(height, width)`` of the denoiser's sample where it has them.
+        told: What the model was told: step, prompt, size of the picture.
         passes: How many times the batch runs at once, one block of rows after another; see :meth:`Weigher.passes`. The
             other attributes are those of one such pass.
         call: What was handed to ``experts.using(call=...)``: the call of a pipeline this pass belongs to, for the
@@ -43,13 +42,30 @@ class Run:
     keep: Tensor
     scale: Tensor
     active: bool
-    timestep: Tensor | float | None = None
-    encoder_hidden_states: Tensor | None = None
-    input_ids: Tensor | None = None
-    sample_size: tuple[int, int] | None = None
+    told: Told
     passes: int = 1
     call: Any = None
     notes: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def timestep(self) -> Tensor | float | None:
+        """In the units of the scheduler's ``timesteps``; ``None`` in a text encoder."""
+        return self.told.timestep
+
+    @property
+    def encoder_hidden_states(self) -> Tensor | None:
+        """The prompt embeddings the denoiser was given, ``(rows, tokens, width)``; ``None`` in a text encoder."""
+        return self.told.encoder_hidden_states
+
+    @property
+    def input_ids(self) -> Tensor | None:
+        """The tokens a text encoder was given, ``(rows, tokens)``; ``None`` in a denoiser."""
+        return self.told.input_ids
+
+    @property
+    def sample_size(self) -> tuple[int, int] | None:
+        """``(height, width)`` of the picture in tokens, at the denoiser's finest level, where it has them."""
+        return self.told.sample_size
 
 
 @runtime_checkable

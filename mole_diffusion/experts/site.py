@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from mole_diffusion.errors import MoLEError
 
+from ..families import Architecture, Reads
+
 from .stack import ExpertStack
 
 
@@ -23,7 +25,7 @@ class Site:
         module: The module itself.
         stack: The LoRAs' factors here.
         group: The sites that read the same input tensor, this one included (``to_q, to_k, to_v`` of a self-attention).
-        reads_text: Whether its input are prompt embeddings: keys and values of a cross-attention.
+        reads: What it is given.
         tokens: How many positions the last output had; ``None`` before the first call.
         input_tokens: The same of the last input.
     """
@@ -34,7 +36,7 @@ class Site:
         self.module = module
         self.stack = stack
         self.group = SiteGroup([self])
-        self.reads_text = False
+        self.reads: Reads = "pixels"
         self.tokens: int | None = None
         self.input_tokens: int | None = None
         _check_fit(self)
@@ -146,22 +148,27 @@ class SiteGroup:
         return down
 
 
-def group_sites(sites: Sequence[Site], model: nn.Module) -> None:
-    """Find the sites of one component that read the same tensor, or text, by the names of attention projections."""
-    by_name = {site.module_name: site for site in sites}
-    for parent_name in {name.rpartition(".")[0] for name in by_name}:
-        prefix = f"{parent_name}." if parent_name else ""
-        # In a cross-attention, queries come from the picture, keys and values from the text.
-        crossed = getattr(model.get_submodule(parent_name), "is_cross_attention", False)
-        together = [("to_k", "to_v")] if crossed else [("to_q", "to_k", "to_v"), ("q_proj", "k_proj", "v_proj")]
-        for family in together:
-            members = [by_name[prefix + name] for name in family if prefix + name in by_name]
+def group_sites(sites: Sequence[Site], model: nn.Module, architecture: Architecture) -> None:
+    """Note what the sites of one component read, and find those that read the same tensor."""
+    together: dict[tuple[str, tuple[str, ...], Reads], dict[str, Site]] = {}
+    for site in sites:
+        site.reads = architecture.reads(model, site.module_name)
+        for names in architecture.siblings:
+            found = [(name, p) for name in names if (p := _prefix(site.module_name, name)) is not None]
+            for name, prefix in found[:1]:
+                together.setdefault((prefix, names, site.reads), {})[name] = site
+    for (_, names, _), by_name in together.items():
+        members = [by_name[name] for name in names if name in by_name]
+        if len(members) > 1 and len({member.stack.down.shape[1:] for member in members}) == 1:
+            group = SiteGroup(members)
             for member in members:
-                member.reads_text = crossed
-            if len(members) > 1 and len({member.stack.down.shape[1:] for member in members}) == 1:
-                group = SiteGroup(members)
-                for member in members:
-                    member.group = group
+                member.group = group
+
+
+def _prefix(module_name: str, name: str) -> str | None:
+    """What stands before ``name`` at the end of a module's name; ``None`` where that does not end so."""
+    whole = f".{module_name}"
+    return whole.removesuffix(f".{name}") if whole.endswith(f".{name}") else None
 
 
 def _check_fit(site: Site) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 from mole_diffusion.errors import MoLEError
 
 from ..experts import Experts, Site
-from ..lora.modules import canonical_name
+from ..families import Architecture, Reads, architecture_of, canonical_name
 from .config import GateConfig
-from .scopes import block_module, firing_order, gate_name
+from .scopes import gate_name
 
 
 def canonical_place(component: str, place: str) -> str:
@@ -118,9 +118,10 @@ def plan_gates(experts: Experts, config: GateConfig) -> list[GateSpec]:
     for component in experts.components:
         sites = [site for site in experts.sites.values() if site.component == component]
         scopes: dict[str, list[Site]] = {}
-        for site in sorted(sites, key=lambda site: firing_order(site.module_name)):
-            scopes.setdefault(_scope(site, config), []).append(site)
-        specs += [_plan(name, members, config) for name, members in scopes.items()]
+        architecture = architecture_of(experts.component(component))
+        for site in sorted(sites, key=lambda site: architecture.firing_order(canonical_name(site.module_name))):
+            scopes.setdefault(_scope(site, config, architecture), []).append(site)
+        specs += [_plan(name, members, config, architecture) for name, members in scopes.items()]
     return specs
 
 
@@ -148,20 +149,20 @@ def with_positions(spec: GateSpec, config: GateConfig, experts: Experts) -> Gate
     return dataclasses.replace(spec, positions=positions)
 
 
-def _scope(site: Site, config: GateConfig) -> str:
+_APART: dict[Reads, str] = {"text": "text", "vector": "time"}
+
+
+def _scope(site: Site, config: GateConfig, architecture: Architecture) -> str:
     """Name of the gate that weighs a module. One weight per token cannot serve modules with other tokens."""
-    name = gate_name(config.scope, site.component, canonical_name(site.module_name))
-    if config.token_axis != "token" or config.scope == "matrix":
-        return name
-    if site.reads_text:
-        return f"{name}.text"
-    return f"{name}.time" if "emb" in site.module_name else name
+    name = gate_name(config.scope, site.component, canonical_name(site.module_name), architecture)
+    apart = config.token_axis == "token" and config.scope != "matrix" and site.reads != architecture.tokens
+    return f"{name}.{_APART[site.reads]}" if apart and site.reads in _APART else name
 
 
-def _plan(name: str, members: Sequence[Site], config: GateConfig) -> GateSpec:
+def _plan(name: str, members: Sequence[Site], config: GateConfig, architecture: Architecture) -> GateSpec:
     first = members[0]
     entries = [site for site in first.group.sites if site in members]
-    block = block_module(first.module_name) if config.experts == "block" else None
+    block = architecture.transformer_block(first.module_name) if config.experts == "block" else None
     hidden_features = {"experts": None, "hidden": first.stack.down.shape[1], "none": 0}[config.input]
     present = sorted({index for site in members for index in site.stack.experts})
     return GateSpec(
@@ -171,12 +172,6 @@ def _plan(name: str, members: Sequence[Site], config: GateConfig) -> GateSpec:
         modules=tuple(site.module_name for site in members),
         entries=tuple(Entry(site.module_name, site.stack.ranks, site.stack.up.shape[0]) for site in entries),
         block=block,
-        spatial=_is_spatial(first),
+        spatial=first.reads == "pixels",
         hidden_features=hidden_features,
     )
-
-
-def _is_spatial(site: Site) -> bool:
-    if site.component.startswith("text_encoder") or "emb" in site.module_name:
-        return False
-    return not site.reads_text

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mole_diffusion.errors import MoLEError
-from mole_diffusion.lora.modules import canonical_name
+from mole_diffusion.families.names import canonical_name
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from mole_diffusion.families import COMPONENTS
+
 Kind = Literal["down", "up", "alpha"]
 
-COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 _COMPONENT = "|".join(COMPONENTS)
 
 

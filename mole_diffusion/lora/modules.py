@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
-TEXT_MODEL = "text_model."
+from mole_diffusion.families.names import TEXT_MODEL
+
 
 
 class ModuleIndex:
@@ -46,11 +47,6 @@ class ModuleIndex:
     def widths(self) -> Iterator[tuple[str, int]]:
         """Module names and their input widths."""
         return ((name, shape[1]) for name, shape in self.shapes.items())
-
-
-def canonical_name(module: str) -> str:
-    """A module's name that does not depend on the version of transformers: without the `text_model.` it dropped."""
-    return module.removeprefix(TEXT_MODEL)
 
 
 def _normal(name: str) -> str:

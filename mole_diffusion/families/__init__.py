@@ -1,0 +1,85 @@
+"""What is known of models, one file per family. To add a family, write its file and add its class to `FAMILIES`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ..errors import MoLEError
+from .architecture import Architecture, Joint, Original, Reads, Told, arguments
+from .base import Family, is_a
+from .flux import Flux
+from .names import canonical_name
+from .stable_diffusion import StableDiffusion
+from .stable_diffusion_3 import StableDiffusion3
+from .stable_diffusion_xl import StableDiffusionXL
+
+FAMILIES: tuple[Family, ...] = (StableDiffusion(), StableDiffusionXL(), StableDiffusion3(), Flux())
+
+ARCHITECTURES: list[Architecture] = list(
+    {type(known): known for family in FAMILIES for known in family.architectures.values()}.values()
+)
+"""Every kind of model that experts can be hung on. A model of your own is described by one more."""
+
+COMPONENTS: tuple[str, ...] = tuple(dict.fromkeys(name for family in FAMILIES for name in family.architectures))
+"""Names that the components with LoRAs have in pipelines, and in files of LoRAs."""
+
+__all__ = [
+    "ARCHITECTURES",
+    "COMPONENTS",
+    "FAMILIES",
+    "Architecture",
+    "Family",
+    "Joint",
+    "Original",
+    "Reads",
+    "Told",
+    "architecture_of",
+    "arguments",
+    "canonical_name",
+    "family_of",
+    "is_denoiser",
+]
+
+
+def architecture_of(model: nn.Module) -> Architecture:
+    """What is known of a model.
+
+    Raises:
+        MoLEError: Nothing is.
+    """
+    for known in ARCHITECTURES:
+        if is_a(model, known):
+            return known
+    classes = ", ".join(name for known in ARCHITECTURES for name in known.classes)
+    raise MoLEError(
+        f"{type(model).__name__} is a kind of model that is not known here, so nobody can say what its modules read "
+        f"and in which order they run. Known are {classes}. To describe another, write an Architecture and add it: "
+        "`mole_diffusion.families.ARCHITECTURES.append(YourModel())`."
+    )
+
+
+def is_denoiser(model: Any) -> bool:
+    """Whether a component of a pipeline is a denoiser that is known here."""
+    return isinstance(model, nn.Module) and any(is_a(model, known) for known in ARCHITECTURES if known.denoiser)
+
+
+def family_of(components: Mapping[str, Any]) -> Family:
+    """The family that a pipeline is of.
+
+    Args:
+        components: Of the pipeline, by name.
+
+    Raises:
+        MoLEError: It is of none that is known.
+    """
+    for family in FAMILIES:
+        if family.fits(components):
+            return family
+    found = [f"{name} ({type(components[name]).__name__})" for name in ("unet", "transformer") if components.get(name)]
+    raise MoLEError(
+        f"a pipeline with {' and '.join(found) or 'neither unet nor transformer'} is of no family that is known here. "
+        f"Known are {', '.join(family.title for family in FAMILIES)}."
+    )

@@ -1,0 +1,173 @@
+"""What is known of one kind of model: how it is built, in which order it runs, what its modules read, how it is called.
+
+The other rooms ask here instead of looking at the names of modules.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+from torch import Tensor, nn
+
+Reads = Literal["pixels", "text", "both", "vector", "own"]
+"""What a module is given: tokens of the picture; tokens of a text that another network read, as a denoiser is given the
+prompt; words and pixels in one sequence; one vector for each sample (time, modulation); or the tokens of a text that
+its own network reads or writes."""
+
+
+class Joint(NamedTuple):
+    """Where words and pixels stand in the sequences that hold both.
+
+    Attributes:
+        text: Positions of the prompt's tokens.
+        pixels: Positions of the picture's tokens, row after row of its grid.
+    """
+
+    text: slice
+    pixels: slice
+
+
+class Original(NamedTuple):
+    """What one module of a model is in the code of the model's authors, or a part of it.
+
+    Attributes:
+        module: Name as in ``named_modules()`` of the diffusers model.
+        rows: Which output rows of the authors' module it has; ``None``: all. (A fused ``qkv`` has three such parts.)
+    """
+
+    module: str
+    rows: slice | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Told:
+    """What a model was told when it was called.
+
+    Attributes:
+        rows: Its batch.
+        timestep: Which step, in the units of the scheduler's ``timesteps``; ``None`` for a text encoder.
+        encoder_hidden_states: Prompt embeddings ``(rows, tokens, width)`` that a denoiser was given.
+        input_ids: Tokens that a text encoder was given, ``(rows, tokens)``.
+        sample_size: ``(height, width)`` of the picture in tokens, at the finest level of the denoiser.
+        joint: Where words and pixels stand in sequences of both; ``None`` where the model has none.
+    """
+
+    rows: int
+    timestep: Tensor | float | None = None
+    encoder_hidden_states: Tensor | None = None
+    input_ids: Tensor | None = None
+    sample_size: tuple[int, int] | None = None
+    joint: Joint | None = None
+
+
+def unit(names: str) -> re.Pattern[str]:
+    """Matches a module's name up to the last of its parts that is one of ``names``, a regular expression."""
+    return re.compile(rf"^(.*\b(?:{names}))(?:\.|$)")
+
+
+class Architecture:
+    """One kind of model. A subclass sets what differs; an instance has no state.
+
+    Names of modules are given as in ``named_modules()``, less what :func:`~.names.canonical_name` takes off.
+
+    Attributes:
+        classes: Names of the classes of such models. By name, since not every version of a library has them all.
+        denoiser: Whether it predicts noise (else it reads text).
+        tokens: What most of its modules are given.
+        vectors: Parts of the names of modules that are given one vector for each sample: time, modulation.
+        words: Parts of the names of modules that are given the prompt's tokens.
+        both: Parts of the names of modules that are given words and pixels in one sequence.
+        blocks: What runs as a whole: transformer blocks, layers of a text encoder, residual blocks.
+        layers: Attention and feed-forward layers.
+        order: Parts of names in the order in which a forward pass reaches them.
+        siblings: Names, below one parent, of modules that are given the very same tensor: ``to_q, to_k, to_v``.
+        targets: Last parts of the names of modules that a LoRA is trained on where nobody says otherwise.
+    """
+
+    classes: ClassVar[tuple[str, ...]] = ()
+    denoiser: ClassVar[bool] = False
+    tokens: ClassVar[Reads] = "own"
+    vectors: ClassVar[frozenset[str]] = frozenset()
+    words: ClassVar[frozenset[str]] = frozenset()
+    both: ClassVar[frozenset[str]] = frozenset()
+    blocks: ClassVar[re.Pattern[str]]
+    layers: ClassVar[re.Pattern[str]]
+    order: ClassVar[tuple[str, ...]] = ()
+    siblings: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    targets: ClassVar[tuple[str, ...]] = ()
+
+    def reads(self, model: nn.Module, module: str) -> Reads:
+        """What a module is given.
+
+        Args:
+            model: The model.
+            module: Name of the module.
+        """
+        parts = set(module.split("."))
+        if parts & self.vectors:
+            return "vector"
+        if parts & self.words:
+            return "text"
+        return "both" if parts & self.both else self.tokens
+
+    def told(self, model: nn.Module, given: Mapping[str, Any]) -> Told:
+        """Reads a call of the model.
+
+        Args:
+            model: The model.
+            given: Its arguments by name, as from :func:`arguments`.
+        """
+        ids = given.get("input_ids")
+        embeds = given.get("inputs_embeds")
+        first = ids if isinstance(ids, Tensor) else embeds
+        return Told(rows=len(first) if isinstance(first, Tensor) else 1, input_ids=ids)
+
+    def network(self, module: str) -> str:
+        """Which of several networks in the model a module is in; ``""`` where there is one."""
+        return ""
+
+    def block(self, module: str) -> str | None:
+        """The block around a module."""
+        found = self.blocks.match(module)
+        return found[1] if found else None
+
+    def transformer_block(self, module: str) -> str | None:
+        """The block around a module where that is a transformer block, with one tensor in and one out."""
+        return self.block(module)
+
+    def transformer(self, module: str) -> str | None:
+        """The spatial transformer around a module: blocks with projections into and out of them."""
+        return None
+
+    def layer(self, module: str) -> str | None:
+        """The attention or feed-forward layer around a module."""
+        found = self.layers.match(module)
+        return found[1] if found and found[1] != module else None
+
+    def firing_order(self, module: str) -> tuple[int, ...]:
+        """Sort key: modules sorted by it come in the order of a forward pass."""
+        rank = {name: index for index, name in enumerate(self.order)}
+        return tuple(int(part) if part.isdigit() else rank.get(part, len(rank)) for part in module.split("."))
+
+    def original_names(self, model: nn.Module) -> dict[str, tuple[Original, ...]]:
+        """What the authors' own code calls the modules of this model, as LoRA files for other programs do.
+
+        Only names that differ from diffusers' are in it. Made from the model, so of any size of it.
+        """
+        return {}
+
+
+def arguments(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of a model by their names."""
+    names = list(inspect.signature(model.forward).parameters)
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def spatial_size(sample: Any) -> tuple[int, int] | None:
+    """``(height, width)`` of a sample ``(rows, channels, height, width)``; ``None`` of anything else."""
+    is_picture = isinstance(sample, Tensor) and sample.ndim == 4
+    return (sample.shape[-2], sample.shape[-1]) if is_picture else None

@@ -1,0 +1,22 @@
+"""Stable Diffusion 1.x and 2.x."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .base import Family
+from .clip import CLIPText
+from .unet import UNet
+
+
+class StableDiffusion(Family):
+    """A UNet that is told the step and one text, read by one CLIP."""
+
+    name = "stable-diffusion"
+    title = "Stable Diffusion 1.x or 2.x"
+    denoiser = "unet"
+    architectures = {"unet": UNet(), "text_encoder": CLIPText()}
+
+    def fits(self, components: Mapping[str, Any]) -> bool:
+        return super().fits(components) and components["unet"].config.addition_embed_type is None
