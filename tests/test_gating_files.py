@@ -244,7 +244,7 @@ def test_folders_of_earlier_versions_go_with_the_very_file(experts: Experts, tmp
     experts.weigher = MoLEModel.from_pretrained(tmp_path)
 
 
-class Nested(nn.Module):
+class CLIPTextModel(nn.Module):
     """A text encoder as transformers had it once: the same modules one level down."""
 
     def __init__(self, inner: nn.Module) -> None:
@@ -256,7 +256,7 @@ class Nested(nn.Module):
 def test_names_do_not_depend_on_the_version_of_transformers(tmp_path: Path, config: dict[str, Any]) -> None:
     """Saved where the text encoder's modules lie flat, loaded where they are nested, and the other way round."""
     flat, nested = tiny_components(), tiny_components()
-    nested["text_encoder"] = Nested(nested["text_encoder"])
+    nested["text_encoder"] = CLIPTextModel(nested["text_encoder"])
     folders = []
     for name, parts in (("flat", flat), ("nested", nested)):
         loras = [make_lora(flat, lora, i, targets=(ATTENTION, TEXT_ENCODER)) for i, lora in enumerate(("cat", "boot"))]

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from mole_diffusion import families
 from mole_diffusion.experts import Experts
-from mole_diffusion.gating import GateConfig, MoLEModel, masked_softmax
 from mole_diffusion.families.unet import UNet
+from mole_diffusion.gating import GateConfig, MoLEModel, masked_softmax
 from mole_diffusion.gating.gate import Gate
 from mole_diffusion.lora import LoRA, LoRAFactors
 from tests import reference

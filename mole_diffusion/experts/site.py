@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from mole_diffusion.errors import MoLEError
 
 from ..families import Architecture, Reads
-
 from .stack import ExpertStack
 
 

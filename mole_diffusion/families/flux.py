@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -66,4 +66,8 @@ class Flux(Family):
     name = "flux"
     title = "FLUX.1"
     denoiser = "transformer"
-    architectures = {"transformer": FluxTransformer(), "text_encoder": CLIPText(), "text_encoder_2": T5()}
+    architectures: ClassVar[Mapping[str, Architecture]] = {
+        "transformer": FluxTransformer(),
+        "text_encoder": CLIPText(),
+        "text_encoder_2": T5(),
+    }

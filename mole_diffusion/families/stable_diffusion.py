@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
+from .architecture import Architecture
 from .base import Family
 from .clip import CLIPText
 from .unet import UNet
@@ -16,7 +17,7 @@ class StableDiffusion(Family):
     name = "stable-diffusion"
     title = "Stable Diffusion 1.x or 2.x"
     denoiser = "unet"
-    architectures = {"unet": UNet(), "text_encoder": CLIPText()}
+    architectures: ClassVar[Mapping[str, Architecture]] = {"unet": UNet(), "text_encoder": CLIPText()}
 
     def fits(self, components: Mapping[str, Any]) -> bool:
         return super().fits(components) and components["unet"].config.addition_embed_type is None

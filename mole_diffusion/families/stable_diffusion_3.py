@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -49,7 +49,7 @@ class StableDiffusion3(Family):
     name = "stable-diffusion-3"
     title = "Stable Diffusion 3 or 3.5"
     denoiser = "transformer"
-    architectures = {
+    architectures: ClassVar[Mapping[str, Architecture]] = {
         "transformer": SD3Transformer(),
         "text_encoder": CLIPText(),
         "text_encoder_2": CLIPText(),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
+from .architecture import Architecture
 from .base import Family
 from .clip import CLIPText
 from .unet import UNet
@@ -16,7 +17,11 @@ class StableDiffusionXL(Family):
     name = "stable-diffusion-xl"
     title = "Stable Diffusion XL"
     denoiser = "unet"
-    architectures = {"unet": UNet(), "text_encoder": CLIPText(), "text_encoder_2": CLIPText()}
+    architectures: ClassVar[Mapping[str, Architecture]] = {
+        "unet": UNet(),
+        "text_encoder": CLIPText(),
+        "text_encoder_2": CLIPText(),
+    }
 
     def fits(self, components: Mapping[str, Any]) -> bool:
         return super().fits(components) and components["unet"].config.addition_embed_type == "text_time"

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from mole_diffusion.errors import MoLEError, printable
-from mole_diffusion.lora.errors import LoRAError, refusal
 from mole_diffusion.families import COMPONENTS
 from mole_diffusion.families.names import TEXT_MODEL
+from mole_diffusion.lora.errors import LoRAError, refusal
 from mole_diffusion.lora.pairs import Pair
 from mole_diffusion.lora.patterns import PatternError, Patterns
 from mole_diffusion.lora.sources import Config, LoRAFile

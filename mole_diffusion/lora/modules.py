@@ -10,7 +10,6 @@ from torch import nn
 from mole_diffusion.families.names import TEXT_MODEL
 
 
-
 class ModuleIndex:
     """Linear and Conv2d modules of one model, found by dotted or underscored name.
 

@@ -6,9 +6,9 @@ import os
 from collections import Counter
 from dataclasses import dataclass
 
+from mole_diffusion.families import COMPONENTS
 from mole_diffusion.lora.adapter import read_settings, strength
 from mole_diffusion.lora.families import family, text_width
-from mole_diffusion.families import COMPONENTS
 from mole_diffusion.lora.pairs import find_pairs, read_alpha, read_factors
 from mole_diffusion.lora.sources import read_source
 from mole_diffusion.lora.triggers import read_triggers

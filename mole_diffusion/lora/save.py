@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from mole_diffusion.errors import MoLEError
+from mole_diffusion.families.names import TEXT_MODEL
 from mole_diffusion.files import atomic_path
 from mole_diffusion.lora.errors import refusal
 from mole_diffusion.lora.factors import LoRA, LoRAFactors
-from mole_diffusion.families.names import TEXT_MODEL
 from mole_diffusion.lora.triggers import write_triggers
 
 Factors = Mapping[str, Mapping[str, LoRAFactors]]

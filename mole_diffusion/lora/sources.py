@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from mole_diffusion.errors import MoLEError
-from mole_diffusion.lora.errors import LoRAError, refusal
 from mole_diffusion.families import COMPONENTS
+from mole_diffusion.lora.errors import LoRAError, refusal
 from mole_diffusion.reading import parse_json, read_text, regular_size
 from mole_diffusion.tensor_files import PICKLE_SUFFIXES, Entry, TensorFile, TensorFileError
 

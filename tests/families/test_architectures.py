@@ -50,7 +50,7 @@ def test_sites_are_grouped_exactly_where_a_forward_pass_gives_them_one_tensor(ma
     factors = {
         name: LoRAFactors(torch.randn(2, module.in_features), torch.randn(module.out_features, 2))
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and architecture_of(model).layer(name) or name.endswith("proj_mlp")
+        if (isinstance(module, nn.Linear) and architecture_of(model).layer(name)) or name.endswith("proj_mlp")
     }
     experts = Experts([LoRA("a", "<test>", "diffusers", "a" * 64, {component: factors})])
     experts.attach({component: model})
@@ -71,7 +71,7 @@ def test_sites_are_grouped_exactly_where_a_forward_pass_gives_them_one_tensor(ma
 
 def test_unknown_models_and_pipelines_are_refused_by_name() -> None:
     vae = AutoencoderKL(block_out_channels=(32,))
-    with pytest.raises(MoLEError, match="AutoencoderKL is a kind of model that is not known here.*UNet2DConditionMod"):
+    with pytest.raises(MoLEError, match=r"AutoencoderKL is a kind of model that is not known here.*UNet2DConditionMod"):
         architecture_of(vae)
     with pytest.raises(MoLEError, match=r"neither unet nor transformer is of no family.*FLUX\.1"):
         family_of({"vae": vae})
