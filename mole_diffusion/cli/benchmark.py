@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from .inputs import Device, pick_device, quiet_loading, warnings_in_a_line
+from ..drawing.opening import pick_device, quiet_loading
+from .inputs import Device, warnings_in_a_line
 
 SOME_FAILED = 1
 

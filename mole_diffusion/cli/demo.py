@@ -10,7 +10,8 @@ import typer
 
 from mole_diffusion.files import try_folder
 
-from .inputs import Device, pick_device, quiet_loading
+from ..drawing.opening import pick_device, quiet_loading
+from .inputs import Device
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
+from ..drawing.opening import pick_device, quiet_loading
 from ..errors import MoLEError
-from .inputs import Device, pick_device, quiet_loading, read_pairs, warnings_in_a_line
+from .inputs import Device, read_pairs, warnings_in_a_line
 
 SOME_FAILED = 1
 

@@ -11,7 +11,8 @@ import typer
 
 from mole_diffusion.errors import MoLEError
 
-from .inputs import find_base, pick_device, quiet_loading, read_pairs, read_pictures
+from ..drawing.opening import find_base, pick_device, quiet_loading
+from .inputs import read_pairs, read_pictures
 
 if TYPE_CHECKING:
     from mole_diffusion.clip import DifferentiableCLIP

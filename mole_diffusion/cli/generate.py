@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mole_diffusion.files import atomic_path, try_file, try_folder, write_last
+from mole_diffusion.files import try_file, try_folder, write_last
 
+from ..drawing.opening import (
+    find_base,
+    find_folder,
+    load_pipeline,
+    pick_device,
+    quiet_loading,
+    read_dtype,
+    read_scheduler,
+)
+from ..drawing.settings import LARGEST_SEED
 from . import generate_inputs as given
-from .inputs import Device, find_base, find_folder, load_pipeline, pick_device, quiet_loading
+from .inputs import Device
 
 if TYPE_CHECKING:
     from PIL import Image
 
-LARGEST_SEED = 2**63 - 1
+    from mole_diffusion.drawing.settings import PictureSettings
 
 Several = list[str] | None
 
@@ -72,6 +83,9 @@ def generate(
             "else budget]."
         ),
     ] = None,
+    composition_option: Annotated[
+        Several, typer.Option(metavar="KEY=VALUE", help="An option of that composition, such as own_words=2.")
+    ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
     width: Annotated[int | None, typer.Option(min=8, help="In pixels [default: the base's].")] = None,
     height: Annotated[int | None, typer.Option(min=8, help="In pixels [default: the base's].")] = None,
@@ -118,12 +132,14 @@ def generate(
     given.read_size(height, width)
     from mole_diffusion.lora import inspect_lora
 
-    written = {name: inspect_lora(file).triggers for name, file in files.items()}
+    found = {name: inspect_lora(file) for name, file in files.items()}
+    written = {name: report.triggers for name, report in found.items()}
     chosen = given.read_chosen(only, strengths)
     triggers = given.read_triggers(trigger or [], files)
     roles = given.read_roles(role or [], files)
     regions = given.read_regions(region or [], files, height, width)
-    method = given.read_composition(composition, gates=gates is not None)
+    options = given.read_composition_options(composition_option or [], composition)
+    method = given.read_composition(composition, options, gates=gates is not None)
     given.check_places(
         method,
         gates=gates is not None,
@@ -135,46 +151,57 @@ def generate(
     )
     gates_found = None if gates is None else find_folder("--gates", gates, example="me/cat-and-boot")
     base_found = find_base(base, single_file=True)
-    scheduler_class = given.read_scheduler(scheduler)
+    read_scheduler(scheduler)
     where = pick_device(device)
-    precision = given.read_dtype(dtype, where)
+    precision = read_dtype(dtype, where)
 
-    import torch
+    from mole_diffusion.drawing import draw, settings
 
-    from mole_diffusion.pipelines.size import picture_size
-
+    wanted = settings.PictureSettings(
+        prompt=prompt,
+        base="toybox" if base == "toybox" else base_found,
+        base_config=None if base_config is None else str(base_config),
+        loras=tuple(
+            settings.LoRASettings(
+                name=name,
+                file=given.toybox_name(file) or file,
+                on=name in chosen,
+                strength=strengths[name],
+                triggers=tuple(triggers.get(name, ())),
+                role=roles.get(name, "subject"),
+                sha256=found[name].sha256,
+            )
+            for name, file in files.items()
+        ),
+        gates=gates_found,
+        composition=composition,
+        composition_options=options,
+        regions=regions or {},
+        negative_prompt=negative_prompt,
+        width=width,
+        height=height,
+        steps=steps,
+        scheduler=scheduler,
+        guidance_scale=guidance_scale,
+        seed=seed,
+        num_images=num_images,
+        device=str(where),
+        dtype=str(precision).removeprefix("torch."),
+    )
     with quiet_loading():
         pipe = load_pipeline(base_found, base_config, precision).to(where)
-    if scheduler_class is not None:
-        pipe.scheduler = scheduler_class.from_config(pipe.scheduler.config)
-    if files:
-        pipe.load_loras(files, triggers=triggers, roles=roles)
-    if gates_found is not None:
-        pipe.load_gates(gates_found)
-    if method is not None:
-        pipe.set_composition(method)
-    if height or width:  # diffusers passes over one of the two without the other
-        height, width = picture_size(pipe, {"height": height, "width": width})
-    drawn = pipe(
-        prompt,
-        loras=chosen,
-        regions=regions,
-        negative_prompt=negative_prompt,
-        height=height,
-        width=width,
-        num_inference_steps=steps,
-        guidance_scale=guidance_scale,
-        num_images_per_prompt=num_images,
-        generator=[torch.Generator().manual_seed(seed + index) for index in range(num_images)],
-    ).images
+    wanted = draw.sized(pipe, wanted)
+    draw.prepare(pipe, wanted)
+    drawn = draw.draw(pipe, wanted)
     for index, (picture, file) in enumerate(zip(drawn, pictures, strict=True)):
-        write_last(file, partial(_save, picture))
+        write_last(file, partial(_save, picture, replace(wanted, index=index)))
         typer.echo(f"picture: {file}" + (f" (seed {seed + index})" if num_images > 1 else ""))
     if save_masks is not None:
         write_last(save_masks, lambda folder: pipe.masks.save(folder, drawn))
         typer.echo(f"masks: {save_masks}")
 
 
-def _save(picture: Image.Image, file: Path) -> None:
-    with atomic_path(file) as temporary:
-        picture.save(temporary)
+def _save(picture: Image.Image, made_from: PictureSettings, file: Path) -> None:
+    from mole_diffusion.drawing.png import save
+
+    save(picture, file, made_from)

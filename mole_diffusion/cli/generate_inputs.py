@@ -8,17 +8,14 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mole_diffusion.errors import MoLEError
+from mole_diffusion.errors import MoLEError, printable
 
 from .inputs import read_pairs, read_several
 
 if TYPE_CHECKING:
-    import torch
-
     from mole_diffusion.composition import Composition, Role
-    from mole_diffusion.composition.region_forms import Region
+    from mole_diffusion.drawing.settings import Region
 
-DTYPES = ("auto", "float32", "float16", "bfloat16")
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 WEBUI_LORA = re.compile(r"<(?:lora|lyco):[^>]*>", re.IGNORECASE)
 
@@ -73,6 +70,14 @@ def read_loras(entries: Sequence[str], *, with_toybox: bool) -> tuple[dict[str, 
     return files, strengths
 
 
+def toybox_name(file: str) -> str | None:
+    """How settings name the LoRA of a toybox subject, "toybox:cat", wherever the package lies; `None` for others."""
+    from mole_diffusion import toybox
+
+    known = {str(toybox.lora_path(name)): f"toybox:{name}" for name in toybox.subjects()}
+    return known.get(file)
+
+
 def read_chosen(only: str | None, strengths: Mapping[str, float]) -> dict[str, float]:
     """The `loras` of a call: the LoRAs that --only keeps, with their strengths.
 
@@ -117,7 +122,7 @@ def read_roles(entries: Sequence[str], names: Collection[str]) -> dict[str, Role
 
 def read_regions(
     entries: Sequence[str], names: Collection[str], height: int | None, width: int | None
-) -> dict[str, list[Region]] | None:
+) -> dict[str, tuple[Region, ...]] | None:
     """Where each LoRA belongs: boxes "cat=0,0,0.5,1" and painted pictures "cat=mask.png"; `None` without any.
 
     Args:
@@ -131,13 +136,15 @@ def read_regions(
     """
     regions = read_several("--region", entries, "cat=0,0,0.5,1")
     _check_known("--region", regions, names)
-    return {name: [_region(name, text, height, width) for text in texts] for name, texts in regions.items()} or None
+    read = {name: tuple(_region(name, text, height, width) for text in texts) for name, texts in regions.items()}
+    return read or None
 
 
 def _region(name: str, text: str, height: int | None, width: int | None) -> Region:
     numbers = re.fullmatch(rf"\s*{NUMBER}\s*(?:,\s*{NUMBER}\s*)*", text)
-    region = tuple(float(number) for number in text.split(",")) if numbers else _painted(name, text)
+    region: Any = tuple(float(number) for number in text.split(",")) if numbers else _painted(name, text)
     from mole_diffusion.composition.region_forms import draw
+    from mole_diffusion.drawing.painted import as_text
 
     # Where the size of the picture is the base's, which nobody knows yet, it is taken to be large enough for the box.
     right, bottom = (math.ceil(max(region[i::2], default=1)) for i in (0, 1)) if numbers else (1, 1)
@@ -145,13 +152,17 @@ def _region(name: str, text: str, height: int | None, width: int | None) -> Regi
     try:
         draw(region, name, size, (64, 64))
     except MoLEError as error:
-        raise MoLEError(f"--region {name}={text}: {error}") from None
-    return region
+        raise MoLEError(f"--region {name}={printable(text)}: {error}") from None
+    return region if numbers else as_text(region)
 
 
 def _painted(name: str, text: str) -> Any:
     from PIL import Image
 
+    from mole_diffusion.drawing.painted import as_mask, is_painted
+
+    if is_painted(text):  # as the command line of a picture from `mole app` has it
+        return as_mask(text)
     file = Path(text).expanduser()
     if not file.is_file():
         raise MoLEError(
@@ -172,19 +183,34 @@ def _check_known(option: str, given: Collection[str], names: Collection[str]) ->
             raise MoLEError(f"{option} {name}=…: there is no --lora {name}=…; {there}.")
 
 
-def read_composition(name: str | None, *, gates: bool) -> Composition | None:
+def read_composition_options(entries: Sequence[str], name: str | None) -> dict[str, Any]:
+    """The options of a method, from entries such as "own_words=2".
+
+    Raises:
+        MoLEError: An entry is malformed, or there is no --composition whose options they would be.
+    """
+    from mole_diffusion.yaml_files import parse_yaml
+
+    if entries and name is None:
+        raise MoLEError("--composition-option is an option of a composition. Say of which: --composition masks.")
+    pairs = read_pairs("--composition-option", entries, "own_words=2")
+    return {key.strip(): parse_yaml(text) for key, text in pairs.items()}
+
+
+def read_composition(name: str | None, options: Mapping[str, Any], *, gates: bool) -> Composition | None:
     """The method by its name; `None` leaves it to the call.
 
     Raises:
-        MoLEError: There is no such method, or it needs gates and there are none.
+        MoLEError: There is no such method or option, or it needs gates and there are none.
     """
     if name is None:
         return None
-    from mole_diffusion.composition import COMPOSITIONS
+    from mole_diffusion.drawing import methods
 
-    if name not in COMPOSITIONS:
-        raise MoLEError(f"--composition: there is no composition {name!r}. Known are: {', '.join(COMPOSITIONS)}.")
-    method = COMPOSITIONS[name]()
+    try:
+        method = methods.method(name, options)
+    except MoLEError as error:
+        raise MoLEError(f"--composition: {error}") from None
     if "gates" in method.needs and not gates:
         raise MoLEError(f"composition {name!r} needs gates. Give trained ones, --gates FOLDER, or leave it out.")
     return method
@@ -244,43 +270,6 @@ def read_size(height: int | None, width: int | None) -> None:
     for option, size in (("--height", height), ("--width", width)):
         if size is not None and size % 8:
             raise MoLEError(f"{option} {size}: must be a multiple of 8, such as {max(8, size // 8 * 8)}.")
-
-
-def read_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The number format of the models.
-
-    Raises:
-        MoLEError: There is no such format.
-    """
-    import torch
-
-    if name not in DTYPES:
-        raise MoLEError(f"--dtype {name}: must be one of {', '.join(DTYPES)}.")
-    if name == "auto":
-        # bfloat16 has the range of float32; what overflows in float16 becomes a black picture.
-        name = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
-
-
-def read_scheduler(name: str | None) -> Any:
-    """A scheduler's class by its name in diffusers; `None` for none.
-
-    Raises:
-        MoLEError: There is no such scheduler, or it does not fit a Stable Diffusion.
-    """
-    if name is None:
-        return None
-    import diffusers
-    from diffusers.schedulers import KarrasDiffusionSchedulers
-
-    # All that diffusers makes from one another's settings; the last two are for utilities that draw in few steps.
-    names = [*(scheduler.name for scheduler in KarrasDiffusionSchedulers), "LCMScheduler", "TCDScheduler"]
-    # One that needs a package that is not installed is there too, as a class of another kind.
-    fitting = {there: cls for there in names if issubclass(cls := getattr(diffusers, there), diffusers.SchedulerMixin)}
-    if name not in fitting:
-        raise MoLEError(f"--scheduler {name}: must be one of {', '.join(fitting)}.")
-    return fitting[name]
 
 
 def picture_files(out: Path, count: int) -> list[Path]:

@@ -9,7 +9,8 @@ import typer
 
 from mole_diffusion.errors import MoLEError
 
-from .inputs import Base, Device, find_base, pick_device, quiet_loading
+from ..drawing.opening import find_base, pick_device, quiet_loading
+from .inputs import Base, Device
 
 toybox = typer.Typer(
     no_args_is_help=True,

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
+from ..drawing.opening import find_base, pick_device, quiet_loading
 from ..errors import MoLEError
-from .inputs import Base, Device, find_base, pick_device, quiet_loading, read_pictures
+from .inputs import Base, Device, read_pictures
 
 
 def train_lora(

