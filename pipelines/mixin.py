@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..composition import COMPOSITIONS, Budget, Call, Composition, Masks, MoLE, RegionMap, Role
+from ..composition import COMPOSITIONS, Budget, Call, Composition, MaskedGates, Masks, MoLE, RegionMap, Role
 from ..composition.call import current_call, running
 from ..errors import MoLEError
 from ..experts import Experts
@@ -201,11 +201,16 @@ class MoLEPipelineMixin(StockLoRACalls):
     # --- gates and methods ----------------------------------------------------------------------------------------
 
     def init_gates(self, config: GateConfig | None = None) -> MoLEModel:
-        """Hangs fresh, untrained gates on the loaded LoRAs and returns them; the composition becomes ``"mole"``."""
+        """Hangs fresh, untrained gates on the loaded LoRAs and returns them.
+
+        The composition becomes ``"mole"``, or ``"masked_gates"`` for gates with ``residual=True``.
+        """
         return self._use_gates(MoLEModel.from_experts(self._need_experts("init_gates"), config))
 
     def load_gates(self, source: str | os.PathLike[str], **kwargs: Any) -> MoLEModel:
-        """Loads trained gates from a folder or the Hub; the composition becomes ``"mole"``.
+        """Loads trained gates from a folder or the Hub.
+
+        The composition becomes ``"mole"``, or ``"masked_gates"`` if they were trained to correct masks.
 
         Args:
             source: Folder or Hub id.
@@ -273,7 +278,7 @@ class MoLEPipelineMixin(StockLoRACalls):
         # Binding compares the gates with the LoRAs and the model; nothing has changed if it refuses.
         gates.bind(self._need_experts("gates"))
         self._loaded.gates = gates
-        self.set_composition(MoLE(gates))
+        self.set_composition(MaskedGates(gates=gates) if gates.gate_config.residual else MoLE(gates))
         return gates
 
     def _default(self, taking_part: Sequence[str], *, has_prompt: bool, regions: bool = False) -> Composition:

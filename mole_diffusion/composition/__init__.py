@@ -8,6 +8,7 @@ from .call import Call, Role
 from .composite import Composite
 from .freefuse import FreeFuse
 from .linear import Linear
+from .masked_gates import MaskedGates
 from .masks import Masks
 from .merge import Merge
 from .mole import MoLE
@@ -21,7 +22,7 @@ from .switch import Switch
 
 COMPOSITIONS: dict[str, type[Composition]] = {
     method.name: method
-    for method in (Linear, Normalized, Budget, Merge, Switch, Composite, Masks, FreeFuse, NormRouter, MoLE)
+    for method in (Linear, Normalized, Budget, Merge, Switch, Composite, Masks, FreeFuse, NormRouter, MoLE, MaskedGates)
 }
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Composition",
     "FreeFuse",
     "Linear",
+    "MaskedGates",
     "Masks",
     "Merge",
     "MoLE",

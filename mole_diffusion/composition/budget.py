@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from ..errors import MoLEError
 from ..experts import ExpertStack, Projections, Run, Site
 from .base import Composition
 from .linear import Linear
 from .roles import roles
+from .wrapper import Wrapper
 
 ROUNDING = 1e-6  # one LoRA alone must keep its weight to the bit
 _GRAMS: WeakKeyDictionary[ExpertStack, Tensor] = WeakKeyDictionary()
 
 
-class Budget(Composition):
+class Budget(Wrapper):
     """The weights of another method, turned down at every module where the stack would be louder than its loudest LoRA.
 
     A plain sum of LoRAs burns, since changes add up; 1/N drowns every one of them, also where they do not add up. Here
@@ -36,11 +35,17 @@ class Budget(Composition):
     source = "energy of the stack, exact from r x r products"
 
     def __init__(self, method: Composition | None = None) -> None:
-        if not (method is None or isinstance(method, Composition)):
-            raise MoLEError(f"`method` must be a composition such as Linear(), got {method!r}.")
-        self.method: Any = Linear() if method is None else method
-        self.needs = self.method.needs
-        self.gates = self.method.gates
+        super().__init__(Linear() if method is None else method)
+
+    @property
+    def gates(self) -> object | None:
+        """Those of the other method, where it needs some."""
+        gates: object | None = self.method.gates
+        return gates
+
+    @gates.setter
+    def gates(self, gates: object | None) -> None:
+        self.method.gates = gates
 
     def weigh(self, site: Site, projections: Projections, run: Run) -> Tensor | None:
         weights = self.method.weigh(site, projections, run)
@@ -53,29 +58,6 @@ class Budget(Composition):
             scale = stack_energy_scale(stack_gram(site.stack), weights * counted)[..., None]
             kept[site.name] = found = weights, torch.where(counted.bool(), weights * scale.to(weights.dtype), weights)
         return found[1]
-
-    def passes(self, run: Run) -> int:
-        return int(self.method.passes(run))
-
-    def combine(self, predictions: Tensor, run: Run) -> Tensor:
-        combined: Tensor = self.method.combine(predictions, run)
-        return combined
-
-    def evaluations(self, num_loras: int) -> float:
-        return float(self.method.evaluations(num_loras))
-
-    def prior_done(self, run: Run) -> bool:
-        return bool(self.method.prior_done(run))
-
-    def watches(self, run: Run) -> bool:
-        return bool(self.method.watches(run))
-
-    def attended(self, *shown: Any) -> None:
-        self.method.attended(*shown)
-
-    def attention_bias(self, *asked: Any) -> Tensor | None:
-        bias: Tensor | None = self.method.attention_bias(*asked)
-        return bias
 
 
 def stack_gram(stack: ExpertStack) -> Tensor:

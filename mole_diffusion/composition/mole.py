@@ -19,6 +19,9 @@ class MoLE(Composition):
 
     Args:
         gates: The gates; a pipeline hands over its own.
+
+    Raises:
+        MoLEError: `gates` were trained to correct masks.
     """
 
     name = "mole"
@@ -26,7 +29,21 @@ class MoLE(Composition):
     needs: frozenset[Need] = frozenset({"gates"})
 
     def __init__(self, gates: MoLEModel | None = None) -> None:
-        self.gates: MoLEModel | None = gates
+        self.gates = gates
+
+    @property
+    def gates(self) -> MoLEModel | None:
+        """The gates."""
+        return self._gates
+
+    @gates.setter
+    def gates(self, gates: MoLEModel | None) -> None:
+        if gates is not None and gates.gate_config.residual:
+            raise MoLEError(
+                f"the gates for {', '.join(gates.lora_names)} were trained to correct masks, and do not weigh alone. "
+                'Use `set_composition("masked_gates")`.'
+            )
+        self._gates = gates
 
     def weigh(self, site: Site, projections: Projections, run: Run) -> Tensor | None:
         if self.gates is None:

@@ -46,6 +46,10 @@ class GateConfig:
             touch the place, the sum is ``k ** (log(gate_sum) / log(N))``: one LoRA alone is always that LoRA.
         null_expert: One more logit in every softmax, for an expert that adds nothing. It takes its share of the sum,
             also from a LoRA that acts alone.
+        residual: Whether a gate corrects the masks of a rule instead of weighing alone: it reads the masks beside the
+            hidden state and answers what is to be added to them, zero at the start. The composition is then
+            ``"masked_gates"``. Needs ``input="hidden"`` and ``token_axis="token"``, since masks have a value at every
+            token, and neither a sum nor a null expert, since nothing is shared out.
 
     Raises:
         MoLEError: On any other value, and where two settings contradict each other.
@@ -60,6 +64,7 @@ class GateConfig:
     input: GateInput = "experts"
     gate_sum: float = 1.0
     null_expert: bool = False
+    residual: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -81,7 +86,7 @@ class GateConfig:
             raise MoLEError(
                 f"`temperature` must be positive and finite, got {self.temperature!r}. Use 1.0 for a plain softmax."
             )
-        for name in ("learn_temperature", "null_expert"):
+        for name in ("learn_temperature", "null_expert", "residual"):
             if not isinstance(getattr(self, name), bool):
                 raise MoLEError(f"`{name}` must be true or false, got {getattr(self, name)!r}.")
         if self.experts == "block" and self.scope != "block":
@@ -96,6 +101,11 @@ class GateConfig:
             raise MoLEError(f"input='none' has no tokens to read; leave token_axis at 'pooled', got {axis!r}.")
         if not _is_positive(self.gate_sum):
             raise MoLEError(f"`gate_sum` must be positive and finite, got {self.gate_sum!r}. The paper's is 1.")
+        if self.residual:
+            needed = {"input": "hidden", "token_axis": "token", "null_expert": False, "gate_sum": 1.0}
+            for name, value in needed.items():
+                if getattr(self, name) != value:
+                    raise MoLEError(f"residual=True needs {name}={value!r}, got {name}={getattr(self, name)!r}.")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GateConfig:

@@ -32,14 +32,15 @@ class Gate(nn.Module):
         normalization: As in :class:`GateConfig`.
         temperature: Start value of tau.
         learn_temperature: Whether tau is trained.
+        beside: How many numbers a position has beside the input that are read as they are, without a norm.
 
     Attributes:
-        weight: f (or e), ``(num_experts, positions, width)``. Starts at zero: uniform gates.
+        weight: f (or e), ``(num_experts, positions, width + beside)``. Starts at zero: uniform gates.
         weight_sum: ``(num_experts,)``, the sums of e that centring needs; only with ``"layer_norm"``.
         log_temperature: Logarithm of tau.
 
     Shape:
-        - Input: ``(batch, positions, width)``.
+        - Input: ``(batch, positions, width)``, and ``(batch, positions, beside)`` where there is something beside it.
         - Output: ``(batch, num_experts)`` logits divided by tau; softmax them for the gates.
     """
 
@@ -55,11 +56,12 @@ class Gate(nn.Module):
         normalization: Normalization = "rms",
         temperature: float = 1.0,
         learn_temperature: bool = True,
+        beside: int = 0,
     ) -> None:
         super().__init__()
         self.normalization = normalization
         self.num_features = num_features
-        self.weight = nn.Parameter(torch.zeros(num_experts, positions, width))
+        self.weight = nn.Parameter(torch.zeros(num_experts, positions, width + beside))
         self.weight_sum = nn.Parameter(torch.zeros(num_experts)) if normalization == "layer_norm" else None
         log_temperature = torch.full((), math.log(temperature))
         self.log_temperature = nn.Parameter(log_temperature, requires_grad=learn_temperature)
@@ -82,9 +84,10 @@ class Gate(nn.Module):
         self.gram = torch.block_diag(*[block.T @ block for block in blocks])
         self.column_sum = torch.cat([block.sum(dim=0) for block in blocks])
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, beside: Tensor | None = None) -> Tensor:
         features = features.to(self.weight.dtype)
-        scores = torch.einsum("bpr,npr->bn", features, self.weight)  # <flatten(E), e>, before the norm
+        width = features.shape[-1]
+        scores = torch.einsum("bpr,npr->bn", features, self.weight[..., :width])  # <flatten(E), e>, before the norm
         image = features if self.gram is None else features @ self.gram
         square_norm = (features * image).sum(dim=(1, 2)).clamp_min(0)[:, None]  # |E|^2, (batch, 1)
         if self.normalization == "l2":
@@ -96,6 +99,8 @@ class Gate(nn.Module):
             mean = total.sum(dim=(1, 2))[:, None] / self.num_features
             variance = (square_norm / self.num_features - mean.square()).clamp_min(0)
             logits = (scores - mean * self.weight_sum) / (variance + TINY).sqrt()
+        if beside is not None:
+            logits = logits + torch.einsum("bpr,npr->bn", beside, self.weight[..., width:])
         return logits / self.temperature
 
 

@@ -138,14 +138,28 @@ class MoLEModel(ModelMixin, ConfigMixin):
                 self._gate(spec).set_up(up_blocks(spec, experts, self._gate(spec).weight.dtype))
         self._binding = binding
 
-    def weigh(self, site: Site, projections: Projections, run: Run) -> Tensor | None:
+    def weigh(self, site: Site, projections: Projections, run: Run, masks: Tensor | None = None) -> Tensor | None:
         """Final weights of one module, ``(batch, 1, N)``, or ``(batch, tokens, N)`` with ``token_axis="token"``.
 
         The first of a scope to run sets them for the whole scope.
 
+        Args:
+            site: The module.
+            projections: ``A x`` of this module and of those that read the same tensor.
+            run: The forward pass.
+            masks: What ``residual`` gates correct: the weights of a rule here, ``(batch | 1, tokens | 1, N)``, with
+                ``run.keep`` worked in and ``run.scale`` not.
+
         Raises:
-            MoLEError: If a module runs before those its gate reads, or a flattened gate meets another resolution.
+            MoLEError: If a module runs before those its gate reads, a flattened gate meets another resolution, or there
+                are masks for gates that correct none, or none for gates that do.
         """
+        if (masks is not None) != self.gate_config.residual:
+            raise MoLEError(
+                f"the gates for {', '.join(self.lora_names)} were trained "
+                + ("to correct masks" if self.gate_config.residual else "to weigh LoRAs alone")
+                + f'. Use `set_composition("{"masked_gates" if self.gate_config.residual else "mole"}")`.'
+            )
         binding = self._binding
         if binding is None or site.name not in binding.spec_of:
             raise MoLEError(f"These gates do not weigh {site.name}. Set `experts.weigher = model` to bind them.")
@@ -158,7 +172,7 @@ class MoLEModel(ModelMixin, ConfigMixin):
             size = None
             if spec.spatial and isinstance(self.gate_config.token_axis, int):
                 size = _grid(spec, site, projections) or token_grid(features.shape[1], run.sample_size, spec.name)
-            current = Current(weakref.ref(projections), self._weigh(spec, features, size, run))
+            current = Current(weakref.ref(projections), self._weigh(spec, features, size, run, masks))
             run.notes[spec.name] = current
         elif current is None:
             raise MoLEError(
@@ -257,6 +271,7 @@ class MoLEModel(ModelMixin, ConfigMixin):
             normalization="l2" if spec.hidden_features == 0 else config.normalization,
             temperature=config.temperature,
             learn_temperature=config.learn_temperature,
+            beside=len(spec.experts) if config.residual else 0,
         )
 
     def _gate(self, spec: GateSpec) -> Gate:
@@ -264,7 +279,14 @@ class MoLEModel(ModelMixin, ConfigMixin):
         assert isinstance(gate, Gate)
         return gate
 
-    def _weigh(self, spec: GateSpec, features: Tensor, size: tuple[int, int] | None, run: Run) -> Tensor:
+    def _weigh(
+        self,
+        spec: GateSpec,
+        features: Tensor,
+        size: tuple[int, int] | None,
+        run: Run,
+        masks: Tensor | None = None,
+    ) -> Tensor:
         """Eqs. 9-11 and the mask: expert outputs or their coordinates to final weights ``(batch, tokens | 1, N)``."""
         gate = self._gate(spec)
         if gate.weight.device != features.device:
@@ -275,11 +297,17 @@ class MoLEModel(ModelMixin, ConfigMixin):
             everywhere = len(spec.experts) == self.num_experts
             index = slice(None) if everywhere else list(spec.experts)
             keep = run.keep.to(features.device)[:, None, index]
-            logits = gate(reduced).unflatten(0, (len(features), -1))  # (batch, tokens | 1, experts here)
-            kept = masked_softmax(logits, keep, self.gate_config.null_expert)
-            kept = kept * keep.sum(dim=-1, keepdim=True).clamp_min(1) ** self._sum_exponent
-            gates = kept.new_zeros(*kept.shape[:2], self.num_experts)
-            gates[..., index] = kept  # a LoRA that does not touch this scope has no share
+            if masks is not None:
+                gates = masks.to(features.device, features.dtype).expand(*features.shape[:2], -1)
+                beside = gates[..., index].flatten(0, 1)[:, None]
+                logits = gate(reduced, beside).unflatten(0, (len(features), -1))
+                gates = gates.index_add(-1, torch.tensor(spec.experts, device=gates.device), logits.tanh() * keep)
+            else:
+                logits = gate(reduced).unflatten(0, (len(features), -1))  # (batch, tokens | 1, experts here)
+                kept = masked_softmax(logits, keep, self.gate_config.null_expert)
+                kept = kept * keep.sum(dim=-1, keepdim=True).clamp_min(1) ** self._sum_exponent
+                gates = kept.new_zeros(*kept.shape[:2], self.num_experts)
+                gates[..., index] = kept  # a LoRA that does not touch this scope has no share
             if self._record is not None:
                 self._record.add(spec.name, run, gates)
             return gates * run.scale.to(gates.device)[:, None]

@@ -28,7 +28,8 @@ LIBRARY = "library_name: mole_diffusion"
 # A softmax of weights or temperatures beyond these gives NaN or nothing; trained ones are between 0.01 and 100.
 LARGEST_WEIGHT, LARGEST_LOG_TEMPERATURE = 1e10, 20.0
 
-_LATER = {"input": "experts", "gate_sum": 1.0, "null_expert": False}
+_WITH_HIDDEN = {"input": "experts", "gate_sum": 1.0, "null_expert": False}
+_WITH_RESIDUAL = {"residual": False}
 
 
 class GatesError(MoLEError):
@@ -222,7 +223,8 @@ def _expected_shapes(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     for values in settings["gate_table"]:
         spec = GateSpec.from_dict(values)
         stem, logits = f"gates.{key_of(spec.name)}", len(spec.experts) + config.null_expert
-        shapes[f"{stem}.weight"] = (logits, spec.positions, spec.width)
+        beside = len(spec.experts) if config.residual else 0
+        shapes[f"{stem}.weight"] = (logits, spec.positions, spec.width + beside)
         shapes[f"{stem}.log_temperature"] = ()
         if config.normalization == "layer_norm" and spec.hidden_features != 0:
             shapes[f"{stem}.weight_sum"] = (logits,)
@@ -273,15 +275,18 @@ def _check_config(config: Any) -> dict[str, Any]:
 
 
 def _with_later_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of gates that were saved before there were these, all of them or none, with what they were then."""
+    """Settings of gates that were saved before there were these, with what they were then."""
     config, table = settings["gate_config"], settings["gate_table"]
+    if not isinstance(config, dict):
+        return settings
     rows = table if isinstance(table, list) else []
-    if not isinstance(config, dict) or config.keys() & _LATER.keys():
-        return settings
-    if any(not isinstance(row, dict) or "hidden_features" in row for row in rows):
-        return settings
-    later = [{**row, "hidden_features": None} for row in rows]
-    return {**settings, "gate_config": {**config, **_LATER}, "gate_table": later}
+    # Those of one version came together: a folder has all of them or none.
+    if not config.keys() & _WITH_HIDDEN.keys() and all(
+        isinstance(row, dict) and "hidden_features" not in row for row in rows
+    ):
+        config = {**config, **_WITH_HIDDEN}
+        table = [{**row, "hidden_features": None} for row in rows]
+    return {**settings, "gate_config": {**_WITH_RESIDUAL, **config}, "gate_table": table}
 
 
 def _check_spec(spec: Mapping[str, Any], config: GateConfig, num_loras: int) -> None:

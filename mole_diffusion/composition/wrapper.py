@@ -1,0 +1,51 @@
+"""A method that changes the weights another one gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import MoLEError
+from ..experts import Run
+from .base import Composition
+
+
+class Wrapper(Composition):
+    """Stands around another method and asks it everything; what it makes of the weights is its own :meth:`weigh`.
+
+    Args:
+        method: The other one.
+
+    Raises:
+        MoLEError: `method` is no method.
+    """
+
+    def __init__(self, method: Composition) -> None:
+        if not isinstance(method, Composition):
+            raise MoLEError(f"`method` must be a composition such as Masks(), got {method!r}.")
+        self.method: Any = method
+        self.needs = method.needs
+
+    def passes(self, run: Run) -> int:
+        return int(self.method.passes(run))
+
+    def combine(self, predictions: Tensor, run: Run) -> Tensor:
+        combined: Tensor = self.method.combine(predictions, run)
+        return combined
+
+    def evaluations(self, num_loras: int) -> float:
+        return float(self.method.evaluations(num_loras))
+
+    def prior_done(self, run: Run) -> bool:
+        return bool(self.method.prior_done(run))
+
+    def watches(self, run: Run) -> bool:
+        return bool(self.method.watches(run))
+
+    def attended(self, *shown: Any) -> None:
+        self.method.attended(*shown)
+
+    def attention_bias(self, *asked: Any) -> Tensor | None:
+        bias: Tensor | None = self.method.attention_bias(*asked)
+        return bias
