@@ -292,6 +292,22 @@ def weight_of_word(lora: int, word_owner: int | None, subjects: Sequence[int]) -
     return 1.0 if word_owner == lora else 0.0
 
 
+def corrected_mask(
+    mask: Sequence[float], hidden: Sequence[float], e: Tensor, c: Tensor, temperature: float
+) -> list[float]:
+    """gamma_i = m_i + tanh((<h / rms(h), e_i> + <m, c_i>) / tau), h the hidden state and m the masks at one token.
+
+    e ``(N, d)``, c ``(N, N)``.
+    """
+    normal = normalize(list(hidden), "rms")
+    weights = []
+    for i, own in enumerate(mask):
+        read = math.fsum(h * w for h, w in zip(normal, e[i].tolist(), strict=True))
+        read += math.fsum(m * w for m, w in zip(mask, c[i].tolist(), strict=True))
+        weights.append(own + math.tanh(read / temperature))
+    return weights
+
+
 def norm_router(x: Tensor, loras: Sequence[FACTORS]) -> list[int]:
     """For each token the LoRA with the largest |Delta W_i x_p| / mean_p |Delta W_i x_p|. x ``(L, d)``."""
     ratios = []

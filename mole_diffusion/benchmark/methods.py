@@ -12,7 +12,10 @@ from mole_diffusion.gating import GateConfig
 from mole_diffusion.training import GateTrainingConfig
 
 CAT = GateConfig(input="none", scope="matrix")
-PRESETS: dict[str, tuple[str, dict[str, Any]]] = {"cat": ("mole", {"gates": CAT.to_dict()})}
+PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "cat": ("mole", {"gates": CAT.to_dict()}),
+    "masked_gates": ("masked_gates", {"preset": "masks"}),
+}
 """Methods by name that are a composition with gates of a kind of their own: name of the composition, settings of the
 training. "cat" is CAT of "LoRA Soups" (https://arxiv.org/abs/2410.13025): one learned number per LoRA and matrix."""
 
@@ -52,7 +55,8 @@ def read_methods(given: Any, *, has_gates: bool, can_train: bool, training: Mapp
     Raises:
         ValueError: A method is unknown, has an argument that is not allowed, or lacks gates; or a label comes twice.
     """
-    every = [name for name in COMPOSITIONS if has_gates or can_train or "gates" not in COMPOSITIONS[name].needs]
+    every = [name for name in COMPOSITIONS if name not in PRESETS]
+    every = [name for name in every if has_gates or can_train or "gates" not in COMPOSITIONS[name].needs]
     every += [name for name in PRESETS if can_train]
     given = ["all"] if given == "all" else given
     if not isinstance(given, list) or not given:

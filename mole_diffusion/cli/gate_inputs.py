@@ -49,7 +49,7 @@ Clip = Annotated[
     typer.Option(help="CLIP that guides: an open_clip folder or architecture [default with the toybox: its own]."),
 ]
 ClipPretrained = Annotated[str | None, typer.Option(help="Weights of that architecture, such as laion2b_s34b_b79k.")]
-Preset = Annotated[str | None, typer.Option(help="default, paper or official.")]
+Preset = Annotated[str | None, typer.Option(help="default, masks, paper or official.")]
 ConfigFile = Annotated[Path | None, typer.Option(help="YAML with settings, such as `gates: {scope: layer}`.")]
 Set = Annotated[
     list[str] | None,
@@ -107,7 +107,9 @@ def read_gate_training(
     guide = DifferentiableCLIP(toybox.clip_dir() if clip is None else clip, clip_pretrained)
     with quiet_loading():
         pipe = MoLEStableDiffusionPipeline.from_pretrained(find_base(base)).to(where)
-    pipe.load_loras(files)
+    # What gates are trained on the masks of is found by these words.
+    words = {name: (f"{item.token} {item.class_name}", item.token) for name, item in concepts.items()}
+    pipe.load_loras(files, triggers=words)
     return GateTrainingInputs(pipe, config, texts, guide, concepts)
 
 

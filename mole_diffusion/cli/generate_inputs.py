@@ -246,7 +246,8 @@ def check_places(
     if (method is None and gates) or (method is not None and "words" not in method.needs):
         raise MoLEError(
             f"{wish} would do nothing: composition {method.name if method else 'mole'!r} knows no places. "
-            "Choose --composition masks, or leave that option out."
+            "Choose --composition masks, masked_gates for gates that were trained to correct masks, or leave that "
+            "option out."
         )
     if regions:
         return

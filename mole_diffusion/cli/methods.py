@@ -35,7 +35,8 @@ def methods() -> None:
     table.add_column("needs", no_wrap=True)
     table.add_column("source")
     listed = {name: (method(), method.source) for name, method in COMPOSITIONS.items()}
-    listed |= {name: (COMPOSITIONS[composition](), CAT) for name, (composition, _) in PRESETS.items()}
+    others = {name: composition for name, (composition, _) in PRESETS.items() if name not in COMPOSITIONS}
+    listed |= {name: (COMPOSITIONS[composition](), CAT) for name, composition in others.items()}
     for name, (method, source) in listed.items():
         cost = ", ".join(f"{method.evaluations(count):g}" for count in COUNTS)
         table.add_row(name, cost, _needs(method), source)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -40,7 +40,7 @@ class Composition(ABC):
     name: ClassVar[str]
     source: ClassVar[str]
     needs: frozenset[Need] = frozenset()
-    gates: object | None = None
+    gates: Any = None
 
     @abstractmethod
     def weigh(self, site: Site, projections: Projections, run: Run) -> Tensor | None:

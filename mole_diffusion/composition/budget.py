@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -38,13 +39,12 @@ class Budget(Wrapper):
         super().__init__(Linear() if method is None else method)
 
     @property
-    def gates(self) -> object | None:
+    def gates(self) -> Any:
         """Those of the other method, where it needs some."""
-        gates: object | None = self.method.gates
-        return gates
+        return self.method.gates
 
     @gates.setter
-    def gates(self, gates: object | None) -> None:
+    def gates(self, gates: Any) -> None:
         self.method.gates = gates
 
     def weigh(self, site: Site, projections: Projections, run: Run) -> Tensor | None:

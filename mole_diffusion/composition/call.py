@@ -61,8 +61,8 @@ def current_call() -> Call | None:
 
 
 @contextmanager
-def running(call: Call) -> Iterator[None]:
-    """Makes `call` the current one inside the ``with``."""
+def running(call: Call | None) -> Iterator[None]:
+    """Makes `call` the current one inside the ``with``; ``None``: there is none there."""
     token = _CURRENT.set(call)
     try:
         yield

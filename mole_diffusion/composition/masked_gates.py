@@ -23,8 +23,8 @@ class MaskedGates(Wrapper):
 
         gamma_i = m_i + tanh(<Norm(h), e_i> / tau + <m, c_i> / tau)
 
-    e and c start at zero, so untrained gates are the method itself, bit for bit; trained, they may take a LoRA off where
-    its mask is and put it where it is not, and no further. Gates of this kind are made with
+    e and c start at zero, so untrained gates are the method itself, bit for bit; trained, they may take a LoRA off
+    where its mask is and put it where it is not, and no further. Gates of this kind are made with
     ``GateConfig(residual=True)``, trained with ``train_gates`` (preset "masks"), and belong to one set of LoRAs.
 
     A LoRA that is the only one in a call is that LoRA plainly, and where the method leaves all out, so do gates.
@@ -64,6 +64,10 @@ class MaskedGates(Wrapper):
                 '`set_composition("mole")`, or train gates for masks: preset "masks", GateConfig(residual=True).'
             )
         self._gates = gates
+
+    def joins(self, total: int) -> int:
+        """The first of `total` steps, from 0, in which LoRAs act."""
+        return int(self.method.joins(total))
 
     def weigh(self, site: Site, projections: Projections, run: Run) -> Tensor | None:
         if self.gates is None:

@@ -164,6 +164,10 @@ class Masks(RegionalComposition):
             return None
         return self.find(run)
 
+    def joins(self, total: int) -> int:
+        joined = min(round(self.join * total), total - 1)
+        return max(joined, self._reading(0, total)[1]) if self.online else joined
+
     def find(self, run: Run) -> RegionMap | None:
         """Whose pixels are whose, as soon as that is known."""
         call = self.call(run)
@@ -249,10 +253,13 @@ class Masks(RegionalComposition):
         step, found = _step(call, run), self._found(call)
         if found.first_step is None:
             found.first_step = step.index
-        start = math.floor(self.start * step.total)
-        length = max(1, round(self.stop * step.total) - start)
-        start = max(start, found.first_step)
-        return min(start, step.total - 1), min(start + length, max(step.total - self.online, 1))
+        return self._reading(found.first_step, step.total)
+
+    def _reading(self, first_step: int, total: int) -> tuple[int, int]:
+        start = math.floor(self.start * total)
+        length = max(1, round(self.stop * total) - start)
+        start = max(start, first_step)
+        return min(start, total - 1), min(start + length, max(total - self.online, 1))
 
 
 def _step(call: Call, run: Run) -> Step:

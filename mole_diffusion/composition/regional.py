@@ -42,6 +42,10 @@ class RegionalComposition(Composition):
         As long as nothing changes it is the same object, so that weights are worked out once.
         """
 
+    def joins(self, total: int) -> int:
+        """The first of `total` steps, from 0, in which LoRAs act; before it they are left out."""
+        return 0
+
     def weigh(self, site: Site, projections: Projections, run: Run) -> Tensor | None:
         """``(batch | 1, tokens | 1, num_experts)``; the same tensor for all modules that see the same tokens."""
         call = self.call(run)

@@ -127,6 +127,11 @@ class GateTrainingConfig:
                 f"`rollout_steps_max` ({self.rollout_steps_max}) must be at least `rollout_steps` "
                 f"({self.rollout_steps}), or None for a fixed number."
             )
+        if self.gates.residual and self.balance != "off":
+            raise MoLEError(
+                f"gates with residual=True correct masks and share nothing out, so there is no balance to keep; got "
+                f'balance={self.balance!r}. Use balance="off".'
+            )
         if not 0 < self.balance_floor < 1:
             raise MoLEError(f"`balance_floor` must lie between 0 and 1, got {self.balance_floor}. Try 0.1.")
         if not 0 <= self.eta <= 1:

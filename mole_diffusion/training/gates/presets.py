@@ -1,4 +1,4 @@
-"""Three ways to train gates: ours, the paper's, and its released code's."""
+"""Ways to train gates: ours, alone or on top of masks, the paper's, and its released code's."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from typing import Any
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {"gates": {"input": "hidden", "token_axis": "token", "scope": "layer", "null_expert": True}},
+    "masks": {
+        "gates": {"input": "hidden", "token_axis": "token", "scope": "layer", "residual": True},
+    },
     "paper": {
         "gates": {"token_axis": "flatten", "scope": "block"},
         "local_weight": 1.0,
@@ -51,6 +54,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 """Field values by name of the preset; what is not named is the field's own default.
+
+"masks" is the default for gates that correct masks (the composition "masked_gates") instead of weighing alone.
 
 "paper" is section 3.3 of "Mixture of LoRA Experts" (https://openreview.net/forum?id=uWvKBCYh4S) to the letter, where it
 has one. "official" is its released code: no expert output is read, the temperature is never used, the balance loss has

@@ -35,9 +35,10 @@ from mole_diffusion.training.gates.checks import check_concepts, check_pipeline,
 from mole_diffusion.training.gates.concepts import Concept
 from mole_diffusion.training.gates.config import GateTrainingConfig
 from mole_diffusion.training.gates.guidance import Guidance, needs_references
+from mole_diffusion.training.gates.masks import NoMasks, WalkMasks, check_triggers
 from mole_diffusion.training.gates.references import reference_features
 from mole_diffusion.training.gates.report import GateReport, check_out
-from mole_diffusion.training.gates.walk import Walker
+from mole_diffusion.training.gates.walk import Plan, Walker
 
 
 def train_gates(
@@ -95,6 +96,8 @@ def train_gates(
     if out is not None:
         check_out(out)
     prompts, concepts = check_prompts(prompts), check_concepts(pipe, config, concepts or {})
+    if config.gates.residual:
+        check_triggers(pipe, prompts)
     processes = Processes(pipe.unet.device)
     parts = processes.parts(config.batch_size, config.gradient_accumulation)
     if processes.num > 1:
@@ -194,7 +197,12 @@ class _Training:
         plan = walker.plan(generator)
         choices = [chosen[rows] for rows in self.parts]
         latents = [plan.noise[rows].to(self.processes.device) for rows in self.parts]
-        embeds = [self._encode_without_gradient(choice) for choice in choices]
+        masks = [self._masks(plan, choice) for choice in choices]
+        embeds = []
+        for choice, rows, noise, found in zip(choices, self.parts, latents, masks, strict=True):
+            with found.known(), torch.no_grad(), self.precision.autocast():
+                embeds.append(self._encode(choice, found))
+                found.find(noise, rows, embeds[-1])
         seen: list[tuple[dict[str, Tensor], GateTable]] = []
         norms: list[float] = []
         for index in range(plan.gradient_at[-1] + 1):
@@ -203,32 +211,38 @@ class _Training:
             with_gradient = index in plan.gradient_at
             for k, rows in enumerate(self.parts):
                 noise = None if fresh is None else fresh[rows]
-                if with_gradient:
-                    loss, numbers, table, latents[k] = self._loss(choices[k], latents[k], now, after, noise)
-                    losses = plan.losses_in_update(index, config.update_every)
-                    self.precision.backward(loss / (losses * len(self.parts)))
-                    seen.append((numbers, table))
-                else:
-                    with torch.no_grad(), self.precision.autocast():
-                        prediction = walker.predict(latents[k], now, embeds[k])
-                    latents[k] = walker.advance(prediction, latents[k], now, after, noise)
+                with masks[k].known():
+                    if with_gradient:
+                        loss, numbers, table, latents[k] = self._loss(
+                            choices[k], masks[k], latents[k], now, after, noise
+                        )
+                        losses = plan.losses_in_update(index, config.update_every)
+                        self.precision.backward(loss / (losses * len(self.parts)))
+                        seen.append((numbers, table))
+                    else:
+                        masks[k].encoded(embeds[k])
+                        with torch.no_grad(), self.precision.autocast():
+                            prediction = walker.predict(latents[k], now, embeds[k])
+                        latents[k] = walker.advance(prediction, latents[k], now, after, noise)
             if with_gradient and plan.ends_update(index, config.update_every):
                 norms.append(self._update())
         return self._summary(seen, norms)
 
     def _loss(
-        self, chosen: list[int], noisy: Tensor, now: int, after: int, noise: Tensor | None
+        self, chosen: list[int], masks: WalkMasks | NoMasks, noisy: Tensor, now: int, after: int, noise: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor], GateTable, Tensor]:
         """Eq. 16 on one part of the batch at one step: loss with graph, numbers, mean gates, detached next latents."""
         config, walker = self.config, self.walker
         with self.precision.autocast():
             with self.gates.record() as record:
-                prediction = walker.predict(noisy, now, walker.encode([self.prompts[index] for index in chosen]))
+                prediction = walker.predict(noisy, now, self._encode(chosen, masks))
             latents = walker.advance(prediction, noisy, now, after, noise)
             images = walker.decode(walker.picture_latents(prediction, noisy, now, latents))
             terms = self.guidance.terms(images, chosen)
         weights, present = record.rows(), record.present()
-        # Of what the LoRAs got: `gate_sum` and the null expert, which may have all of it, aside.
+        # Of what the LoRAs got: `gate_sum` and the null expert, which may have all of it, aside. What is added to masks
+        # may leave less than nothing.
+        weights = weights.clamp_min(0)
         shares = weights / weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
         loss = self.guidance.loss(terms).mean()
         numbers = {name: term.mean() for name, term in terms.items()}
@@ -264,10 +278,16 @@ class _Training:
         means = self.processes.average(torch.stack([one.values for _, one in seen]).mean(dim=0))
         return numbers, table._replace(values=means)
 
-    @torch.no_grad()
-    def _encode_without_gradient(self, chosen: list[int]) -> Tensor:
-        with self.precision.autocast():
-            return self.walker.encode([self.prompts[index] for index in chosen])
+    def _masks(self, plan: Plan, chosen: list[int]) -> WalkMasks | NoMasks:
+        """What one part of the batch knows of its masks."""
+        if not self.config.gates.residual:
+            return NoMasks()
+        return WalkMasks(self.walker, plan, [self.prompts[index] for index in chosen])
+
+    def _encode(self, chosen: list[int], masks: WalkMasks | NoMasks) -> Tensor:
+        embeds = self.walker.encode([self.prompts[index] for index in chosen])
+        masks.encoded(embeds)
+        return embeds
 
 
 def _fresh_gates(pipe: Any, walker: Walker, prompts: list[str]) -> MoLEModel:

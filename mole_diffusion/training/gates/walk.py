@@ -71,7 +71,9 @@ class Walker:
         steps = config.rollout_steps
         if config.rollout_steps_max is not None:
             steps = int(torch.randint(steps, config.rollout_steps_max + 1, (), generator=generator))
-        order = torch.randperm(steps, generator=generator)
+        # Gates that correct masks say nothing before LoRAs join in.
+        first = self.pipe.composition.joins(steps) if config.gates.residual else 0
+        order = first + torch.randperm(steps - first, generator=generator)
         gradient_at = sorted(order[: config.gradient_steps or steps].tolist())
         noise = torch.randn(
             (config.batch_size, unet.in_channels, unet.sample_size, unet.sample_size), generator=generator

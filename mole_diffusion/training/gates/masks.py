@@ -1,0 +1,96 @@
+"""The masks that gates correct, found anew for every picture that a training walks to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mole_diffusion.composition import Call
+from mole_diffusion.composition.call import running
+from mole_diffusion.pipelines.reading import prompt_words
+from mole_diffusion.training.gates.walk import Plan, Walker
+
+
+class WalkMasks:
+    """One part of a batch on one walk: a call of the pipeline's kind, in which the method finds its masks.
+
+    As in a call, they are found once, by a pass without LoRAs where the method needs one, and hold for the whole walk.
+
+    Args:
+        walker: It has the pipeline, with gates on it that correct masks.
+        plan: The walk.
+        prompts: Of this part.
+
+    Raises:
+        MoLEError: A prompt does not call every subject by its words.
+    """
+
+    def __init__(self, walker: Walker, plan: Plan, prompts: Sequence[str]) -> None:
+        self._walker = walker
+        self._pipe = walker.pipe
+        self._plan = plan
+        roles = self._pipe.roles
+        steps = SimpleNamespace(timesteps=plan.timesteps[:-1], order=1)
+        self.call = Call(tuple(roles), tuple(roles.values()), steps)
+        self.call.words = prompt_words(self._pipe, prompts, self._pipe._loaded, self.call)
+
+    @contextmanager
+    def known(self) -> Iterator[None]:
+        """Inside the ``with``, models are called as in this call."""
+        # Words were read above; the pipeline's own reading would look for them in empty prompts too.
+        with running(None), self._pipe.experts.using(call=self.call):
+            yield
+
+    def encoded(self, prompt_embeds: Tensor) -> None:
+        """Say what the prompts became, those of the empty prompt before them or not; anew where gates have changed."""
+        assert self.call.words is not None
+        self.call.words.encoded(prompt_embeds[-len(self.call.words.owned) :].detach())
+
+    @torch.no_grad()
+    def find(self, noise: Tensor, rows: slice, prompt_embeds: Tensor) -> None:
+        """The pass without LoRAs from the same noise, for as long as the method wants to look.
+
+        Args:
+            noise: Of this part, (rows, c, h, w).
+            rows: Where the part stands in the batch.
+            prompt_embeds: As the UNet is given them.
+        """
+        method, plan, config = self._pipe.composition, self._plan, self._walker.config
+        if "prior" not in method.needs:
+            return
+        random = plan.generator.get_state()  # the walk draws the same noise again
+        self.call.prior = True
+        latents = noise
+        for now, after in zip(plan.timesteps, plan.timesteps[1:], strict=False):
+            prediction = self._walker.predict(latents, now, prompt_embeds)
+            if method.prior_done(self._pipe.experts.context):
+                break
+            fresh = plan.fresh_noise(config.eta)
+            latents = self._walker.advance(prediction, latents, now, after, None if fresh is None else fresh[rows])
+        self.call.prior = False
+        plan.generator.set_state(random)
+
+
+class NoMasks:
+    """In the place of :class:`WalkMasks` for gates that weigh alone."""
+
+    def known(self) -> Any:
+        """Nothing to know."""
+        return nullcontext()
+
+    def encoded(self, prompt_embeds: Tensor) -> None:
+        """Nobody asks."""
+
+    def find(self, noise: Tensor, rows: slice, prompt_embeds: Tensor) -> None:
+        """There is nothing to find."""
+
+
+def check_triggers(pipe: Any, prompts: Sequence[str]) -> None:
+    """Raises MoLEError for a prompt that lacks the words of a subject."""
+    roles = pipe.roles
+    prompt_words(pipe, prompts, pipe._loaded, Call(tuple(roles), tuple(roles.values())))
