@@ -197,13 +197,17 @@ def test_choices_come_once_and_pairs_are_all_of_them() -> None:
 
 
 def test_all_methods_include_cat_where_gates_are_trained() -> None:
-    assert [method.label for method in config(methods="all").methods] == [*COMPOSITIONS, *PRESETS]
+    every = [*(name for name in COMPOSITIONS if name not in PRESETS), *PRESETS]
+    assert [method.label for method in config(methods="all").methods] == every
     more = config(methods=["all", {"mole": {"label": "other", "training": {"steps": 3}}}])
-    assert [method.label for method in more.methods] == [*COMPOSITIONS, *PRESETS, "other"]
+    assert [method.label for method in more.methods] == [*every, "other"]
     free = config(methods="all", train_prompts=[])
-    assert not {"mole", "cat"} & {method.label for method in free.methods}
+    assert not {"mole", "cat", "masked_gates"} & {method.label for method in free.methods}
     given = config(methods="all", gates="toybox")
-    assert {m.label for m in given.methods if m.training is not None} == {"cat"}
+    assert {m.label for m in given.methods if m.training is not None} == {"cat", "masked_gates"}
+    assert {m.label for m in config(methods="all").methods if m.training and m.training.gates.residual} == {
+        "masked_gates"
+    }
 
 
 def test_settings_of_a_method_go_before_those_of_all() -> None:

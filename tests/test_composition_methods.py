@@ -40,6 +40,7 @@ def test_every_method_is_listed_under_its_name() -> None:
         "freefuse",
         "norm_router",
         "mole",
+        "masked_gates",
     }
     assert all(method.name == name for name, method in COMPOSITIONS.items())
 
