@@ -16,10 +16,23 @@ if TYPE_CHECKING:
     from .gating import MoLEModel as MoLEModel
     from .lora import inspect_lora as inspect_lora
     from .lora import load_lora as load_lora
+    from .pipelines import MoLEFlux2KleinInpaintPipeline as MoLEFlux2KleinInpaintPipeline
+    from .pipelines import MoLEFlux2KleinPipeline as MoLEFlux2KleinPipeline
+    from .pipelines import MoLEFlux2Pipeline as MoLEFlux2Pipeline
+    from .pipelines import MoLEFluxImg2ImgPipeline as MoLEFluxImg2ImgPipeline
+    from .pipelines import MoLEFluxInpaintPipeline as MoLEFluxInpaintPipeline
+    from .pipelines import MoLEFluxPipeline as MoLEFluxPipeline
+    from .pipelines import MoLEKrea2Pipeline as MoLEKrea2Pipeline
     from .pipelines import MoLEPipelineMixin as MoLEPipelineMixin
+    from .pipelines import MoLEQwenImageImg2ImgPipeline as MoLEQwenImageImg2ImgPipeline
+    from .pipelines import MoLEQwenImageInpaintPipeline as MoLEQwenImageInpaintPipeline
+    from .pipelines import MoLEQwenImagePipeline as MoLEQwenImagePipeline
     from .pipelines import MoLEStableDiffusionImg2ImgPipeline as MoLEStableDiffusionImg2ImgPipeline
     from .pipelines import MoLEStableDiffusionInpaintPipeline as MoLEStableDiffusionInpaintPipeline
     from .pipelines import MoLEStableDiffusionPipeline as MoLEStableDiffusionPipeline
+    from .pipelines import MoLEZImageImg2ImgPipeline as MoLEZImageImg2ImgPipeline
+    from .pipelines import MoLEZImageInpaintPipeline as MoLEZImageInpaintPipeline
+    from .pipelines import MoLEZImagePipeline as MoLEZImagePipeline
     from .training import GateTrainingConfig as GateTrainingConfig
     from .training import LoRATrainingConfig as LoRATrainingConfig
     from .training import train_gates as train_gates
@@ -37,6 +50,19 @@ _HOME = {  # public name -> the sub-package that has it
     "MoLEStableDiffusionPipeline": "pipelines",
     "MoLEStableDiffusionImg2ImgPipeline": "pipelines",
     "MoLEStableDiffusionInpaintPipeline": "pipelines",
+    "MoLEFluxPipeline": "pipelines",
+    "MoLEFluxImg2ImgPipeline": "pipelines",
+    "MoLEFluxInpaintPipeline": "pipelines",
+    "MoLEFlux2Pipeline": "pipelines",
+    "MoLEFlux2KleinPipeline": "pipelines",
+    "MoLEFlux2KleinInpaintPipeline": "pipelines",
+    "MoLEZImagePipeline": "pipelines",
+    "MoLEZImageImg2ImgPipeline": "pipelines",
+    "MoLEZImageInpaintPipeline": "pipelines",
+    "MoLEKrea2Pipeline": "pipelines",
+    "MoLEQwenImagePipeline": "pipelines",
+    "MoLEQwenImageImg2ImgPipeline": "pipelines",
+    "MoLEQwenImageInpaintPipeline": "pipelines",
     "load_lora": "lora",
     "inspect_lora": "lora",
     "GateConfig": "gating",

@@ -56,6 +56,7 @@ from transformers import (
     T5Tokenizer,
 )
 
+from mole_diffusion.families import arguments
 from tests.tiny import WORDS, learn_merges, tiny_tokenizer
 
 SIZE = 32  # pixels to a side; 8 x 8 tokens in every family
@@ -376,6 +377,18 @@ def _wake(transformer: nn.Module) -> None:
     for name, parameter in transformer.named_parameters():
         if "table" in name or "pad_token" in name:
             parameter.normal_(std=0.2)
+
+
+def denoiser_call(family: str, **kwargs: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """The transformer of a family, and what its pipeline gives it in the first step, by name."""
+    pipe = tiny_dit(family)
+    calls: list[dict[str, Any]] = []
+    handle = pipe.transformer.register_forward_pre_hook(
+        lambda model, args, given: calls.append(arguments(model, args, given)), with_kwargs=True
+    )
+    draw(pipe, family, num_inference_steps=1, **kwargs)
+    handle.remove()
+    return pipe.transformer, calls[0]
 
 
 def draw(pipe: Any, family: str, prompt: Any = "a cat and a dog", *, seed: int = 0, **kwargs: Any) -> Any:

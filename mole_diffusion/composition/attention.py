@@ -48,7 +48,8 @@ class WordMaps:
             return
         owned = self.words.of_embeddings(text).to(query.device)[conditional].to(torch.float32)  # (rows, N, words)
         size = token_grid(query.shape[2], run.sample_size, layer.name)
-        probabilities = attention_probabilities(query[conditional], key[conditional], layer.scale)
+        there = None if run.told.words is None else run.told.words[conditional]
+        probabilities = attention_probabilities(query[conditional], key[conditional], layer.scale, there)
         # Mean over the words of a LoRA, so that one called by three words weighs no more than one called by one.
         maps = torch.einsum("rpw,rnw->rnp", probabilities, owned) / owned.sum(dim=-1).clamp(min=1)[..., None]
         maps = maps / maps.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)
@@ -67,13 +68,16 @@ class WordMaps:
         return torch.stack(enlarged).mean(dim=0)
 
 
-def attention_probabilities(query: Tensor, key: Tensor, scale: float) -> Tensor:
+def attention_probabilities(query: Tensor, key: Tensor, scale: float, there: Tensor | None = None) -> Tensor:
     """``softmax(q k^T s)`` over the words, averaged over heads: ``(batch, pixels, words)``, float32.
 
     Args:
         query: ``(batch, heads, pixels, d)``.
         key: ``(batch, heads, words, d)``.
         scale: s.
+        there: ``(batch, words)`` bool: which words there are; the others get nothing. ``None``: all.
     """
     scores = (query.float() @ key.float().transpose(-1, -2)) * scale
+    if there is not None:
+        scores = scores.masked_fill(~there[:, None, None].to(scores.device), float("-inf"))
     return scores.softmax(dim=-1).mean(dim=1)

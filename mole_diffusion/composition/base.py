@@ -35,12 +35,15 @@ class Composition(ABC):
             denoiser (``watches``, ``attended``). ``"prior"``: the first steps are drawn once without LoRAs before the
             picture is begun, until :meth:`prior_done`.
         gates: Where it needs them.
+        constant: Whether its weights are the same in every step and at every place, so that a cache of the denoiser
+            keeps what it would keep of a model with the LoRAs merged into it.
     """
 
     name: ClassVar[str]
     source: ClassVar[str]
     needs: frozenset[Need] = frozenset()
     gates: Any = None
+    constant: bool = False
 
     @abstractmethod
     def weigh(self, site: Site, projections: Projections, run: Run) -> Tensor | None:

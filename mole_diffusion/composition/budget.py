@@ -37,6 +37,7 @@ class Budget(Wrapper):
 
     def __init__(self, method: Composition | None = None) -> None:
         super().__init__(Linear() if method is None else method)
+        self.constant = self.method.constant
 
     @property
     def gates(self) -> Any:

@@ -16,6 +16,7 @@ from .call import Call
 from .masks import Masks
 from .owners import z_scores
 from .prompt import PromptWords
+from .regional import Modulation
 
 TOKENS_A_SIDE = 32  # of the level whose layers are read, or the nearest to it: things are whole and still have edges
 CORE = 0.1
@@ -36,6 +37,7 @@ class FreeFuse(Masks):
         background: Factor on the map of the end of the text, which stands for the background.
         own_words: Added to the scores of a subject's pixels for its own words; the paper's gamma, 0 to 2.
         others_words: Taken from those for others' words; its beta, 0 to 4.
+        modulation: As in :class:`Masks`.
 
     Raises:
         MoLEError: A setting is out of its range.
@@ -51,9 +53,16 @@ class FreeFuse(Masks):
         background: float = 0.95,
         own_words: float = 0.0,
         others_words: float = 0.0,
+        modulation: Modulation = "share",
     ) -> None:
         super().__init__(
-            start=0, stop=stop, background=background, own_words=own_words, others_words=others_words, smoothing=1
+            start=0,
+            stop=stop,
+            background=background,
+            own_words=own_words,
+            others_words=others_words,
+            smoothing=1,
+            modulation=modulation,
         )
 
     def _window(self, call: Call, run: Run) -> tuple[int, int]:

@@ -17,6 +17,7 @@ class Linear(StepComposition):
 
     name = "linear"
     source = "Mixture of LoRA Experts (ICLR 2024), eq. 1"
+    constant = True
 
     def weights(self, keep: Tensor, step: Step | None) -> Tensor:
         return keep

@@ -17,10 +17,10 @@ from .attention import WordMaps
 from .base import Need
 from .call import Call
 from .owners import owners
-from .regional import RegionalComposition, is_alone
+from .regional import Modulation, RegionalComposition, check_modulation, is_alone
 from .regions import RegionMap
 from .roles import roles
-from .step import Step
+from .step import step_of
 
 
 @dataclass(eq=False)
@@ -62,6 +62,7 @@ class Masks(RegionalComposition):
         others_words: Taken from the scores of all other pixels for these words (FreeFuse's beta).
         given_own_words: The same as `own_words`, for regions that a user gave.
         given_others_words: The same as `others_words`, for regions that a user gave.
+        modulation: What LoRAs do where no mask can act, as in :class:`RegionalComposition`.
 
     Raises:
         MoLEError: A setting is out of its range.
@@ -84,6 +85,7 @@ class Masks(RegionalComposition):
         others_words: float = 6.0,
         given_own_words: float = 6.0,
         given_others_words: float = 12.0,
+        modulation: Modulation = "share",
     ) -> None:
         if not 0 <= start < stop < 1:
             raise MoLEError(f"`start` and `stop` must be 0 <= start < stop < 1, got {start} and {stop}.")
@@ -112,6 +114,7 @@ class Masks(RegionalComposition):
         self.others_words = others_words
         self.given_own_words = given_own_words
         self.given_others_words = given_others_words
+        self.modulation = check_modulation(modulation)
         self.needs: frozenset[Need] = frozenset({"words", "attention"})
         if not online:
             self.needs |= {"prior"}
@@ -122,7 +125,7 @@ class Masks(RegionalComposition):
     def prior_done(self, run: Run) -> bool:
         call = self.call(run)
         _, stop = self._window(call, run)
-        return _step(call, run).index + 1 >= stop
+        return step_of(run).index + 1 >= stop
 
     def watches(self, run: Run) -> bool:
         if not isinstance(run.call, Call) or not (self.online or run.call.prior):
@@ -131,7 +134,7 @@ class Masks(RegionalComposition):
         if found.region_map is not None or self._all_given(run.call, run):
             return False
         start, stop = self._window(run.call, run)
-        return start <= _step(run.call, run).index < stop
+        return start <= step_of(run).index < stop
 
     def attended(self, layer: LayerSeam, query: Tensor, key: Tensor, output: Tensor, run: Run) -> None:
         found = self._found(run.call)
@@ -157,7 +160,7 @@ class Masks(RegionalComposition):
         call = self.call(run)
         if call.prior:
             return None
-        step = _step(call, run)
+        step = step_of(run)
         self._window(call, run)
         first = self._found(call).first_step or 0
         if step.index < min(first + round(self.join * step.total), step.total - 1):
@@ -174,7 +177,7 @@ class Masks(RegionalComposition):
         found = self._found(call)
         if self._all_given(call, run):
             return call.regions
-        if self.online and found.region_map is None and _step(call, run).index < self._window(call, run)[1]:
+        if self.online and found.region_map is None and step_of(run).index < self._window(call, run)[1]:
             return None
         if found.region_map is None or found.keep is not run.keep:
             found.region_map, found.keep = self._decide(call, found, run), run.keep
@@ -250,7 +253,7 @@ class Masks(RegionalComposition):
 
     def _window(self, call: Call, run: Run) -> tuple[int, int]:
         """First step that is read, and the one after the last."""
-        step, found = _step(call, run), self._found(call)
+        step, found = step_of(run), self._found(call)
         if found.first_step is None:
             found.first_step = step.index
         return self._reading(found.first_step, step.total)
@@ -260,11 +263,3 @@ class Masks(RegionalComposition):
         length = max(1, round(self.stop * total) - start)
         start = max(start, first_step)
         return min(start, total - 1), min(start + length, max(total - self.online, 1))
-
-
-def _step(call: Call, run: Run) -> Step:
-    if "step" not in run.notes:
-        assert run.timestep is not None
-        run.notes["step"] = Step(run.timestep, call.timesteps)
-    step: Step = run.notes["step"]
-    return step

@@ -27,6 +27,7 @@ class Merge(StepComposition):
 
     name = "merge"
     source = "Multi-LoRA Composition (arXiv 2402.16843), LoRA Merge"
+    constant = True
 
     def __init__(self, scale: float = 0.8) -> None:
         if not math.isfinite(scale):

@@ -17,6 +17,7 @@ class Normalized(StepComposition):
 
     name = "normalized"
     source = "Mixture of LoRA Experts (ICLR 2024), eq. 2"
+    constant = True
 
     def weights(self, keep: Tensor, step: Step | None) -> Tensor:
         return keep / keep.sum(dim=-1, keepdim=True).clamp(min=1)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from ..errors import MoLEError
@@ -16,6 +17,8 @@ from .call import Call
 from .prompt import PromptWords
 from .regions import RegionMap
 from .roles import roles
+
+Modulation = Literal["share", "first", "off"]
 
 
 class RegionalComposition(Composition):
@@ -31,9 +34,13 @@ class RegionalComposition(Composition):
 
     Attributes:
         neutral_words: Weight of a subject's LoRA on words that are nobody's; ``None`` is 1/N.
+        modulation: What subjects' LoRAs do to the one vector of a sample that tells the blocks of a transformer, or the
+            residual blocks of a UNet, how noisy it is. No mask can act there. ``"share"``: 1/N each; ``"first"``: the
+            first one in full; ``"off"``: nothing.
     """
 
     neutral_words: float | None = None
+    modulation: Modulation = "share"
 
     @abstractmethod
     def regions(self, run: Run) -> RegionMap | None:
@@ -60,18 +67,24 @@ class RegionalComposition(Composition):
         region_map: RegionMap | None = run.notes["regions"]
         if region_map is None:
             return None
-        if site.reads == "text":
-            text = run.encoder_hidden_states
-            assert text is not None
-            return self._kept(run, "words", (text,), lambda: self._words(self.words(call).of_embeddings(text), run))
-        if site.reads == "vector":
-            return self._kept(run, "vector", (), lambda: self._shares(run)[:, None])
         projected = projections.tensors[site.name]
         rows, tokens = projected.shape[:2]
-        height, width = projections.spatial or token_grid(tokens, run.sample_size, site.name)
-        return self._kept(
-            run, (height, width, rows), (region_map,), lambda: self._pixels(region_map, height, width, rows, run)
-        )
+        if site.reads == "vector":
+            return self._kept(run, "vector", (), lambda: self._vector(run)[:, None])
+        text, joint, size = run.encoder_hidden_states, run.told.joint, run.sample_size
+        if site.reads == "text":
+            return self._kept(run, ("words", tokens), (text,), lambda: self._of_words(tokens, run))
+        if joint is None:  # a UNet's layers have fewer pixels than its sample, or as many
+            size = projections.spatial or token_grid(tokens, size, site.name)
+        if size is None or (site.reads == "both" and joint is None):
+            raise MoLEError(
+                f"composition {self.name!r} cannot tell words from pixels at {site.name}, in a sequence of {tokens} "
+                'tokens. Call `set_composition("norm_router")`, which need not know.'
+            )
+        key = (site.reads, *size, rows, tokens)
+        if site.reads == "both":
+            return self._kept(run, key, (region_map, text), lambda: self._of_both(region_map, size, tokens, run))
+        return self._kept(run, key, (region_map,), lambda: self._of_pixels(region_map, size, rows, tokens, run))
 
     def call(self, run: Run) -> Call:
         """The call a forward pass belongs to.
@@ -117,6 +130,41 @@ class RegionalComposition(Composition):
         share = kept / kept.sum(dim=-1, keepdim=True).clamp(min=1)
         return (share + run.keep * (1 - subject)) * run.scale
 
+    def _vector(self, run: Run) -> Tensor:
+        """``(rows, N)``, where a sample has one vector and no mask can act."""
+        if self.modulation == "share":
+            return self._shares(run)
+        subject = roles(run, "subject")
+        kept = run.keep * subject
+        first = kept * (kept.cumsum(dim=-1) == 1) * (self.modulation == "first")
+        return (first + run.keep * (1 - subject)) * run.scale
+
+    def _of_words(self, tokens: int, run: Run) -> Tensor:
+        """``(rows, tokens, N)`` for the prompt, of which a module may be given each word several times over."""
+        text = run.encoder_hidden_states
+        assert text is not None
+        weights = self._words(self.words(self.call(run)).of_embeddings(text), run)
+        return weights.repeat_interleave(tokens // weights.shape[1], dim=1)
+
+    def _of_pixels(self, region_map: RegionMap, size: tuple[int, int], rows: int, tokens: int, run: Run) -> Tensor:
+        """``(rows | 1, tokens, N)`` for the picture; what comes behind it (pictures to look at) is shared."""
+        weights = self._pixels(region_map, *size, rows, run)
+        behind = tokens - weights.shape[1]
+        if not behind:
+            return weights
+        return torch.cat([weights, self._shares(run)[:, None].expand(len(weights), behind, -1)], dim=1)
+
+    def _of_both(self, region_map: RegionMap, size: tuple[int, int], tokens: int, run: Run) -> Tensor:
+        """``(rows, tokens, N)`` for words and pixels in one sequence; what is neither is shared."""
+        joint = run.told.joint
+        assert joint is not None
+        words = self._of_words(joint.text.stop - joint.text.start, run)
+        rows = len(words)
+        weights = self._shares(run)[:, None].expand(rows, tokens, -1).clone()
+        weights[:, joint.text] = words
+        weights[:, joint.pixels] = self._pixels(region_map, *size, rows, run)
+        return weights
+
     def _words(self, owned: Tensor, run: Run) -> Tensor:
         """``(rows, tokens, N)`` from whose words they are, ``(rows, N, tokens)``."""
         own = owned.transpose(1, 2).to(run.keep.dtype)  # (rows, tokens, N)
@@ -139,6 +187,14 @@ class RegionalComposition(Composition):
         if len(weights) > 1:
             weights = weights.repeat(rows // len(weights), 1, 1)
         return weights * (run.keep * run.scale)[:, None]
+
+
+def check_modulation(value: Any) -> Modulation:
+    """Raises MoLEError unless it is one of the settings."""
+    if value not in get_args(Modulation):
+        raise MoLEError(f"`modulation` must be one of {list(get_args(Modulation))}, got {value!r}.")
+    known: Modulation = value
+    return known
 
 
 def is_alone(call: Call, run: Run) -> bool:

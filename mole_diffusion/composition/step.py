@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from mole_diffusion.errors import MoLEError
 
-from .call import current_call
+from ..experts import Run
+from .call import Call, current_call
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,31 @@ class Step:
         call = current_call()
         scheduler = None if call is None else call.scheduler
         return int(getattr(scheduler, "order", 1)) if getattr(scheduler, "timesteps", None) is self.timesteps else 1
+
+
+def step_of(run: Run) -> Step:
+    """The denoising step that a forward pass of the denoiser belongs to; a model outside of any pipeline has one step.
+
+    A scheduler that counts is asked where it stands: what transformers of flow matching are told is another number than
+    the scheduler's, and rounded to the precision of the latents, so that neighbouring steps may look the same.
+    """
+    if "step" not in run.notes:
+        assert run.timestep is not None
+        if isinstance(run.call, Call):
+            now = _counted(run.call.scheduler)
+            run.notes["step"] = Step(run.timestep if now is None else now, run.call.timesteps)
+        else:
+            run.notes["step"] = Step(run.timestep, [_first(run.timestep)])
+    step: Step = run.notes["step"]
+    return step
+
+
+def _counted(scheduler: Any) -> float | None:
+    """The timestep that a scheduler is at; ``None`` where it does not count, or was not told where it begins."""
+    index = getattr(scheduler, "step_index", None)
+    index = getattr(scheduler, "begin_index", None) if index is None else index
+    timesteps = getattr(scheduler, "timesteps", ())
+    return None if index is None or index >= len(timesteps) else float(timesteps[index])
 
 
 def _floats(timesteps: Sequence[float] | Tensor) -> list[float]:

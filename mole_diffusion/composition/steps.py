@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..experts import Projections, Run, Site
 from .base import Composition
-from .step import Step
+from .step import Step, step_of
 
 
 class StepComposition(Composition):
@@ -90,13 +90,7 @@ class StepComposition(Composition):
             if run.timestep is None:
                 numbers = self.weights(run.keep, None)[None]
             else:
-                # A model that runs outside of any pipeline has one step.
-                timesteps = [_number(run.timestep)] if run.call is None else run.call.timesteps
-                numbers = self.weights_by_pass(run.keep, Step(run.timestep, timesteps))
+                numbers = self.weights_by_pass(run.keep, step_of(run))
             run.notes["numbers"] = numbers
         numbers = run.notes["numbers"]
         return numbers
-
-
-def _number(timestep: Tensor | float) -> float:
-    return float(timestep.flatten()[0]) if isinstance(timestep, Tensor) else float(timestep)

@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import MoLEError
+from ..families import Architecture, Joint
+from .meeting import Meeting
 from .processor import AddExperts, AttentionSeam, MoLEAttnProcessor
+from .seam import LayerSeam
 from .site import Site
 
 Engine = Literal["auto", "hooks", "processors"]
@@ -19,6 +22,7 @@ ENGINES: tuple[Engine, ...] = ("auto", "hooks", "processors")
 # Perturbed and self-attention guidance: their processors take the batch for two or three parts of equal size.
 POSITIONAL = ("PAG", "CrossAttnStore", "SAG")
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+FUSED = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 
 
 class AttachError(MoLEError):
@@ -30,12 +34,15 @@ class Attachment:
 
     Args:
         model: The component.
+        architecture: What is known of it.
         sites: Its adapted modules.
         engine: ``"hooks"``: a forward hook on every site. ``"processors"`` and ``"auto"``: attention layers that run
             the stock ``AttnProcessor2_0`` get a :class:`MoLEAttnProcessor`, everything else a hook. With
             ``"processors"`` a component without such a layer is an error.
         add: Adds the experts' share to a site's output.
-        seam: What an attention layer of a denoiser asks, by its name; ``None`` in a text encoder.
+        seam: What an attention layer of a denoiser asks, by its name, whether it attends to the prompt, and its scale;
+            ``None`` in a text encoder.
+        where: Says where words and pixels stand in the sequences of both, in the present pass.
         begin: Called with the root's arguments before every forward pass of the component; may return others.
         end: Called with its output after, or with ``None`` after an exception; may return another output.
 
@@ -47,15 +54,18 @@ class Attachment:
         self,
         component: str,
         model: nn.Module,
+        architecture: Architecture,
         sites: Sequence[Site],
         engine: Engine,
         add: AddExperts,
-        seam: Callable[[str, Attention], AttentionSeam] | None,
+        seam: Callable[[str, bool, float], LayerSeam] | None,
+        where: Callable[[], Joint | None],
         begin: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]] | None],
         end: Callable[[Any], Any],
     ) -> None:
         self.component = component
         self.model = model
+        self.architecture = architecture
         self.sites = list(sites)
         self._add = add
         self._seam = seam
@@ -69,7 +79,12 @@ class Attachment:
         self._parents = {site.module_name: _parent(model, site.module_name) for site in self.sites}
 
         self._attentions = _attentions(model, self.sites)
-        self._layers = dict(_attention_layers(model)) if seam is not None else {}
+        # A transformer of words and pixels shows the layers in which they meet, whatever attention processors it has.
+        met = () if seam is None or architecture.meeting is None else _meeting_layers(model, architecture)
+        self._meetings = [
+            Meeting(layer, self._ask(name, True, layer), self._ask(name, False, layer), where) for name, layer in met
+        ]
+        self._layers = dict(_attention_layers(model)) if seam is not None and not met else {}
         self._begin = begin
         self._end = end
         self._engine = engine
@@ -97,7 +112,7 @@ class Attachment:
                 attention.processor = original
         for ours in self._made:
             ours.retire()
-        for handle in [*self._handles, *self._site_hooks.values(), *self._watch_hooks.values()]:
+        for handle in [*self._handles, *self._site_hooks.values(), *self._watch_hooks.values(), *self._meetings]:
             handle.remove()
         self._swapped.clear()
         self._handles.clear()
@@ -129,7 +144,7 @@ class Attachment:
             # would bypass the modules that LoRAs adapt, and the layer still has the single ones.
             if type(original) in (AttnProcessor2_0, FusedAttnProcessor2_0):
                 _, sites = self._attentions.get(name, (attention, {}))
-                seam = None if self._seam is None else self._seam(name, attention)
+                seam = None if self._seam is None else self._ask(name, attention.is_cross_attention, attention)
                 attention.processor = ours = MoLEAttnProcessor(sites, self._add, seam)
                 self._swapped[name] = (attention, original, ours)
                 self._made.append(ours)
@@ -144,7 +159,7 @@ class Attachment:
             if name in ours_now and name in self._watch_hooks:
                 self._watch_hooks.pop(name).remove()
             elif name not in ours_now and name not in self._watch_hooks and self._seam is not None:
-                self._watch_hooks[name] = _Watch(layer, self._seam(name, layer))
+                self._watch_hooks[name] = _Watch(layer, self._ask(name, layer.is_cross_attention, layer))
         for site in self.sites:
             name = site.module_name
             if name in served and name in self._site_hooks:
@@ -153,6 +168,11 @@ class Attachment:
                 hook = functools.partial(_site_hook, self._add, site)
                 self._site_hooks[name] = site.module.register_forward_hook(hook, with_kwargs=True)
 
+    def _ask(self, name: str, crossed: bool, layer: Any) -> LayerSeam:
+        assert self._seam is not None
+        scale = getattr(layer, "scale", None)
+        return self._seam(name, bool(crossed), float(layer.head_dim**-0.5 if scale is None else scale))
+
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # Somebody may have changed the model since: replaced our processors (IP-Adapter, attention slicing) or fused
         # projections, or exchanged modules (PEFT, when its adapters are loaded and unloaded).
@@ -160,6 +180,7 @@ class Attachment:
         if self._engine != "hooks":
             self._swap_processors()
         _refuse_fused(self.component, self._attentions)
+        _refuse_bypassed(self.component, self._parents)
         self._place_hooks()
         return self._begin(model, args, kwargs)
 
@@ -210,6 +231,7 @@ def refuse_unfit(component: str, model: nn.Module, sites: Sequence[Site]) -> Non
     refuse_adapters(component, model)
     _refuse_compiled(component, model)
     _refuse_fused(component, _attentions(model, sites))
+    _refuse_bypassed(component, {site.module_name: _parent(model, site.module_name) for site in sites})
 
 
 def _refuse_fused(component: str, attentions: Mapping[str, tuple[Any, dict[str, Site]]]) -> None:
@@ -224,6 +246,16 @@ def _refuse_fused(component: str, attentions: Mapping[str, tuple[Any, dict[str, 
             f"{component} has fused query, key and value projections ({fused[0]}: {kind}), which bypass the modules "
             "the LoRAs adapt. Call `unfuse_qkv_projections()` first."
         )
+
+
+def _refuse_bypassed(component: str, parents: Mapping[str, tuple[nn.Module, str]]) -> None:
+    """Transformers that fuse their projections say so on the attention layer, whose processor stays the same."""
+    for name, (parent, leaf) in parents.items():
+        if leaf in FUSED and getattr(parent, "fused_projections", False) and not isinstance(parent, Attention):
+            raise AttachError(
+                f"{component} has fused query, key and value projections ({name.rpartition('.')[0]}), which bypass the "
+                "modules the LoRAs adapt. Call `unfuse_qkv_projections()` first."
+            )
 
 
 def _parent(model: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -275,6 +307,16 @@ class _Watch:
         key = layer.to_k(hidden_states if context is None else context)
         query, key = (x.unflatten(-1, (layer.heads, -1)).transpose(1, 2) for x in (query, key))
         return query, key
+
+
+def _meeting_layers(model: nn.Module, architecture: Architecture) -> list[tuple[str, nn.Module]]:
+    """Attention layers in which words and pixels meet."""
+    found = []
+    for name, module in model.named_modules():
+        match = None if architecture.meeting is None else architecture.meeting.match(name)
+        if match is not None and match[1] == name:
+            found.append((name, module))
+    return found
 
 
 def _attention_layers(model: nn.Module) -> Iterator[tuple[str, Attention]]:

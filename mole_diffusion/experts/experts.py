@@ -16,7 +16,9 @@ from mole_diffusion.errors import MoLEError
 from ..families import Told, architecture_of, arguments, is_denoiser
 from ..lora import LoRA, LoRAFactors
 from .attach import ENGINES, AttachError, Attachment, Engine, refuse_unfit
+from .caches import refuse_caches
 from .choice import CHOICES, Choice, Passes
+from .packed import packed, unpacked
 from .passes import narrow, tensors, widen
 from .run import Run, Weigher, in_backward
 from .seam import LayerSeam
@@ -270,9 +272,19 @@ class Experts:
         Raises:
             ValueError: If the weigher's answer does not broadcast to the batch, tokens and experts of this module.
         """
+        run = self.run(site.component)
+        lengths = self._attachments[site.component].architecture.lengths(site.module_name, run.told)
+        if lengths is None:
+            return self._add(site, hidden_states, output, run)
+        # What follows sees (samples, tokens, features), whatever the module is given.
+        lengths *= run.passes
+        rows = unpacked(output, lengths)
+        added = self._add(site, unpacked(hidden_states, lengths), rows, run)
+        return output if added is rows else packed(added, lengths).reshape(output.shape)
+
+    def _add(self, site: Site, hidden_states: Tensor, output: Tensor, run: Run) -> Tensor:
         site.see(hidden_states, output)
         self._attachments[site.component].fired(site)
-        run = self.run(site.component)
         if run.weigher is None or not run.active:
             return output
         projections = site.group.project(site, hidden_states, output)
@@ -354,7 +366,8 @@ class Experts:
             run = self._begin(component, device, told)
             if run.passes == 1:
                 return None
-            return widen(args, told.rows, run.passes), widen(kwargs, told.rows, run.passes)
+            several = functools.partial(widen, batch=told.rows, passes=run.passes, lists=architecture.lists)
+            return several(args), several(kwargs)
 
         def end(output: Any) -> Any:
             self._passes.running.discard(component)
@@ -372,7 +385,18 @@ class Experts:
             return narrow(output, run.passes, lambda predictions: several.combine(predictions, run))
 
         seam = functools.partial(LayerSeam, self, component) if architecture.denoiser else None
-        self._attachments[component] = Attachment(component, model, sites, engine, self.add, seam, begin, end)
+        self._attachments[component] = Attachment(
+            component,
+            model,
+            architecture,
+            sites,
+            engine,
+            self.add,
+            seam,
+            lambda: self.run(component).told.joint,
+            begin,
+            end,
+        )
         self._sites.update({site.name: site for site in sites})
 
     def _begin(self, component: str, device: torch.device | None, told: Told) -> Run:
@@ -382,6 +406,7 @@ class Experts:
         previous = passes.runs.pop(component, None)
         index = 0 if previous is None else previous.index + 1
         run = self._new_run(component, index, device, told)
+        refuse_caches(component, self._attachments[component].model, run)
         several = getattr(run.weigher, "passes", None)
         if several is not None and run.active and run.timestep is not None:
             run = replace(run, passes=several(run))

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from diffusers.models.attention_processor import Attention
 
 
 class Asked(Protocol):
@@ -26,20 +23,16 @@ class LayerSeam:
         experts: They know who weighs in the present pass.
         component: The denoiser.
         name: Of the attention layer in it.
-        attention: The layer.
-
-    Attributes:
-        name: As given.
         crossed: Whether it attends to the prompt.
         scale: What scores are multiplied by before the softmax.
     """
 
-    def __init__(self, experts: Asked, component: str, name: str, attention: Attention) -> None:
+    def __init__(self, experts: Asked, component: str, name: str, crossed: bool, scale: float) -> None:
         self._experts = experts
         self._component = component
         self.name = name
-        self.crossed = bool(attention.is_cross_attention)
-        self.scale = float(attention.scale)
+        self.crossed = crossed
+        self.scale = scale
 
     def watched(self) -> bool:
         return self._experts.watched(self._component)

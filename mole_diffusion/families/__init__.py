@@ -11,12 +11,18 @@ from ..errors import MoLEError
 from .architecture import Architecture, Joint, Original, Reads, Told, arguments
 from .base import Family, is_a
 from .flux import Flux
+from .flux2 import Flux2
+from .krea2 import Krea2
 from .names import canonical_name
+from .qwen_image import QwenImage
 from .stable_diffusion import StableDiffusion
 from .stable_diffusion_3 import StableDiffusion3
 from .stable_diffusion_xl import StableDiffusionXL
+from .z_image import ZImage
 
-FAMILIES: tuple[Family, ...] = (StableDiffusion(), StableDiffusionXL(), StableDiffusion3(), Flux())
+FAMILIES: tuple[Family, ...] = (
+    StableDiffusion(), StableDiffusionXL(), StableDiffusion3(), Flux(), Flux2(), ZImage(), Krea2(), QwenImage(),
+)  # fmt: skip
 
 ARCHITECTURES: list[Architecture] = list(
     {type(known): known for family in FAMILIES for known in family.architectures.values()}.values()

@@ -54,6 +54,8 @@ class Told:
         input_ids: Tokens that a text encoder was given, ``(rows, tokens)``.
         sample_size: ``(height, width)`` of the picture in tokens, at the finest level of the denoiser.
         joint: Where words and pixels stand in sequences of both; ``None`` where the model has none.
+        words: Which of the prompt's tokens are there, ``(rows, tokens)`` bool, and which fill up; ``None``: all are.
+        cache: What keeps keys and values of an earlier pass, for an error; ``None``: nothing does.
     """
 
     rows: int
@@ -62,6 +64,8 @@ class Told:
     input_ids: Tensor | None = None
     sample_size: tuple[int, int] | None = None
     joint: Joint | None = None
+    words: Tensor | None = None
+    cache: str | None = None
 
 
 def unit(names: str) -> re.Pattern[str]:
@@ -86,6 +90,8 @@ class Architecture:
         order: Parts of names in the order in which a forward pass reaches them.
         siblings: Names, below one parent, of modules that are given the very same tensor: ``to_q, to_k, to_v``.
         targets: Last parts of the names of modules that a LoRA is trained on where nobody says otherwise.
+        meeting: Attention layers in which words and pixels attend to each other, in one sequence.
+        lists: Whether the model takes and returns lists with one tensor for each sample.
     """
 
     classes: ClassVar[tuple[str, ...]] = ()
@@ -99,6 +105,8 @@ class Architecture:
     order: ClassVar[tuple[str, ...]] = ()
     siblings: ClassVar[tuple[tuple[str, ...], ...]] = ()
     targets: ClassVar[tuple[str, ...]] = ()
+    meeting: ClassVar[re.Pattern[str] | None] = None
+    lists: ClassVar[bool] = False
 
     def reads(self, model: nn.Module, module: str) -> Reads:
         """What a module is given.
@@ -125,6 +133,13 @@ class Architecture:
         embeds = given.get("inputs_embeds")
         first = ids if isinstance(ids, Tensor) else embeds
         return Told(rows=len(first) if isinstance(first, Tensor) else 1, input_ids=ids)
+
+    def lengths(self, module: str, told: Told) -> tuple[int, ...] | None:
+        """How many tokens each sample has where a module is given those of all samples one after another.
+
+        ``None``: the first axis of what it is given are the samples.
+        """
+        return None
 
     def network(self, module: str) -> str:
         """Which of several networks in the model a module is in; ``""`` where there is one."""
@@ -165,6 +180,19 @@ def arguments(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     """The arguments of a call of a model by their names."""
     names = list(inspect.signature(model.forward).parameters)
     return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def packed_grid(places: Any) -> tuple[int, int] | None:
+    """``(height, width)`` of a picture from the place of each of its tokens, ``(tokens, axes)``.
+
+    Axes 1 and 2 are row and column. Pictures to look at may follow; they have another number on axis 0.
+    """
+    if not isinstance(places, Tensor):
+        return None
+    places = places.reshape(-1, places.shape[-1])
+    own = places[places[:, 0] == places[0, 0], 1:3]
+    height, width = (own.amax(dim=0) - own.amin(dim=0) + 1).tolist()
+    return int(height), int(width)
 
 
 def spatial_size(sample: Any) -> tuple[int, int] | None:

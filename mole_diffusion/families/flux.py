@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from .architecture import Architecture, Joint, Told, unit
+from .architecture import Architecture, Joint, Told, packed_grid, unit
 from .base import Family
 from .clip import CLIPText
 from .t5 import T5
@@ -38,26 +38,36 @@ class FluxTransformer(Architecture):
         ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
     )
     targets = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
+    meeting = unit("attn")
 
     def told(self, model: nn.Module, given: Mapping[str, Any]) -> Told:
-        sample, text, timestep = (given.get(key) for key in ("hidden_states", "encoder_hidden_states", "timestep"))
-        assert isinstance(sample, Tensor)
-        words = text.shape[1] if isinstance(text, Tensor) else 0
-        return Told(
-            rows=len(sample),
-            timestep=None if timestep is None else timestep * TIMESTEPS,
-            encoder_hidden_states=text,
-            sample_size=_grid(given.get("img_ids")),
-            joint=Joint(slice(0, words), slice(words, words + sample.shape[1])),
-        )
+        return words_then_pixels(given, packed_grid(given.get("img_ids")))
 
 
-def _grid(ids: Any) -> tuple[int, int] | None:
-    """Height and width in tokens, from the place ``(_, row, column)`` of every token."""
-    if not isinstance(ids, Tensor):
-        return None
-    height, width = (int(side) + 1 for side in ids.reshape(-1, ids.shape[-1])[:, 1:3].amax(dim=0).tolist())
-    return height, width
+def words_then_pixels(
+    given: Mapping[str, Any], grid: tuple[int, int] | None, words: Tensor | None = None, cache: str | None = None
+) -> Told:
+    """Reads a call of a transformer that joins the prompt and the packed latents as ``[words, pixels]``.
+
+    Args:
+        given: Arguments by name, with diffusers' names for the latents, the prompt and the step.
+        grid: Height and width of the picture in tokens. More tokens may follow: pictures to look at.
+        words: As in :class:`Told`.
+        cache: As in :class:`Told`.
+    """
+    sample, text, timestep = (given.get(key) for key in ("hidden_states", "encoder_hidden_states", "timestep"))
+    assert isinstance(sample, Tensor)
+    first = text.shape[1] if isinstance(text, Tensor) else 0
+    pixels = sample.shape[1] if grid is None else grid[0] * grid[1]
+    return Told(
+        rows=len(sample),
+        timestep=None if timestep is None else timestep * TIMESTEPS,
+        encoder_hidden_states=text,
+        sample_size=grid,
+        joint=Joint(slice(0, first), slice(first, first + pixels)),
+        words=words,
+        cache=cache,
+    )
 
 
 class Flux(Family):

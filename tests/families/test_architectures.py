@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -16,10 +17,14 @@ from mole_diffusion.lora import LoRA, LoRAFactors
 from tests.running import unet_inputs
 from tests.test_gating_transformers import flux, sd3
 from tests.tiny import tiny_components
+from tests.tiny_dits import denoiser_call
 
 
 def unet() -> tuple[nn.Module, dict[str, Any]]:
     return tiny_components()["unet"], unet_inputs()
+
+
+TRANSFORMERS = [functools.partial(denoiser_call, name) for name in ("flux2_klein", "z_image", "krea2", "qwen_image")]
 
 
 def calls_of(model: nn.Module, inputs: dict[str, Any]) -> list[tuple[str, Tensor]]:
@@ -33,7 +38,7 @@ def calls_of(model: nn.Module, inputs: dict[str, Any]) -> list[tuple[str, Tensor
     return calls
 
 
-@pytest.mark.parametrize("make", [unet, sd3, flux])
+@pytest.mark.parametrize("make", [unet, sd3, flux, *TRANSFORMERS])
 def test_the_firing_order_is_that_of_a_forward_pass(make: Any) -> None:
     model, inputs = make()
     known = architecture_of(model)
@@ -43,7 +48,7 @@ def test_the_firing_order_is_that_of_a_forward_pass(make: Any) -> None:
     assert sorted(fired, key=known.firing_order) == fired
 
 
-@pytest.mark.parametrize("make", [unet, sd3, flux])
+@pytest.mark.parametrize("make", [unet, sd3, flux, *TRANSFORMERS])
 def test_sites_are_grouped_exactly_where_a_forward_pass_gives_them_one_tensor(make: Any) -> None:
     model, inputs = make()
     component = "unet" if make is unet else "transformer"

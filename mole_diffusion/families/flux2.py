@@ -1,0 +1,63 @@
+"""FLUX.2, dev and klein."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import nn
+
+from .architecture import Architecture, Told, packed_grid, unit
+from .base import Family
+from .flux import words_then_pixels
+
+
+class Flux2Transformer(Architecture):
+    """diffusers' ``Flux2Transformer2DModel``: blocks with Linears of their own for words and pixels, then blocks of one
+    sequence ``[words, pixels]`` whose attention and feed-forward share one Linear in and one out.
+
+    What changes with the step comes from three Linears for the whole model, not from one in each block.
+    """
+
+    classes = ("Flux2Transformer2DModel",)
+    denoiser = True
+    tokens = "pixels"
+    vectors = frozenset(
+        {
+            "time_guidance_embed", "double_stream_modulation_img", "double_stream_modulation_txt",
+            "single_stream_modulation", "norm_out",
+        }
+    )  # fmt: skip
+    words = frozenset({"context_embedder", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context"})
+    both = frozenset({"single_transformer_blocks"})
+    blocks = unit(r"(?:single_)?transformer_blocks\.\d+")
+    layers = unit("attn|ff|ff_context")
+    order = (
+        "time_guidance_embed", "timestep_embedder", "guidance_embedder", "linear_1", "linear_2",
+        "double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation",
+        "x_embedder", "context_embedder", "transformer_blocks", "single_transformer_blocks",
+        "attn", "to_qkv_mlp_proj", "to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj",
+        "to_add_out", "to_out", "ff", "ff_context", "linear_in", "linear_out", "norm_out", "proj_out",
+    )  # fmt: skip
+    siblings = (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"))
+    targets = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.to_qkv_mlp_proj")
+    meeting = unit("attn")
+
+    def told(self, model: nn.Module, given: Mapping[str, Any]) -> Told:
+        mode = given.get("kv_cache_mode")
+        cache = None if mode is None else f"kv_cache_mode={mode!r}, which keeps keys and values of reference pictures"
+        return words_then_pixels(given, packed_grid(_of_one(given.get("img_ids"))), cache=cache)
+
+
+def _of_one(places: Any) -> Any:
+    """Places of tokens come for each sample, all alike."""
+    return places[0] if getattr(places, "ndim", 2) == 3 else places
+
+
+class Flux2(Family):
+    """A transformer of two streams, then of one; Mistral (dev) or Qwen (klein) reads the text."""
+
+    name = "flux2"
+    title = "FLUX.2"
+    denoiser = "transformer"
+    architectures: ClassVar[Mapping[str, Architecture]] = {"transformer": Flux2Transformer()}

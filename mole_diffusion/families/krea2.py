@@ -1,0 +1,58 @@
+"""Krea 2."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from .architecture import Architecture, Told, unit
+from .base import Family
+from .flux import words_then_pixels
+
+
+class Krea2Transformer(Architecture):
+    """diffusers' ``Krea2Transformer2DModel``: several layers of the text encoder are fused into one text, then words
+    and pixels are one sequence ``[words, pixels]``. Several heads share their keys and values."""
+
+    classes = ("Krea2Transformer2DModel",)
+    denoiser = True
+    tokens = "pixels"
+    vectors = frozenset({"time_embed", "time_mod_proj"})
+    words = frozenset({"text_fusion", "txt_in"})
+    both = frozenset({"transformer_blocks"})
+    blocks = unit(r"(?:transformer|layerwise|refiner)_blocks\.\d+")
+    layers = unit("attn|ff")
+    order = (
+        "time_embed", "time_mod_proj", "text_fusion", "layerwise_blocks", "projector", "refiner_blocks", "txt_in",
+        "linear_1", "linear_2", "img_in", "transformer_blocks", "attn", "to_q", "to_k", "to_v", "to_gate", "to_out",
+        "ff", "gate", "up", "down", "final_layer",
+    )  # fmt: skip
+    siblings = (("to_q", "to_k", "to_v", "to_gate"), ("ff.gate", "ff.up"))
+    targets = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_gate", "attn.to_out.0", "ff.gate", "ff.up", "ff.down")
+    meeting = unit(r"(?<!\w)transformer_blocks\.\d+\.attn")
+
+    def told(self, model: nn.Module, given: Mapping[str, Any]) -> Told:
+        text, places, mask = (given.get(k) for k in ("encoder_hidden_states", "position_ids", "encoder_attention_mask"))
+        grid = None
+        if isinstance(places, Tensor) and isinstance(text, Tensor):
+            height, width = (places[text.shape[1] :, 1:].amax(dim=0) + 1).tolist()
+            grid = int(height), int(width)
+        return words_then_pixels(given, grid, mask.bool() if isinstance(mask, Tensor) else None)
+
+    def lengths(self, module: str, told: Told) -> tuple[int, ...] | None:
+        if told.encoder_hidden_states is None or "layerwise_blocks" not in module.split("."):
+            return None
+        # They attend over the layers of the text encoder, each word by itself: rows are words there.
+        _, words, layers, _ = told.encoder_hidden_states.shape
+        return (words * layers,) * told.rows
+
+
+class Krea2(Family):
+    """A transformer of one stream; Qwen3-VL reads the text."""
+
+    name = "krea2"
+    title = "Krea 2"
+    denoiser = "transformer"
+    architectures: ClassVar[Mapping[str, Architecture]] = {"transformer": Krea2Transformer()}

@@ -1,0 +1,102 @@
+"""Z-Image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from .architecture import Architecture, Joint, Told, unit
+from .base import Family
+
+TIMESTEPS = 1000
+MULTIPLE = 32  # the model fills words and pixels up to multiples of this many tokens, each by itself
+
+
+class ZImageTransformer(Architecture):
+    """diffusers' ``ZImageTransformer2DModel``: refiners of the pixels, refiners of the words, then layers of one
+    sequence ``[pixels, words]``.
+
+    It takes lists, one tensor for each sample. Prompts are as long as they are; in one batch the shorter ones get zeros
+    behind. Two embedders are given the tokens of all samples in one long row.
+    """
+
+    classes = ("ZImageTransformer2DModel",)
+    denoiser = True
+    tokens = "pixels"
+    vectors = frozenset({"t_embedder", "adaLN_modulation"})
+    words = frozenset({"cap_embedder", "context_refiner"})
+    both = frozenset({"layers", "all_final_layer"})
+    blocks = unit(r"(?:noise_refiner|context_refiner|layers)\.\d+")
+    layers = unit("attention|feed_forward")
+    order = (
+        "t_embedder", "all_x_embedder", "noise_refiner", "cap_embedder", "context_refiner", "layers",
+        "adaLN_modulation", "attention", "to_q", "to_k", "to_v", "to_out", "feed_forward", "w1", "w3", "w2",
+        "all_final_layer", "linear",
+    )  # fmt: skip
+    siblings = (("to_q", "to_k", "to_v"), ("w1", "w3"))
+    targets = ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0", "w1", "w2", "w3")
+    meeting = unit(r"(?<!\w)layers\.\d+\.attention")
+    lists = True
+
+    def told(self, model: nn.Module, given: Mapping[str, Any]) -> Told:
+        pictures, prompts = given["x"], given["cap_feats"]
+        if isinstance(pictures[0], list):  # the omni model: several pictures for each sample
+            return Told(rows=len(pictures), timestep=_thousands(given.get("t")))
+        patch = given.get("patch_size", 2)
+        height, width = pictures[0].shape[-2] // patch, pictures[0].shape[-1] // patch
+        pixels, words = _filled(height * width), max(_filled(len(prompt)) for prompt in prompts)
+        return Told(
+            rows=len(pictures),
+            timestep=_thousands(given.get("t")),
+            encoder_hidden_states=padded(prompts, words),
+            sample_size=(height, width),
+            joint=Joint(slice(pixels, pixels + words), slice(0, height * width)),
+            words=_there([len(prompt) for prompt in prompts], words, prompts[0].device),
+        )
+
+    def lengths(self, module: str, told: Told) -> tuple[int, ...] | None:
+        parts = module.split(".")
+        if told.joint is None or told.words is None:
+            return None
+        if "all_x_embedder" in parts:
+            return (told.joint.text.start,) * told.rows
+        if "cap_embedder" in parts:
+            return tuple(_filled(length) for length in told.words.sum(dim=1).tolist())
+        return None
+
+
+def padded(prompts: Sequence[Tensor], tokens: int | None = None) -> Tensor:
+    """Prompt embeddings of different lengths as one tensor ``(rows, tokens, width)``, with zeros behind.
+
+    Args:
+        prompts: ``(length, width)`` each.
+        tokens: Of the result; as many as the longest has, if not given.
+    """
+    together = pad_sequence(list(prompts), batch_first=True)
+    return together if tokens is None else nn.functional.pad(together, (0, 0, 0, tokens - together.shape[1]))
+
+
+def _filled(tokens: int) -> int:
+    return -(-tokens // MULTIPLE) * MULTIPLE
+
+
+def _there(lengths: Sequence[int], tokens: int, device: torch.device) -> Tensor:
+    return torch.arange(tokens, device=device) < torch.tensor(lengths, device=device)[:, None]
+
+
+def _thousands(time: Any) -> Any:
+    """The scheduler's timestep: the model is told how clean the picture is, from 0 to 1."""
+    return None if time is None else TIMESTEPS * (1 - time)
+
+
+class ZImage(Family):
+    """A transformer of one stream; Qwen3 reads the text."""
+
+    name = "z-image"
+    title = "Z-Image"
+    denoiser = "transformer"
+    architectures: ClassVar[Mapping[str, Architecture]] = {"transformer": ZImageTransformer()}

@@ -1,0 +1,30 @@
+"""FLUX.2, dev and klein."""
+
+from __future__ import annotations
+
+from diffusers import Flux2KleinInpaintPipeline, Flux2KleinPipeline, Flux2Pipeline
+
+from .auto import register
+from .mixin import MoLEPipelineMixin
+
+
+class MoLEFlux2Pipeline(MoLEPipelineMixin, Flux2Pipeline):
+    """`diffusers.Flux2Pipeline` that draws with several LoRAs at once; see :class:`MoLEPipelineMixin`."""
+
+
+class MoLEFlux2KleinPipeline(MoLEPipelineMixin, Flux2KleinPipeline):
+    """`diffusers.Flux2KleinPipeline` that draws with several LoRAs at once; see :class:`MoLEPipelineMixin`."""
+
+
+class MoLEFlux2KleinInpaintPipeline(MoLEPipelineMixin, Flux2KleinInpaintPipeline):
+    """`diffusers.Flux2KleinInpaintPipeline` with several LoRAs at once; see :class:`MoLEPipelineMixin`."""
+
+
+# Both take pictures to look at, so that one pipeline is for text and for pictures, as in diffusers.
+register("mole-flux2", text_to_image=MoLEFlux2Pipeline, image_to_image=MoLEFlux2Pipeline)
+register(
+    "mole-flux2-klein",
+    text_to_image=MoLEFlux2KleinPipeline,
+    image_to_image=MoLEFlux2KleinPipeline,
+    inpainting=MoLEFlux2KleinInpaintPipeline,
+)

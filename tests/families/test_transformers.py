@@ -1,0 +1,228 @@
+"""FLUX, FLUX.2, Z-Image, Krea 2 and Qwen-Image: what is known of them holds in a call of their pipelines."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FirstBlockCacheConfig
+from torch import Tensor, nn
+
+import mole_diffusion
+from mole_diffusion.composition import Linear, Switch
+from mole_diffusion.errors import MoLEError
+from mole_diffusion.experts import Run
+from mole_diffusion.experts.seam import LayerSeam
+from mole_diffusion.families import architecture_of
+from tests.tiny import random_lora
+from tests.tiny_dits import MADE, denoiser_call, draw, tiny_dit
+
+FAMILIES = list(MADE)
+CAPTIONS = ["a cat and a dog", "a red mug and a green boot in the grass with a clock"]
+
+
+@functools.cache
+def loaded(family: str) -> Any:
+    """A pipeline of ours with two LoRAs on every Linear of its transformer."""
+    stock = MADE[family][0].__name__
+    pipe = tiny_dit(family, getattr(mole_diffusion, f"MoLE{stock}"))
+    parts = {"transformer": pipe.transformer}
+    pipe.load_loras({name: random_lora(parts, rank=2, targets=".", seed=seed) for seed, name in enumerate("ab")})
+    return pipe
+
+
+@pytest.fixture
+def pipe(family: str) -> Any:
+    pipe = loaded(family)
+    pipe.set_composition("linear")
+    return pipe
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("several", [False, True])
+def test_modules_are_given_what_is_said_of_them(family: str, several: bool) -> None:
+    prompt = CAPTIONS if several else CAPTIONS[0]
+    model, given = denoiser_call(family, prompt=prompt, height=32, width=16)
+    known = architecture_of(model)
+    told = known.told(model, given)
+    assert told.sample_size == (8, 4)
+    assert told.joint is not None
+    text, pixels = told.joint
+    assert pixels.stop - pixels.start == 32
+    assert told.encoder_hidden_states is not None
+    assert told.encoder_hidden_states.shape[:2] == (told.rows, text.stop - text.start)
+    if told.words is not None:
+        assert told.words.shape == told.encoder_hidden_states.shape[:2]
+        assert told.words.any(dim=1).all()
+    sequence = max(text.stop, pixels.stop)
+    seen: set[str] = set()
+
+    def look(name: str, tokens: Tensor) -> None:
+        lengths = known.lengths(name, told)
+        assert len(tokens) == told.rows or lengths is not None, name
+        count = max(lengths) if lengths is not None else tokens[0, ..., 0].numel()
+        reads = known.reads(model, name)
+        seen.add(reads)
+        if lengths is not None:
+            assert sum(lengths) == tokens[..., 0].numel()
+        if reads == "vector":
+            assert count == 1, name
+        elif reads == "text":
+            assert count % (text.stop - text.start) == 0, name
+        elif reads == "both":
+            assert count == sequence, name
+        else:
+            assert 32 <= count < sequence, name
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda _, args, __, name=name: look(name, args[0]))
+    with torch.no_grad():
+        model(**given)
+    assert seen >= {"vector", "text", "pixels"}
+    assert ("both" in seen) == (family != "qwen_image")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_lora_on_every_linear_is_its_weights_merged(family: str, pipe: Any) -> None:
+    stock = tiny_dit(family)
+    base = draw(stock, family, CAPTIONS[:])
+    for name, down in random_lora({"transformer": stock.transformer}, rank=2, targets=".", seed=1).items():
+        if name.endswith("lora_A.weight"):
+            module = stock.transformer.get_submodule(name.removeprefix("transformer.").removesuffix(".lora_A.weight"))
+            up = random_lora({"transformer": stock.transformer}, rank=2, targets=".", seed=1)
+            with torch.no_grad():
+                module.weight += up[name.replace("lora_A", "lora_B")] @ down
+    merged = draw(stock, family, CAPTIONS[:])
+    assert (merged - base).abs().max() > 0.1
+    torch.testing.assert_close(draw(pipe, family, CAPTIONS[:], loras=["b"]), merged, rtol=0, atol=1e-4)
+    assert torch.equal(draw(pipe, family, CAPTIONS[:], loras=[]), base)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_picture_of_a_batch_may_keep_other_loras(family: str, pipe: Any) -> None:
+    alone = draw(pipe, family, CAPTIONS[:], loras=["a"])
+    with pipe.composing():
+        _, given = denoiser_call(family, prompt=CAPTIONS[:])
+    model, experts = pipe.transformer, pipe.experts
+    rows = architecture_of(model).told(model, given).rows
+    keep = torch.tensor([[0.0, 1.0], [1.0, 0.0]]).repeat(rows // 2, 1)
+    with torch.no_grad():
+        with experts.using(keep=keep, weigher=Linear()):
+            both = rows_of(model(**given))
+        for row, kept in enumerate(keep):
+            with experts.using(keep=kept, weigher=Linear()):
+                torch.testing.assert_close(both[row], rows_of(model(**given))[row], rtol=0, atol=1e-5)
+    assert alone.isfinite().all()
+
+
+def rows_of(output: Any) -> Tensor:
+    """What a transformer predicts, a row for each sample."""
+    sample = output[0]
+    return torch.stack(list(sample)) if isinstance(sample, list) else sample
+
+
+class Blind(Linear):
+    """Adds nothing, and keeps every pixel from every word; notes what it is shown."""
+
+    def __init__(self) -> None:
+        self.shown: list[tuple[LayerSeam, Tensor, Tensor, Tensor]] = []
+
+    def weigh(self, *_: Any) -> Any:
+        return None
+
+    def attention_bias(self, layer: LayerSeam, query: Tensor, key: Tensor, run: Run) -> Tensor:
+        return query.new_full((len(query), 1, query.shape[2], key.shape[2]), float("-inf"))
+
+    def watches(self, run: Run) -> bool:
+        return True
+
+    def attended(self, layer: LayerSeam, query: Tensor, key: Tensor, output: Tensor, run: Run) -> None:
+        self.shown.append((layer, query, key, output))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pixels_that_may_not_look_at_words_do_not_know_the_prompt(family: str, pipe: Any) -> None:
+    pipe.set_composition(blind := Blind())
+    said = {"prompt": CAPTIONS[0]}
+    other = {"prompt": CAPTIONS[1]}
+    if family == "qwen_image":  # a negative prompt has a call of its own, and fewer words
+        said, other = {**said, "true_cfg_scale": 1.0}, {**other, "true_cfg_scale": 1.0}
+    if family == "flux":  # CLIP's vector of the prompt goes another way
+        said, other = {**said, "prompt_2": CAPTIONS[0]}, {**said, "prompt_2": CAPTIONS[1]}
+    if family == "z_image":  # places of the pixels follow the length of the prompt, filled up to 32
+        other = {"prompt": "a green boot"}
+    one = draw(pipe, family, **said, num_inference_steps=1)
+    layers = [name for name, _ in pipe.transformer.named_modules() if meets(pipe.transformer, name)]
+    crossed = [shown for shown in blind.shown if shown[0].crossed]
+    assert {shown[0].name for shown in crossed} == set(layers)
+    told = pipe.experts.context.told
+    for layer, query, key, output in crossed:
+        heads = query.shape[1]
+        assert query.shape[2] == told.sample_size[0] * told.sample_size[1] == 64
+        assert key.shape[1:3] == (heads, told.joint.text.stop - told.joint.text.start)
+        assert output.shape[1:] == (64, heads * query.shape[-1])
+        assert layer.scale == pytest.approx(query.shape[-1] ** -0.5)
+    torch.testing.assert_close(draw(pipe, family, **other, num_inference_steps=1), one, rtol=0, atol=1e-5)
+    base = [draw(pipe, family, **which, num_inference_steps=1, loras=[]) for which in (said, other)]
+    assert (base[0] - base[1]).abs().max() > 1e-3
+
+
+def meets(model: nn.Module, name: str) -> bool:
+    pattern = architecture_of(model).meeting
+    assert pattern is not None
+    found = pattern.match(name)
+    return found is not None and found[1] == name
+
+
+@pytest.mark.parametrize("family", ["flux", "z_image"])
+def test_switch_follows_the_scheduler_and_not_what_the_model_is_told(family: str, pipe: Any) -> None:
+    turns: list[int] = []
+
+    class Spy(Switch):
+        def weights(self, keep: Tensor, step: Any) -> Tensor:
+            turns.append(step.index)
+            return super().weights(keep, step)
+
+    pipe.set_composition(Spy(every=1))
+    pipe.scheduler.set_shift(300.0)  # the first steps lie closer than half precision can tell
+    try:
+        draw(pipe, family, num_inference_steps=4, generator=torch.manual_seed(0))
+    finally:
+        pipe.scheduler.set_shift(3.0)
+    assert turns == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("family", ["flux"])
+def test_caches_are_refused_where_weights_change(family: str, pipe: Any) -> None:
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.0))
+    try:
+        pipe.set_composition("switch")
+        with pytest.raises(MoLEError, match=r"FirstBlockCacheConfig.*composition 'switch'.*disable_cache\(\)"):
+            draw(pipe, family)
+        assert draw(pipe, family, loras=[]).isfinite().all()
+        pipe.set_composition("linear")
+        assert draw(pipe, family).isfinite().all()
+    finally:
+        pipe.transformer.disable_cache()
+
+
+@pytest.mark.parametrize("family", ["flux2_klein"])
+def test_keys_and_values_kept_from_an_earlier_step_are_refused(family: str, pipe: Any) -> None:
+    model, given = pipe.transformer, denoiser_call(family)[1]
+    with pipe.experts.using(weigher=Switch()), pytest.raises(MoLEError, match="kv_cache_mode='extract'"):
+        model(**{**given, "kv_cache_mode": "extract"})
+
+
+@pytest.mark.parametrize("family", ["flux"])
+def test_projections_fused_after_loading_are_refused(family: str, pipe: Any) -> None:
+    draw(pipe, family)
+    pipe.transformer.fuse_qkv_projections()
+    try:
+        with pytest.raises(MoLEError, match="fused query, key and value projections"):
+            draw(pipe, family)
+    finally:
+        pipe.transformer.unfuse_qkv_projections()
+    assert draw(pipe, family).isfinite().all()
