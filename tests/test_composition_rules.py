@@ -11,7 +11,10 @@ from torch import Tensor
 from mole_diffusion.composition import COMPOSITIONS, Budget, Masks, NormRouter, RegionMap
 from mole_diffusion.composition.attention import attention_probabilities
 from mole_diffusion.composition.freefuse import CORE, freefuse_owners
+from mole_diffusion.composition.norm_router import output_norms
 from mole_diffusion.composition.owners import owners, z_scores
+from mole_diffusion.experts import ExpertStack
+from mole_diffusion.lora import LoRAFactors
 from tests import reference
 from tests.composing import NAMES, composing_pipeline, lora_states
 
@@ -179,6 +182,38 @@ def test_the_norm_router_gives_each_token_to_the_largest_output_for_its_kind(pip
     assert set(weights.flatten().tolist()) == {0.0, 1.0}
     torch.testing.assert_close(soft.sum(dim=-1), torch.ones(2, 6))
     assert torch.equal(soft.argmax(dim=-1), weights.argmax(dim=-1))
+
+
+@torch.no_grad()
+def test_sizes_of_outputs_come_from_factors_alone(pipe: Any) -> None:
+    """Also where LoRAs of other ranks, or none, touch the module, and where a rank is above the module's width."""
+    wide = LoRAFactors(torch.randn(9, 5), torch.randn(3, 9), 0.5)
+    narrow = LoRAFactors(torch.randn(2, 5), torch.randn(3, 2), 2.0)
+    stack = ExpertStack([wide, None, narrow], "here")
+    x = torch.randn(2, 7, 5)
+    sizes = output_norms(stack, x @ stack.down.T)
+    for index, factors in ((0, wide), (2, narrow)):
+        literal = reference.delta((factors.down, factors.up, factors.scaling))
+        expected = (x.double() @ literal.T).norm(dim=-1)
+        torch.testing.assert_close(sizes[..., index].double(), expected, rtol=1e-5, atol=1e-5)
+    assert not sizes[..., 1].any()
+
+
+@torch.no_grad()
+def test_styles_and_loras_left_out_compete_for_no_token(pipe: Any) -> None:
+    other = composing_pipeline()
+    other.load_loras(lora_states(other), roles={"dog": "style"})
+    site = next(s for s in other.experts.sites.values() if s.module_name.endswith("attn1.to_out.0"))
+    x = torch.randn(2, 6, site.stack.down.shape[1])
+    for temperature in (0.0, 0.5):
+        with other.composing({"cat": 0.5, "dog": 2.0}):
+            run = other.experts.run("unet")
+            weights = NormRouter(temperature).weigh(site, site.group.project(site, x, site.module(x)), run)
+        torch.testing.assert_close(weights, torch.tensor([0.5, 2.0, 0.0]).expand(2, 6, 3))
+    with other.composing(["dog"]):
+        run = other.experts.run("unet")
+        weights = NormRouter().weigh(site, site.group.project(site, x, site.module(x)), run)
+    assert weights[0].tolist() == [[0.0, 1.0, 0.0]] * 6
 
 
 @torch.no_grad()

@@ -3,14 +3,44 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import MoLEError
-from ..experts import Projections, Run, Site
+from ..experts import ExpertStack, Projections, Run, Site
 from .base import Composition
 from .roles import roles
+
+_ROOTS: WeakKeyDictionary[ExpertStack, Tensor] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True, eq=False)
+class _Parts:
+    """Weights at the modules that the same LoRAs touch, before tokens are given away; each ``(rows, 1, N)``.
+
+    Attributes:
+        made_of: What they were worked out from.
+        competing: 1 for a subject that takes part and touches the module.
+        lost: The weight of a LoRA at a token that is not its own.
+        gain: What winning a token adds to it.
+        won: Both.
+        shared: The weight where there are no tokens.
+        everybody: Whether all compete everywhere.
+        index: 0 to N - 1.
+    """
+
+    made_of: tuple[Tensor, Tensor]
+    competing: Tensor
+    lost: Tensor
+    gain: Tensor
+    won: Tensor
+    shared: Tensor
+    everybody: bool
+    index: Tensor
 
 
 class NormRouter(Composition):
@@ -39,23 +69,62 @@ class NormRouter(Composition):
         self.temperature = temperature
 
     def weigh(self, site: Site, projections: Projections, run: Run) -> Tensor:
-        projected = projections.tensors[site.name]
-        subject = roles(run, "subject")
-        there = torch.zeros_like(subject)
-        there[list(site.stack.experts)] = 1
-        competing = (run.keep * subject * there)[:, None]  # (rows, 1, N)
-        others = (run.keep * (1 - subject))[:, None]
+        projected, parts = projections.tensors[site.name], self._parts(site, run)
         if projected.shape[1] == 1:
-            shares = competing / competing.sum(dim=-1, keepdim=True).clamp(min=1)
-        else:
-            ratios = site.stack.norms(projected)
-            ratios = ratios / ratios.mean(dim=1, keepdim=True).clamp_min(torch.finfo(ratios.dtype).tiny)
-            ratios = ratios.masked_fill(competing == 0, float("-inf"))
-            if self.temperature > 0:
-                shares = torch.softmax(ratios / self.temperature, dim=-1).nan_to_num()
-            else:
-                shares = (
-                    ratios.argmax(dim=-1, keepdim=True) == torch.arange(ratios.shape[-1], device=ratios.device)
-                ).float()
-            shares = shares * competing
-        return (shares + others) * run.scale[:, None]
+            return parts.shared
+        ratios = output_norms(site.stack, projected)
+        ratios = ratios / ratios.mean(dim=1, keepdim=True).clamp_min_(torch.finfo(ratios.dtype).tiny)
+        if not parts.everybody:
+            ratios = ratios.masked_fill(parts.competing == 0, float("-inf"))
+        if self.temperature > 0:
+            shares = torch.softmax(ratios / self.temperature, dim=-1).nan_to_num()  # of nobody, where nobody competes
+            return torch.addcmul(parts.lost, shares, parts.gain)
+        return torch.where(ratios.argmax(dim=-1, keepdim=True) == parts.index, parts.won, parts.lost)
+
+    def _parts(self, site: Site, run: Run) -> _Parts:
+        """Kept until the call ends or the choice of LoRAs changes: asked at every module, they cost more than norms."""
+        known = run.notes if run.call is None else run.call.state
+        key = (self, run.component, site.stack.experts)
+        parts: _Parts | None = known.get(key)
+        if parts is None or parts.made_of[0] is not run.keep or parts.made_of[1] is not run.scale:
+            subject, scale = roles(run, "subject"), run.scale[:, None]
+            there = torch.zeros_like(subject)
+            there[list(site.stack.experts)] = 1
+            competing = (run.keep * subject * there)[:, None]
+            lost = (run.keep * (1 - subject))[:, None] * scale
+            gain = competing * scale
+            shared = lost + gain / competing.sum(dim=-1, keepdim=True).clamp(min=1)
+            everybody, index = bool(competing.all()), torch.arange(len(subject), device=subject.device)
+            made_of = run.keep, run.scale
+            known[key] = parts = _Parts(made_of, competing, lost, gain, lost + gain, shared, everybody, index)
+        return parts
+
+
+def output_norms(stack: ExpertStack, projected: Tensor) -> Tensor:
+    """Size of every LoRA's output at every token, ``|E_i(x)|``, from its r coordinates.
+
+    With ``s_i B_i = Q_i R_i`` and orthonormal columns of Q, ``|s_i B_i z| = |R_i z|``, so the outputs are never made.
+
+    Args:
+        stack: The LoRAs at a module.
+        projected: z = down x, ``(batch, tokens, R)``.
+
+    Returns:
+        ``(batch, tokens, N)``, float32; 0 for a LoRA that does not touch the module.
+    """
+    root = _ROOTS.get(stack)
+    if root is None or root.device != projected.device:
+        _ROOTS[stack] = root = _root(stack).to(projected.device)
+    return torch.linalg.vector_norm(F.linear(projected.float(), root).unflatten(-1, (stack.num_experts, -1)), dim=-1)
+
+
+def _root(stack: ExpertStack) -> Tensor:
+    """R of each LoRA in rows of its own, all as many, ``(N * rows, R)``; zero elsewhere."""
+    ups = stack.up_as(torch.float32).split([rank for rank in stack.ranks if rank], dim=1)
+    triangles = [torch.linalg.qr(up, mode="r").R for up in ups]
+    rows = max((len(triangle) for triangle in triangles), default=1)
+    root, column = torch.zeros(stack.num_experts, rows, sum(stack.ranks)), 0
+    for expert, triangle in zip(stack.experts, triangles, strict=True):
+        root[expert, : len(triangle), column : column + triangle.shape[1]] = triangle
+        column += triangle.shape[1]
+    return root.flatten(0, 1)

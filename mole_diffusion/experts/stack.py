@@ -59,8 +59,6 @@ class ExpertStack:
         scalings = torch.tensor([factor.scaling for _, factor in present], dtype=torch.float64)
         self._scaling_of_rank = scalings.repeat_interleave(ranks)
         self._cast_up: Tensor | None = None
-        self._gram: Tensor | None = None
-        self._owner: Tensor | None = None
 
     @property
     def is_convolution(self) -> bool:
@@ -97,28 +95,6 @@ class ExpertStack:
             self.expert_of_rank = self.expert_of_rank.to(weights.device)
         by_rank = known[self.ranks] = weights[..., self.expert_of_rank]
         return by_rank
-
-    def norms(self, projected: Tensor) -> Tensor:
-        """Size of every expert's output at every token, ``|E_i(x)|``, from its r coordinates.
-
-        ``|B z|^2 = z^T (B^T B) z``, so the outputs themselves are never made.
-
-        Args:
-            projected: z = down x, ``(batch, tokens, R)``.
-
-        Returns:
-            ``(batch, tokens, N)``, float32; 0 for a LoRA that does not touch the module.
-        """
-        gram = self._gram
-        if gram is None or gram.device != projected.device:
-            up = self.up_as(torch.float32).to(projected.device)
-            expert = self.expert_of_rank.to(projected.device)
-            same = expert[:, None] == expert[None]
-            self._gram = gram = (up.T @ up) * same  # different experts do not mix
-            self._owner = torch.nn.functional.one_hot(expert, self.num_experts).float()
-        z = projected.float()
-        squares = (z * (z @ gram)) @ self._owner  # summed over the ranks of each
-        return squares.clamp_min(0).sqrt()
 
     def expand(self, projected: Tensor, weights: Tensor, output: Tensor) -> Tensor:
         """``up (gamma * z)``, shaped like the module's ``output``.
