@@ -136,7 +136,7 @@ def test_words_pixels_and_vectors_have_the_weights_of_the_rule(pipe: Any) -> Non
     checked = set()
     for name, weights in seen.items():
         site = pipe.experts.sites[name]
-        if site.reads_text:
+        if site.reads == "text":
             torch.testing.assert_close(weights, torch.stack([neutral, words]))  # the negative prompt is nobody's
             checked.add("words")
         elif site.component == "unet":
@@ -155,7 +155,7 @@ def test_a_style_acts_everywhere_but_on_subjects_words_and_a_utility_everywhere(
     for name, weights in seen.items():
         site = pipe.experts.sites[name]
         assert torch.equal(weights[..., 2], torch.full_like(weights[..., 2], 0.25))
-        if site.reads_text:
+        if site.reads == "text":
             cat_word, dog_words = weights[-1, 5], weights[-1, 8:10]
             assert cat_word[:2].tolist() == [1.0, 0.0]
             assert dog_words[:, :2].tolist() == [[0.0, 0.5]] * 2
