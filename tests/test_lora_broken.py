@@ -65,15 +65,15 @@ def as_sdxl(state: State) -> State:
 
 ONE = torch.ones(1)
 UNSUPPORTED = [
-    (f"{QUERY}.dora_scale", "DoRA"),
-    (f"{QUERY}.lora_magnitude_vector", "DoRA"),
-    ("lora_unet_mid_block_x.hada_w1_a", "LoHa"),
-    ("lora_unet_mid_block_x.lokr_w1", "LoKr"),
-    ("lora_unet_mid_block_x.lora_mid.weight", "a Tucker (CP) decomposed convolution"),
     ("lora_unet_mid_block_x.oft_blocks", "OFT or BOFT"),
-    ("lora_unet_mid_block_x.diff_b", "full weight differences"),
+    ("lora_unet_mid_block_x.w_norm", "a change of normalisation layers"),
+    ("lora_unet_mid_block_x.set_weight", "weights that replace those of the base"),
+    ("lora_unet_mid_block_x.bias_values", "a sparse difference beside the factors"),
+    ("lora_unet_mid_block_x.a1.weight", "GLoRA"),
+    ("lora_unet_mid_block_x.on_input", "(IA)³"),
+    (f"{QUERY}.lora_E", "AdaLoRA"),
     (f"{QUERY}.lora_embedding_A", "LoRA of an embedding"),
-    (f"{QUERY}.lora_B.bias", "LoRA with biases"),
+    (f"{QUERY}.scale_weight", "LoRA in quantised numbers with a scale of their own"),
     ("bundle_emb.cat.string_to_param.*", "a textual-inversion embedding"),
 ]
 A = ".lora_A.weight"
@@ -177,7 +177,7 @@ STATES: list[tuple[str, Callable[[State], State], str]] = [
         "a full model",
         lambda state: {"conv_in.weight": ONE, "conv_in.bias": ONE},
         "no LoRA keys in it: 'conv_in.bias', 'conv_in.weight'. Give a LoRA in one of the layouts "
-        "diffusers, peft, diffusers-old, kohya",
+        "diffusers, peft, diffusers-old, kohya, original; a full model",
     ),
     (
         "never trained",
@@ -206,13 +206,60 @@ STATES: list[tuple[str, Callable[[State], State], str]] = [
         "vae, text_encoder, unet: 'text_encoder_2.encoder.layers.0.mlp.fc1.lora_A.weight'",
     ),
     (
-        "original SDXL names",
-        lambda state: {
-            "lora_unet_input_blocks_4_1_proj_in.lora_down.weight": torch.ones(1, 2),
-            "lora_unet_input_blocks_4_1_proj_in.lora_up.weight": torch.ones(2, 1),
-        },
-        "(kohya layout, component unet): 1 of 1 modules find no place in the model: "
-        "'lora_unet_input_blocks_4_1_proj_in.lora_down.weight'. Its names are those of the original",
+        "magnitudes of another module",
+        with_({f"{QUERY}.dora_scale": torch.ones(63, 1)}),
+        "(diffusers layout, component unet): magnitudes (63, 1) fit neither 64 outputs nor 64 inputs of mid_block",
+    ),
+    (
+        "magnitudes alone",
+        with_({"unet.conv_in.lora_magnitude_vector": torch.ones(32)}),
+        "no down and no up factor for conv_in, only: 'unet.conv_in.lora_magnitude_vector'",
+    ),
+    (
+        "half a LoHa",
+        with_({"unet.conv_in.hada_w1_a": torch.ones(4, 2)}),
+        "no hada_w1_b and no hada_w2_a and no hada_w2_b factor for conv_in, only",
+    ),
+    (
+        "a LoHa of two modules",
+        with_({f"unet.conv_in.hada_w{i}_{n}": torch.ones(4, 2 + i) for i in (1, 2) for n in "ab"}),
+        "Hadamard factors (4, 3), (4, 3), (4, 4) and (4, 4) are not those of one module",
+    ),
+    (
+        "a LoKr that does not fit",
+        with_({"unet.conv_in.lokr_w1": torch.ones(4, 2), "unet.conv_in.lokr_w2": torch.ones(4, 2)}),
+        "LoKr of (16, 4) does not fit conv_in with weight (32, 4, 3, 3)",
+    ),
+    (
+        "a Tucker core of other ranks",
+        with_(
+            {
+                "unet.conv_in.lora_down.weight": torch.ones(2, 4, 1, 1),
+                "unet.conv_in.lora_mid.weight": torch.ones(3, 3, 3, 3),
+                "unet.conv_in.lora_up.weight": torch.ones(32, 3, 1, 1),
+            }
+        ),
+        "down (2, 4, 1, 1), mid (3, 3, 3, 3) and up (32, 3, 1, 1) are not factors of one module",
+    ),
+    (
+        "two kinds at one module",
+        with_({f"{QUERY}.diff": torch.ones(64, 64)}),
+        "factors of full difference together with down, up",
+    ),
+    (
+        "a bias of another module",
+        with_({f"{QUERY}.diff_b": torch.ones(63)}),
+        f"diff_b has shape (63,), expected (64,): '{QUERY}.diff_b'",
+    ),
+    (
+        "scales of nothing",
+        with_({"unet.conv_in.lora_down.scale_weight": ONE}),
+        "no down and no up factor for conv_in, only",
+    ),
+    (
+        "float8 whose scales are missing",
+        with_({"scaled_fp8": torch.ones(2)}),
+        "float8 with scales of their own, and the scales are missing: 'scaled_fp8'",
     ),
     (
         "bare adapter for no model here",
@@ -241,7 +288,7 @@ def test_broken_tensors(break_it: Any, message: str, state: State, models: Any, 
 
 @pytest.mark.parametrize(("key", "kind"), UNSUPPORTED)
 def test_kinds_not_supported_are_named_with_a_remedy(key: str, kind: str, state: State, models: Any) -> None:
-    with pytest.raises(LoRAError, match=rf"^<state dict>: {re.escape(kind)}.* is not supported yet, 1 keys: .*\. \w+ "):
+    with pytest.raises(LoRAError, match=rf"^<state dict>: {re.escape(kind)}.* is not supported, 1 keys: .*\. \w+ "):
         load_lora(state | {key: ONE}, models)
 
 
@@ -349,8 +396,8 @@ def test_a_grouped_convolution() -> None:
     ("config", "message"),
     [
         ({"r": 8}, "(peft layout): its config says rank 8, the factors have rank 4"),
-        ({"r": 4, "use_dora": True}, "its config says DoRA. Only plain LoRA is read"),
-        ({"peft_type": "LOHA"}, "its config says LOHA. Only plain LoRA is read"),
+        ({"r": 4, "use_dora": True}, "its config says DoRA, and a module has no magnitudes"),
+        ({"peft_type": "OFT"}, "its config says OFT. Of PEFT's adapters LORA, LOHA, LOKR are read"),
         ({"r": 4, "lora_alpha": "four"}, "alpha 'four' is not a finite number"),
         ({"alpha_pattern": [4]}, "alpha_pattern in its config is no table of regular expressions"),
         (

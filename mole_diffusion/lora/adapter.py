@@ -15,7 +15,7 @@ from mole_diffusion.errors import MoLEError, printable
 from mole_diffusion.families import COMPONENTS
 from mole_diffusion.families.names import TEXT_MODEL
 from mole_diffusion.lora.errors import LoRAError, refusal
-from mole_diffusion.lora.pairs import Pair
+from mole_diffusion.lora.pieces import Piece
 from mole_diffusion.lora.patterns import PatternError, Patterns
 from mole_diffusion.lora.sources import Config, LoRAFile
 from mole_diffusion.reading import parse_json
@@ -33,9 +33,10 @@ _CONVERT_START = (
     "path_initial_model_for_weight_conversion=initial)`, `initial` being the adapter saved before training. "
     "Or merge it into its base and extract a plain LoRA by SVD."
 )
-# Settings of PEFT that make the factors something else than a change of weight by alpha / r * up @ down.
+# Adapters of PEFT that are read, and what they call alpha.
+_ALPHAS = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}
+# Settings of PEFT that make the factors something else than a change of weight that is read here.
 _OTHER_KINDS = {
-    "use_dora": "DoRA",
     "use_qalora": "QALoRA",
     "use_bdlora": "BD-LoRA (block-diagonal factors)",
     "alora_invocation_tokens": "Activated LoRA, which acts on some tokens only",
@@ -46,18 +47,18 @@ _OTHER_KINDS = {
     "modules_to_save": "modules_to_save, whole modules trained beside the LoRA",
     "trainable_token_indices": "trainable tokens, embeddings trained beside the LoRA",
     "target_parameters": "LoRA of bare parameters",
-    "lora_bias": "LoRA with biases",
 }
 
 
 @dataclass(frozen=True, eq=False)
 class AdapterSettings:
-    """How strongly the pairs of one component act, as a config says.
+    """How strongly the pieces of one component act, as a config says.
 
     Attributes:
         rank, alpha: The config's `r` and `lora_alpha`; None where it has none.
         ranks, alphas: Its patterns.
         rslora: Whether the scaling is `alpha / sqrt(r)`.
+        dora: Whether every module has a magnitude.
     """
 
     rank: Any
@@ -65,6 +66,7 @@ class AdapterSettings:
     ranks: Patterns
     alphas: Patterns
     rslora: bool
+    dora: bool
 
 
 def read_settings(file: LoRAFile, layout: str) -> dict[str | None, AdapterSettings]:
@@ -90,44 +92,52 @@ def read_settings(file: LoRAFile, layout: str) -> dict[str | None, AdapterSettin
 
 
 def strength(
-    file: LoRAFile, layout: str, pair: Pair, alpha: float | None, settings: AdapterSettings | None
+    file: LoRAFile, layout: str, piece: Piece, alpha: float | None, settings: AdapterSettings | None
 ) -> tuple[float | None, float]:
-    """Alpha and scaling of a pair: `alpha / r`, `alpha / sqrt(r)` where the config says rsLoRA, 1.0 without an alpha.
+    """Alpha and scaling of a piece: `alpha / r`, `alpha / sqrt(r)` where the config says rsLoRA, 1.0 without an alpha.
 
     Args:
         file: It comes from, for messages.
         layout: Of the file, for messages.
-        pair: The pair.
-        alpha: Of the pair's own, which goes before the config's; None where it has none.
-        settings: Of the pair's component.
+        piece: The piece.
+        alpha: Of the piece's own, which goes before the config's; None where it has none. It counts for nothing where
+            no factor has a rank (LoKr of whole matrices); PEFT's config counts there too.
+        settings: Of the piece's component.
 
     Raises:
-        LoRAError: If the config's rank is not the pair's, so that it belongs to another file, or a number is none.
+        LoRAError: If the config's rank is not the piece's, so that it belongs to another file, or a number is none.
     """
 
     def refuse(problem: str, remedy: str) -> LoRAError:
-        components = [pair.component] if pair.component else []
-        return refusal(file.source, problem, remedy, layout=layout, components=components, keys=[pair.key])
+        components = [piece.component] if piece.component else []
+        return refusal(file.source, problem, remedy, layout=layout, components=components, keys=[piece.key])
 
     stated: Any = alpha
+    r = piece.r
     if settings is not None:
-        names = _spellings(pair.module)
+        if settings.dora and not piece.magnitude:
+            raise refuse("its config says DoRA, and a module has no magnitudes", "Save the adapter again.")
+        names = _spellings(piece.module)
         try:
             expected = settings.ranks.find(names, settings.rank)
             stated = settings.alphas.find(names, settings.alpha) if alpha is None else alpha
         except PatternError as error:
             raise refuse(f"a pattern in its config {error}", "Write names of modules instead.") from None
-        if expected is not None and expected != pair.r:
+        if expected is not None and r is not None and expected != r:
             raise refuse(
-                f"its config says rank {printable(repr(expected), 40)}, the factors have rank {pair.r}",
+                f"its config says rank {printable(repr(expected), 40)}, the factors have rank {r}",
                 "Put the config that was saved with these weights beside them.",
             )
-    if stated is None:
+        if r is None and alpha is None and isinstance(expected, int) and expected > 0:
+            r = expected
+    if stated is None or piece.form is None:
         return None, 1.0
     number = _finite(stated)
     if number is None:
         raise refuse(f"alpha {printable(repr(stated), 40)} is not a finite number", "Correct the config.")
-    return number, number / (math.sqrt(pair.r) if settings is not None and settings.rslora else pair.r)
+    if r is None:
+        return number, 1.0
+    return number, number / (math.sqrt(r) if settings is not None and settings.rslora else r)
 
 
 def _spellings(module: str) -> Sequence[str]:
@@ -145,38 +155,38 @@ def _finite(value: Any) -> float | None:
 
 
 def _settings(file: LoRAFile, config: Config) -> AdapterSettings:
-    _refuse_other_kinds(file, config)
+    kind = _refuse_other_kinds(file, config)
     patterns = {}
     for name in ("rank_pattern", "alpha_pattern"):
         try:
             patterns[name] = Patterns(config.get(name) or {})
         except PatternError as error:
             raise refusal(file.source, f"{name} in its config {error}", "Write names of modules instead.") from None
-    rslora = _switch(file, config, "use_rslora")
-    return AdapterSettings(
-        config.get("r"), config.get("lora_alpha"), patterns["rank_pattern"], patterns["alpha_pattern"], rslora
-    )
+    rslora, dora = _switch(file, config, "use_rslora"), _switch(file, config, "use_dora")
+    alpha = config.get(_ALPHAS[kind])
+    return AdapterSettings(config.get("r"), alpha, patterns["rank_pattern"], patterns["alpha_pattern"], rslora, dora)
 
 
-def _refuse_other_kinds(file: LoRAFile, config: Config) -> None:
-    kind = config.get("peft_type") or "LORA"
-    if str(kind).upper() != "LORA":
-        raise refusal(
-            file.source, f"its config says {printable(str(kind), 60)}", f"Only plain LoRA is read. {_EXTRACT}"
-        )
+def _refuse_other_kinds(file: LoRAFile, config: Config) -> str:
+    """PEFT's name of the adapter, if it is one that is read."""
+    kind = str(config.get("peft_type") or "LORA").upper()
+    if kind not in _ALPHAS:
+        read = f"Of PEFT's adapters {', '.join(_ALPHAS)} are read."
+        raise refusal(file.source, f"its config says {printable(kind, 60)}", f"{read} {_EXTRACT}")
     for name, what in _OTHER_KINDS.items():
         if config.get(name):
-            raise refusal(file.source, f"its config says {what}", f"Only plain LoRA is read. {_EXTRACT}")
+            raise refusal(file.source, f"its config says {what}", f"That is not read. {_EXTRACT}")
     if config.get("bias") not in (None, False, "none"):
         bias = printable(str(config["bias"]), 60)
         raise refusal(file.source, f"its config says that biases were trained ({bias})", _EXTRACT)
-    known = {*_OTHER_KINDS, "use_rslora"}
+    # The last is how a kernel was factored, which the shapes tell too.
+    known = {*_OTHER_KINDS, "use_rslora", "use_dora", "use_effective_conv2d"}
     # PEFT names a variant of LoRA so; one that is newer than this reader is none that it reads.
     if other := next((name for name in config if name.startswith("use_") and name not in known and config[name]), None):
         raise refusal(file.source, f"its config says {printable(other, 60)}, which is not known here", _EXTRACT)
     start = config.get("init_lora_weights")
     if start is None or isinstance(start, bool) or str(start).lower() in _HARMLESS_STARTS:
-        return
+        return kind
     named = next((name for word, name in _MOVING_STARTS.items() if str(start).lower().startswith(word)), None)
     said = f"init_lora_weights={printable(repr(start), 60)}"
     if named is None:

@@ -33,23 +33,46 @@ def changes_nothing(factors: Mapping[str, Mapping[str, LoRAFactors]], models: Ma
 
 def overflows(factors: LoRAFactors, module: nn.Module) -> bool:
     """Whether a factor, or what it does to inputs of usual size, is beyond the numbers the module computes with."""
+    dtype = _dtype(module)
+    beside = [factor for factor in (factors.magnitude, factors.bias) if factor is not None]
+    kronecker = factors.kronecker
+    if kronecker is not None:
+        beside += [kronecker.w1 * factors.scaling, *kronecker.tensors]
     down, up = _as_run(factors, module)
-    if not (down.isfinite().all() and up.isfinite().all()):
+    if not all(tensor.to(dtype).isfinite().all() for tensor in (down, up, *beside)):
         return True
-    return factors.r * float(down.abs().max()) * float(up.abs().max()) > LARGEST_PRODUCT
+    product = factors.r * _largest(down) * _largest(up)
+    if kronecker is not None:
+        product += _largest(kronecker.w1) * abs(factors.scaling) * _largest(kronecker.w2)
+    return product > LARGEST_PRODUCT
 
 
 @torch.no_grad()
 def _acts(factors: LoRAFactors, module: nn.Module) -> bool:
     down, up = (tensor.float().flatten(1) for tensor in _as_run(factors, module))
-    change = (up @ down).abs().max()
-    least = CANCELLED * (up.abs() @ down.abs()).max()
+    change = _largest(up @ down)
+    least = CANCELLED * _largest(up.abs() @ down.abs())
+    if (kronecker := factors.kronecker) is not None:
+        w1 = kronecker.w1 * factors.scaling
+        change = max(change, _largest(w1) * _largest(kronecker.w2))
+        size = _largest(kronecker.down) if kronecker.up is None else _largest(kronecker.up.abs() @ kronecker.down.flatten(1).abs())
+        least = max(least, CANCELLED * _largest(w1) * size)
+    if factors.bias is not None:
+        change = max(change, _largest(factors.bias))
     weight = getattr(module, "weight", None)
     # Weights that are quantised or not there tell nothing of their size.
     if isinstance(weight, Tensor) and weight.dtype in COMPUTED and not weight.is_meta and weight.numel():
-        last_digit = torch.finfo(weight.dtype).eps * weight.detach().abs().max().float().cpu()
-        least = torch.maximum(least, BELOW_LAST_DIGIT * last_digit)
-    return bool(change > least)
+        if factors.magnitude is not None:
+            change = _largest(factors.delta(weight.detach().float().cpu()))
+        last_digit = torch.finfo(weight.dtype).eps * _largest(weight.detach().float())
+        least = max(least, BELOW_LAST_DIGIT * last_digit)
+    elif factors.magnitude is not None:
+        return True
+    return change > least
+
+
+def _largest(tensor: Tensor) -> float:
+    return float(tensor.abs().max()) if tensor.numel() else 0.0
 
 
 def _as_run(factors: LoRAFactors, module: nn.Module) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,10 @@
-"""What a LoRA is once it is read: a pair of factors and a scaling for each module it touches."""
+"""What a LoRA is once it is read: factors and a scaling for each module it touches, and what some have beside them."""
 
 from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,16 +13,21 @@ from torch import Tensor
 
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.families.names import canonical_name
+from mole_diffusion.lora.kinds import dora
+from mole_diffusion.lora.kronecker import Kronecker
 
 
 @dataclass(frozen=True, eq=False)
 class LoRAFactors:
-    """One module of one LoRA: the weight changes by `scaling * up @ down`.
+    """One module of one LoRA: the weight changes by `scaling * (up @ down + kronecker)`, then to its `magnitude`.
 
     Attributes:
-        down: A, `(r, d_in)` for a Linear, `(r, c_in, kh, kw)` for a Conv2d.
+        down: A, `(r, d_in)` for a Linear, `(r, c_in, kh, kw)` for a Conv2d. No rows where all is in `kronecker`.
         up: B, `(d_out, r)` for a Linear, `(d_out, r, 1, 1)` for a Conv2d.
         scaling: `alpha / r`; `alpha / sqrt(r)` for rsLoRA; 1.0 where no alpha is known.
+        kronecker: A change as a Kronecker product (LoKr, full differences), which has no small rank.
+        magnitude: DoRA's m, `(d_out, 1)` or `(1, d_in)`: the length that each row, or column, of the changed weight has.
+        bias: By how much the module's bias changes, `(d_out,)`.
 
     Raises:
         MoLEError: If the two factors do not belong together, or the scaling is not finite.
@@ -30,6 +36,9 @@ class LoRAFactors:
     down: Tensor
     up: Tensor
     scaling: float = 1.0
+    kronecker: Kronecker | None = None
+    magnitude: Tensor | None = None
+    bias: Tensor | None = None
 
     def __post_init__(self) -> None:
         down, up = tuple(self.down.shape), tuple(self.up.shape)
@@ -43,13 +52,48 @@ class LoRAFactors:
 
     @property
     def r(self) -> int:
-        """Rank."""
+        """Rank of `up @ down`."""
         return self.down.shape[0]
 
-    def delta(self) -> Tensor:
-        """Change of the module's weight, in the shape of that weight."""
-        product = self.up.flatten(1) @ self.down.flatten(1)
-        return self.scaling * product.reshape(self.up.shape[0], *self.down.shape[1:])
+    @property
+    def plain(self) -> bool:
+        """Whether `down`, `up` and `scaling` say all."""
+        return self.kronecker is None and self.magnitude is None and self.bias is None
+
+    def delta(self, weight: Tensor | None = None) -> Tensor:
+        """Change of the module's weight, in the shape of that weight.
+
+        Args:
+            weight: The module's, which DoRA's change depends on.
+
+        Raises:
+            MoLEError: A magnitude is there and no weight.
+        """
+        product = self.scaling * (self.up.flatten(1) @ self.down.flatten(1))
+        change = product.reshape(self.up.shape[0], *self.down.shape[1:])
+        if self.kronecker is not None:
+            change = change + self.scaling * self.kronecker.matrix().reshape(change.shape)
+        if self.magnitude is None:
+            return change
+        if weight is None:
+            raise MoLEError("What a DoRA changes depends on the weight. Pass `weight=`, that of the module.")
+        c = dora.scale(self.magnitude, weight.to(change), change)
+        return (weight.to(change) + change) * c.reshape(*c.shape, *[1] * (change.ndim - 2)) - weight.to(change)
+
+    def as_run(self) -> Iterator[tuple[str, Tensor]]:
+        """The numbers that decide what it does, in fp32, by name; always in the same order."""
+        # In fp32 as in files: an alpha that was stored and divided by the rank gives the same number again.
+        scaling = torch.tensor(self.scaling, dtype=torch.float32)
+        yield "down", self.down.float().flatten(1)
+        yield "up", (self.up.float() * scaling).flatten(1)
+        if self.kronecker is not None:
+            yield "w1", self.kronecker.w1.float() * scaling
+            yield "w2", self.kronecker.w2.float().flatten(1)
+            yield "rows", torch.tensor([[part.start, part.stop] for part in self.kronecker.rows or ()]).float()
+        if self.magnitude is not None:
+            yield "magnitude", self.magnitude.float()
+        if self.bias is not None:
+            yield "bias", self.bias.float()
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +103,7 @@ class LoRA:
     Attributes:
         name: What the user calls it.
         source: Path as given, or `<state dict>`.
-        layout: `"diffusers"`, `"diffusers-old"`, `"peft"` or `"kohya"`.
+        layout: `"diffusers"`, `"diffusers-old"`, `"peft"`, `"kohya"` or `"original"`.
         sha256: Of the file's bytes; of the sorted tensors for a state dict. What a LoRA *does* has :attr:`fingerprint`.
         factors: Component (`"unet"`, `"text_encoder"`, …) to module name, as in `named_modules()`, to factors.
             fp32, on the CPU.
@@ -81,7 +125,7 @@ class LoRA:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over what it does: `down` and `scaling * up` of every module, by name.
+        """SHA-256 over what it does: `down` and `scaling * up` of every module, by name, and what is beside them.
 
         The same in every layout, whatever the file is called and says of itself, and wherever the scaling is kept:
         as alpha in a kohya file, in `up` in diffusers'. Values count exactly, as fp32.
@@ -93,10 +137,11 @@ class LoRA:
             for module, factors in found.items()
         }
         for name, factors in sorted(modules.items()):
-            # In fp32 as in files: an alpha that was stored and divided by the rank gives the same number again.
-            up = (factors.up.float() * torch.tensor(factors.scaling, dtype=torch.float32)).flatten(1)
-            down = factors.down.float().flatten(1)
-            digest.update(f"{name} {tuple(down.shape)} {tuple(up.shape)}\n".encode())
-            for tensor in (down, up):
+            tensors = dict(factors.as_run())
+            shapes = " ".join(str(tuple(tensor.shape)) for tensor in (tensors["down"], tensors["up"]))
+            digest.update(f"{name} {shapes}\n".encode())
+            for what, tensor in tensors.items():
+                if what not in ("down", "up"):
+                    digest.update(f"{what} {tuple(tensor.shape)}\n".encode())
                 digest.update(tensor.detach().cpu().contiguous().numpy().astype("<f4").tobytes())
         return digest.hexdigest()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import NoReturn
 
+import torch
 from torch import Tensor, nn
 
 from mole_diffusion.lora.adapter import read_settings, strength
@@ -14,8 +16,10 @@ from mole_diffusion.lora.effect import changes_nothing, overflows
 from mole_diffusion.lora.errors import refusal
 from mole_diffusion.lora.factors import LoRA, LoRAFactors
 from mole_diffusion.lora.families import family_hint, text_width
-from mole_diffusion.lora.modules import ModuleIndex
-from mole_diffusion.lora.pairs import Pair, find_pairs, read_alpha, read_factors
+from mole_diffusion.lora.kinds import KindError, dora
+from mole_diffusion.lora.kronecker import Kronecker, Rows
+from mole_diffusion.lora.modules import ModuleIndex, Target
+from mole_diffusion.lora.pieces import Piece, find_pieces, fold, read_alpha, read_parts
 from mole_diffusion.lora.sources import LoRAFile, read_source
 from mole_diffusion.lora.triggers import read_triggers
 
@@ -44,12 +48,17 @@ def load_lora(
     return _Reader(read_source(source), components).lora(name)
 
 
+# What a key calls a component, to the component it may be: `lora_unet_` is in front of transformers too, and FLUX.1's
+# T5 is the third text encoder to kohya and the second to diffusers.
+_OTHER_NAMES = {"unet": "transformer", "transformer": "unet", "text_encoder_3": "text_encoder_2"}
+
+
 class _Reader:
     """One file on its way into one set of models; holds what every message names."""
 
     def __init__(self, file: LoRAFile, components: Mapping[str, nn.Module]) -> None:
         self.file = file
-        self.layout, self.pairs = find_pairs(file)
+        self.layout, self.pieces = find_pieces(file)
         self.models = {key: model for key, model in components.items() if isinstance(model, nn.Module)}
         self.indices = {key: ModuleIndex(model) for key, model in self.models.items()}
         self.settings = read_settings(file, self.layout)
@@ -57,17 +66,17 @@ class _Reader:
     def lora(self, name: str | None) -> LoRA:
         homes = self._homes()
         self._check_modules(homes)
-        places: dict[tuple[str, str], Pair] = {}
-        for pair, component in zip(self.pairs, homes, strict=True):
-            module = self.indices[component].find(pair.module)
-            assert module is not None
-            if (component, module) in places:
-                self._refuse(f"two pairs for {module}", "Keep one adapter per file.", [pair], component)
-            self._check_shapes(pair, component, module)
-            places[component, module] = pair
+        places: dict[tuple[str, str], Piece] = {}
+        for piece, component in zip(self.pieces, homes, strict=True):
+            targets = self.indices[component].find(piece.module)
+            self._check_shapes(piece, component, targets)
+            for target in targets:
+                if (component, target.module) in places:
+                    self._refuse(f"two pairs for {target.module}", "Keep one adapter per file.", [piece], component)
+                places[component, target.module] = piece
         found: dict[str, dict[str, LoRAFactors]] = defaultdict(dict)
-        for (component, module), pair in places.items():  # only now are values read
-            found[component][module] = self._factors(pair, component, module)
+        for piece, component in zip(self.pieces, homes, strict=True):  # only now are values read
+            found[component].update(self._factors(piece, component))
         factors = {
             component: {module: found[component][module] for module in index.shapes if module in found[component]}
             for component, index in self.indices.items()
@@ -83,23 +92,28 @@ class _Reader:
         return LoRA(name or self.file.name, self.file.source, self.layout, self.file.sha256, factors, triggers)
 
     def _homes(self) -> list[str]:
-        """The component of each pair; pairs that do not say all go to the one model that has modules for all."""
-        stated = {pair.component for pair in self.pairs if pair.component is not None}
-        if missing := sorted(stated - self.indices.keys()):
-            pairs = [pair for pair in self.pairs if pair.component in missing]
+        """The component of each piece; pieces that do not say all go to the one model that has modules for all."""
+        stated = {piece.component for piece in self.pieces if piece.component is not None}
+        known = {name: self._component(name) for name in stated}
+        if missing := sorted(name for name in stated if known[name] not in self.indices):
+            pieces = [piece for piece in self.pieces if piece.component in missing]
             self._refuse(
-                f"{len(pairs)} modules for {', '.join(missing)}, but the model has only {', '.join(self.indices)}",
+                f"{len(pieces)} modules for {', '.join(missing)}, but the model has only {', '.join(self.indices)}",
                 f"{self._hint()}Use a LoRA for this kind of model.",
-                pairs,
+                pieces,
                 *missing,
             )
-        silent = [pair for pair in self.pairs if pair.component is None]
+        silent = [piece for piece in self.pieces if piece.component is None]
         home = self._common_home(silent) if silent else ""
-        return [pair.component or home for pair in self.pairs]
+        return [known[piece.component] if piece.component else home for piece in self.pieces]
 
-    def _common_home(self, pairs: list[Pair]) -> str:
+    def _component(self, stated: str) -> str:
+        other = _OTHER_NAMES.get(stated, stated)
+        return other if stated not in self.indices and other in self.indices else stated
+
+    def _common_home(self, pieces: list[Piece]) -> str:
         lost = {
-            component: [pair for pair in pairs if index.find(pair.module) is None]
+            component: [piece for piece in pieces if not index.find(piece.module)]
             for component, index in self.indices.items()
         }
         fitting = [component for component, rest in lost.items() if not rest]
@@ -107,12 +121,12 @@ class _Reader:
             return fitting[0]
         prefix = "Prefix the keys with the component, e.g. `unet.`, and without `base_model.model.`."
         if fitting:
-            self._refuse(f"keys without a component, which would fit {' and '.join(fitting)}", prefix, pairs, *fitting)
+            self._refuse(f"keys without a component, which would fit {' and '.join(fitting)}", prefix, pieces, *fitting)
         if not lost:
-            self._refuse("no model to place it in", "Pass `components={'unet': …}`.", pairs)
+            self._refuse("no model to place it in", "Pass `components={'unet': …}`.", pieces)
         nearest = min(lost, key=lambda component: len(lost[component]))
         self._refuse(
-            f"{len(lost[nearest])} of {len(pairs)} modules find no place even in the nearest model",
+            f"{len(lost[nearest])} of {len(pieces)} modules find no place even in the nearest model",
             f"{self._hint()}{prefix} Or use a LoRA for this kind of model.",
             lost[nearest],
             nearest,
@@ -120,58 +134,121 @@ class _Reader:
 
     def _check_modules(self, homes: list[str]) -> None:
         lost = [
-            (pair, component)
-            for pair, component in zip(self.pairs, homes, strict=True)
-            if self.indices[component].find(pair.module) is None
+            (piece, component)
+            for piece, component in zip(self.pieces, homes, strict=True)
+            if not self.indices[component].find(piece.module)
         ]
         if lost:
-            original = any("input_blocks" in pair.module or "output_blocks" in pair.module for pair, _ in lost)
-            names = "Its names are those of the original (not diffusers') UNet, which are not read yet. " * original
             self._refuse(
-                f"{len(lost)} of {len(self.pairs)} modules find no place in the model",
-                f"{names}{self._hint()}Use a LoRA for this kind of model.",
-                [pair for pair, _ in lost],
+                f"{len(lost)} of {len(self.pieces)} modules find no place in the model",
+                f"{self._hint()}Use a LoRA for this kind of model.",
+                [piece for piece, _ in lost],
                 *{component for _, component in lost},
             )
 
-    def _check_shapes(self, pair: Pair, component: str, module: str) -> None:
+    def _check_shapes(self, piece: Piece, component: str, targets: tuple[Target, ...]) -> None:
         index = self.indices[component]
-        out, *rest = shape = index.shapes[module]
-        if module in index.grouped:
-            self._refuse(f"{module} is a grouped convolution", "Train without it.", [pair], component)
-        kernel = (*pair.down[2:], 1, 1)[:2]
-        wanted = (rest[0], *(rest[1:] or (1, 1)))
-        if pair.up[0] != out or (pair.down[1], *kernel) != wanted:
+        out, *rest = shape = index.shape(targets)
+        grouped = [target.module for target in targets if target.module in index.grouped]
+        if grouped:
+            self._refuse(f"{grouped[0]} is a grouped convolution", "Train without it.", [piece], component)
+        if any(index.shapes[target.module][1:] != tuple(rest) for target in targets) or not _fits(piece, out, rest):
+            if piece.form and piece.kind and {"down", "up"} == set(piece.kind.takes):
+                what = f"down {piece.shapes['down']} and up {piece.shapes['up']} do"
+            else:
+                made = (piece.out, *piece.form.inputs) if piece.form else (piece.out,)
+                what = f"{piece.title} of {made} does"
+            names = " and ".join(target.module for target in targets)
             self._refuse(
-                f"down {pair.down} and up {pair.up} do not fit {module} with weight {shape}",
+                f"{what} not fit {names} with weight {shape}",
                 f"{self._hint()}Use a LoRA for this kind of model.",
-                [pair],
+                [piece],
                 component,
             )
+        if piece.magnitude:
+            try:
+                dora.axis(piece.magnitude, piece.shapes[piece.magnitude], out, rest[0])
+            except KindError as error:
+                self._refuse(f"{error} of {targets[0].module}", error.remedy, [piece], component)
 
-    def _factors(self, pair: Pair, component: str, module: str) -> LoRAFactors:
-        """The pair in the shape of the module; a 1x1 convolution and a Linear hold the same numbers."""
-        out, *rest = self.indices[component].shapes[module]
-        settings = self.settings.get(component, self.settings.get(None))
-        own = read_alpha(self.file, self.layout, pair)
-        _, scale = strength(self.file, self.layout, pair, own, settings)
-        down, up = read_factors(self.file, self.layout, pair)
-        ones = [1] * len(rest[1:])
-        factors = LoRAFactors(down.reshape(pair.r, *rest), up.reshape(out, pair.r, *ones), scale)
-        if overflows(factors, self.models[component].get_submodule(module)):
-            self._refuse(
-                "factors too large for the base's precision, so that pictures would be black",
-                "Training diverged, or alpha is wrong; use another checkpoint.",
-                [pair],
-                component,
-            )
-        return factors
+    def _factors(self, piece: Piece, component: str) -> dict[str, LoRAFactors]:
+        """The piece's factors by module, in the shapes of the modules."""
+        index = self.indices[component]
+        targets = index.find(piece.module)
+        out, *rest = index.shape(targets)
+        settings = self.settings.get(component, self.settings.get(piece.component, self.settings.get(None)))
+        own = read_alpha(self.file, self.layout, piece)
+        _, scaling = strength(self.file, self.layout, piece, own, settings)
+        parts = read_parts(self.file, self.layout, piece)
+        whole = _whole(piece, parts, out, tuple(rest), scaling)
+        found = {}
+        for target in targets:
+            factors = whole if target.rows is None else _rows(whole, target.rows)
+            if factors is None:  # a factor of a fused module that is zero in this part of it
+                continue
+            if overflows(factors, self.models[component].get_submodule(target.module)):
+                self._refuse(
+                    "factors too large for the base's precision, so that pictures would be black",
+                    "Training diverged, or alpha is wrong; use another checkpoint.",
+                    [piece],
+                    component,
+                )
+            found[target.module] = factors
+        return found
 
     def _hint(self) -> str:
-        file_width = text_width((pair.module, pair.down[1]) for pair in self.pairs)
+        file_width = text_width((piece.module, piece.form.inputs[0]) for piece in self.pieces if piece.form)
         model_width = text_width(width for index in self.indices.values() for width in index.widths())
         return family_hint(file_width, model_width)
 
-    def _refuse(self, problem: str, remedy: str, pairs: list[Pair] | None = None, *components: str) -> NoReturn:
-        keys = [pair.key for pair in pairs or []]
+    def _refuse(self, problem: str, remedy: str, pieces: list[Piece] | None = None, *components: str) -> NoReturn:
+        keys = [piece.key for piece in pieces or []]
         raise refusal(self.file.source, problem, remedy, layout=self.layout, components=components, keys=keys)
+
+
+def _fits(piece: Piece, out: int, rest: list[int]) -> bool:
+    """Whether the change has the shape of a weight; a 1x1 convolution and a Linear hold the same numbers."""
+    if piece.out != out:
+        return False
+    if piece.form is None:
+        return True
+    if piece.form.flat:
+        # A Kronecker product's second factor has the kernel inside, so the channels must divide among the first.
+        channels = piece.shapes["lokr_w1"][1] if "lokr_w1" in piece.shapes else 1
+        return piece.form.inputs == (math.prod(rest),) and rest[0] % channels == 0
+    wanted = (rest[0], *(rest[1:] or (1, 1)))
+    return (piece.form.inputs[0], *(*piece.form.inputs[1:], 1, 1)[:2]) == wanted
+
+
+def _whole(piece: Piece, parts: dict[str, Tensor], out: int, rest: tuple[int, ...], scaling: float) -> LoRAFactors:
+    """A piece's factors for what is one module in the file."""
+    ones = [1] * len(rest[1:])
+    down, up, kronecker = torch.zeros(0, *rest), torch.zeros(out, 0, *ones), None
+    change = fold(piece, parts)
+    if isinstance(change, Kronecker):
+        kronecker = change.shaped(rest)
+    elif change is not None:
+        down, up = change[0].reshape(-1, *rest), change[1].reshape(out, -1, *ones)
+    bias = scaling * parts["up_bias"] if "up_bias" in parts else None
+    if "diff_b" in parts:
+        bias = parts["diff_b"] if bias is None else bias + parts["diff_b"]
+    part = piece.magnitude
+    magnitude = dora.magnitudes(part, parts[part], out, rest[0]) if part else None
+    return LoRAFactors(down, up, scaling, kronecker, magnitude, bias)
+
+
+def _rows(whole: LoRAFactors, rows: Rows) -> LoRAFactors | None:
+    """The part of the factors that makes some of the output rows; None where that is nothing."""
+
+    def take(tensor: Tensor) -> Tensor:
+        return torch.cat([tensor[part] for part in rows])
+
+    up = take(whole.up)
+    used = up.flatten(2).any(dim=2).any(dim=0) if up.ndim > 2 else up.any(dim=0)  # others are other parts' ranks
+    magnitude = whole.magnitude
+    if magnitude is not None and magnitude.shape[1] == 1:
+        magnitude = take(magnitude)
+    bias = None if whole.bias is None else take(whole.bias)
+    kronecker = None if whole.kronecker is None else whole.kronecker.take(rows)
+    part = LoRAFactors(whole.down[used], up[:, used].contiguous(), whole.scaling, kronecker, magnitude, bias)
+    return None if part.plain and not part.r else part

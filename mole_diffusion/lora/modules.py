@@ -4,14 +4,29 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from torch import nn
 
 from mole_diffusion.families.names import TEXT_MODEL
+from mole_diffusion.lora.kronecker import Rows
+
+
+@dataclass(frozen=True)
+class Target:
+    """A module of the model, or the part of it that a file's module is.
+
+    Attributes:
+        module: Name, as in `named_modules()`.
+        rows: Which rows of the file's module are its; None: all.
+    """
+
+    module: str
+    rows: Rows | None = None
 
 
 class ModuleIndex:
-    """Linear and Conv2d modules of one model, found by dotted or underscored name.
+    """Linear and Conv2d modules of one model, found by dotted or underscored name, diffusers' or the authors' own.
 
     A leading `text_model.` may be there or not, in the model as in the file: transformers dropped it from
     `CLIPTextModel` (not from `CLIPTextModelWithProjection`), files keep it.
@@ -35,13 +50,22 @@ class ModuleIndex:
             else:
                 continue
             self._names[_normal(name)].add(name)
+        self._original: dict[str, tuple[Target, ...]] = {}
 
-    def find(self, spelling: str) -> str | None:
-        """Name, as in `named_modules()`, of the module a file calls `spelling`; None if none or several answer."""
+    def find(self, spelling: str) -> tuple[Target, ...]:
+        """The module a file calls `spelling`, or the several that are one there; none if none or several answer."""
         if spelling in self.shapes:
-            return spelling
-        names = self._names.get(_normal(spelling), set())
-        return next(iter(names)) if len(names) == 1 else None
+            return (Target(spelling),)
+        name = _normal(spelling)
+        if name in self._names:
+            names = self._names[name]
+            return (Target(next(iter(names))),) if len(names) == 1 else ()
+        return self._original.get(name, ())
+
+    def shape(self, targets: tuple[Target, ...]) -> tuple[int, ...]:
+        """The weight's shape of what a file has as one module."""
+        out = sum(self.shapes[target.module][0] for target in targets)
+        return (out, *self.shapes[targets[0].module][1:])
 
     def widths(self) -> Iterator[tuple[str, int]]:
         """Module names and their input widths."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from mole_diffusion.families import COMPONENTS
 from mole_diffusion.lora.adapter import read_settings, strength
 from mole_diffusion.lora.families import family, text_width
-from mole_diffusion.lora.pairs import find_pairs, read_alpha, read_factors
+from mole_diffusion.lora.pieces import find_pieces, read_alpha, read_parts
 from mole_diffusion.lora.sources import read_source
 from mole_diffusion.lora.triggers import read_triggers
 
@@ -50,14 +50,14 @@ def inspect_lora(path: str | os.PathLike[str]) -> LoRAReport:
         LoRAError: If the file cannot be read or is not plain LoRA; whether it fits a model only `load_lora` can tell.
     """
     file = read_source(path)
-    layout, pairs = find_pairs(file)
+    layout, pieces = find_pieces(file)
     settings = read_settings(file, layout)
-    counts = Counter(pair.component or UNSTATED for pair in pairs)
-    ranks = Counter(pair.r for pair in pairs)
+    counts = Counter(pair.component or UNSTATED for pair in pieces)
+    ranks = Counter(pair.r for pair in pieces)
     alphas: set[float] = set()
     scalings: set[float] = set()
-    for pair in pairs:
-        read_factors(file, layout, pair)  # for its check of the values
+    for pair in pieces:
+        read_parts(file, layout, pair)  # for its check of the values
         config = settings.get(pair.component, settings.get(None))
         alpha, scale = strength(file, layout, pair, read_alpha(file, layout, pair), config)
         scalings.add(scale)
@@ -71,6 +71,6 @@ def inspect_lora(path: str | os.PathLike[str]) -> LoRAReport:
         ranks=dict(sorted(ranks.items())),
         alphas=tuple(sorted(alphas)),
         scalings=tuple(sorted(scalings)),
-        family=family(text_width((pair.module, pair.down[1]) for pair in pairs)),
+        family=family(text_width((pair.module, pair.form.inputs[0]) for pair in pieces if pair.form)),
         triggers=read_triggers(file.metadata),
     )

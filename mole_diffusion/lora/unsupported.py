@@ -1,4 +1,4 @@
-"""What is not plain LoRA, told by its keys, so that a refusal can name it and say what to do.
+"""What is not read, told by its keys, so that a refusal can name it and say what to do.
 
 No advice here is to leave keys out: they change what the LoRA does.
 """
@@ -9,42 +9,30 @@ import re
 from collections.abc import Iterable, Sequence
 
 _CONVERT = "Convert it to a plain LoRA (extract one from the merged model by SVD), or train one."
-_RENAME = "Save it in kohya's or diffusers' layout with the program that wrote it."
 _REMEDIES = {
-    "DoRA (its magnitudes are missing from a plain LoRA)": (r"\.(dora_scale|lora_magnitude_vector)\b", _CONVERT),
-    "LoHa (Hadamard factors)": (r"\.hada_", _CONVERT),
-    "LoKr (Kronecker factors)": (r"\.lokr_", _CONVERT),
     "GLoRA (factors that read the weight)": (r"\.[ab][12]\.weight$", _CONVERT),
     "(IA)³, IA3 (a factor for every feature)": (r"\.on_input$|\bia3_l\b", _CONVERT),
     "AdaLoRA (singular values between the factors)": (r"\.(lora_E|ranknum)\b", _CONVERT),
     "VeRA (shared random factors)": (r"\bvera_(lambda|A|B)", _CONVERT),
-    "a Tucker (CP) decomposed convolution": (r"\.lora_mid\.", _CONVERT),
     "OFT or BOFT (orthogonal factors)": (r"\.(oft_|boft_)", _CONVERT),
-    "full weight differences": (r"\.(diff|diff_b|w_norm|b_norm|set_weight|reshape_weight)$", _CONVERT),
+    "a change of normalisation layers": (r"\.(w_norm|b_norm)$", _CONVERT),
+    "weights that replace those of the base": (r"\.(set_weight|reshape_weight)$", _CONVERT),
+    "a sparse difference beside the factors": (r"\.bias_(values|size|indices)$", _CONVERT),
     "LoRA of an embedding": (r"\.lora_embedding_[AB]", "Train it on Linear and Conv2d modules only."),
-    "LoRA with biases": (r"\.lora_B(\.[^.]+)?\.bias$", "Train it with `lora_bias=False`."),
     "LoRA in quantised numbers with a scale of their own": (
-        r"\.(scale_weight|weight_scale(_2|_inv)?|scale_input|input_scale|comfy_quant|absmax|quant_map|SCB)$"
-        r"|\.quant_state\b|^scaled_fp8$",
+        r"(?<!\.lora_A)(?<!\.lora_B)(?<!\.lora_up)(?<!\.lora_down)(?<!\.lora_mid)\.(scale_weight|weight_scale)$"
+        r"|\.(weight_scale_(2|inv)|scale_input|input_scale|comfy_quant|absmax|quant_map|SCB)$|\.quant_state\b",
         "Save it in floating point, such as bfloat16, with the program that wrote it.",
     ),
     "a textual-inversion embedding": (
         r"^(bundle_emb\.|emb_params$|string_to_param)",
         "Load the embedding with `pipe.load_textual_inversion`, and save the LoRA without it.",
     ),
-    "LoRA with the names of the original model, as ComfyUI has them (`diffusion_model.`)": (
-        r"^(lora_unet_)?diffusion_model[._]",
-        _RENAME,
-    ),
-    "LoRA with names ending in lora_down and lora_up where lora_A and lora_B belong, as OneTrainer has them": (
-        r"^(unet|transformer|text_encoder(_[23])?)\.(?!.*(\.processor\.|_lora\.)).*\.lora_(down|up)\.weight$",
-        _RENAME,
-    ),
 }
 
 
 def find_unsupported(keys: Iterable[str]) -> tuple[str, list[str], str] | None:
-    """Kind of the first family of keys that is not plain LoRA, those keys, and a remedy; None for plain LoRA."""
+    """Kind of the first family of keys that is not read, those keys, and a remedy; None where all may be."""
     ordered = sorted(keys)
     for kind, (pattern, remedy) in _REMEDIES.items():
         if found := [key for key in ordered if re.search(pattern, key)]:

@@ -1,0 +1,47 @@
+"""Key layouts: from the keys of a file to places, which are the same in all.
+
+A layout is one function, key in, `Place` out, or `None` where the key is not its own. It needs no model; which module
+of a model a place means is decided in `modules.py`. A new layout is one function and one entry of `LAYOUTS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+from .diffusers import diffusers, diffusers_old
+from .kohya import kohya
+from .original import original
+from .peft import peft
+from .place import Place
+
+__all__ = ["LAYOUTS", "Place", "read_layout"]
+
+LAYOUTS: dict[str, Callable[[str], Place | None]] = {
+    "diffusers": diffusers,
+    "peft": peft,
+    "diffusers-old": diffusers_old,
+    "kohya": kohya,
+    "original": original,
+}
+T = TypeVar("T")
+
+
+def read_layout(state: Mapping[str, T]) -> tuple[str | None, list[tuple[Place, str, T]], list[str]]:
+    """A state dict by places instead of keys.
+
+    Args:
+        state: Anything by key: tensors, or what a file's header says of them.
+
+    Returns:
+        The layout that understands most keys (some `.alpha` keys fit several), `None` where none understands any; what
+        it says of each key, beside the key and its value, in the order of the keys; and the keys it does not understand.
+    """
+    ordered = sorted(state)
+    best: tuple[str | None, dict[str, Place]] = (None, {})
+    for name, layout in LAYOUTS.items():
+        places = {key: place for key in ordered if (place := layout(key)) is not None}
+        if len(places) > len(best[1]):
+            best = (name, places)
+    name, places = best
+    return name, [(place, key, state[key]) for key, place in places.items()], [k for k in ordered if k not in places]

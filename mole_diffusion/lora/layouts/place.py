@@ -1,0 +1,68 @@
+"""What a key of a LoRA file says about itself: which model, which module, and what its tensor is there."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one tensor of a file belongs.
+
+    Attributes:
+        component: Model; None where the key does not say.
+        module: As the file spells it: dotted, or with underscores for dots.
+        part: What the tensor is: `"down"`, `"up"`, `"mid"`, `"alpha"`, `"magnitude"` (DoRA in PEFT's words),
+            `"dora_scale"` (in kohya's), `"up_bias"`, `"diff"`, `"diff_b"`, `"w_norm"`, `"b_norm"`, `"hada_…"`,
+            `"lokr_…"`, or `"scale_of_down"` and the like: what the numbers of another part are to be multiplied by.
+    """
+
+    component: str | None
+    module: str
+    part: str
+
+
+# PEFT puts the name of the adapter between; other programs do not.
+_FACTORS = re.compile(
+    r"(?P<stem>.+)\.lora_(?P<which>A|B|down|up|mid)(?:\.(?!weight\.)[^.]+)?"
+    r"\.(?P<what>weight|bias|scale_weight|weight_scale)"
+)
+_MAGNITUDE = re.compile(r"(?P<stem>.+)\.lora_magnitude_vector(?:\.(?!weight$)[^.]+)?(?:\.weight)?")
+_OTHERS = re.compile(
+    r"(?P<stem>.+)\.(?P<part>alpha|dora_scale|diff|diff_b|w_norm|b_norm|(?:hada|lokr)_(?:w[12](?:_[ab])?|t[12]))(?:\.default)?"
+)
+_WHICH = {"A": "down", "B": "up", "down": "down", "up": "up", "mid": "mid"}
+
+
+def take_ending(key: str) -> tuple[str, str] | None:
+    """A key's stem and the part its ending names, in any program's words; None for another key.
+
+    Programs mix endings and stems freely, so endings are read in one place for all layouts.
+    """
+    if match := _FACTORS.fullmatch(key):
+        part = _WHICH[match["which"]]
+        if match["what"] == "weight":
+            return match["stem"], part
+        if match["what"] == "bias":
+            return (match["stem"], "up_bias") if part == "up" else None
+        return match["stem"], f"scale_of_{part}"
+    if match := _MAGNITUDE.fullmatch(key):
+        return match["stem"], "magnitude"
+    if match := _OTHERS.fullmatch(key):
+        return match["stem"], match["part"]
+    return None
+
+
+PEFT_ENDINGS = {
+    "down": "lora_A.weight",
+    "up": "lora_B.weight",
+    "up_bias": "lora_B.bias",
+    "magnitude": "lora_magnitude_vector",
+}
+KOHYA_ENDINGS = {
+    "down": "lora_down.weight",
+    "up": "lora_up.weight",
+    "mid": "lora_mid.weight",
+}
+"""Endings by part, for writing; a part that is not there is its own ending."""
