@@ -339,3 +339,53 @@ def freefuse_likeness(scores: Tensor, outputs: Tensor, core_share: float) -> lis
         alike = [sum(float(outputs[u].double() @ outputs[p].double()) for u in core) / len(core) for p in range(pixels)]
         found.append([value for row in z_map([alike]) for value in row])
     return found
+
+
+def lora_product(up: Tensor, down: Tensor) -> Tensor:
+    """(3) of https://arxiv.org/abs/2106.09685: B A, entry by entry; of a convolution (r, c_in, kh, kw) each tap alone."""
+    flat = down.double().flatten(1)
+    product = torch.zeros(len(up), flat.shape[1], dtype=torch.float64)
+    for row in range(len(up)):
+        for column in range(flat.shape[1]):
+            for rank in range(len(down)):
+                product[row, column] += float(up[row, rank]) * float(flat[rank, column])
+    return product.reshape(len(up), *down.shape[1:])
+
+
+def tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """LyCORIS' convolution in three factors: sum_rs a[o, r] core[r, s, h, w] b[s, i]; a (d_out, r), b (r, c_in)."""
+    change = torch.zeros(len(a), b.shape[1], *core.shape[2:], dtype=torch.float64)
+    for out in range(len(a)):
+        for channel in range(b.shape[1]):
+            for r in range(core.shape[0]):
+                for s in range(core.shape[1]):
+                    change[out, channel] += float(a[out, r]) * core[r, s].double() * float(b[s, channel])
+    return change
+
+
+def hadamard(first: Tensor, second: Tensor) -> Tensor:
+    """Proposition 1 of FedPara (https://arxiv.org/abs/2108.06098): (X1 Y1^T) . (X2 Y2^T), entry by entry."""
+    return torch.stack([torch.stack([a * b for a, b in zip(x, y, strict=True)]) for x, y in zip(first, second, strict=True)])
+
+
+def kronecker(w1: Tensor, w2: Tensor) -> Tensor:
+    """LoKr (https://arxiv.org/abs/2309.14859): block (i, j) of the change is w1[i, j] w2."""
+    rows = [torch.cat([float(entry) * w2.double() for entry in row], dim=1) for row in w1]
+    return torch.cat(rows, dim=0)
+
+
+def dora_weight(weight: Tensor, change: Tensor, magnitude: Tensor) -> Tensor:
+    """(5) of DoRA (https://arxiv.org/abs/2402.09353): m (W + dW) / |W + dW|, the norm of every row, or every column.
+
+    ``magnitude`` is ``(d_out, 1)`` for rows or ``(1, d_in)`` for columns; a column of a convolution is a channel.
+    """
+    changed = weight.double() + change
+    result = torch.zeros_like(changed)
+    if magnitude.shape[1] == 1:
+        for row in range(len(changed)):
+            result[row] = float(magnitude[row, 0]) * changed[row] / changed[row].square().sum().sqrt()
+        return result
+    for column in range(changed.shape[1]):
+        length = changed[:, column].square().sum().sqrt()
+        result[:, column] = float(magnitude[0, column]) * changed[:, column] / length
+    return result

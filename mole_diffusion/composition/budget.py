@@ -16,6 +16,7 @@ from .wrapper import Wrapper
 
 ROUNDING = 1e-6  # one LoRA alone must keep its weight to the bit
 _GRAMS: WeakKeyDictionary[ExpertStack, Tensor] = WeakKeyDictionary()
+_WHOLE_GRAMS: WeakKeyDictionary[Site, Tensor] = WeakKeyDictionary()
 
 
 class Budget(Wrapper):
@@ -56,9 +57,31 @@ class Budget(Wrapper):
         found = kept.get(site.name)
         if found is None or found[0] is not weights:
             counted = 1 - roles(run, "utility")
-            scale = stack_energy_scale(stack_gram(site.stack), weights * counted)[..., None]
+            scale = stack_energy_scale(site_gram(site), weights * counted)[..., None]
             kept[site.name] = found = weights, torch.where(counted.bool(), weights * scale.to(weights.dtype), weights)
         return found[1]
+
+
+def site_gram(site: Site) -> Tensor:
+    """:func:`stack_gram` with what LoRAs change beside their products of small rank, whose whole changes are made once.
+
+    Returns:
+        float64 ``(N, N)``. Do not change it.
+    """
+    if site.beside is None:
+        return stack_gram(site.stack)
+    if site not in _WHOLE_GRAMS:
+        stack, device = site.stack, site.module.weight.device
+        up, down = (x.double().to(device).flatten(1) for x in (stack.up_as(torch.float64), stack.down))
+        owner = stack.expert_of_rank.to(device)
+        terms = site.beside.changes(site.name)
+        changes = {i: up[:, owner == i] @ down[owner == i] + terms.get(i, 0) for i in stack.experts}
+        gram = torch.zeros(stack.num_experts, stack.num_experts, dtype=torch.float64, device=device)
+        for i, first in changes.items():
+            for j, second in changes.items():
+                gram[i, j] = (first * second).sum()
+        _WHOLE_GRAMS[site] = gram
+    return _WHOLE_GRAMS[site]
 
 
 def stack_gram(stack: ExpertStack) -> Tensor:

@@ -73,6 +73,8 @@ class NormRouter(Composition):
         if projected.shape[1] == 1:
             return parts.shared
         ratios = output_norms(site.stack, projected)
+        if site.beside is not None:
+            ratios = _with_terms(ratios, site, projections)
         ratios = ratios / ratios.mean(dim=1, keepdim=True).clamp_min_(torch.finfo(ratios.dtype).tiny)
         if not parts.everybody:
             ratios = ratios.masked_fill(parts.competing == 0, float("-inf"))
@@ -118,9 +120,23 @@ def output_norms(stack: ExpertStack, projected: Tensor) -> Tensor:
     return torch.linalg.vector_norm(F.linear(projected.float(), root).unflatten(-1, (stack.num_experts, -1)), dim=-1)
 
 
+def _with_terms(norms: Tensor, site: Site, projections: Projections) -> Tensor:
+    """Norms of whole outputs for LoRAs that add more than a product of small rank; theirs are made."""
+    assert site.beside is not None
+    assert projections.base is not None
+    projected = projections.tensors[site.name].float()
+    up, owner = (x.to(projected.device) for x in (site.stack.up_as(torch.float32), site.stack.expert_of_rank))
+    terms = site.beside.outputs(projections.hidden_states, projections.base, site.stack.experts)
+    norms = norms.clone()
+    for index, term in terms.items():
+        its = owner == index
+        norms[..., index] = (projected[..., its] @ up[:, its].T + term.float()).norm(dim=-1)
+    return norms
+
+
 def _root(stack: ExpertStack) -> Tensor:
     """R of each LoRA in rows of its own, all as many, ``(N * rows, R)``; zero elsewhere."""
-    ups = stack.up_as(torch.float32).split([rank for rank in stack.ranks if rank], dim=1)
+    ups = stack.up_as(torch.float32).split([stack.ranks[expert] for expert in stack.experts], dim=1)
     triangles = [torch.linalg.qr(up, mode="r").R for up in ups]
     rows = max((len(triangle) for triangle in triangles), default=1)
     root, column = torch.zeros(stack.num_experts, rows, sum(stack.ranks)), 0

@@ -96,6 +96,28 @@ class Beside:
             added = added.transpose(1, 2)
         return added.reshape(output.shape)
 
+    def changes(self, place: str) -> dict[int, Tensor]:
+        """The changes of weight that the terms amount to, ``(d_out, d_in * kernel)`` in float64.
+
+        Args:
+            place: Name of the module, for messages.
+        """
+        weight = weight_of(self.module, place)
+        found = {}
+        for index, term in self.terms.items():
+            change = torch.zeros_like(weight, dtype=torch.float64)
+            moved = term.to(weight.device, torch.float64)
+            columns = None if moved.columns is None else moved.columns.reshape(1, -1, *[1] * (weight.ndim - 2))
+            if moved.kronecker is not None:
+                change = moved.kronecker.matrix() if columns is None else moved.kronecker.matrix() * columns
+            if moved.rows is not None:
+                rows = moved.rows.reshape(-1, *[1] * (weight.ndim - 1))
+                change = change * rows + (rows - 1) * weight
+            if columns is not None:
+                change = change + (columns - 1) * weight
+            found[index] = change.flatten(1)
+        return found
+
     def _apply(self, term: Term, x: Tensor, base: Tensor) -> Tensor:
         added = torch.zeros_like(base)
         if term.kronecker is not None:

@@ -16,6 +16,7 @@ from mole_diffusion.errors import MoLEError
 from ..families import Told, architecture_of, arguments, is_denoiser
 from ..lora import LoRA, LoRAFactors
 from .attach import ENGINES, AttachError, Attachment, Engine, refuse_unfit
+from .beside import settle
 from .caches import refuse_caches
 from .choice import CHOICES, Choice, Passes
 from .packed import packed, unpacked
@@ -294,13 +295,16 @@ class Experts:
                 f"`keep` has {len(run.keep)} rows and `scale` {len(run.scale)}, but {site.component} runs a batch of "
                 f"{batch}. Give one row for all, or one for each (with guidance, for both halves)."
             )
+        projections.base = output
         weights = run.weigher.weigh(site, projections, run)
         if weights is None:
             return output
         projected = projections.tensors[site.name]
         weights = weights.to(projected.device)
         _check_weights(weights, projected, site, self.num_experts)
-        return output + site.stack.expand(projected, site.stack.per_rank(weights), output)
+        beside = None if site.beside is None else site.beside.add(hidden_states, output, weights, site.stack.experts)
+        added = output + site.stack.expand(projected, site.stack.per_rank(weights), output)
+        return added if beside is None else added + beside
 
     def biased(self, component: str) -> bool:
         """Whether the weigher may add to the scores of attention layers in the present pass."""
@@ -344,11 +348,12 @@ class Experts:
                 f"{' ...' if len(unknown) > 5 else ''}. The LoRAs were trained for another model."
             )
         # In the order of the model, not of the file, so that experts do not depend on how a LoRA was written.
-        sites = [
-            Site(component, name, module, ExpertStack(stacks[name], f"{component}.{name}"))
-            for name, module in modules.items()
-            if name in stacks
-        ]
+        sites = []
+        for name, module in modules.items():
+            if name in stacks:
+                place = f"{component}.{name}"
+                rows, beside = settle(stacks[name], module, place)
+                sites.append(Site(component, name, module, ExpertStack(rows, place), beside))
         group_sites(sites, model, architecture_of(model))
         refuse_unfit(component, model, sites)
         return sites

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from mole_diffusion.errors import MoLEError
 
 from ..families import Architecture, Reads
+from .beside import Beside
 from .stack import ExpertStack
 
 
@@ -23,17 +24,21 @@ class Site:
         module_name: As in ``component.named_modules()``.
         module: The module itself.
         stack: The LoRAs' factors here.
+        beside: What some LoRAs add here that is no product of small rank, or ``None``.
         group: The sites that read the same input tensor, this one included (``to_q, to_k, to_v`` of a self-attention).
         reads: What it is given.
         tokens: How many positions the last output had; ``None`` before the first call.
         input_tokens: The same of the last input.
     """
 
-    def __init__(self, component: str, module_name: str, module: nn.Module, stack: ExpertStack) -> None:
+    def __init__(
+        self, component: str, module_name: str, module: nn.Module, stack: ExpertStack, beside: Beside | None = None
+    ) -> None:
         self.component = component
         self.module_name = module_name
         self.module = module
         self.stack = stack
+        self.beside = beside
         self.group = SiteGroup([self])
         self.reads: Reads = "pixels"
         self.tokens: int | None = None
@@ -52,6 +57,8 @@ class Site:
             ValueError, TypeError: The factors do not fit it.
         """
         self.module = module
+        if self.beside is not None:
+            self.beside.module = module
         _check_fit(self)
 
     def project(self, hidden_states: Tensor, down: Tensor) -> Tensor:
@@ -87,6 +94,7 @@ class Projections:
         hidden_states: The input tensor.
         tensors: Site name to ``(batch, tokens, R)``.
         spatial: ``(height, width)`` of the output where it has them (convolutions), else ``None``.
+        base: What the base module gave that is being served.
     """
 
     def __init__(
@@ -94,6 +102,7 @@ class Projections:
     ) -> None:
         self.hidden_states = hidden_states
         self.spatial = spatial
+        self.base: Tensor | None = None
         self.tensors = tensors
         self._waiting = set(tensors)
 
@@ -127,7 +136,11 @@ class SiteGroup:
         if shared is None or shared.hidden_states is not hidden_states or not shared.take(site):
             down = self._down_like(output)
             rows = [len(member.stack.down) for member in self.sites]
-            parts = site.project(hidden_states, down).split(rows, dim=-1)
+            if len(down):
+                parts = site.project(hidden_states, down).split(rows, dim=-1)
+            else:  # everything the LoRAs add here comes beside
+                where = output.shape[2:] if site.stack.is_convolution else output.shape[1:-1]
+                parts = (output.new_empty(len(output), where.numel(), 0),) * len(rows)
             spatial = (output.shape[-2], output.shape[-1]) if site.stack.is_convolution else None
             shared = Projections(hidden_states, {m.name: z for m, z in zip(self.sites, parts, strict=True)}, spatial)
             shared.take(site)

@@ -53,7 +53,7 @@ class ExpertStack:
         self.ranks = tuple(0 if factor is None else factor.down.shape[0] for factor in factors)
         self.experts = tuple(index for index, _ in present)
         self.down = torch.cat([factor.down for _, factor in present])
-        ranks = torch.tensor([r for r in self.ranks if r])
+        ranks = torch.tensor([factor.r for _, factor in present])
         self.expert_of_rank = torch.tensor(self.experts).repeat_interleave(ranks)
         self._unscaled_up = torch.cat([factor.up.flatten(1) for _, factor in present], dim=1)
         scalings = torch.tensor([factor.scaling for _, factor in present], dtype=torch.float64)

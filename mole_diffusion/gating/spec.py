@@ -161,6 +161,8 @@ def _scope(site: Site, config: GateConfig, architecture: Architecture) -> str:
 
 def _plan(name: str, members: Sequence[Site], config: GateConfig, architecture: Architecture) -> GateSpec:
     first = members[0]
+    if config.input == "experts" and config.experts != "block":
+        _refuse_beside(name, members)
     entries = [site for site in first.group.sites if site in members]
     block = architecture.transformer_block(first.module_name) if config.experts == "block" else None
     hidden_features = {"experts": None, "hidden": first.stack.down.shape[1], "none": 0}[config.input]
@@ -175,3 +177,14 @@ def _plan(name: str, members: Sequence[Site], config: GateConfig, architecture: 
         spatial=first.reads == "pixels",
         hidden_features=hidden_features,
     )
+
+
+def _refuse_beside(name: str, members: Sequence[Site]) -> None:
+    """Raises MoLEError where a gate would read coordinates of experts that have more than these."""
+    for site in members:
+        if site.beside is not None:
+            raise MoLEError(
+                f"The gate {name} with input='experts' would read what experts add at {site.name} by their ranks, and "
+                f"LoRAs number {sorted(site.beside.terms)} add more there (DoRA, LoKr, a bias). Use input='hidden' or "
+                "input='none'."
+            )
