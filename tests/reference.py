@@ -342,7 +342,7 @@ def freefuse_likeness(scores: Tensor, outputs: Tensor, core_share: float) -> lis
 
 
 def lora_product(up: Tensor, down: Tensor) -> Tensor:
-    """(3) of https://arxiv.org/abs/2106.09685: B A, entry by entry; of a convolution (r, c_in, kh, kw) each tap alone."""
+    """(3) of https://arxiv.org/abs/2106.09685: B A, entry by entry; of a convolution each tap alone."""
     flat = down.double().flatten(1)
     product = torch.zeros(len(up), flat.shape[1], dtype=torch.float64)
     for row in range(len(up)):
@@ -365,7 +365,9 @@ def tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 def hadamard(first: Tensor, second: Tensor) -> Tensor:
     """Proposition 1 of FedPara (https://arxiv.org/abs/2108.06098): (X1 Y1^T) . (X2 Y2^T), entry by entry."""
-    return torch.stack([torch.stack([a * b for a, b in zip(x, y, strict=True)]) for x, y in zip(first, second, strict=True)])
+    return torch.stack(
+        [torch.stack([a * b for a, b in zip(x, y, strict=True)]) for x, y in zip(first, second, strict=True)]
+    )
 
 
 def kronecker(w1: Tensor, w2: Tensor) -> Tensor:

@@ -21,9 +21,9 @@ COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 class Term:
     """What one LoRA adds beside its rows: ``rows * s (w1 ⊗ w2) (columns * x) + (rows - 1) * W x + bias``.
 
-    DoRA, eq. 5 of https://arxiv.org/abs/2402.09353, with its constants worked out: ``c (W + s D) x - W x`` is ``c s D x``
-    and, beside it, ``(c - 1) W x``, of which the module has made ``W x`` already. Where magnitudes are those of
-    columns, ``W`` is applied once more, to ``(columns - 1) * x``.
+    DoRA, eq. 5 of https://arxiv.org/abs/2402.09353, with its constants worked out: ``c (W + s D) x - W x`` is
+    ``c s D x`` and, beside it, ``(c - 1) W x``, of which the module has made ``W x`` already. Where magnitudes are
+    those of columns, ``W`` is applied once more, to ``(columns - 1) * x``.
 
     Attributes:
         kronecker: Of LoKr, s in its first factor.

@@ -6,8 +6,9 @@ The other rooms ask here instead of looking at the names of modules.
 from __future__ import annotations
 
 import inspect
+import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -36,11 +37,12 @@ class Original(NamedTuple):
 
     Attributes:
         module: Name as in ``named_modules()`` of the diffusers model.
-        rows: Which output rows of the authors' module it has; ``None``: all. (A fused ``qkv`` has three such parts.)
+        rows: Which output rows of the authors' module it has, in its order; ``None``: all as they are. (A fused ``qkv``
+            has three such parts.)
     """
 
     module: str
-    rows: slice | None = None
+    rows: tuple[slice, ...] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +94,9 @@ class Architecture:
         targets: Last parts of the names of modules that a LoRA is trained on where nobody says otherwise.
         meeting: Attention layers in which words and pixels attend to each other, in one sequence.
         lists: Whether the model takes and returns lists with one tensor for each sample.
+        originals: The authors' names of modules that have another here, to ours; several where one of theirs is fused
+            of ours, in the order of its rows. ``*`` is any one part of a name.
+        exchanged: Those of our names in ``originals`` whose two halves, scale and shift, are exchanged.
     """
 
     classes: ClassVar[tuple[str, ...]] = ()
@@ -107,6 +112,8 @@ class Architecture:
     targets: ClassVar[tuple[str, ...]] = ()
     meeting: ClassVar[re.Pattern[str] | None] = None
     lists: ClassVar[bool] = False
+    originals: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    exchanged: ClassVar[frozenset[str]] = frozenset()
 
     def reads(self, model: nn.Module, module: str) -> Reads:
         """What a module is given.
@@ -173,7 +180,35 @@ class Architecture:
 
         Only names that differ from diffusers' are in it. Made from the model, so of any size of it.
         """
-        return {}
+        sides = {
+            name: getattr(module, "out_features", getattr(module, "out_channels", None))
+            for name, module in model.named_modules()
+        }
+        found: dict[str, tuple[Original, ...]] = {}
+        for theirs, ours in self.originals.items():
+            first = re.compile(re.escape(ours[0]).replace(r"\*", r"([^.]+)"))
+            for match in filter(None, map(first.fullmatch, sides)):
+                names = [_fill(name, match.groups()) for name in ours]
+                if all(isinstance(sides.get(name), int) for name in names):
+                    found[_fill(theirs, match.groups())] = self._parts(names, [sides[name] for name in names], ours)
+        return found
+
+    def _parts(self, names: Sequence[str], sides: Sequence[int], patterns: Sequence[str]) -> tuple[Original, ...]:
+        if len(names) == 1:
+            half = sides[0] // 2
+            exchanged = patterns[0] in self.exchanged
+            return (Original(names[0], (slice(half, 2 * half), slice(0, half)) if exchanged else None),)
+        ends = list(itertools.accumulate(sides))
+        return tuple(
+            Original(name, (slice(end - side, end),)) for name, side, end in zip(names, sides, ends, strict=True)
+        )
+
+
+def _fill(pattern: str, parts: Sequence[str]) -> str:
+    """A pattern with parts of a name in the places of its stars."""
+    for part in parts:
+        pattern = pattern.replace("*", part, 1)
+    return pattern
 
 
 def arguments(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -39,6 +39,39 @@ class FluxTransformer(Architecture):
     )
     targets = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
     meeting = unit("attn")
+    originals: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "img_in": ("x_embedder",),
+        "txt_in": ("context_embedder",),
+        "time_in.in_layer": ("time_text_embed.timestep_embedder.linear_1",),
+        "time_in.out_layer": ("time_text_embed.timestep_embedder.linear_2",),
+        "vector_in.in_layer": ("time_text_embed.text_embedder.linear_1",),
+        "vector_in.out_layer": ("time_text_embed.text_embedder.linear_2",),
+        "guidance_in.in_layer": ("time_text_embed.guidance_embedder.linear_1",),
+        "guidance_in.out_layer": ("time_text_embed.guidance_embedder.linear_2",),
+        **{
+            f"double_blocks.*.{theirs}": tuple(f"transformer_blocks.*.{name}" for name in ours)
+            for theirs, ours in {
+                "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+                "img_attn.proj": ("attn.to_out.0",),
+                "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+                "txt_attn.proj": ("attn.to_add_out",),
+                "img_mlp.0": ("ff.net.0.proj",),
+                "img_mlp.2": ("ff.net.2",),
+                "txt_mlp.0": ("ff_context.net.0.proj",),
+                "txt_mlp.2": ("ff_context.net.2",),
+                "img_mod.lin": ("norm1.linear",),
+                "txt_mod.lin": ("norm1_context.linear",),
+            }.items()
+        },
+        "single_blocks.*.linear1": tuple(
+            f"single_transformer_blocks.*.{name}" for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
+        ),
+        "single_blocks.*.linear2": ("single_transformer_blocks.*.proj_out",),
+        "single_blocks.*.modulation.lin": ("single_transformer_blocks.*.norm.linear",),
+        "final_layer.linear": ("proj_out",),
+        "final_layer.adaLN_modulation.1": ("norm_out.linear",),
+    }
+    exchanged = frozenset({"norm_out.linear"})
 
     def told(self, model: nn.Module, given: Mapping[str, Any]) -> Told:
         return words_then_pixels(given, packed_grid(given.get("img_ids")))

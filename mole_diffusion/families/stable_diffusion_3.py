@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from .architecture import Architecture, Told, spatial_size, unit
+from .architecture import Architecture, Original, Told, spatial_size, unit
 from .base import Family
 from .clip import CLIPText
 from .t5 import T5
@@ -31,6 +31,33 @@ class SD3Transformer(Architecture):
     )  # fmt: skip
     siblings = (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"))
     targets = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
+    originals: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "x_embedder.proj": ("pos_embed.proj",),
+        "t_embedder.mlp.0": ("time_text_embed.timestep_embedder.linear_1",),
+        "t_embedder.mlp.2": ("time_text_embed.timestep_embedder.linear_2",),
+        "y_embedder.mlp.0": ("time_text_embed.text_embedder.linear_1",),
+        "y_embedder.mlp.2": ("time_text_embed.text_embedder.linear_2",),
+        **{
+            f"joint_blocks.*.{theirs}": tuple(f"transformer_blocks.*.{name}" for name in ours)
+            for theirs, ours in {
+                "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+                "x_block.attn.proj": ("attn.to_out.0",),
+                "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+                "x_block.attn2.proj": ("attn2.to_out.0",),
+                "context_block.attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+                "context_block.attn.proj": ("attn.to_add_out",),
+                "x_block.mlp.fc1": ("ff.net.0.proj",),
+                "x_block.mlp.fc2": ("ff.net.2",),
+                "context_block.mlp.fc1": ("ff_context.net.0.proj",),
+                "context_block.mlp.fc2": ("ff_context.net.2",),
+                "x_block.adaLN_modulation.1": ("norm1.linear",),
+                "context_block.adaLN_modulation.1": ("norm1_context.linear",),
+            }.items()
+        },
+        "final_layer.linear": ("proj_out",),
+        "final_layer.adaLN_modulation.1": ("norm_out.linear",),
+    }
+    exchanged = frozenset({"norm_out.linear"})
 
     def told(self, model: nn.Module, given: Mapping[str, Any]) -> Told:
         sample = given["hidden_states"]
@@ -41,6 +68,16 @@ class SD3Transformer(Architecture):
             encoder_hidden_states=given.get("encoder_hidden_states"),
             sample_size=None if size is None else (size[0] // patch, size[1] // patch),
         )
+
+    def original_names(self, model: nn.Module) -> dict[str, tuple[Original, ...]]:
+        """In the last block the words end: their norm has a scale and a shift alone, and these are exchanged."""
+        found = super().original_names(model)
+        last = len(model.get_submodule("transformer_blocks")) - 1  # type: ignore[arg-type]
+        name = f"joint_blocks.{last}.context_block.adaLN_modulation.1"
+        module: Any = model.get_submodule(f"transformer_blocks.{last}.norm1_context.linear")
+        half = module.out_features // 2
+        found[name] = (Original(found[name][0].module, (slice(half, 2 * half), slice(0, half))),)
+        return found
 
 
 class StableDiffusion3(Family):

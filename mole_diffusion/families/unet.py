@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from .architecture import Architecture, Reads, Told, spatial_size, unit
+from .architecture import Architecture, Original, Reads, Told, spatial_size, unit
 
+# What the original code calls the parts of a residual block, and what stands outside of all blocks.
+_RESIDUAL = {
+    "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}  # fmt: skip
+_OUTSIDE = {
+    "input_blocks.0.0": "conv_in", "out.2": "conv_out",
+    "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
+    "label_emb.0.0": "add_embedding.linear_1", "label_emb.0.2": "add_embedding.linear_2",
+}  # fmt: skip
 _TRANSFORMER = unit(r"attentions\.\d+")
 
 
@@ -48,6 +58,18 @@ class UNet(Architecture):
             sample_size=spatial_size(sample),
         )
 
+    def original_names(self, model: nn.Module) -> dict[str, tuple[Original, ...]]:
+        """Those of CompVis' and Stability's code (``input_blocks.4.1.proj_in``), which counts blocks without levels."""
+        names = [name for name, _ in model.named_modules()]
+        found = {theirs: ours for theirs, ours in _OUTSIDE.items() if ours in names}
+        for theirs, ours in _original_blocks(names).items():
+            for name in names:
+                inside = name.removeprefix(f"{ours}.")
+                if inside != name:
+                    smaller = inside == "conv" and theirs.startswith("input_blocks")
+                    found[f"{theirs}.{'op' if smaller else _RESIDUAL.get(inside, inside)}"] = name
+        return {theirs: (Original(ours),) for theirs, ours in found.items()}
+
     def transformer_block(self, module: str) -> str | None:
         block = self.block(module)
         return None if block is None or ".resnets." in f".{block}" else block
@@ -69,3 +91,35 @@ class UNet(Architecture):
             else:
                 key.append(int(part) if part.isdigit() else rank.get(part, len(rank)))
         return tuple(key)
+
+
+def _original_blocks(names: Sequence[str]) -> dict[str, str]:
+    """The blocks of the original code, which are residual blocks, transformers and changes of size, to diffusers'."""
+
+    def count(prefix: str) -> int:
+        return 1 + max((int(n.split(".")[prefix.count(".")]) for n in names if n.startswith(prefix)), default=-1)
+
+    found = {
+        "middle_block.0": "mid_block.resnets.0",
+        "middle_block.1": "mid_block.attentions.0",
+        "middle_block.2": "mid_block.resnets.1",
+    }
+    index = 1
+    for level in range(count("down_blocks.")):
+        block = f"down_blocks.{level}"
+        for layer in range(count(f"{block}.resnets.")):
+            found[f"input_blocks.{index}.0"] = f"{block}.resnets.{layer}"
+            found[f"input_blocks.{index}.1"] = f"{block}.attentions.{layer}"
+            index += 1
+        found[f"input_blocks.{index}.0"] = f"{block}.downsamplers.0"
+        index += f"{block}.downsamplers.0.conv" in names
+    index = 0
+    for level in range(count("up_blocks.")):
+        block = f"up_blocks.{level}"
+        for layer in range(count(f"{block}.resnets.")):
+            found[f"output_blocks.{index}.0"] = f"{block}.resnets.{layer}"
+            found[f"output_blocks.{index}.1"] = f"{block}.attentions.{layer}"
+            index += 1
+        after = 2 if f"{block}.attentions.0" in names else 1  # the change of size comes last in its block
+        found[f"output_blocks.{index - 1}.{after}"] = f"{block}.upsamplers.0"
+    return found

@@ -15,8 +15,8 @@ from mole_diffusion.errors import MoLEError, printable
 from mole_diffusion.families import COMPONENTS
 from mole_diffusion.families.names import TEXT_MODEL
 from mole_diffusion.lora.errors import LoRAError, refusal
-from mole_diffusion.lora.pieces import Piece
 from mole_diffusion.lora.patterns import PatternError, Patterns
+from mole_diffusion.lora.pieces import Piece
 from mole_diffusion.lora.sources import Config, LoRAFile
 from mole_diffusion.reading import parse_json
 

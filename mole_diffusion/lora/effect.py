@@ -55,7 +55,11 @@ def _acts(factors: LoRAFactors, module: nn.Module) -> bool:
     if (kronecker := factors.kronecker) is not None:
         w1 = kronecker.w1 * factors.scaling
         change = max(change, _largest(w1) * _largest(kronecker.w2))
-        size = _largest(kronecker.down) if kronecker.up is None else _largest(kronecker.up.abs() @ kronecker.down.flatten(1).abs())
+        size = (
+            _largest(kronecker.down)
+            if kronecker.up is None
+            else _largest(kronecker.up.abs() @ kronecker.down.flatten(1).abs())
+        )
         least = max(least, CANCELLED * _largest(w1) * size)
     if factors.bias is not None:
         change = max(change, _largest(factors.bias))

@@ -26,7 +26,7 @@ class LoRAFactors:
         up: B, `(d_out, r)` for a Linear, `(d_out, r, 1, 1)` for a Conv2d.
         scaling: `alpha / r`; `alpha / sqrt(r)` for rsLoRA; 1.0 where no alpha is known.
         kronecker: A change as a Kronecker product (LoKr, full differences), which has no small rank.
-        magnitude: DoRA's m, `(d_out, 1)` or `(1, d_in)`: the length that each row, or column, of the changed weight has.
+        magnitude: DoRA's m, `(d_out, 1)` or `(1, d_in)`: how long each row, or column, of the changed weight is.
         bias: By how much the module's bias changes, `(d_out,)`.
 
     Raises:

@@ -11,6 +11,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
+from mole_diffusion.families import Original
 from mole_diffusion.lora.adapter import read_settings, strength
 from mole_diffusion.lora.effect import changes_nothing, overflows
 from mole_diffusion.lora.errors import refusal
@@ -18,7 +19,7 @@ from mole_diffusion.lora.factors import LoRA, LoRAFactors
 from mole_diffusion.lora.families import family_hint, text_width
 from mole_diffusion.lora.kinds import KindError, dora
 from mole_diffusion.lora.kronecker import Kronecker, Rows
-from mole_diffusion.lora.modules import ModuleIndex, Target
+from mole_diffusion.lora.modules import ModuleIndex
 from mole_diffusion.lora.pieces import Piece, find_pieces, fold, read_alpha, read_parts
 from mole_diffusion.lora.sources import LoRAFile, read_source
 from mole_diffusion.lora.triggers import read_triggers
@@ -146,7 +147,7 @@ class _Reader:
                 *{component for _, component in lost},
             )
 
-    def _check_shapes(self, piece: Piece, component: str, targets: tuple[Target, ...]) -> None:
+    def _check_shapes(self, piece: Piece, component: str, targets: tuple[Original, ...]) -> None:
         index = self.indices[component]
         out, *rest = shape = index.shape(targets)
         grouped = [target.module for target in targets if target.module in index.grouped]

@@ -4,25 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from torch import nn
 
+from mole_diffusion.families import ARCHITECTURES, Original
+from mole_diffusion.families.base import is_a
 from mole_diffusion.families.names import TEXT_MODEL
-from mole_diffusion.lora.kronecker import Rows
-
-
-@dataclass(frozen=True)
-class Target:
-    """A module of the model, or the part of it that a file's module is.
-
-    Attributes:
-        module: Name, as in `named_modules()`.
-        rows: Which rows of the file's module are its; None: all.
-    """
-
-    module: str
-    rows: Rows | None = None
 
 
 class ModuleIndex:
@@ -50,19 +37,25 @@ class ModuleIndex:
             else:
                 continue
             self._names[_normal(name)].add(name)
-        self._original: dict[str, tuple[Target, ...]] = {}
+        known = next((known for known in ARCHITECTURES if is_a(model, known)), None)
+        originals = known.original_names(model) if known else {}
+        self._original = {
+            _normal(name): parts
+            for name, parts in originals.items()
+            if all(part.module in self.shapes for part in parts)
+        }
 
-    def find(self, spelling: str) -> tuple[Target, ...]:
+    def find(self, spelling: str) -> tuple[Original, ...]:
         """The module a file calls `spelling`, or the several that are one there; none if none or several answer."""
         if spelling in self.shapes:
-            return (Target(spelling),)
+            return (Original(spelling),)
         name = _normal(spelling)
         if name in self._names:
             names = self._names[name]
-            return (Target(next(iter(names))),) if len(names) == 1 else ()
+            return (Original(next(iter(names))),) if len(names) == 1 else ()
         return self._original.get(name, ())
 
-    def shape(self, targets: tuple[Target, ...]) -> tuple[int, ...]:
+    def shape(self, targets: tuple[Original, ...]) -> tuple[int, ...]:
         """The weight's shape of what a file has as one module."""
         out = sum(self.shapes[target.module][0] for target in targets)
         return (out, *self.shapes[targets[0].module][1:])

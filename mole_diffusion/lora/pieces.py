@@ -65,7 +65,7 @@ class Piece:
     @property
     def key(self) -> str:
         """One of its keys, for messages."""
-        return next((self.keys[part] for part in ("down", *sorted(self.keys)) if part in self.keys and part != "alpha"))
+        return next(self.keys[part] for part in ("down", *sorted(self.keys)) if part in self.keys and part != "alpha")
 
     @property
     def title(self) -> str:
@@ -150,9 +150,7 @@ def fold(piece: Piece, parts: Mapping[str, Tensor]) -> Change | None:
 class _Checker:
     """One piece on its way through the checks; holds what every message names."""
 
-    def __init__(
-        self, file: LoRAFile, layout: str, component: str | None, module: str, keys: dict[str, str]
-    ) -> None:
+    def __init__(self, file: LoRAFile, layout: str, component: str | None, module: str, keys: dict[str, str]) -> None:
         self.file, self.layout, self.component, self.module, self.keys = file, layout, component, module, keys
 
     def piece(self) -> Piece:

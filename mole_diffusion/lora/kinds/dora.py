@@ -14,8 +14,9 @@ PARTS = ("magnitude", "dora_scale")
 def axis(part: str, shape: Shape, out: int, channels: int) -> int:
     """Whether magnitudes are one for each output row of a weight, 0, or one for each input channel, 1.
 
-    PEFT (`"magnitude"`) has outputs, `(d_out,)` and `(1, d_out, 1, 1)`. kohya and LyCORIS (`"dora_scale"`) have outputs,
-    `(d_out, 1, …)`, with `wd_on_out`, inputs, `(1, d_in, …)`, without; OneTrainer inputs unless told otherwise.
+    PEFT (`"magnitude"`) has outputs, `(d_out,)` and `(1, d_out, 1, 1)`. kohya and LyCORIS (`"dora_scale"`) have
+    outputs, `(d_out, 1, …)`, with `wd_on_out`, inputs, `(1, d_in, …)`, without; OneTrainer has inputs unless told
+    otherwise.
 
     Raises:
         KindError: The shape is neither.

@@ -35,7 +35,8 @@ def read_layout(state: Mapping[str, T]) -> tuple[str | None, list[tuple[Place, s
 
     Returns:
         The layout that understands most keys (some `.alpha` keys fit several), `None` where none understands any; what
-        it says of each key, beside the key and its value, in the order of the keys; and the keys it does not understand.
+        it says of each key, beside the key and its value, in the order of the keys; and the keys that it does not
+        understand.
     """
     ordered = sorted(state)
     best: tuple[str | None, dict[str, Place]] = (None, {})

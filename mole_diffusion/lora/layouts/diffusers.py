@@ -8,7 +8,9 @@ from mole_diffusion.families import COMPONENTS
 
 from .place import PEFT_ENDINGS, Place, take_ending
 
-_OWNER = re.compile(rf"(?:base_model\.model\.)?(?P<component>{'|'.join(COMPONENTS)})\.(?:base_model\.model\.)?(?P<rest>.+)")
+_OWNER = re.compile(
+    rf"(?:base_model\.model\.)?(?P<component>{'|'.join(COMPONENTS)})\.(?:base_model\.model\.)?(?P<rest>.+)"
+)
 _OLD_ATTENTION = re.compile(r"(?P<parent>.+?)(?:\.processor)?\.(?P<leaf>\w+)_lora\.(?P<part>down|up)\.weight")
 _OLD_LINEAR = re.compile(r"(?P<module>.+)\.lora(?:_linear_layer)?\.(?P<part>down|up)\.weight")
 # In the oldest files the text encoder's projections carry the names of the UNet's.

@@ -1,0 +1,265 @@
+"""Names of the models' authors, at full size: every module is found, with its rows, whatever stands around the name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from torch import Tensor, nn
+
+from mole_diffusion.experts.stack import ExpertStack
+from mole_diffusion.lora import LoRAError, load_lora
+from mole_diffusion.lora.modules import ModuleIndex
+
+
+def sdxl() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=128,
+        block_out_channels=(320, 640, 1280),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2, 10),
+        attention_head_dim=(5, 10, 20),
+        cross_attention_dim=2048,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+        use_linear_projection=True,
+    )
+
+
+ATTENTIONS = [f"attn{i}.to_{n}" for i in (1, 2) for n in ("q", "k", "v", "out.0")] + ["ff.net.0.proj", "ff.net.2"]
+
+
+def sgm_names() -> dict[str, tuple[int, ...]]:
+    """Names in Stability's code of SDXL, written down from its architecture, and the sides of their weights."""
+    names: dict[str, tuple[int, ...]] = {
+        "time_embed.0": (1280, 320), "time_embed.2": (1280, 1280),
+        "label_emb.0.0": (1280, 2816), "label_emb.0.2": (1280, 1280),
+        "input_blocks.0.0": (320, 4, 3, 3), "out.2": (4, 320, 3, 3),
+        "input_blocks.3.0.op": (320, 320, 3, 3), "input_blocks.6.0.op": (640, 640, 3, 3),
+        "output_blocks.2.2.conv": (1280, 1280, 3, 3), "output_blocks.5.2.conv": (640, 640, 3, 3),
+    }  # fmt: skip
+
+    def residual(block: str, wide: int, out: int) -> None:
+        names[f"{block}.in_layers.2"] = (out, wide, 3, 3)
+        names[f"{block}.emb_layers.1"] = (out, 1280)
+        names[f"{block}.out_layers.3"] = (out, out, 3, 3)
+        if wide != out:
+            names[f"{block}.skip_connection"] = (out, wide, 1, 1)
+
+    def transformer(block: str, d: int, depth: int) -> None:
+        names[f"{block}.proj_in"] = names[f"{block}.proj_out"] = (d, d)
+        for layer in range(depth):
+            for name in ATTENTIONS:
+                wide = 2048 if name in ("attn2.to_k", "attn2.to_v") else d
+                sides = {"ff.net.0.proj": (8 * d, d), "ff.net.2": (d, 4 * d)}.get(name, (d, wide))
+                names[f"{block}.transformer_blocks.{layer}.{name}"] = sides
+
+    for index, wide, out in (
+        (1, 320, 320),
+        (2, 320, 320),
+        (4, 320, 640),
+        (5, 640, 640),
+        (7, 640, 1280),
+        (8, 1280, 1280),
+    ):
+        residual(f"input_blocks.{index}.0", wide, out)
+    for index, d, depth in ((4, 640, 2), (5, 640, 2), (7, 1280, 10), (8, 1280, 10)):
+        transformer(f"input_blocks.{index}.1", d, depth)
+    residual("middle_block.0", 1280, 1280)
+    transformer("middle_block.1", 1280, 10)
+    residual("middle_block.2", 1280, 1280)
+    outputs = [(2560, 1280), (2560, 1280), (1920, 1280), (1920, 640), (1280, 640), (960, 640), (960, 320), (640, 320)]
+    for index, (wide, out) in enumerate([*outputs, (640, 320)]):
+        residual(f"output_blocks.{index}.0", wide, out)
+        if index < 6:
+            transformer(f"output_blocks.{index}.1", out, 10 if index < 3 else 2)
+    return names
+
+
+def flux_names() -> dict[str, tuple[int, ...]]:
+    """The same of FLUX.1."""
+    d = 3072
+    names = {
+        "img_in": (d, 64), "txt_in": (d, 4096), "time_in.in_layer": (d, 256), "time_in.out_layer": (d, d),
+        "vector_in.in_layer": (d, 768), "vector_in.out_layer": (d, d), "guidance_in.in_layer": (d, 256),
+        "guidance_in.out_layer": (d, d), "final_layer.linear": (64, d), "final_layer.adaLN_modulation.1": (2 * d, d),
+    }  # fmt: skip
+    for block in range(19):
+        for stream in ("img", "txt"):
+            name = f"double_blocks.{block}.{stream}"
+            names |= {f"{name}_attn.qkv": (3 * d, d), f"{name}_attn.proj": (d, d), f"{name}_mod.lin": (6 * d, d)}
+            names |= {f"{name}_mlp.0": (4 * d, d), f"{name}_mlp.2": (d, 4 * d)}
+    for block in range(38):
+        name = f"single_blocks.{block}"
+        names |= {f"{name}.linear1": (7 * d, d), f"{name}.linear2": (d, 5 * d), f"{name}.modulation.lin": (3 * d, d)}
+    return names
+
+
+def sd35_medium() -> SD3Transformer2DModel:
+    return SD3Transformer2DModel(
+        num_layers=24, num_attention_heads=24, caption_projection_dim=1536, dual_attention_layers=tuple(range(13)),
+        qk_norm="rms_norm",
+    )  # fmt: skip
+
+
+def sd3_names() -> dict[str, tuple[int, ...]]:
+    """The same of Stable Diffusion 3.5 medium."""
+    d = 1536
+    names: dict[str, tuple[int, ...]] = {
+        "x_embedder.proj": (d, 16, 2, 2), "context_embedder": (d, 4096), "t_embedder.mlp.0": (d, 256),
+        "t_embedder.mlp.2": (d, d), "y_embedder.mlp.0": (d, 2048), "y_embedder.mlp.2": (d, d),
+        "final_layer.linear": (64, d), "final_layer.adaLN_modulation.1": (2 * d, d),
+    }  # fmt: skip
+    for block in range(24):
+        for stream in ("x_block", "context_block"):
+            name, ends = f"joint_blocks.{block}.{stream}", stream == "context_block" and block == 23
+            dual = stream == "x_block" and block < 13
+            names |= {f"{name}.attn.qkv": (3 * d, d)}
+            names |= {f"{name}.adaLN_modulation.1": ((2 if ends else 9 if dual else 6) * d, d)}
+            if not ends:
+                names |= {f"{name}.attn.proj": (d, d), f"{name}.mlp.fc1": (4 * d, d), f"{name}.mlp.fc2": (d, 4 * d)}
+            if dual:
+                names |= {f"{name}.attn2.qkv": (3 * d, d), f"{name}.attn2.proj": (d, d)}
+    return names
+
+
+FAMILIES: dict[str, tuple[str, Any, Any]] = {
+    "Stable Diffusion XL": ("unet", sdxl, sgm_names),
+    "FLUX.1": ("transformer", lambda: FluxTransformer2DModel(guidance_embeds=True), flux_names),
+    "Stable Diffusion 3.5 medium": ("transformer", sd35_medium, sd3_names),
+}
+
+
+def parts_of(shape: tuple[int, ...]) -> dict[str, Tensor]:
+    """A LoRA of rank 1 for a weight, with the number of every row in `up`, from 1."""
+    up = torch.arange(1.0, 1 + shape[0]).reshape(-1, 1, *[1] * (len(shape) - 2))
+    return {"lora_down.weight": torch.ones(1, *shape[1:]), "lora_up.weight": up, "alpha": torch.tensor(1.0)}
+
+
+def spellings(name: str) -> Iterator[str]:
+    """How programs that keep the authors' names spell a module."""
+    yield f"diffusion_model.{name}"
+    yield f"lora_unet_{name.replace('.', '_')}"
+    yield f"lycoris_{name.replace('.', '_')}"
+    yield name
+
+
+@pytest.mark.parametrize(("component", "make", "names"), FAMILIES.values(), ids=FAMILIES)
+def test_all_modules_of_a_family_are_found_by_their_authors_names(component: str, make: Any, names: Any) -> None:
+    with torch.device("meta"):
+        model = make()
+    index = ModuleIndex(model)
+    taken: list[str] = []
+    for name, shape in names().items():
+        for spelling in (name, name.replace(".", "_")):
+            targets = index.find(spelling)
+            assert targets, spelling
+            assert index.shape(targets) == shape, name
+        rows = [
+            row for t in targets for part in t.rows or (slice(0, shape[0]),) for row in range(part.start, part.stop)
+        ]
+        assert sorted(rows) == list(range(shape[0])), name
+        taken += [target.module for target in targets]
+    assert sorted(taken) == sorted(index.shapes), "every Linear and convolution once"
+
+
+@pytest.fixture(scope="module")
+def flux() -> dict[str, nn.Module]:
+    with torch.device("meta"):
+        model = FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
+    return {"transformer": model}
+
+
+def rows(factors: Any) -> list[int]:
+    """The rows of the authors' module that a factor's rows come from."""
+    return [int(row) - 1 for row in factors.up.flatten()]
+
+
+def test_a_fused_module_is_taken_apart_by_rows(flux: dict[str, nn.Module]) -> None:
+    d = 3072
+    for spelling in spellings("single_blocks.0.linear1"):
+        state = {f"{spelling}.{part}": value for part, value in parts_of((7 * d, d)).items()}
+        found = load_lora(state, flux).factors["transformer"]
+        assert list(found) == [f"single_transformer_blocks.0.{name}" for name in
+                               ("proj_mlp", "attn.to_q", "attn.to_k", "attn.to_v")]  # fmt: skip
+        starts = {"to_q": 0, "to_k": d, "to_v": 2 * d, "proj_mlp": 3 * d}
+        for name, factors in found.items():
+            start = starts[name.rsplit(".", 1)[1]]
+            assert rows(factors) == list(range(start, start + len(factors.up)))
+
+
+def test_scale_and_shift_change_places(flux: dict[str, nn.Module]) -> None:
+    """diffusers' last norm has the scale first, the authors' has the shift first."""
+    d = 3072
+    state = {f"lora_unet_final_layer_adaLN_modulation_1.{p}": v for p, v in parts_of((2 * d, d)).items()}
+    (factors,) = load_lora(state, flux).factors["transformer"].values()
+    assert rows(factors) == [*range(d, 2 * d), *range(d)]
+
+
+def test_a_block_diagonal_factor_is_taken_apart_in_both(flux: dict[str, nn.Module]) -> None:
+    """Some write three LoRAs of q, k, v as one of three times the rank: of its ranks each part needs its own."""
+    d, r = 3072, 2
+    up = torch.zeros(3 * d, 3 * r)
+    for part in range(3):
+        up[part * d : (part + 1) * d, part * r : (part + 1) * r] = torch.randn(d, r)
+    down = torch.randn(3 * r, d)
+    name = "diffusion_model.double_blocks.0.img_attn.qkv"
+    state = {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up, f"{name}.alpha": torch.tensor(3.0)}
+    found = load_lora(state, flux).factors["transformer"]
+    for part, letter in enumerate("qkv"):
+        factors = found[f"transformer_blocks.0.attn.to_{letter}"]
+        assert torch.equal(factors.down, down[part * r : (part + 1) * r])
+        assert factors.scaling == 3.0 / (3 * r)  # alpha is of the whole
+    up[d : 2 * d] = 0  # no change of k at all
+    found = load_lora({**state, f"{name}.lora_B.weight": up}, flux).factors["transformer"]
+    assert sorted(found) == ["transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_v"]
+
+
+@pytest.mark.parametrize("first", [(3, 8), (1, 8), (64, 8)], ids=["thirds", "across", "within"])
+def test_a_kronecker_product_over_a_fused_module_is_taken_apart_exactly(
+    first: tuple[int, int], flux: dict[str, nn.Module]
+) -> None:
+    d = 3072
+    w1, w2 = torch.randn(first), torch.randn(3 * d // first[0], d // first[1]) / 50
+    magnitude = torch.rand(3 * d, 1)
+    name = "lora_unet_double_blocks_0_txt_attn_qkv"
+    state = {f"{name}.lokr_w1": w1, f"{name}.lokr_w2": w2, f"{name}.dora_scale": magnitude}
+    found = load_lora(state, flux).factors["transformer"]
+    x = torch.randn(2, d)
+    whole = x @ torch.kron(w1, w2).T
+    for part, letter in enumerate("qkv"):
+        factors = found[f"transformer_blocks.0.attn.add_{letter}_proj"]
+        assert factors.kronecker is not None
+        assert factors.magnitude is not None
+        torch.testing.assert_close(factors.kronecker(x), whole[:, part * d : (part + 1) * d], atol=1e-4, rtol=1e-4)
+        assert torch.equal(factors.magnitude, magnitude[part * d : (part + 1) * d])
+    assert ExpertStack([factors], "it").ranks == (0,)
+
+
+def test_what_fits_no_fused_module_is_refused_by_name(flux: dict[str, nn.Module]) -> None:
+    state = {f"diffusion_model.double_blocks.0.img_attn.qkv.{p}": v for p, v in parts_of((3072, 3072)).items()}
+    message = r"do not fit transformer_blocks\.0\.attn\.to_q and .*to_k and .*to_v with weight \(9216, 3072\)"
+    with pytest.raises(LoRAError, match=message):
+        load_lora(state, flux)
+    state = {f"lora_unet_double_blocks_5_img_attn_qkv.{p}": v for p, v in parts_of((9216, 3072)).items()}
+    with pytest.raises(LoRAError, match="1 of 1 modules find no place"):
+        load_lora(state, flux)
+
+
+def test_t5_of_flux_is_kohyas_third_text_encoder(flux: dict[str, nn.Module]) -> None:
+    from transformers import T5Config, T5EncoderModel
+
+    t5 = T5EncoderModel(T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2))
+    state = {f"lora_te3_encoder_block_0_layer_0_SelfAttention_q.{p}": v for p, v in parts_of((8, 8)).items()}
+    found = load_lora(state, {**flux, "text_encoder_2": t5}).factors
+    assert list(found) == ["text_encoder_2"]
+    comfy = {f"text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q.{p}": v
+             for p, v in parts_of((8, 8)).items()}  # fmt: skip
+    both = {**comfy, **{f"diffusion_model.img_in.{p}": v for p, v in parts_of((3072, 64)).items()}}
+    lora = load_lora(both, {**flux, "text_encoder_2": t5})
+    assert (lora.layout, sorted(lora.factors)) == ("original", ["text_encoder_2", "transformer"])
