@@ -180,7 +180,7 @@ class Architecture:
 
         Only names that differ from diffusers' are in it. Made from the model, so of any size of it.
         """
-        sides = {
+        sides: dict[str, Any] = {
             name: getattr(module, "out_features", getattr(module, "out_channels", None))
             for name, module in model.named_modules()
         }

@@ -72,7 +72,8 @@ class SD3Transformer(Architecture):
     def original_names(self, model: nn.Module) -> dict[str, tuple[Original, ...]]:
         """In the last block the words end: their norm has a scale and a shift alone, and these are exchanged."""
         found = super().original_names(model)
-        last = len(model.get_submodule("transformer_blocks")) - 1  # type: ignore[arg-type]
+        blocks: Any = model.get_submodule("transformer_blocks")
+        last = len(blocks) - 1
         name = f"joint_blocks.{last}.context_block.adaLN_modulation.1"
         module: Any = model.get_submodule(f"transformer_blocks.{last}.norm1_context.linear")
         half = module.out_features // 2

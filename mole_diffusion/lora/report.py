@@ -53,7 +53,7 @@ def inspect_lora(path: str | os.PathLike[str]) -> LoRAReport:
     layout, pieces = find_pieces(file)
     settings = read_settings(file, layout)
     counts = Counter(pair.component or UNSTATED for pair in pieces)
-    ranks = Counter(pair.r for pair in pieces)
+    ranks = Counter(pair.r for pair in pieces if pair.r is not None)
     alphas: set[float] = set()
     scalings: set[float] = set()
     for pair in pieces:

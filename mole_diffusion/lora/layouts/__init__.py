@@ -44,5 +44,5 @@ def read_layout(state: Mapping[str, T]) -> tuple[str | None, list[tuple[Place, s
         places = {key: place for key in ordered if (place := layout(key)) is not None}
         if len(places) > len(best[1]):
             best = (name, places)
-    name, places = best
-    return name, [(place, key, state[key]) for key, place in places.items()], [k for k in ordered if k not in places]
+    layout_name, places = best
+    return layout_name, [(place, key, state[key]) for key, place in places.items()], [k for k in ordered if k not in places]
