@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import (
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
+    Krea2Transformer2DModel,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    ZImageTransformer2DModel,
+)
 from torch import Tensor, nn
 
 from mole_diffusion.experts.stack import ExpertStack
@@ -94,6 +102,77 @@ def flux_names() -> dict[str, tuple[int, ...]]:
     return names
 
 
+def flux2_names() -> dict[str, tuple[int, ...]]:
+    """The same of FLUX.2 dev."""
+    d = 6144
+    names = {
+        "img_in": (d, 128), "txt_in": (d, 15360), "time_in.in_layer": (d, 256), "time_in.out_layer": (d, d),
+        "guidance_in.in_layer": (d, 256), "guidance_in.out_layer": (d, d), "final_layer.linear": (128, d),
+        "final_layer.adaLN_modulation.1": (2 * d, d), "single_stream_modulation.lin": (3 * d, d),
+        "double_stream_modulation_img.lin": (6 * d, d), "double_stream_modulation_txt.lin": (6 * d, d),
+    }  # fmt: skip
+    for block in range(8):
+        for stream in ("img", "txt"):
+            name = f"double_blocks.{block}.{stream}"
+            names |= {f"{name}_attn.qkv": (3 * d, d), f"{name}_attn.proj": (d, d)}
+            names |= {f"{name}_mlp.0": (6 * d, d), f"{name}_mlp.2": (d, 3 * d)}
+    for block in range(48):
+        names |= {f"single_blocks.{block}.linear1": (9 * d, d), f"single_blocks.{block}.linear2": (d, 4 * d)}
+    return names
+
+
+def z_image_names() -> dict[str, tuple[int, ...]]:
+    """The same of Z-Image; layers of the text's refiner have no modulation."""
+    d, hidden = 3840, 10240
+    names = {
+        "x_embedder": (d, 64), "cap_embedder.1": (d, 2560), "t_embedder.mlp.0": (1024, 256),
+        "t_embedder.mlp.2": (256, 1024), "final_layer.linear": (64, d), "final_layer.adaLN_modulation.1": (d, 256),
+    }  # fmt: skip
+    for part, depth in (("layers", 30), ("noise_refiner", 2), ("context_refiner", 2)):
+        for block in range(depth):
+            name = f"{part}.{block}"
+            names |= {f"{name}.attention.qkv": (3 * d, d), f"{name}.attention.out": (d, d)}
+            names |= {f"{name}.feed_forward.w{i}": (d, hidden) if i == 2 else (hidden, d) for i in (1, 2, 3)}
+            if part != "context_refiner":
+                names[f"{name}.adaLN_modulation.0"] = (4 * d, 256)
+    return names
+
+
+def krea2_names() -> dict[str, tuple[int, ...]]:
+    """The same of Krea 2: keys and values of its blocks are a quarter as wide as queries."""
+    d, text = 6144, 2560
+    names = {
+        "first": (d, 64), "last.linear": (64, d), "tmlp.0": (d, 256), "tmlp.2": (d, d), "tproj.1": (6 * d, d),
+        "txtmlp.1": (d, text), "txtmlp.3": (d, d), "txtfusion.projector": (1, 12),
+    }  # fmt: skip
+    parts = [("blocks", 28, d, d // 4, 16384)]
+    parts += [(f"txtfusion.{kind}_blocks", 2, text, text, 6912) for kind in ("layerwise", "refiner")]
+    for part, depth, wide, narrow, hidden in parts:
+        for block in range(depth):
+            name = f"{part}.{block}"
+            names |= {f"{name}.attn.w{i}": (narrow if i in "kv" else wide, wide) for i in "qkvo"}
+            names |= {f"{name}.attn.gate": (wide, wide), f"{name}.mlp.gate": (hidden, wide)}
+            names |= {f"{name}.mlp.up": (hidden, wide), f"{name}.mlp.down": (wide, hidden)}
+    return names
+
+
+def qwen_names() -> dict[str, tuple[int, ...]]:
+    """The same of Qwen-Image, whose authors' code is diffusers' own."""
+    d = 3072
+    names: dict[str, tuple[int, ...]] = {
+        "img_in": (d, 64), "txt_in": (d, 3584), "time_text_embed.timestep_embedder.linear_1": (d, 256),
+        "time_text_embed.timestep_embedder.linear_2": (d, d), "norm_out.linear": (2 * d, d), "proj_out": (64, d),
+    }  # fmt: skip
+    for block in range(60):
+        name = f"transformer_blocks.{block}"
+        heads = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+        names |= {f"{name}.attn.{head}": (d, d) for head in heads}
+        for stream in ("img", "txt"):
+            names |= {f"{name}.{stream}_mlp.net.0.proj": (4 * d, d), f"{name}.{stream}_mlp.net.2": (d, 4 * d)}
+            names[f"{name}.{stream}_mod.1"] = (6 * d, d)
+    return names
+
+
 def sd35_medium() -> SD3Transformer2DModel:
     return SD3Transformer2DModel(
         num_layers=24, num_attention_heads=24, caption_projection_dim=1536, dual_attention_layers=tuple(range(13)),
@@ -126,6 +205,10 @@ FAMILIES: dict[str, tuple[str, Any, Any]] = {
     "Stable Diffusion XL": ("unet", sdxl, sgm_names),
     "FLUX.1": ("transformer", lambda: FluxTransformer2DModel(guidance_embeds=True), flux_names),
     "Stable Diffusion 3.5 medium": ("transformer", sd35_medium, sd3_names),
+    "FLUX.2": ("transformer", Flux2Transformer2DModel, flux2_names),
+    "Z-Image": ("transformer", ZImageTransformer2DModel, z_image_names),
+    "Krea 2": ("transformer", Krea2Transformer2DModel, krea2_names),
+    "Qwen-Image": ("transformer", QwenImageTransformer2DModel, qwen_names),
 }
 
 

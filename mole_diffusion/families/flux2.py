@@ -41,6 +41,35 @@ class Flux2Transformer(Architecture):
     )  # fmt: skip
     siblings = (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"))
     targets = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.to_qkv_mlp_proj")
+    originals: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "img_in": ("x_embedder",),
+        "txt_in": ("context_embedder",),
+        "time_in.in_layer": ("time_guidance_embed.timestep_embedder.linear_1",),
+        "time_in.out_layer": ("time_guidance_embed.timestep_embedder.linear_2",),
+        "guidance_in.in_layer": ("time_guidance_embed.guidance_embedder.linear_1",),
+        "guidance_in.out_layer": ("time_guidance_embed.guidance_embedder.linear_2",),
+        "double_stream_modulation_img.lin": ("double_stream_modulation_img.linear",),
+        "double_stream_modulation_txt.lin": ("double_stream_modulation_txt.linear",),
+        "single_stream_modulation.lin": ("single_stream_modulation.linear",),
+        **{
+            f"double_blocks.*.{theirs}": tuple(f"transformer_blocks.*.{name}" for name in ours)
+            for theirs, ours in {
+                "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+                "img_attn.proj": ("attn.to_out.0",),
+                "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+                "txt_attn.proj": ("attn.to_add_out",),
+                "img_mlp.0": ("ff.linear_in",),
+                "img_mlp.2": ("ff.linear_out",),
+                "txt_mlp.0": ("ff_context.linear_in",),
+                "txt_mlp.2": ("ff_context.linear_out",),
+            }.items()
+        },
+        "single_blocks.*.linear1": ("single_transformer_blocks.*.attn.to_qkv_mlp_proj",),
+        "single_blocks.*.linear2": ("single_transformer_blocks.*.attn.to_out",),
+        "final_layer.linear": ("proj_out",),
+        "final_layer.adaLN_modulation.1": ("norm_out.linear",),
+    }
+    exchanged = frozenset({"norm_out.linear"})
     meeting = unit("attn")
 
     def told(self, model: nn.Module, given: Mapping[str, Any]) -> Told:

@@ -31,6 +31,34 @@ class Krea2Transformer(Architecture):
     )  # fmt: skip
     siblings = (("to_q", "to_k", "to_v", "to_gate"), ("ff.gate", "ff.up"))
     targets = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_gate", "attn.to_out.0", "ff.gate", "ff.up", "ff.down")
+    originals: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "first": ("img_in",),
+        "tmlp.0": ("time_embed.linear_1",),
+        "tmlp.2": ("time_embed.linear_2",),
+        "tproj.1": ("time_mod_proj",),
+        "txtmlp.1": ("txt_in.linear_1",),
+        "txtmlp.3": ("txt_in.linear_2",),
+        "txtfusion.projector": ("text_fusion.projector",),
+        **{
+            f"{theirs}.*.{name}": (f"{ours}.*.{other}",)
+            for theirs, ours in {
+                "blocks": "transformer_blocks",
+                "txtfusion.layerwise_blocks": "text_fusion.layerwise_blocks",
+                "txtfusion.refiner_blocks": "text_fusion.refiner_blocks",
+            }.items()
+            for name, other in {
+                "attn.wq": "attn.to_q",
+                "attn.wk": "attn.to_k",
+                "attn.wv": "attn.to_v",
+                "attn.wo": "attn.to_out.0",
+                "attn.gate": "attn.to_gate",
+                "mlp.gate": "ff.gate",
+                "mlp.up": "ff.up",
+                "mlp.down": "ff.down",
+            }.items()
+        },
+        "last.linear": ("final_layer.linear",),
+    }
     meeting = unit(r"(?<!\w)transformer_blocks\.\d+\.attn")
 
     def told(self, model: nn.Module, given: Mapping[str, Any]) -> Told:

@@ -39,6 +39,16 @@ class ZImageTransformer(Architecture):
     )  # fmt: skip
     siblings = (("to_q", "to_k", "to_v"), ("w1", "w3"))
     targets = ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0", "w1", "w2", "w3")
+    originals: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "x_embedder": ("all_x_embedder.2-1",),
+        **{
+            f"{part}.*.attention.{theirs}": tuple(f"{part}.*.attention.{name}" for name in ours)
+            for part in ("noise_refiner", "context_refiner", "layers")
+            for theirs, ours in {"qkv": ("to_q", "to_k", "to_v"), "out": ("to_out.0",)}.items()
+        },
+        "final_layer.linear": ("all_final_layer.2-1.linear",),
+        "final_layer.adaLN_modulation.1": ("all_final_layer.2-1.adaLN_modulation.1",),
+    }
     meeting = unit(r"(?<!\w)layers\.\d+\.attention")
     lists = True
 

@@ -45,4 +45,8 @@ def read_layout(state: Mapping[str, T]) -> tuple[str | None, list[tuple[Place, s
         if len(places) > len(best[1]):
             best = (name, places)
     layout_name, places = best
-    return layout_name, [(place, key, state[key]) for key, place in places.items()], [k for k in ordered if k not in places]
+    return (
+        layout_name,
+        [(place, key, state[key]) for key, place in places.items()],
+        [k for k in ordered if k not in places],
+    )
