@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mole_diffusion.composition import NormRouter
 from mole_diffusion.composition.budget import site_gram
+from mole_diffusion.composition.norm_router import whole_norms
 from mole_diffusion.experts import Experts, ExpertStack
 from mole_diffusion.experts.beside import settle
 from mole_diffusion.lora import LoRA, LoRAError, LoRAFactors, load_lora
@@ -287,7 +288,7 @@ def test_norms_are_those_of_the_whole_outputs(models: dict[str, Any]) -> None:
     class Look:
         def weigh(self, site: Any, projections: Any, run: Any) -> Tensor:
             if site.beside is not None and not site.stack.is_convolution:
-                seen[site.name] = (site, projections.hidden_states, site.norms(projections))
+                seen[site.name] = (site, projections.hidden_states, whole_norms(site, projections))
             return torch.zeros(1, 1, 2)
 
     experts = Experts(loras)

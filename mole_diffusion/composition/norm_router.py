@@ -72,9 +72,7 @@ class NormRouter(Composition):
         projected, parts = projections.tensors[site.name], self._parts(site, run)
         if projected.shape[1] == 1:
             return parts.shared
-        ratios = output_norms(site.stack, projected)
-        if site.beside is not None:
-            ratios = _with_terms(ratios, site, projections)
+        ratios = whole_norms(site, projections)
         ratios = ratios / ratios.mean(dim=1, keepdim=True).clamp_min_(torch.finfo(ratios.dtype).tiny)
         if not parts.everybody:
             ratios = ratios.masked_fill(parts.competing == 0, float("-inf"))
@@ -120,14 +118,15 @@ def output_norms(stack: ExpertStack, projected: Tensor) -> Tensor:
     return torch.linalg.vector_norm(F.linear(projected.float(), root).unflatten(-1, (stack.num_experts, -1)), dim=-1)
 
 
-def _with_terms(norms: Tensor, site: Site, projections: Projections) -> Tensor:
-    """Norms of whole outputs for LoRAs that add more than a product of small rank; theirs are made."""
-    assert site.beside is not None
-    assert projections.base is not None
-    projected = projections.tensors[site.name].float()
+def whole_norms(site: Site, projections: Projections) -> Tensor:
+    """:func:`output_norms` also of LoRAs that add more than a product of small rank, whose outputs are made."""
+    projected = projections.tensors[site.name]
+    norms = output_norms(site.stack, projected)
+    if site.beside is None or projections.base is None:
+        return norms
+    projected = projected.float()
     up, owner = (x.to(projected.device) for x in (site.stack.up_as(torch.float32), site.stack.expert_of_rank))
     terms = site.beside.outputs(projections.hidden_states, projections.base, site.stack.experts)
-    norms = norms.clone()
     for index, term in terms.items():
         its = owner == index
         norms[..., index] = (projected[..., its] @ up[:, its].T + term.float()).norm(dim=-1)
@@ -138,7 +137,7 @@ def _root(stack: ExpertStack) -> Tensor:
     """R of each LoRA in rows of its own, all as many, ``(N * rows, R)``; zero elsewhere."""
     ups = stack.up_as(torch.float32).split([stack.ranks[expert] for expert in stack.experts], dim=1)
     triangles = [torch.linalg.qr(up, mode="r").R for up in ups]
-    rows = max((len(triangle) for triangle in triangles), default=1)
+    rows = max(1, *map(len, triangles))
     root, column = torch.zeros(stack.num_experts, rows, sum(stack.ranks)), 0
     for expert, triangle in zip(stack.experts, triangles, strict=True):
         root[expert, : len(triangle), column : column + triangle.shape[1]] = triangle
