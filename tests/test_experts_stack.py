@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from mole_diffusion.experts import ExpertStack, Site
 from mole_diffusion.experts.site import group_sites
+from mole_diffusion.families.unet import UNet
 from mole_diffusion.lora import LoRAFactors
 
 RANKS = (3, 1, 5)
@@ -23,7 +24,7 @@ def linear_factors(ranks: Sequence[int], d_in: int, d_out: int) -> list[LoRAFact
 
 def add(site: Site, x: Tensor, output: Tensor, weights: Tensor) -> Tensor:
     projected = site.group.project(site, x, output).tensors[site.name]
-    return output + site.stack.expand(projected, weights, output)
+    return site.stack.add_to(output, projected, weights)
 
 
 @pytest.mark.parametrize("shape", [(2, 6), (2, 5, 6), (2, 3, 4, 6)])
@@ -33,7 +34,7 @@ def test_linear_equals_the_explicit_sum(shape: tuple[int, ...]) -> None:
     site = Site("unet", "a", module, ExpertStack(factors, "a"))
     x = torch.randn(*shape, dtype=torch.float64)
     gamma = torch.rand(2, 1, 3, dtype=torch.float64)
-    result = add(site, x, module(x), site.stack.per_rank(gamma))
+    result = add(site, x, module(x), gamma)
     weights = gamma.reshape(2, 3, *[1] * (x.ndim - 1))
     expected = module(x)
     for i, factor in enumerate(factors):
@@ -59,27 +60,12 @@ def test_convolution_equals_the_explicit_sum(options: dict[str, Any]) -> None:
     x = torch.randn(2, 4, 6, 8, dtype=torch.float64)
     output = module(x)
     gamma = torch.rand(2, output[0, 0].numel(), 3, dtype=torch.float64)  # another weight at every position
-    result = add(site, x, output, site.stack.per_rank(gamma))
-    expected = output
+    expected = output.clone()
+    result = add(site, x, output, gamma)
     for i, factor in enumerate(factors):
         delta = F.conv2d(x, factor.delta().double(), None, module.stride, module.padding, module.dilation)
         expected = expected + gamma[:, :, i].reshape(2, 1, *output.shape[2:]) * delta
     torch.testing.assert_close(result, expected, atol=1e-6, rtol=1e-6)  # `delta()` multiplies in fp32
-
-
-def test_weights_per_rank() -> None:
-    module = nn.Linear(6, 7).double()
-    factors = linear_factors(RANKS, 6, 7)
-    site = Site("unet", "a", module, ExpertStack(factors, "a"))
-    x = torch.randn(2, 5, 6, dtype=torch.float64)
-    gamma = torch.rand(2, 5, sum(RANKS), dtype=torch.float64)
-    expected, rank = module(x), 0
-    for factor in factors:
-        for k in range(factor.r):
-            z = x @ factor.down[k].double()  # (2, 5)
-            expected = expected + (gamma[..., rank] * z)[..., None] * factor.scaling * factor.up[:, k].double()
-            rank += 1
-    torch.testing.assert_close(add(site, x, module(x), gamma), expected, atol=1e-12, rtol=1e-12)
 
 
 def test_a_lora_that_does_not_touch_the_module_has_no_rows() -> None:
@@ -87,8 +73,9 @@ def test_a_lora_that_does_not_touch_the_module_has_no_rows() -> None:
     stack = ExpertStack([first, None, third], "a")
     assert stack.ranks == (3, 0, 5)
     assert stack.experts == (0, 2)
-    weights = stack.per_rank(torch.tensor([[[1.0, 2.0, 3.0]]]))
-    assert weights.flatten().tolist() == [1.0] * 3 + [3.0] * 5
+    assert stack.expert_of_rank.tolist() == [0] * 3 + [2] * 5
+    weights = stack.scaled(torch.tensor([[[1.0, 2.0, 3.0]]]), torch.float32)
+    assert weights.flatten().tolist() == [1.0 * 3.5, 3.0 * 5.5]  # times their scalings
 
 
 def test_matrices_and_one_by_one_convolutions_are_interchangeable() -> None:
@@ -96,7 +83,7 @@ def test_matrices_and_one_by_one_convolutions_are_interchangeable() -> None:
     kernel = LoRAFactors(matrix.down[..., None, None], matrix.up[..., None, None], 1.0)
     conv, linear = nn.Conv2d(4, 6, 1), nn.Linear(4, 6)
     image, tokens = torch.randn(2, 4, 3, 5), torch.randn(2, 5, 4)
-    ones = torch.ones(1, 1, 2)
+    ones = torch.ones(1, 1, 1)
     for module, x in ((conv, image), (linear, tokens)):
         results = [
             add(Site("unet", "a", module, ExpertStack([factor], "a")), x, module(x), ones)
@@ -111,7 +98,7 @@ def test_projections_of_one_input_are_shared_and_let_go() -> None:
         name: Site("unet", name, module, ExpertStack(linear_factors(RANKS, 6, 7), name))
         for name, module in attention.items()
     }
-    group_sites(list(sites.values()), attention)
+    group_sites(list(sites.values()), attention, UNet())
     group = sites["to_q"].group
     assert [site.module_name for site in group.sites] == ["to_q", "to_k", "to_v"]
     x, other = torch.randn(2, 5, 6), torch.randn(2, 5, 6)

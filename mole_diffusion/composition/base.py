@@ -58,6 +58,13 @@ class Composition(ABC):
             ``(batch | 1, tokens | 1, num_experts)``, or ``None``: nothing is added here.
         """
 
+    def reads_left_out(self, site: Site) -> bool:
+        """Whether the method needs in ``projections`` what LoRAs that are left out would add at a module.
+
+        By default it does not, and they are not computed.
+        """
+        return False
+
     def passes(self, run: Run) -> int:
         """How many passes of the denoiser this step takes; they run as one widened batch. Asked once a step."""
         return 1

@@ -94,7 +94,7 @@ def stack_gram(stack: ExpertStack) -> Tensor:
         float64 ``(N, N)`` on the stack's device; zero for a LoRA that does not touch the module. Do not change it.
     """
     if stack not in _GRAMS:
-        up, down = stack.up_as(torch.float64), stack.down.double().flatten(1)  # (d_out, R), (R, d_in)
+        up, down = stack.up_as(torch.float64), stack.down_as(torch.float64).flatten(1)  # (d_out, R), (R, d_in)
         by_rank = (up.T @ up) * (down @ down.T)
         owner = torch.nn.functional.one_hot(stack.expert_of_rank.to(by_rank.device), stack.num_experts).double()
         _GRAMS[stack] = owner.T @ by_rank @ owner

@@ -45,6 +45,9 @@ class MoLE(Composition):
             )
         self._gates = gates
 
+    def reads_left_out(self, site: Site) -> bool:
+        return self.gates is not None and self.gates.reads_left_out(site)
+
     def weigh(self, site: Site, projections: Projections, run: Run) -> Tensor | None:
         if self.gates is None:
             raise MoLEError('composition "mole" has no gates. Load some with `pipe.load_gates`, or pass MoLE(gates).')

@@ -137,7 +137,7 @@ def _root(stack: ExpertStack) -> Tensor:
     """R of each LoRA in rows of its own, all as many, ``(N * rows, R)``; zero elsewhere."""
     ups = stack.up_as(torch.float32).split([stack.ranks[expert] for expert in stack.experts], dim=1)
     triangles = [torch.linalg.qr(up, mode="r").R for up in ups]
-    rows = max(1, *map(len, triangles))
+    rows = max([1, *map(len, triangles)])
     root, column = torch.zeros(stack.num_experts, rows, sum(stack.ranks)), 0
     for expert, triangle in zip(stack.experts, triangles, strict=True):
         root[expert, : len(triangle), column : column + triangle.shape[1]] = triangle

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import MoLEError
-from ..experts import Run
+from ..experts import Run, Site
 from .base import Composition
 
 
@@ -26,6 +26,9 @@ class Wrapper(Composition):
             raise MoLEError(f"`method` must be a composition such as Masks(), got {method!r}.")
         self.method: Any = method
         self.needs = method.needs
+
+    def reads_left_out(self, site: Site) -> bool:
+        return bool(self.method.reads_left_out(site))
 
     def passes(self, run: Run) -> int:
         return int(self.method.passes(run))

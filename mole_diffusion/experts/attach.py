@@ -77,6 +77,8 @@ class Attachment:
         self._swapped: dict[str, tuple[Attention, Any, MoLEAttnProcessor]] = {}
         self._fired: set[str] | None = set()
         self._parents = {site.module_name: _parent(model, site.module_name) for site in self.sites}
+        self._seen_modules: list[tuple[Any, str, nn.Module | None]] = []
+        self._seen_processors: list[tuple[Attention, Any]] = []
 
         self._attentions = _attentions(model, self.sites)
         # A transformer of words and pixels shows the layers in which they meet, whatever attention processors it has.
@@ -96,6 +98,7 @@ class Attachment:
                 f"modules of {component}. Use engine='auto' or 'hooks'."
             )
         self._place_hooks()
+        self._look()
         self._handles.append(model.register_forward_pre_hook(self._before_forward, with_kwargs=True))
         self._handles.append(model.register_forward_hook(self._after_forward, always_call=True))
 
@@ -176,13 +179,28 @@ class Attachment:
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # Somebody may have changed the model since: replaced our processors (IP-Adapter, attention slicing) or fused
         # projections, or exchanged modules (PEFT, when its adapters are loaded and unloaded).
-        self._find_modules()
-        if self._engine != "hooks":
-            self._swap_processors()
-        _refuse_fused(self.component, self._attentions)
+        if not self._unchanged():
+            self._find_modules()
+            if self._engine != "hooks":
+                self._swap_processors()
+            _refuse_fused(self.component, self._attentions)
+            self._place_hooks()
+            self._look()
         _refuse_bypassed(self.component, self._parents)
-        self._place_hooks()
         return self._begin(model, args, kwargs)
+
+    def _look(self) -> None:
+        """Remember which modules and attention processors there are."""
+        parents = self._parents.values()
+        self._seen_modules = [(parent._modules, leaf, parent._modules.get(leaf)) for parent, leaf in parents]
+        layers = {**self._layers, **{name: layer for name, (layer, _) in self._attentions.items()}}.values()
+        self._seen_processors = [(layer, layer.processor) for layer in layers]
+
+    def _unchanged(self) -> bool:
+        """Whether they are all still there."""
+        return all(modules.get(leaf) is module for modules, leaf, module in self._seen_modules) and all(
+            layer.processor is processor for layer, processor in self._seen_processors
+        )
 
     def _find_modules(self) -> None:
         """Follow a site whose module was exchanged for another with the same weights.

@@ -23,6 +23,8 @@ class Choice:
     silent: bool
     weigher: Weigher | None = None
     call: Any = None
+    kept: tuple[int, ...] | None = None
+    """Indices of the LoRAs that any row keeps; ``None`` where all are."""
     moved: dict[torch.device | None, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def on(self, device: torch.device | None) -> tuple[Tensor, Tensor]:

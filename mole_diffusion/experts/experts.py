@@ -232,7 +232,9 @@ class Experts:
         # Looked at once here, because a look at a tensor on a GPU in every module would stall it.
         silent = not (kept * scales.to(kept.device)).any().item()
         weigher = before.weigher if weigher is None else weigher
-        choice = Choice(kept, scales, silent, weigher, before.call if call is None else call)
+        chosen = [index for index, any_row in enumerate(kept.any(dim=0).tolist()) if any_row]
+        which = None if len(chosen) == self.num_experts else tuple(chosen)
+        choice = Choice(kept, scales, silent, weigher, before.call if call is None else call, which)
         token = CHOICES.set({**CHOICES.get(), id(self): choice})
         try:
             yield
@@ -281,15 +283,20 @@ class Experts:
         lengths *= run.passes
         rows = unpacked(output, lengths)
         added = self._add(site, unpacked(hidden_states, lengths), rows, run)
-        return output if added is rows else packed(added, lengths).reshape(output.shape)
+        # Rows that lie in the output itself were added to in place.
+        unchanged = added is rows and rows.data_ptr() == output.data_ptr()
+        return output if unchanged else packed(added, lengths).reshape(output.shape)
 
     def _add(self, site: Site, hidden_states: Tensor, output: Tensor, run: Run) -> Tensor:
         site.see(hidden_states, output)
         self._attachments[site.component].fired(site)
         if run.weigher is None or not run.active:
             return output
+        if run.kept is not None and not _reads_left_out(run.weigher, site):
+            site = site.only(run.kept)
         projections = site.group.project(site, hidden_states, output)
-        batch = len(projections.tensors[site.name]) // run.passes
+        projected = projections.tensors[site.name]
+        batch = len(projected) // run.passes
         if len(run.keep) not in (1, batch) or len(run.scale) not in (1, batch):
             raise MoLEError(
                 f"`keep` has {len(run.keep)} rows and `scale` {len(run.scale)}, but {site.component} runs a batch of "
@@ -299,11 +306,11 @@ class Experts:
         weights = run.weigher.weigh(site, projections, run)
         if weights is None:
             return output
-        projected = projections.tensors[site.name]
-        weights = weights.to(projected.device)
+        if weights.device != projected.device:
+            weights = weights.to(projected.device)
         _check_weights(weights, projected, site, self.num_experts)
         beside = None if site.beside is None else site.beside.add(hidden_states, output, weights, site.stack.experts)
-        added = output + site.stack.expand(projected, site.stack.per_rank(weights), output)
+        added = site.stack.add_to(output, projected, weights) if site.stack.rank else output
         return added if beside is None else added + beside
 
     def biased(self, component: str) -> bool:
@@ -429,7 +436,7 @@ class Experts:
         weigher = self.chosen
         active = weigher is not None and not choice.silent
         keep, scale = choice.on(device)
-        return Run(component, index, weigher, keep, scale, active, told, call=choice.call)
+        return Run(component, index, weigher, keep, scale, active, told, call=choice.call, kept=choice.kept)
 
     def _rows(self, name: str, values: Tensor) -> Tensor:
         given = torch.as_tensor(values)
@@ -452,6 +459,12 @@ def _by_module(loras: Sequence[LoRA]) -> dict[str, dict[str, list[LoRAFactors | 
                 row = factors.setdefault(component, {}).setdefault(module, [None] * len(loras))
                 row[index] = pair
     return factors
+
+
+def _reads_left_out(weigher: Weigher, site: Site) -> bool:
+    """Whether a weigher reads what LoRAs that are left out would add at a module."""
+    reads = getattr(weigher, "reads_left_out", None)
+    return reads is not None and bool(reads(site))
 
 
 def _check_weights(weights: Tensor, projected: Tensor, site: Site, num_experts: int) -> None:

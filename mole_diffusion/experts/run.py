@@ -33,6 +33,8 @@ class Run:
             other attributes are those of one such pass.
         call: What was handed to ``experts.using(call=...)``: the call of a pipeline this pass belongs to, for the
             weigher to read. ``None`` outside of one.
+        kept: Indices of the LoRAs that any row of `keep` has a 1 for, ``None`` where that is all: of the others nothing
+            is computed.
         notes: What a weigher wants to remember for the rest of this pass and for its recomputation.
     """
 
@@ -45,6 +47,7 @@ class Run:
     told: Told
     passes: int = 1
     call: Any = None
+    kept: tuple[int, ...] | None = None
     notes: dict[Any, Any] = field(default_factory=dict)
 
     @property
@@ -74,6 +77,8 @@ class Weigher(Protocol):
 
     :meth:`weigh` is all a weigher needs. The others are asked for where it has them:
 
+    ``reads_left_out(site) -> bool``: whether it needs at this module what LoRAs would add that are left out, too; else
+    they are not computed, and have no columns in ``projections``.
     ``bind(experts)``: told which experts it weighs, when it is set.
     ``passes(run) -> int``: the denoiser's batch runs this many times over in one forward pass, all its rows for the
     first pass, then all for the second; :meth:`weigh` then answers for the widened batch. Asked once, when the
@@ -90,7 +95,7 @@ class Weigher(Protocol):
         """Weights for one module in one pass, with ``run.keep`` and ``run.scale`` already worked in.
 
         Args:
-            site: The module.
+            site: The module, with the experts that take part.
             projections: ``down x`` of this site and of those that read the same tensor, ``(batch, tokens, R)`` each.
             run: The forward pass: keep, scale, timestep, prompt embeddings.
 

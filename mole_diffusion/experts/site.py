@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from ..families import Architecture, Reads
 from .beside import Beside
 from .stack import ExpertStack
 
+CHOICES_KEPT = 4  # of the LoRAs left out, for which the others' rows lie ready; each may take as much memory as they do
+
 
 class Site:
     """One adapted module of one component.
@@ -22,6 +25,7 @@ class Site:
     Attributes:
         component: ``"unet"``, ``"text_encoder"`` ...
         module_name: As in ``component.named_modules()``.
+        name: ``component.module``, unique in the model.
         module: The module itself.
         stack: The LoRAs' factors here.
         beside: What some LoRAs add here that is no product of small rank, or ``None``.
@@ -36,6 +40,7 @@ class Site:
     ) -> None:
         self.component = component
         self.module_name = module_name
+        self.name = f"{component}.{module_name}"
         self.module = module
         self.stack = stack
         self.beside = beside
@@ -44,11 +49,6 @@ class Site:
         self.tokens: int | None = None
         self.input_tokens: int | None = None
         _check_fit(self)
-
-    @property
-    def name(self) -> str:
-        """``component.module``, unique in the model."""
-        return f"{self.component}.{self.module_name}"
 
     def move_to(self, module: nn.Module) -> None:
         """Sit beside another module from now on.
@@ -60,6 +60,15 @@ class Site:
         if self.beside is not None:
             self.beside.module = module
         _check_fit(self)
+        self.group.start_again()
+
+    def only(self, kept: tuple[int, ...]) -> Site:
+        """This place with the rows of the ``kept`` LoRAs alone, made once for each such choice and kept for the next.
+
+        Args:
+            kept: Indices of LoRAs, rising.
+        """
+        return self.group.only(kept)[self.name]
 
     def project(self, hidden_states: Tensor, down: Tensor) -> Tensor:
         """``down x`` as ``(batch, positions, rows of down)``, whatever the module's own layout is."""
@@ -125,6 +134,23 @@ class SiteGroup:
         self.sites = tuple(sites)
         self._down: Tensor | None = None
         self._open: Projections | None = None
+        self._chosen: dict[tuple[int, ...], dict[str, Site]] = {}
+
+    def only(self, kept: tuple[int, ...]) -> dict[str, Site]:
+        """The sites of the group, by name, with the rows of the ``kept`` LoRAs alone; see :meth:`Site.only`."""
+        sites = self._chosen.get(kept)
+        if sites is None:
+            if all(set(site.stack.experts) <= set(kept) for site in self.sites):
+                members = self.sites
+            else:
+                members = tuple(copy.copy(site) for site in self.sites)
+                group = SiteGroup(members)
+                for member in members:
+                    member.stack, member.group = member.stack.only(kept), group
+            while len(self._chosen) >= CHOICES_KEPT:
+                self._chosen.pop(next(iter(list(self._chosen))), None)  # the oldest
+            self._chosen[kept] = sites = {member.name: member for member in members}
+        return sites
 
     def project(self, site: Site, hidden_states: Tensor, output: Tensor) -> Projections:
         """Projections that contain ``site``'s, on the device and in the dtype of ``output``.
@@ -135,10 +161,10 @@ class SiteGroup:
         shared = self._open
         if shared is None or shared.hidden_states is not hidden_states or not shared.take(site):
             down = self._down_like(output)
-            rows = [len(member.stack.down) for member in self.sites]
+            rows = [member.stack.rank for member in self.sites]
             if len(down):
                 parts = site.project(hidden_states, down).split(rows, dim=-1)
-            else:  # everything the LoRAs add here comes beside
+            else:  # nothing is left of the LoRAs that are kept, but a weigher may read the hidden states
                 where = output.shape[2:] if site.stack.is_convolution else output.shape[1:-1]
                 parts = (output.new_empty(len(output), where.numel(), 0),) * len(rows)
             spatial = (output.shape[-2], output.shape[-1]) if site.stack.is_convolution else None
@@ -147,16 +173,36 @@ class SiteGroup:
         self._open = None if shared.done else shared
         return shared
 
+    def make_ready(self, like: Tensor) -> None:
+        """Make what the products need beside outputs like this one; else the first call does."""
+        self._down_like(like)
+        for site in self.sites:
+            if site.stack.experts:
+                site.stack.up_like(like)
+
+    @property
+    def ready(self) -> list[Tensor]:
+        """What was made for the products."""
+        made = [self._down, *(site.stack.up_ready for site in self.sites)]
+        return [tensor for tensor in made if tensor is not None]
+
+    def start_again(self) -> None:
+        """Let go of what was made for the products, since a module was exchanged."""
+        self._down = self._open = None
+        self._chosen.clear()
+
     def forget(self) -> None:
         """Let go of an input kept for sites that have not fired."""
         self._open = None
+        for sites in list(self._chosen.values()):
+            for site in sites.values():
+                site.group._open = None
 
     def _down_like(self, output: Tensor) -> Tensor:
         down = self._down
         if down is None or down.device != output.device or down.dtype != output.dtype:
-            downs = [member.stack.down for member in self.sites]
-            stacked = torch.cat(downs) if len(downs) > 1 else downs[0]
-            self._down = down = stacked.to(output.device, output.dtype)
+            downs = [member.stack.down_as(output.dtype, output.device) for member in self.sites]
+            self._down = down = torch.cat(downs) if len(downs) > 1 else downs[0]
         return down
 
 
@@ -171,7 +217,7 @@ def group_sites(sites: Sequence[Site], model: nn.Module, architecture: Architect
                 together.setdefault((prefix, names, site.reads), {})[name] = site
     for (_, names, _), by_name in together.items():
         members = [by_name[name] for name in names if name in by_name]
-        if len(members) > 1 and len({member.stack.down.shape[1:] for member in members}) == 1:
+        if len(members) > 1 and len({member.stack.input_shape for member in members}) == 1:
             group = SiteGroup(members)
             for member in members:
                 member.group = group
@@ -186,25 +232,23 @@ def _prefix(module_name: str, name: str) -> str | None:
 def _check_fit(site: Site) -> None:
     """Raise ValueError or TypeError if the stacked factors cannot run beside the module."""
     module: Any = site.module
-    down = site.stack.down
+    stack = site.stack
     if isinstance(module, nn.Conv2d):
         if module.groups != 1 or module.padding_mode != "zeros":
             raise MoLEError(
                 f"{site.name} is a convolution with groups={module.groups} and padding_mode={module.padding_mode!r}; "
                 "experts run beside convolutions with groups=1 and zero padding only. Leave it out of the LoRAs."
             )
-        if down.ndim == 2:
-            down = down[:, :, None, None]  # a 1x1 convolution saved as a matrix
-            site.stack.down = down
+        if len(stack.input_shape) == 1:
+            stack.input_shape = (*stack.input_shape, 1, 1)  # a 1x1 convolution saved as a matrix
         expected = (module.out_channels, (module.in_channels, *module.kernel_size))
     elif hasattr(module, "in_features") and hasattr(module, "out_features"):
-        if down.ndim == 4 and down.shape[2:] == (1, 1):
-            down = down.flatten(1)  # the other way round
-            site.stack.down = down
+        if stack.input_shape[1:] == (1, 1):
+            stack.input_shape = stack.input_shape[:1]  # the other way round
         expected = (module.out_features, (module.in_features,))
     else:
         raise TypeError(f"{site.name} is a {type(module).__name__}; experts run beside Linear and Conv2d modules only.")
-    given = (site.stack.up.shape[0], tuple(down.shape[1:]))
+    given = (stack.out_features, stack.input_shape)
     if given != expected:
         raise MoLEError(
             f"The LoRAs' factors at {site.name} map {given[1]} to {given[0]}, but the module maps {expected[1]} to "

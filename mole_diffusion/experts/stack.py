@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -13,19 +14,21 @@ from mole_diffusion.errors import MoLEError
 
 from ..lora import LoRAFactors
 
-# Weights per LoRA to the same per rank, by the ranks of a module; an entry goes with the tensor it was made from.
-_BY_RANK: Any = WeakIdKeyDictionary()
+# Weights of all LoRAs to those of the LoRAs at a module, times their scalings, by which these are; an entry goes with
+# the tensor it was made from.
+_SCALED: Any = WeakIdKeyDictionary()
 
 
 class ExpertStack:
-    """All experts of one module: ``sum_i gamma_i s_i B_i A_i x = up (gamma * down x)``.
+    """All experts of one module: ``sum_i gamma_i s_i B_i A_i x = up (gamma * s * down x)``.
 
-    Two products serve any number of LoRAs and any mixture of ranks, and a weight may differ per sample, per token and
-    per rank. With R the sum of the ranks:
+    Two products serve any number of LoRAs and any mixture of ranks, and a weight may differ per sample and per token.
+    The factors stay with their LoRAs; what is kept here is what the products need, on the device and in the dtype of
+    the module. With R the sum of the ranks:
 
     Attributes:
-        down: ``(R, d_in)`` or, for a convolution, ``(R, c_in, kh, kw)``. fp32, as loaded.
-        up: ``(d_out, R)``, with every LoRA's scaling folded in. fp32.
+        input_shape: ``(d_in,)`` or, for a convolution, ``(c_in, kh, kw)``.
+        out_features: d_out.
         ranks: r of every LoRA in order; 0 where a LoRA does not touch this module.
         experts: Indices of the LoRAs that do.
         expert_of_rank: ``(R,)``, the LoRA each row of ``down`` belongs to.
@@ -39,74 +42,157 @@ class ExpertStack:
     """
 
     def __init__(self, factors: Sequence[LoRAFactors | None], place: str) -> None:
-        present = [(index, factor) for index, factor in enumerate(factors) if factor is not None]
+        present = [factor for factor in factors if factor is not None]
         if not present:
             raise MoLEError(f"No LoRA has factors for {place}; leave the module out instead.")
-        inputs = {tuple(factor.down.shape[1:]) for _, factor in present}
-        outputs = {factor.up.shape[0] for _, factor in present}
+        inputs = {tuple(factor.down.shape[1:]) for factor in present}
+        outputs = {factor.up.shape[0] for factor in present}
         if len(inputs) > 1 or len(outputs) > 1:
             raise MoLEError(
                 f"The LoRAs disagree about {place}: inputs {sorted(inputs)}, outputs {sorted(outputs)}. "
                 "They were trained for different base models; load only those that fit yours."
             )
         self.num_experts = len(factors)
-        self.ranks = tuple(0 if factor is None else factor.down.shape[0] for factor in factors)
-        self.experts = tuple(index for index, _ in present)
-        self.down = torch.cat([factor.down for _, factor in present])
-        ranks = torch.tensor([factor.r for _, factor in present])
-        self.expert_of_rank = torch.tensor(self.experts).repeat_interleave(ranks)
-        self._unscaled_up = torch.cat([factor.up.flatten(1) for _, factor in present], dim=1)
-        scalings = torch.tensor([factor.scaling for _, factor in present], dtype=torch.float64)
-        self._scaling_of_rank = scalings.repeat_interleave(ranks)
-        self._cast_up: Tensor | None = None
+        self.input_shape: tuple[int, ...] = inputs.pop()
+        self.out_features: int = outputs.pop()
+        self._take(factors)
+
+    def _take(self, factors: Sequence[LoRAFactors | None]) -> None:
+        self._factors = tuple(factors)
+        self._present = tuple(factor for factor in factors if factor is not None)
+        self.ranks = tuple(0 if factor is None else factor.r for factor in factors)
+        self.experts = tuple(index for index, factor in enumerate(factors) if factor is not None)
+        self._ranks_here = [factor.r for factor in self._present]
+        self._scalings = tuple(float(factor.scaling) for factor in self._present)
+        self.expert_of_rank = torch.tensor(self.experts, dtype=torch.long).repeat_interleave(
+            torch.tensor(self._ranks_here, dtype=torch.long)
+        )
+        self._up: Tensor | None = None
+
+    def only(self, kept: Collection[int]) -> ExpertStack:
+        """The same place with the rows of the ``kept`` LoRAs alone; their indices stay, the others have rank 0.
+
+        There may be none left.
+        """
+        stack = copy.copy(self)
+        stack._take([factor if index in kept else None for index, factor in enumerate(self._factors)])
+        return stack
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return sum(self._ranks_here)
 
     @property
     def is_convolution(self) -> bool:
-        return self.down.ndim == 4
+        return len(self.input_shape) == 3
+
+    @property
+    def down(self) -> Tensor:
+        """``(R, d_in)`` or ``(R, c_in, kh, kw)``; fp32, as loaded, made anew each time."""
+        return self.down_as(torch.float32)
 
     @property
     def up(self) -> Tensor:
+        """``(d_out, R)`` with every LoRA's scaling folded in; fp32, made anew each time."""
         return self.up_as(torch.float32)
+
+    def down_as(self, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+        """``down`` in another dtype, on another device."""
+        rows = [factor.down.reshape(-1, *self.input_shape).to(device, dtype) for factor in self._present]
+        if not rows:
+            return torch.empty(0, *self.input_shape, dtype=dtype, device=device)
+        return torch.cat(rows) if len(rows) > 1 else rows[0]
 
     def up_as(self, dtype: torch.dtype) -> Tensor:
         """``up`` in another dtype, scaled before it is rounded."""
         wide = torch.promote_types(dtype, torch.float32)
-        return (self._unscaled_up.to(wide) * self._scaling_of_rank.to(wide)).to(dtype)
+        if not self._present:
+            return torch.empty(self.out_features, 0, dtype=dtype)
+        ups = [f.up.flatten(1).to(wide) * s for f, s in zip(self._present, self._scalings, strict=True)]
+        return torch.cat(ups, dim=1).to(dtype)
 
     def up_like(self, output: Tensor) -> Tensor:
-        """``up`` on the device and in the dtype of ``output``; converted once and kept."""
-        up = self._cast_up
+        """B of all LoRAs, unscaled, ``(d_out, R)`` on the device and in the dtype of ``output``; kept."""
+        up = self._up
         if up is None or up.device != output.device or up.dtype != output.dtype:
-            self._cast_up = up = self.up_as(output.dtype).to(output.device)
+            ups = [factor.up.flatten(1).to(output.device, output.dtype) for factor in self._present]
+            self._up = up = torch.cat(ups, dim=1) if len(ups) > 1 else ups[0]
         return up
 
-    def per_rank(self, weights: Tensor) -> Tensor:
-        """Weights per LoRA ``(batch, tokens, N)`` repeated for each of its ranks here: ``(batch, tokens, R)``.
+    @property
+    def up_ready(self) -> Tensor | None:
+        """What :meth:`up_like` keeps."""
+        return self._up
 
-        The answer is kept as long as ``weights`` lives, and shared by all modules of these ranks: a weigher that gives
-        the same tensor to many modules, or pass after pass, has it worked through once.
+    def scaled(self, weights: Tensor, dtype: torch.dtype) -> Tensor:
+        """Of weights ``(batch, tokens, N)``, those of the LoRAs here, times their scalings: ``(batch, tokens, n)``.
+
+        In ``dtype`` if that is wider than theirs.
+
+        The answer is kept as long as ``weights`` lives, and shared by all modules of these LoRAs and scalings: a
+        weigher that gives the same tensor to many modules, or pass after pass, has it worked through once.
         """
+        wide = torch.promote_types(weights.dtype, dtype)
         if weights.requires_grad:
-            return weights[..., self.expert_of_rank.to(weights.device)]
-        known = _BY_RANK.setdefault(weights, {})
-        if self.ranks in known:
-            return known[self.ranks]
-        if self.expert_of_rank.device != weights.device:
-            self.expert_of_rank = self.expert_of_rank.to(weights.device)
-        by_rank = known[self.ranks] = weights[..., self.expert_of_rank]
-        return by_rank
+            return self._scale(weights, wide)
+        known = _SCALED.get(weights)
+        if known is None:
+            known = _SCALED[weights] = {}
+        key = self.experts, self._scalings, wide
+        scaled: Tensor | None = known.get(key)
+        if scaled is None:
+            scaled = known[key] = self._scale(weights, wide)
+        return scaled
 
-    def expand(self, projected: Tensor, weights: Tensor, output: Tensor) -> Tensor:
-        """``up (gamma * z)``, shaped like the module's ``output``.
+    def _scale(self, weights: Tensor, dtype: torch.dtype) -> Tensor:
+        weights = weights.to(dtype)
+        if len(self.experts) < self.num_experts:
+            weights = weights[..., list(self.experts)]
+        if any(scaling != 1 for scaling in self._scalings):
+            weights = weights * weights.new_tensor(self._scalings)
+        return weights
+
+    def add_to(self, output: Tensor, projected: Tensor, weights: Tensor) -> Tensor:
+        """``output + up (gamma * s * z)``: into ``output`` itself, except where autograd needs what it was.
 
         Args:
+            output: What the base module gave: ``(batch, ..., d_out)``, or ``(batch, d_out, height, width)``.
             projected: z = down x, ``(batch, tokens, R)``.
-            weights: gamma, ``(batch | 1, tokens | 1, R)``.
-            output: What the base module gave; only its shape, dtype and device are read.
+            weights: gamma, ``(batch | 1, tokens | 1, N)``.
         """
-        # The product is taken in the wider of both dtypes, then rounded once.
-        weighted = (projected * weights).to(projected.dtype)
-        delta = torch.nn.functional.linear(weighted, self.up_like(output))  # (batch, tokens, d_out)
-        if self.is_convolution:
-            delta = delta.transpose(1, 2)  # (batch, d_out, tokens)
-        return delta.reshape(output.shape)
+        up = self.up_like(output)
+        scaled = self.scaled(weights, output.dtype)
+        if self.is_convolution and output.is_contiguous():
+            # Channels first, as the convolution left them: nothing is turned round.
+            weighted = self._weighted(projected.transpose(1, 2), scaled.transpose(1, 2), dim=1)
+            place, factors = output.flatten(2), (up.expand(len(output), -1, -1), weighted)
+        else:
+            weighted = self._weighted(projected, scaled, dim=2).flatten(0, 1)
+            rows = output.permute(0, 2, 3, 1) if self.is_convolution else output
+            place, factors = rows.reshape(-1, self.out_features), (weighted, up.t())
+        in_place = place.data_ptr() == output.data_ptr() and not (
+            torch.is_grad_enabled() and (output.requires_grad or weighted.requires_grad)
+        )
+        if in_place:
+            (place.addmm_ if place.ndim == 2 else place.baddbmm_)(*factors)
+            return output
+        added = (torch.addmm if place.ndim == 2 else torch.baddbmm)(place, *factors)
+        if self.is_convolution and added.ndim == 2:
+            batch, _, height, width = output.shape
+            return added.view(batch, height, width, -1).permute(0, 3, 1, 2)
+        return added.view(output.shape)
+
+    def _weighted(self, z: Tensor, weights: Tensor, dim: int) -> Tensor:
+        """``gamma * z``, one weight for all ranks of a LoRA, taken in the wider of both dtypes and rounded once.
+
+        A weight is broadcast over its ranks and not repeated for each: that would be a tensor as large as z, read
+        with jumps.
+        """
+        r = self._ranks_here[0]
+        if all(rank == r for rank in self._ranks_here):
+            weighted = (z.unflatten(dim, (-1, r)) * weights.unsqueeze(dim + 1)).flatten(dim, dim + 1)
+        else:
+            parts = zip(z.split(self._ranks_here, dim), weights.split(1, dim), strict=True)
+            weighted = torch.cat([part * weight for part, weight in parts], dim)
+        return weighted.to(z.dtype)

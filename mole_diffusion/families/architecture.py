@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -213,8 +214,19 @@ def _fill(pattern: str, parts: Sequence[str]) -> str:
 
 def arguments(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call of a model by their names."""
-    names = list(inspect.signature(model.forward).parameters)
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+    forward: Any = model.forward
+    return {**dict(zip(_parameters(getattr(forward, "__func__", forward), forward), args, strict=False)), **kwargs}
+
+
+_PARAMETERS: WeakKeyDictionary[Any, tuple[str, ...]] = WeakKeyDictionary()
+
+
+def _parameters(function: Any, bound: Any) -> tuple[str, ...]:
+    """Names of a function's parameters as it is bound; looked up once, which takes longer than a small layer."""
+    names = _PARAMETERS.get(function)
+    if names is None:
+        _PARAMETERS[function] = names = tuple(inspect.signature(bound).parameters)
+    return names
 
 
 def packed_grid(places: Any) -> tuple[int, int] | None:

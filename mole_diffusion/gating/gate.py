@@ -85,38 +85,49 @@ class Gate(nn.Module):
         self.column_sum = torch.cat([block.sum(dim=0) for block in blocks])
 
     def forward(self, features: Tensor, beside: Tensor | None = None) -> Tensor:
-        features = features.to(self.weight.dtype)
-        width = features.shape[-1]
-        scores = torch.einsum("bpr,npr->bn", features, self.weight[..., :width])  # <flatten(E), e>, before the norm
-        image = features if self.gram is None else features @ self.gram
-        square_norm = (features * image).sum(dim=(1, 2)).clamp_min(0)[:, None]  # |E|^2, (batch, 1)
+        rows = features.to(self.weight.dtype)
+        width = rows.shape[-1]
+        flat = rows.flatten(1)  # (batch, positions * width)
+        # Experts first: with a position a row there are thousands of rows and a handful of experts, and whatever comes
+        # after runs along the longer axis.
+        scores = self.weight[..., :width].flatten(1) @ flat.t()  # <flatten(E), e> before the norm, (num_experts, batch)
+        if self.gram is None:
+            square_norm = torch.linalg.vector_norm(flat, dim=1).square()  # |E|^2, (batch,), without a copy of E
+        else:
+            square_norm = (rows * (rows @ self.gram)).sum(dim=(1, 2)).clamp_min(0)
         if self.normalization == "l2":
             logits = scores / (square_norm + TINY).sqrt()
         elif self.normalization == "rms":
             logits = scores / (square_norm / self.num_features + TINY).sqrt()
         else:
-            total = features if self.column_sum is None else features * self.column_sum
-            mean = total.sum(dim=(1, 2))[:, None] / self.num_features
+            total = rows if self.column_sum is None else rows * self.column_sum
+            mean = total.sum(dim=(1, 2)) / self.num_features
             variance = (square_norm / self.num_features - mean.square()).clamp_min(0)
-            logits = (scores - mean * self.weight_sum) / (variance + TINY).sqrt()
+            assert self.weight_sum is not None
+            logits = (scores - self.weight_sum[:, None] * mean) / (variance + TINY).sqrt()
         if beside is not None:
-            logits = logits + torch.einsum("bpr,npr->bn", beside, self.weight[..., width:])
-        return logits / self.temperature
+            logits = logits + self.weight[..., width:].flatten(1) @ beside.flatten(1).t()
+        return (logits / self.temperature).t()
 
 
-def masked_softmax(logits: Tensor, keep: Tensor, null_expert: bool = False) -> Tensor:
+def masked_softmax(logits: Tensor, keep: Tensor | None, null_expert: bool = False) -> Tensor:
     """Softmax over the kept logits, which equals ``g_i m_i / sum_j g_j m_j``.
 
     Args:
         logits: ``(batch, tokens, N)``, or with ``N + 1`` and a null expert in the end.
-        keep: ``(batch | 1, 1, N)`` of 0 and 1. A row that keeps none gives zeros.
+        keep: ``(batch | 1, 1, N)`` of 0 and 1. A row that keeps none gives zeros. ``None``: all are kept.
         null_expert: Whether the last logit is of an expert that adds nothing: always kept, and left out of the result.
 
     Returns:
         ``(batch, tokens, N)``.
     """
-    if null_expert:
-        with_null = torch.cat([keep, torch.ones_like(keep[..., :1])], dim=-1)
-        return masked_softmax(logits, with_null)[..., :-1]
-    kept = logits.masked_fill(keep == 0, torch.finfo(logits.dtype).min)
-    return torch.softmax(kept, dim=-1) * keep
+    num_experts = logits.shape[-1] - null_expert
+    if keep is not None:
+        masked = keep == 0
+        if null_expert:
+            masked = torch.cat([masked, torch.zeros_like(masked[..., :1])], dim=-1)
+        logits = logits.masked_fill(masked, torch.finfo(logits.dtype).min)
+    # Over the first axis, where the gates come from: over a last one of three or four numbers it takes several times
+    # as long.
+    gates = torch.softmax(logits.movedim(-1, 0), dim=0).movedim(0, -1)[..., :num_experts]
+    return gates if keep is None else gates * keep

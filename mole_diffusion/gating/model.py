@@ -8,7 +8,7 @@ import os
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +137,16 @@ class MoLEModel(ModelMixin, ConfigMixin):
             elif spec.hidden_features is None:
                 self._gate(spec).set_up(up_blocks(spec, experts, self._gate(spec).weight.dtype))
         self._binding = binding
+
+    def reads_left_out(self, site: Site) -> bool:
+        """Whether a gate reads what all LoRAs add at a module, also those that are left out.
+
+        The paper's gates look at the outputs of all their experts; masking one takes its share and changes no logit.
+        """
+        spec = None if self._binding is None else self._binding.spec_of.get(site.name)
+        if spec is None or spec.hidden_features is not None:
+            return False
+        return spec.block is not None or site.name in spec.entry_sites
 
     def weigh(self, site: Site, projections: Projections, run: Run, masks: Tensor | None = None) -> Tensor | None:
         """Final weights of one module, ``(batch, 1, N)``, or ``(batch, tokens, N)`` with ``token_axis="token"``.
@@ -291,26 +301,56 @@ class MoLEModel(ModelMixin, ConfigMixin):
         gate = self._gate(spec)
         if gate.weight.device != features.device:
             gate.to(features.device)
-        with torch.autocast(features.device.type, enabled=False):
+        device = features.device.type
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             features = features.to(gate.weight.dtype)
             reduced = reduce_tokens(features, self.gate_config.token_axis, spec.positions, size, spec.name)
-            everywhere = len(spec.experts) == self.num_experts
-            index = slice(None) if everywhere else list(spec.experts)
-            keep = run.keep.to(features.device)[:, None, index]
+            keep, shares, final = self._factors(spec.experts, features.device, run)
             if masks is not None:
+                index = list(spec.experts)
                 gates = masks.to(features.device, features.dtype).expand(*features.shape[:2], -1)
                 beside = gates[..., index].flatten(0, 1)[:, None]
                 logits = gate(reduced, beside).unflatten(0, (len(features), -1))
-                gates = gates.index_add(-1, torch.tensor(spec.experts, device=gates.device), logits.tanh() * keep)
-            else:
-                logits = gate(reduced).unflatten(0, (len(features), -1))  # (batch, tokens | 1, experts here)
-                kept = masked_softmax(logits, keep, self.gate_config.null_expert)
-                kept = kept * keep.sum(dim=-1, keepdim=True).clamp_min(1) ** self._sum_exponent
-                gates = kept.new_zeros(*kept.shape[:2], self.num_experts)
-                gates[..., index] = kept  # a LoRA that does not touch this scope has no share
+                added = logits.tanh() * run.keep.to(features.device)[:, None, index]
+                gates = gates.index_add(-1, torch.tensor(index, device=gates.device), added)
+                if self._record is not None:
+                    self._record.add(spec.name, run, gates)
+                return gates * run.scale.to(gates.device)[:, None]
+            logits = gate(reduced).unflatten(0, (len(features), -1))  # (batch, tokens | 1, experts here)
+            kept = masked_softmax(logits, keep, self.gate_config.null_expert)
             if self._record is not None:
-                self._record.add(spec.name, run, gates)
-            return gates * run.scale.to(gates.device)[:, None]
+                self._record.add(spec.name, run, self._spread(kept * shares, spec.experts))
+            return self._spread(kept * final, spec.experts)
+
+    def _factors(
+        self, experts: tuple[int, ...], device: torch.device, run: Run
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        """What the softmax over these LoRAs is masked with, multiplied by, and multiplied by with the user's scale.
+
+        The same in all scopes of a pass that the same LoRAs touch. ``(rows | 1, 1, n)`` each; no mask where every row
+        keeps all.
+        """
+        key = self, experts, device
+        if key not in run.notes:
+            index = slice(None) if len(experts) == self.num_experts else list(experts)
+            keep = run.keep.to(device)[:, None, index]
+            shares = keep * keep.sum(dim=-1, keepdim=True).clamp_min(1) ** self._sum_exponent
+            everybody = run.kept is None and len(keep) == 1
+            run.notes[key] = (
+                None if everybody else keep,
+                shares,
+                shares * run.scale.to(device)[:, None, index],
+            )
+        factors: tuple[Tensor | None, Tensor, Tensor] = run.notes[key]
+        return factors
+
+    def _spread(self, gates: Tensor, experts: tuple[int, ...]) -> Tensor:
+        """Gates of some LoRAs as those of all: one that does not touch a scope has no share there."""
+        if len(experts) == self.num_experts:
+            return gates
+        spread = gates.new_zeros(*gates.shape[:2], self.num_experts)
+        spread[..., list(experts)] = gates
+        return spread
 
     def _hook_block(self, binding: Binding, spec: GateSpec, experts: Experts) -> None:
         """Have a block run once more under each LoRA whenever these gates weigh it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from mole_diffusion.errors import MoLEError
@@ -79,12 +80,12 @@ class GateSpec:
         block = None if self.block is None else canonical_name(self.block)
         return {**plain, "entries": entries, "modules": modules, "block": block}
 
-    @property
+    @cached_property
     def sites(self) -> tuple[str, ...]:
         """The modules it weighs, as ``component.module``."""
         return tuple(f"{self.component}.{module}" for module in self.modules)
 
-    @property
+    @cached_property
     def entry_sites(self) -> tuple[str, ...]:
         """The modules it reads, as ``component.module``."""
         return tuple(f"{self.component}.{entry.module}" for entry in self.entries)
@@ -165,14 +166,14 @@ def _plan(name: str, members: Sequence[Site], config: GateConfig, architecture: 
         _refuse_beside(name, members)
     entries = [site for site in first.group.sites if site in members]
     block = architecture.transformer_block(first.module_name) if config.experts == "block" else None
-    hidden_features = {"experts": None, "hidden": first.stack.down.shape[1], "none": 0}[config.input]
+    hidden_features = {"experts": None, "hidden": first.stack.input_shape[0], "none": 0}[config.input]
     present = sorted({index for site in members for index in site.stack.experts})
     return GateSpec(
         name=name,
         component=first.component,
         experts=tuple(present),
         modules=tuple(site.module_name for site in members),
-        entries=tuple(Entry(site.module_name, site.stack.ranks, site.stack.up.shape[0]) for site in entries),
+        entries=tuple(Entry(site.module_name, site.stack.ranks, site.stack.out_features) for site in entries),
         block=block,
         spatial=first.reads == "pixels",
         hidden_features=hidden_features,

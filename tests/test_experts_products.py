@@ -1,0 +1,162 @@
+"""What LoRAs cost, in products: two a module whatever their number, and none for those that are left out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from mole_diffusion.composition.norm_router import output_norms
+from mole_diffusion.experts import Experts, ExpertStack, Site
+from mole_diffusion.experts.site import CHOICES_KEPT, group_sites
+from mole_diffusion.families.unet import UNet
+from mole_diffusion.lora import LoRA, LoRAFactors
+from tests.products import Products
+from tests.running import make_lora, models, run_unet
+from tests.tiny import ATTENTION, CONVOLUTIONS, FEED_FORWARD, tiny_components
+from tests.weighing import Numbers
+
+RANKS = (3, 5, 2, 7)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> dict[str, Any]:
+    return tiny_components()
+
+
+@pytest.fixture(scope="module")
+def loras(tiny: dict[str, Any]) -> list[LoRA]:
+    targets = (ATTENTION, FEED_FORWARD, CONVOLUTIONS)
+    return [make_lora(tiny, f"lora{i}", i, rank=rank, targets=targets) for i, rank in enumerate(RANKS)]
+
+
+def attached(tiny: dict[str, Any], loras: Sequence[LoRA]) -> Experts:
+    experts = Experts(loras)
+    experts.attach(models(tiny))
+    experts.weigher = Numbers(torch.ones(len(loras)))
+    return experts
+
+
+@torch.no_grad()
+def test_what_is_left_out_is_not_computed(tiny: dict[str, Any], loras: list[LoRA]) -> None:
+    """Every product of two of four LoRAs is that of two LoRAs alone, in number and shape."""
+    experts = attached(tiny, loras)
+    with experts.using(keep=torch.tensor([1, 0, 0, 1])):
+        masked = run_unet(tiny)
+        with Products() as of_four:
+            run_unet(tiny)
+    with Products() as all_four:
+        everything = run_unet(tiny)
+    with experts.using(keep=torch.zeros(4)), Products() as base:
+        run_unet(tiny)
+    experts.detach()
+    two = attached(tiny, [loras[0], loras[3]])
+    with Products() as of_two:
+        alone = run_unet(tiny)
+    two.detach()
+    assert of_four.shapes == of_two.shapes
+    assert torch.equal(masked, alone)
+    assert all_four.count == of_four.count > base.count
+    assert (everything - masked).abs().max() > 0.01
+
+
+@torch.no_grad()
+def test_two_products_a_module_and_one_for_queries_keys_and_values(tiny: dict[str, Any], loras: list[LoRA]) -> None:
+    experts = attached(tiny, loras)
+    with experts.using(keep=torch.zeros(4)), Products() as base:
+        run_unet(tiny)
+    with Products() as ours:
+        run_unet(tiny)
+    groups = {id(site.group) for name, site in experts.sites.items() if name.startswith("unet.")}
+    sites = [site for name, site in experts.sites.items() if name.startswith("unet.")]
+    experts.detach()
+    assert ours.count - base.count == len(groups) + len(sites)
+    assert len(groups) < len(sites)
+
+
+@torch.no_grad()
+def test_nothing_as_large_as_all_outputs_is_made(tiny: dict[str, Any], loras: list[LoRA]) -> None:
+    """No tensor of N outputs, and none at all beyond those of the base that is as large as its largest."""
+    experts = attached(tiny, loras)
+    with experts.using(keep=torch.zeros(4)), Products() as base:
+        run_unet(tiny)
+    with Products() as ours:
+        run_unet(tiny)
+    experts.detach()
+    assert ours.largest == base.largest
+
+
+def group_of_three(num_loras: int) -> tuple[nn.ModuleDict, dict[str, Site]]:
+    attention = nn.ModuleDict({name: nn.Linear(6, 7) for name in ("to_q", "to_k", "to_v")})
+    factors = [[LoRAFactors(torch.randn(r, 6), torch.randn(7, r), 0.5) for r in RANKS[:num_loras]] for _ in attention]
+    sites = {
+        name: Site("unet", name, module, ExpertStack(f, name))
+        for (name, module), f in zip(attention.items(), factors, strict=True)
+    }
+    group_sites(list(sites.values()), attention, UNet())
+    return attention, sites
+
+
+@torch.no_grad()
+def test_a_choice_is_made_ready_once_and_few_are_kept() -> None:
+    attention, sites = group_of_three(4)
+    site, x = sites["to_q"], torch.randn(2, 5, 6)
+    output = attention["to_q"](x)
+    chosen = site.only((0, 2))
+    assert [member.stack.ranks for member in chosen.group.sites] == [(3, 0, 2, 0)] * 3
+    projected = chosen.group.project(chosen, x, output).tensors["unet.to_q"]
+    full = site.stack.down
+    torch.testing.assert_close(projected, x @ full[[0, 1, 2, 8, 9]].T)
+    down = chosen.group._down
+    chosen.group.forget()
+    again = site.only((0, 2))
+    again.group.project(again, x, output)
+    assert again is chosen
+    assert again.group._down is down  # nothing was copied anew
+    for kept in [(0,), (1,), (2,), (3,), (0, 1)]:
+        site.only(kept)
+    assert len(site.group._chosen) == CHOICES_KEPT
+    assert site.only((0, 2)) is not chosen
+
+
+@torch.no_grad()
+def test_a_choice_of_all_that_are_here_copies_nothing() -> None:
+    _, sites = group_of_three(2)
+    assert sites["to_q"].only((0, 1, 3)) is sites["to_q"]
+
+
+@torch.no_grad()
+def test_where_no_chosen_lora_is_nothing_is_added() -> None:
+    attention, sites = group_of_three(2)
+    chosen = sites["to_k"].only((3,))
+    x = torch.randn(2, 5, 6)
+    with Products() as products:
+        projections = chosen.group.project(chosen, x, attention["to_k"](x))
+    assert products.count == 1  # the base's own
+    assert projections.tensors["unet.to_k"].shape == (2, 5, 0)
+    assert torch.equal(output_norms(chosen.stack, projections.tensors["unet.to_k"]), torch.zeros(2, 5, 2))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_what_is_added_in_place_is_what_autograd_gets(channels_last: bool) -> None:
+    module = nn.Conv2d(4, 6, 3, padding=1).double()
+    factors = [LoRAFactors(torch.randn(r, 4, 3, 3), torch.randn(6, r, 1, 1), 0.5) for r in RANKS]
+    site = Site("unet", "a", module, ExpertStack(factors, "a"))
+    x = torch.randn(2, 4, 5, 3, dtype=torch.float64)
+    if channels_last:
+        x, module = x.to(memory_format=torch.channels_last), module.to(memory_format=torch.channels_last)
+    weights = torch.rand(2, 15, 4, dtype=torch.float64)
+    outputs = {}
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            output = module(x).detach()
+            weights.requires_grad_(grad)
+            projected = site.group.project(site, x, output).tensors["unet.a"]
+            outputs[grad] = site.stack.add_to(output, projected, weights)
+            assert (outputs[grad] is output) is not grad
+    torch.testing.assert_close(outputs[False], outputs[True], atol=1e-12, rtol=1e-12)
+    outputs[True].sum().backward()
+    assert weights.grad is not None
