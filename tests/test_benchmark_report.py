@@ -14,6 +14,7 @@ from PIL import Image
 from mole_diffusion.benchmark import BenchmarkConfig, write_report
 from mole_diffusion.benchmark.config import Cell
 from mole_diffusion.benchmark.report.paper import read_paper
+from mole_diffusion.benchmark.row import Row, cell_names, write_row
 from mole_diffusion.benchmark.run import picture_path
 from mole_diffusion.files import write_json
 from mole_diffusion.tables import number
@@ -46,30 +47,26 @@ def config(**changes: Any) -> BenchmarkConfig:
     return BenchmarkConfig.from_dict(STUDY | changes)
 
 
-def made_up(cell: Cell) -> dict[str, Any]:
+def made_up(cell: Cell, **changes: float) -> Row:
     """Gates help text by 0.1 with two LoRAs, and not at all with three; in image alignment nobody can tell."""
     rng = np.random.default_rng([cell.seed, len(cell.composition)])
     noise, coin = rng.normal(0, 0.01), (-1) ** cell.seed
     gated, three = cell.method.label == "layer", len(cell.loras) == 3
-    row: dict[str, Any] = {
-        TEXT: 0.5 + 0.1 * gated * (not three) - 0.05 * gated * three + noise,
-        IMAGE: 0.5 + 0.1 * gated * coin + 0.01 * gated + 0.1 * three,
-        "presence rate": 0.25 * (cell.seed % 4) + (0.25 if gated else 0),
-        "all-present rate": float(cell.seed > 3),
-        "confusion rate": 0.5,
-        "UNet evaluations": 25,
-        "seconds": 60.0,
-        "memory (MiB)": None,
-    }
-    return row | ({"gates": {"unet.a": [0.25, 0.75], "unet.b": [None, 1.0]}} if gated and not three else {})
+    numbers = {
+        "text_clipscore": 0.5 + 0.1 * gated * (not three) - 0.05 * gated * three + noise,
+        "image": 0.5 + 0.1 * gated * coin + 0.01 * gated + 0.1 * three,
+        "presence": 0.25 * (cell.seed % 4) + (0.25 if gated else 0),
+        "all_present": float(cell.seed > 3),
+        "confusion": 0.5,
+    } | changes
+    gates = {"unet.a": [0.25, 0.75], "unet.b": [None, 1.0]} if gated and not three else {}
+    return Row(**cell_names(cell), numbers=numbers, evaluations=25, seconds=60.0, gates=gates)
 
 
-def fill(study: BenchmarkConfig, out: Path, row: Callable[[Cell], dict[str, Any]] = made_up) -> list[dict[str, Any]]:
-    rows = []
-    for cell in study.cells():
-        names = {"composition": cell.composition, "method": cell.method.label, "kept": "+".join(cell.kept)}
-        rows.append(names | {"prompt": cell.prompt, "seed": cell.seed} | row(cell))
-        write_json((out / "rows" / cell.path).with_suffix(".json"), rows[-1])
+def fill(study: BenchmarkConfig, out: Path, row: Callable[[Cell], Row] = made_up) -> list[Row]:
+    rows = [row(cell) for cell in study.cells()]
+    for cell, one in zip(study.cells(), rows, strict=True):
+        write_row((out / "rows" / cell.path).with_suffix(".json"), one)
     return rows
 
 
@@ -124,7 +121,7 @@ def test_differences_are_paired_with_the_reference(page: Path) -> None:
 
 def test_correlations_with_the_truth(page: Path, tmp_path: Path) -> None:
     rows = fill(config(), tmp_path)
-    text, presence = ([row[name] for row in rows] for name in (TEXT, "presence rate"))
+    text, presence = ([row.numbers[key] for row in rows] for key in ("text_clipscore", "presence"))
     table = section(page.read_text(encoding="utf-8"), "How far can one trust alignment?")
     line = next(line for line in table.splitlines() if line.startswith(f"| {TEXT} | 72 pictures |"))
     cells = [cell.strip() for cell in line.split("|")]
@@ -173,7 +170,7 @@ def test_a_page_has_its_pictures_beside_it(page: Path) -> None:
 
 def test_masks_have_lines_of_their_own(tmp_path: Path) -> None:
     study = config(compositions=["cat+boot"], keep=["all", 1], seeds=1)
-    fill(study, tmp_path, lambda cell: made_up(cell) | {TEXT: float(len(cell.kept))})
+    fill(study, tmp_path, lambda cell: made_up(cell, text_clipscore=float(len(cell.kept))))
     text = write_report(study, tmp_path).read_text(encoding="utf-8")
     assert "| cat+boot, only boot | 1.000 | 1.000 | 1.000 |" in section(text, "Compositions")
     counts = section(text, "By number of LoRAs that draw")
@@ -183,7 +180,11 @@ def test_masks_have_lines_of_their_own(tmp_path: Path) -> None:
 
 def test_failures_are_counted_and_not_listed(tmp_path: Path) -> None:
     study = config()
-    fill(study, tmp_path, lambda cell: {"error": "OSError: no"} if cell.method.label == "linear" else made_up(cell))
+
+    def without_linear(cell: Cell) -> Row:
+        return Row(**cell_names(cell), error="OSError: no") if cell.method.label == "linear" else made_up(cell)
+
+    fill(study, tmp_path, without_linear)
     text = write_report(study, tmp_path).read_text(encoding="utf-8")
     assert "| cat+boot | linear | OSError: no | 8 |" in section(text, "Failed")
     assert "48 pictures measured, 24 failed, 0 missing" in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from mole_diffusion import MoLEStableDiffusionPipeline, toybox
 from mole_diffusion.benchmark import BenchmarkConfig, run_benchmark, write_report
 from mole_diffusion.benchmark.judge import Judge
 from mole_diffusion.benchmark.report.paper import read_paper
+from mole_diffusion.benchmark.row import Row
 from mole_diffusion.benchmark.run import read_rows
 from mole_diffusion.benchmark.stats import correlation, paired_bootstrap, rank_correlation, wins
 from mole_diffusion.cli import app
@@ -60,9 +62,9 @@ def config(**changes: Any) -> BenchmarkConfig:
     return BenchmarkConfig.from_dict(SMALL | changes)
 
 
-def scores(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def scores(rows: list[Row]) -> list[Row]:
     """Without what depends on the machine."""
-    return [{key: value for key, value in row.items() if key not in ("seconds", "memory (MiB)")} for row in rows]
+    return [dataclasses.replace(row, seconds=None, memory=None) for row in rows]
 
 
 def files(folder: Path) -> dict[str, tuple[int, bytes]]:
@@ -84,20 +86,22 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_row_is_there_and_a_failure_says_why(done: Path) -> None:
     rows = read_rows(config(), done)
     assert len(rows) == 12
-    failed = [row for row in rows if "error" in row]
-    assert [(row["composition"], row["method"], row["seed"]) for row in failed] == [
+    failed = [row for row in rows if row.error is not None]
+    assert [(row.composition, row.method, row.seed) for row in failed] == [
         ("mug+robot", "mole", 0),
         ("mug+robot", "mole", 1),
     ]
     assert "MoLEError: no gates for 'mug+robot' ship" in failed[0]["error"]
-    row = next(row for row in rows if row["method"] == "merge(scale=0.5)")
-    assert row["text alignment (clipscore)"] == pytest.approx(2.5 * max(row["text alignment (cosine)"], 0), abs=1e-6)
-    by_concept = row["image alignment by concept"]
+    row = next(row for row in rows if row.method == "merge(scale=0.5)")
+    assert row.numbers["text_clipscore"] == pytest.approx(2.5 * max(row.numbers["text_cosine"], 0), abs=1e-6)
+    by_concept = row.image_by_concept
     assert list(by_concept) == ["cat", "boot", "teapot"]
-    assert row["image alignment"] == pytest.approx(sum(by_concept.values()) / 3)
-    assert row["UNet evaluations"] == 1
-    assert {"omission rate", "confusion rate", "all-present rate", "region alignment", "seconds"} <= set(row)
-    assert row["memory (MiB)"] > 1  # beyond the weights, on the CPU as on a GPU
+    assert row.numbers["image"] == pytest.approx(sum(by_concept.values()) / 3)
+    assert row.evaluations == 1
+    assert {"omission", "confusion", "all_present", "region"} <= set(row.numbers)
+    assert row.seconds is not None
+    assert row.memory is not None
+    assert row.memory > 1  # beyond the weights, on the CPU as on a GPU
 
 
 def test_regions_are_measured_as_the_metric_does() -> None:
@@ -108,9 +112,9 @@ def test_regions_are_measured_as_the_metric_does() -> None:
     references = {name: toybox.references(name) for name in names}
     metric = RegionAlignment(judge.clip, references, oracle_detector())
     expected = metric([picture])
-    measured = judge.measure([picture], study.cells()[:1])[0]
-    assert measured["region alignment"] == pytest.approx(expected["mean"].item(), abs=1e-5) != 0
-    assert measured["detection rate"] == expected["detection rate"] == 1
+    measured = judge.measure([picture], study.cells()[:1])[0].numbers
+    assert measured["region"] == pytest.approx(expected["mean"].item(), abs=1e-5) != 0
+    assert measured["detection"] == expected["detection rate"] == 1
 
 
 def test_pictures_are_those_of_a_call_with_the_same_seed(done: Path) -> None:
@@ -179,9 +183,9 @@ def test_a_method_that_is_added_joins(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_report_has_the_means_and_names_the_failures(done: Path) -> None:
     path = write_report(config(), done)
     text = path.read_text(encoding="utf-8")
-    rows = [row for row in read_rows(config(), done) if "error" not in row]
+    rows = [row for row in read_rows(config(), done) if row.error is None]
     for label in ("linear", "merge(scale=0.5)", "mole"):
-        mine = [row["image alignment"] for row in rows if row["method"] == label]
+        mine = [row.numbers["image"] for row in rows if row.method == label]
         line = next(line for line in text.splitlines() if line.startswith(f"| {label} | {len(mine)} |"))
         assert f"| {np.mean(mine):.3f} |" in line
     assert "10 pictures measured, 2 failed, 0 missing" in text
@@ -194,7 +198,7 @@ def test_the_report_has_the_means_and_names_the_failures(done: Path) -> None:
     with (path.parent / "rows.csv").open(encoding="utf-8") as file:
         table = list(csv.DictReader(file))
     assert len(table) == 12
-    assert float(table[0]["image alignment: cat"]) == rows[0]["image alignment by concept"]["cat"]
+    assert float(table[0]["image: cat"]) == rows[0].image_by_concept["cat"]
 
 
 def test_a_report_of_nothing_says_what_to_do(tmp_path: Path) -> None:
@@ -332,7 +336,7 @@ def test_killed_and_started_again_it_gives_the_same_table(tmp_path: Path) -> Non
     subprocess.run([*start, str(whole)], cwd=ROOT, env=environment, check=True, capture_output=True)
     assert scores(read_rows(study, killed)) == scores(read_rows(study, whole))
     assert len(read_rows(study, killed)) == len(study.cells())
-    assert [row["UNet evaluations"] for row in read_rows(study, whole)][:6] == [1, 1, 1, 3, 3, 3]
+    assert [row.evaluations for row in read_rows(study, whole)][:6] == [1, 1, 1, 3, 3, 3]
     gates = {path.relative_to(whole): path.read_bytes() for path in whole.glob("gates/*/*/*.safetensors")}
     assert len(gates) == 2
     assert {path: (killed / path).read_bytes() for path in gates} == gates

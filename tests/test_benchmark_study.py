@@ -73,20 +73,20 @@ def test_gates_are_trained_as_each_method_says(done: Path) -> None:
 
 def test_a_training_that_fails_says_so_in_its_rows_and_the_rest_goes_on(done: Path) -> None:
     rows = read_rows(config(), done)
-    failed = {(row["composition"], row["method"]) for row in rows if "error" in row}
+    failed = {(row.composition, row.method) for row in rows if row.error is not None}
     assert failed == {("mug", "cat"), ("mug", "layer")}
-    assert all("at least two must be loaded" in row["error"] for row in rows if "error" in row)
+    assert all("at least two must be loaded" in row.error for row in rows if row.error is not None)
     assert len(rows) == 18
     # The last rows come after a failed training, and are those of a pipeline that never saw one.
-    assert [row["method"] for row in rows if "error" not in row][-3:] == ["normalized"] * 3
+    assert [row.method for row in rows if row.error is None][-3:] == ["normalized"] * 3
 
 
 def test_rows_tell_the_gates_that_were_used(done: Path) -> None:
-    row = next(row for row in read_rows(config(), done) if row["method"] == "layer" and "error" not in row)
-    assert len(row["gates"]) == MoLEModel.from_pretrained(done / "gates" / "layer" / "cat+boot").num_gates
-    for weights in row["gates"].values():
+    row = next(row for row in read_rows(config(), done) if row.method == "layer" and row.error is None)
+    assert len(row.gates) == MoLEModel.from_pretrained(done / "gates" / "layer" / "cat+boot").num_gates
+    for weights in row.gates.values():
         assert 0 < sum(weight for weight in weights if weight is not None) < 1  # the null expert has the rest
-    assert any(None in weights for weights in row["gates"].values())  # not every LoRA is in the text encoder
+    assert any(None in weights for weights in row.gates.values())  # not every LoRA is in the text encoder
 
 
 def test_gates_by_picture_are_those_of_each_picture() -> None:
@@ -132,7 +132,7 @@ def test_batches_come_out_the_same_when_a_part_is_missing(done: Path) -> None:
     assert run_benchmark(config(compositions=["cat+boot"]), done) == 0
     assert picture.read_bytes() == before
     again = json.loads(gone.read_text())
-    assert again.pop("memory (MiB)") == pytest.approx(row.pop("memory (MiB)"), abs=1e-3)
+    assert again.pop("memory") == pytest.approx(row.pop("memory"), abs=1e-3)
     assert {**again, "seconds": 0} == {**row, "seconds": 0}
     assert others.items() <= written(done).items()
 
@@ -141,10 +141,10 @@ def test_a_picture_does_not_depend_on_those_beside_it(done: Path, tmp_path: Path
     study = config(compositions=["cat+boot"], methods=["normalized"], batch=1)
     assert run_benchmark(study, tmp_path) == 0
     alone = read_rows(study, tmp_path)
-    together = [row for row in read_rows(config(), done) if row["composition"] == "cat+boot"][:3]
+    together = [row for row in read_rows(config(), done) if row.composition == "cat+boot"][:3]
     for one, other in zip(alone, together, strict=True):
-        assert one["text alignment (cosine)"] == pytest.approx(other["text alignment (cosine)"], abs=2e-3)
-        assert one["seed"] == other["seed"]
+        assert one.numbers["text_cosine"] == pytest.approx(other.numbers["text_cosine"], abs=2e-3)
+        assert one.seed == other.seed
 
 
 def test_methods_may_be_added_and_must_stay_what_they_were(done: Path) -> None:
@@ -178,8 +178,8 @@ def test_masks_draw_and_judge_what_is_kept(tmp_path: Path) -> None:
     study = config(**MASKS)
     assert run_benchmark(study, tmp_path) == 0
     rows = read_rows(study, tmp_path)
-    assert [row["kept"] for row in rows] == ["cat+boot+teapot", "cat", "boot", "teapot"]
-    assert [list(row["image alignment by concept"]) for row in rows][1:] == [["cat"], ["boot"], ["teapot"]]
+    assert [row.kept for row in rows] == ["cat+boot+teapot", "cat", "boot", "teapot"]
+    assert [list(row.image_by_concept) for row in rows][1:] == [["cat"], ["boot"], ["teapot"]]
     pipe = MoLEStableDiffusionPipeline.from_pretrained(toybox.base_dir())
     pipe.set_progress_bar_config(disable=True)
     pipe.load_loras({name: toybox.lora_path(name) for name in ("cat", "boot", "teapot")})

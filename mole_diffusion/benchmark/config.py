@@ -201,6 +201,11 @@ class BenchmarkConfig:
                 )
         return cls(**values)
 
+    @property
+    def labels(self) -> list[str]:
+        """Of the methods, in their order."""
+        return [method.label for method in self.methods]
+
     def batches(self) -> list[list[Cell]]:
         """All pictures, those that are drawn together in one list; those of one composition and method in a row."""
         chunks = [self.seeds[k : k + self.batch] for k in range(0, len(self.seeds), self.batch)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -18,6 +18,22 @@ from mole_diffusion.benchmark.methods import Method
 from mole_diffusion.clip import DifferentiableCLIP
 from mole_diffusion.gating import GateRecord
 from mole_diffusion.pipelines import MoLEStableDiffusionPipeline
+
+
+class Cost(NamedTuple):
+    """What one picture took, and what its gates did.
+
+    Attributes:
+        evaluations: UNet evaluations.
+        seconds: Its part of the call's.
+        memory: MiB that a call takes at its peak beyond the weights; `None` where that cannot be told.
+        gates: Place to the mean weight of each LoRA over the steps, empty without gates.
+    """
+
+    evaluations: int
+    seconds: float
+    memory: float | None
+    gates: dict[str, list[float | None]]
 
 
 class Drawer:
@@ -85,27 +101,19 @@ class Drawer:
             pipe.load_gates(gates_folder(self._config, self._out, composition, method))
         pipe.set_composition(way)
 
-    def draw(self, cells: Sequence[Cell]) -> list[tuple[Image.Image, dict[str, Any]]]:
-        """The pictures of cells that differ in their seeds only, drawn together.
-
-        Returns:
-            Each with what it cost: UNet evaluations, seconds (its part of the call's), and MiB of memory that a call
-            takes at its peak beyond the weights; and with its gates, the mean over steps of each place's weights, if
-            it has any.
-        """
+    def draw(self, cells: Sequence[Cell]) -> list[tuple[Image.Image, Cost]]:
+        """The pictures of cells that differ in their seeds only, drawn together, each with what it cost."""
         first, pipe = cells[0], self._pipe
         self._evaluations = 0
         start = time.perf_counter()
         record, pictures = self._draw(cells)
-        cost = {
-            "UNet evaluations": self._evaluations,
-            "seconds": (time.perf_counter() - start) / len(cells),
-            "memory (MiB)": self._call_memory(cells),
-        }
-        if record is None or "gates" not in first.method.build().needs or pipe.gates is None:
-            return [(picture, cost) for picture in pictures]
-        gates = gates_by_picture(record, len(cells))
-        return [(picture, cost | {"gates": used}) for picture, used in zip(pictures, gates, strict=True)]
+        evaluations, seconds = self._evaluations, (time.perf_counter() - start) / len(cells)
+        memory = self._call_memory(cells)
+        gates: list[dict[str, list[float | None]]] = [{} for _ in cells]
+        if record is not None and "gates" in first.method.build().needs and pipe.gates is not None:
+            gates = gates_by_picture(record, len(cells))
+        costs = [Cost(evaluations, seconds, memory, used) for used in gates]
+        return list(zip(pictures, costs, strict=True))
 
     def _draw(self, cells: Sequence[Cell]) -> tuple[GateRecord | None, list[Image.Image]]:
         if self._pipe.gates is None:

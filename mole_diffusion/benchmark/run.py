@@ -20,10 +20,10 @@ import torch
 from PIL import Image
 
 from mole_diffusion.benchmark.config import BenchmarkConfig, Cell
-from mole_diffusion.benchmark.draw import Drawer
+from mole_diffusion.benchmark.draw import Cost, Drawer
 from mole_diffusion.benchmark.inputs import LORAS, METHODS, SHA256, made_of
 from mole_diffusion.benchmark.judge import Judge
-from mole_diffusion.benchmark.row import read_row, row_names
+from mole_diffusion.benchmark.row import Row, cell_names, read_row, write_row
 from mole_diffusion.benchmark.share import process_share, share
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.files import NotWrittenError, atomic_path, in_use, try_folder, write_json
@@ -80,7 +80,7 @@ def _run(
     return failed
 
 
-def read_rows(config: BenchmarkConfig, out: str | os.PathLike[str]) -> list[dict[str, Any]]:
+def read_rows(config: BenchmarkConfig, out: str | os.PathLike[str]) -> list[Row]:
     """The rows that are there, in the order of the benchmark. One that is damaged says so as its error."""
     rows = []
     for cell in config.cells():
@@ -90,7 +90,7 @@ def read_rows(config: BenchmarkConfig, out: str | os.PathLike[str]) -> list[dict
         except MoLEError as error:
             place = path.relative_to(out).as_posix()
             why = str(error).replace(str(path), place)
-            row = row_names(cell) | {"error": f"{why} `mole benchmark run` does it again."}
+            row = Row(**cell_names(cell), error=f"{why} `mole benchmark run` does it again.")
         if row is not None:
             rows.append(row)
     return rows
@@ -111,7 +111,7 @@ def _done(folder: Path, cell: Cell) -> bool:
         row = read_row(_row_path(folder, cell), cell)
     except MoLEError:
         return False
-    return row is not None and "error" not in row and _is_whole(picture_path(folder, cell))
+    return row is not None and row.error is None and _is_whole(picture_path(folder, cell))
 
 
 def _is_whole(picture: Path) -> bool:
@@ -207,22 +207,25 @@ def _run_batch(
     A batch of which some rows are there is drawn as a whole again, so that pictures do not depend on what was there.
     """
     missing = [index for index, cell in enumerate(batch) if not _done(folder, cell)]
-    drawn: list[tuple[Image.Image, dict[str, Any]]] = []
+    drawn: list[tuple[Image.Image, Cost]] = []
     try:
         if unready is not None:
             raise unready
         drawn = drawer.draw(batch)
         measured = judge.measure([picture for picture, _ in drawn], batch)
-        results = [numbers | cost for numbers, (_, cost) in zip(measured, drawn, strict=True)]
+        results = [
+            Row(**cell_names(cell), **scores._asdict(), **cost._asdict())
+            for cell, scores, (_, cost) in zip(batch, measured, drawn, strict=True)
+        ]
     except Exception as error:
         _raise_what_concerns_all(error)
-        drawn, results = [], [{"error": f"{type(error).__name__}: {error}"}] * len(batch)
+        drawn, results = [], [Row(**cell_names(cell), error=f"{type(error).__name__}: {error}") for cell in batch]
     for index in missing:
         if drawn:
             with atomic_path(picture_path(folder, batch[index])) as temporary:
                 drawn[index][0].save(temporary)
-        write_json(_row_path(folder, batch[index]), row_names(batch[index]) | results[index])
-    return sum("error" in results[index] for index in missing)
+        write_row(_row_path(folder, batch[index]), results[index])
+    return sum(results[index].error is not None for index in missing)
 
 
 def _raise_what_concerns_all(error: Exception) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -15,7 +17,7 @@ from mole_diffusion.benchmark.inputs import shown, without_paths
 from mole_diffusion.benchmark.report import tables
 from mole_diffusion.benchmark.report.paper import paper_section
 from mole_diffusion.benchmark.report.plots import draw_gates, draw_scatter, draw_sheet
-from mole_diffusion.benchmark.row import Row, labels
+from mole_diffusion.benchmark.row import Row
 from mole_diffusion.benchmark.run import read_rows
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.files import atomic_path, file_name, try_file, try_folder
@@ -47,9 +49,9 @@ def write_report(
     if page is not None:
         _check_page(Path(page))
     rows = [_to_be_shared(row) for row in read_rows(config, out)]
-    good = [row for row in rows if "error" not in row]
+    good = [row for row in rows if row.error is None]
     if not good:
-        why = f" The first error: {rows[0]['error']}" if rows else " Run `mole benchmark run` first."
+        why = f" The first error: {rows[0].error}" if rows else " Run `mole benchmark run` first."
         raise MoLEError(f"{os.fspath(out)} has no measured row.{why}")
     write_csv(folder / "rows.csv", [_flat(row) for row in rows])
     write_csv(folder / "methods.csv", tables.means_by_method(config, good))
@@ -72,7 +74,7 @@ def write_report(
         "## Cost of a picture\n",
         tables.cost_table(config, good, _training_minutes(config, Path(out))),
         "## Compositions\n",
-        tables.case_tables(config, good),
+        tables.loras_tables(config, good),
         "## Gates\n" if heat_maps else "",
         *(_picture(path, path.stem) for path in heat_maps),
         "## Pictures\n",
@@ -107,7 +109,7 @@ def _write_page(text: str, pictures: Sequence[Path], page: Path) -> Path:
 
 
 def _setting(config: BenchmarkConfig, rows: Sequence[Row]) -> str:
-    failed = sum("error" in row for row in rows)
+    failed = sum(row.error is not None for row in rows)
     trained = [method for method in config.methods if method.training is not None]
     steps = sorted({method.training.steps for method in trained if method.training is not None})
     return (
@@ -126,14 +128,16 @@ def _setting(config: BenchmarkConfig, rows: Sequence[Row]) -> str:
 
 
 def _to_be_shared(row: Row) -> Row:
-    return row | {"error": without_paths(row["error"])} if "error" in row else row
+    return row if row.error is None else dataclasses.replace(row, error=without_paths(row.error))
 
 
-def _flat(row: Row) -> Row:
-    nested = ("image alignment by concept", "gates")
-    plain = {key: value for key, value in row.items() if key not in nested}
-    by_concept = row.get("image alignment by concept", {})
-    return plain | {f"image alignment: {name}": value for name, value in by_concept.items()}
+def _flat(row: Row) -> dict[str, Any]:
+    """A row for CSV, without its gates."""
+    values = dataclasses.asdict(row)
+    numbers, by_concept, error = values.pop("numbers"), values.pop("image_by_concept"), values.pop("error")
+    del values["gates"]
+    values |= numbers | {f"image: {name}": value for name, value in by_concept.items()}
+    return values if error is None else values | {"error": error}
 
 
 def _sheets(config: BenchmarkConfig, out: str | os.PathLike[str], folder: Path) -> list[Path]:
@@ -146,7 +150,7 @@ def _heat_maps(config: BenchmarkConfig, rows: Sequence[Row], folder: Path) -> li
     shown: list[Path] = []
     for names in config.compositions:
         composition = "+".join(names)
-        paths = {label: folder / f"{file_name(f'gates-{label}-{composition}')}.png" for label in labels(config)}
+        paths = {label: folder / f"{file_name(f'gates-{label}-{composition}')}.png" for label in config.labels}
         drawn = [path for label, path in paths.items() if draw_gates(rows, label, composition, path)]
         shown = shown or drawn
     return shown

@@ -9,14 +9,16 @@ from itertools import combinations
 from typing import Any, NamedTuple
 
 from mole_diffusion.benchmark.config import BenchmarkConfig
+from mole_diffusion.benchmark.measures import IMAGE, TEXT
+from mole_diffusion.benchmark.report.groups import by_picture, mean_of, means_by_loras, of_method
 from mole_diffusion.benchmark.report.tables import interval
-from mole_diffusion.benchmark.row import IMAGE, TEXT, Row, by_case, by_picture, is_whole, labels, mean, num_kept, of
+from mole_diffusion.benchmark.row import Row
 from mole_diffusion.benchmark.stats import paired_bootstrap
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.tables import markdown_table, number
 from mole_diffusion.yaml_files import read_yaml
 
-MEASURES = {"text": TEXT, "image": IMAGE}
+COLUMNS = {"text": TEXT, "image": IMAGE}
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,9 @@ class PaperRow:
     text: tuple[float, ...]
     image: tuple[float, ...]
 
-    def mean(self, measure: str) -> float:
+    def mean(self, column: str) -> float:
         """To four digits, more than any table prints, so that equal numbers are equal."""
-        values: tuple[float, ...] = getattr(self, measure)
+        values: tuple[float, ...] = getattr(self, column)
         return round(sum(values) / len(values), 4)
 
 
@@ -97,13 +99,13 @@ def paper_section(config: BenchmarkConfig, rows: Sequence[Row]) -> str:
     """The paper's table beside ours, and of every ordering of two of its numbers whether it holds here."""
     if config.paper is None:
         return ""
-    table, whole = read_paper(config.paper), [row for row in rows if is_whole(row)]
+    table, whole = read_paper(config.paper), [row for row in rows if row.is_whole]
     lines = []
     for row in table.rows:
-        mine = _mine(whole, row) if row.ours in labels(config) else []
-        ours = [number(mean(mine, name)) for name in MEASURES.values()]
+        mine = _mine(whole, row) if row.ours in config.labels else []
+        ours = [number(mean_of(mine, measure)) for measure in COLUMNS.values()]
         count = [] if row.loras is None else [str(row.loras)]
-        theirs = [number(row.mean(measure)) for measure in MEASURES]
+        theirs = [number(row.mean(column)) for column in COLUMNS]
         lines.append([*count, row.method, *theirs, str(row.ours) if mine else "–", *ours])
     header = [*(["LoRAs"] if table.rows[0].loras is not None else []), "in the paper", "text", "image"]
     orderings = [*_between_methods(config, table, whole), *_between_counts(table, whole)]
@@ -111,7 +113,7 @@ def paper_section(config: BenchmarkConfig, rows: Sequence[Row]) -> str:
     parts = [
         "## Beside the paper\n",
         f"{table.title}. {table.note} Orderings can be compared, digits cannot: base, CLIP and concepts are others.\n",
-        markdown_table([*header, "here", TEXT, IMAGE], lines),
+        markdown_table([*header, "here", TEXT.heading, IMAGE.heading], lines),
         f"{len(held)} of {len(orderings)} orderings hold, {sum(held)} of these with an interval that leaves out 0.\n"
         if orderings
         else "",
@@ -122,7 +124,7 @@ def paper_section(config: BenchmarkConfig, rows: Sequence[Row]) -> str:
 
 def _mine(rows: Sequence[Row], row: PaperRow) -> list[Row]:
     """Our rows that a row of the paper stands beside."""
-    return [r for r in of(rows, str(row.ours)) if row.loras in (None, num_kept(r))]
+    return [r for r in of_method(rows, str(row.ours)) if row.loras in (None, r.num_kept)]
 
 
 def _between_methods(config: BenchmarkConfig, table: PaperTable, rows: Sequence[Row]) -> list[Ordering]:
@@ -131,33 +133,33 @@ def _between_methods(config: BenchmarkConfig, table: PaperTable, rows: Sequence[
     for pair in combinations([row for row in table.rows if _mine(rows, row)], 2):
         if pair[0].loras != pair[1].loras:
             continue
-        for measure, name in MEASURES.items():
-            worse, better = sorted(pair, key=lambda row: row.mean(measure))
-            if worse.mean(measure) == better.mean(measure):
+        for column, measure in COLUMNS.items():
+            worse, better = sorted(pair, key=lambda row: row.mean(column))
+            if worse.mean(column) == better.mean(column):
                 continue
             mine = [*_mine(rows, better), *_mine(rows, worse)]
-            ours, theirs = (by_picture(mine, str(row.ours), name) for row in (better, worse))
+            ours, theirs = (by_picture(mine, str(row.ours), measure) for row in (better, worse))
             if not ours.keys() & theirs.keys():
                 continue
             difference = paired_bootstrap(ours, theirs)
             where = "" if worse.loras is None else f" with {worse.loras} LoRAs"
             holds, sure = difference[0] > 0, difference[1] > 0 or difference[2] < 0
             sentence = (
-                f"{name}{where}, {better.method} over {worse.method} ({better.mean(measure):.3f} over "
-                f"{worse.mean(measure):.3f} in the paper): {'holds' if holds else 'does not hold'}"
+                f"{measure.heading}{where}, {better.method} over {worse.method} ({better.mean(column):.3f} over "
+                f"{worse.mean(column):.3f} in the paper): {'holds' if holds else 'does not hold'}"
                 f"{'' if sure else ', but the interval has 0 inside'}; {better.ours} − {worse.ours} is "
-                f"{interval(difference)}.{_in_how_many(config, mine, better, worse, measure)}"
+                f"{interval(difference)}.{_in_how_many(config, mine, better, worse, column)}"
             )
             orderings.append(Ordering(holds, sure, sentence))
     return orderings
 
 
-def _in_how_many(config: BenchmarkConfig, rows: Sequence[Row], better: PaperRow, worse: PaperRow, measure: str) -> str:
+def _in_how_many(config: BenchmarkConfig, rows: Sequence[Row], better: PaperRow, worse: PaperRow, column: str) -> str:
     """In how many compositions the better one is better, where the paper prints them."""
-    theirs = list(zip(getattr(better, measure), getattr(worse, measure), strict=True))
+    theirs = list(zip(getattr(better, column), getattr(worse, column), strict=True))
     if len(theirs) == 1:
         return ""
-    means = [m for m in by_case(config, rows, MEASURES[measure]).values() if {better.ours, worse.ours} <= m.keys()]
+    means = [m for m in means_by_loras(config, rows, COLUMNS[column]).values() if {better.ours, worse.ours} <= m.keys()]
     here = sum(m[str(better.ours)] > m[str(worse.ours)] for m in means)
     there = sum(a > b for a, b in theirs)
     return f" In the paper that is so in {there} of {len(theirs)} compositions, here in {here} of {len(means)}."
@@ -170,15 +172,15 @@ def _between_counts(table: PaperTable, rows: Sequence[Row]) -> list[Ordering]:
     for method in dict.fromkeys(row.method for row in there):
         mine = sorted((row for row in there if row.method == method), key=lambda row: row.loras or 0)
         few, many = mine[0], mine[-1]
-        for measure, name in MEASURES.items():
-            before, after = (mean(_mine(rows, row), name) for row in (few, many))
-            if before is None or after is None or few.mean(measure) == many.mean(measure):
+        for column, measure in COLUMNS.items():
+            before, after = (mean_of(_mine(rows, row), measure) for row in (few, many))
+            if before is None or after is None or few.mean(column) == many.mean(column):
                 continue
-            rises = many.mean(measure) > few.mean(measure)
+            rises = many.mean(column) > few.mean(column)
             holds = (after > before) == rises
             sentence = (
-                f"{name}, {method} from {few.loras} to {many.loras} LoRAs {'rises' if rises else 'falls'} "
-                f"({few.mean(measure):.3f} to {many.mean(measure):.3f} in the paper): "
+                f"{measure.heading}, {method} from {few.loras} to {many.loras} LoRAs {'rises' if rises else 'falls'} "
+                f"({few.mean(column):.3f} to {many.mean(column):.3f} in the paper): "
                 f"{'holds' if holds else 'does not hold'}; {before:.3f} to {after:.3f} here, without an interval, "
                 "since the compositions are others."
             )

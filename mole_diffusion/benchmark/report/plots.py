@@ -10,7 +10,9 @@ import torch
 from PIL import Image
 
 from mole_diffusion.benchmark.config import BenchmarkConfig, Cell
-from mole_diffusion.benchmark.row import IMAGE, TEXT, Row, by_case, is_whole, labels, of
+from mole_diffusion.benchmark.measures import IMAGE, TEXT
+from mole_diffusion.benchmark.report.groups import means_by_loras, of_method
+from mole_diffusion.benchmark.row import Row
 from mole_diffusion.benchmark.run import picture_path
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.files import atomic_path
@@ -28,16 +30,16 @@ def draw_scatter(config: BenchmarkConfig, rows: Sequence[Row], path: Path) -> No
 
     figure = Figure(figsize=(6.5, 5), layout="constrained")
     axes = figure.subplots()
-    by_text, by_image = (by_case(config, rows, name) for name in (TEXT, IMAGE))
-    for index, label in enumerate(labels(config)):
+    by_text, by_image = (means_by_loras(config, rows, measure) for measure in (TEXT, IMAGE))
+    for index, label in enumerate(config.labels):
         points = [(by_text[c][label], by_image[c][label]) for c in by_text if label in by_text[c]]
         if points:
             x, y = zip(*points, strict=True)
             colour = f"C{index}"
             axes.scatter(x, y, s=14, color=colour, alpha=0.5)
             axes.scatter([sum(x) / len(x)], [sum(y) / len(y)], s=90, color=colour, edgecolors="black", label=label)
-    axes.set_xlabel(TEXT)
-    axes.set_ylabel(IMAGE)
+    axes.set_xlabel(TEXT.heading)
+    axes.set_ylabel(IMAGE.heading)
     axes.set_title(config.name)
     axes.legend()
     as_they_are(figure)
@@ -80,11 +82,11 @@ def _whole(path: Path) -> Image.Image | None:
 
 def draw_gates(rows: Sequence[Row], method: str, composition: str, path: Path) -> bool:
     """The weights that the gates gave, mean over steps and pictures. Returns whether there are any."""
-    mine = [r for r in of(rows, method) if r["composition"] == composition and is_whole(r) and "gates" in r]
+    mine = [r for r in of_method(rows, method) if r.composition == composition and r.is_whole and r.gates]
     if not mine:
         return False
-    places = list(mine[0]["gates"])
-    numbers = [[[float("nan") if v is None else v for v in row["gates"][place]] for place in places] for row in mine]
+    places = list(mine[0].gates)
+    numbers = [[[float("nan") if v is None else v for v in row.gates[place]] for place in places] for row in mine]
     means = torch.tensor(numbers, dtype=torch.float64).mean(dim=0)
     if len(places) > MOST_PLACES:
         places, means = _by_block(places, means)
