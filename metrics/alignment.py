@@ -15,6 +15,7 @@ from .encoders import ImageEncoder, TextCache, TextImageEncoder, embed_images
 from .pictures import Pictures, by_picture
 
 Scale = Literal["cosine", "clipscore"]
+SCALES: tuple[Scale, ...] = get_args(Scale)
 
 
 def text_alignment(image_features: Tensor, text_features: Tensor, scale: Scale = "cosine") -> Tensor:
@@ -39,6 +40,11 @@ def text_alignment(image_features: Tensor, text_features: Tensor, scale: Scale =
             f"(features {tuple(image_features.shape)} and {tuple(text_features.shape)}). Give one prompt per picture."
         )
     cosine = torch.nn.functional.cosine_similarity(image_features, text_features.to(image_features.device), dim=-1)
+    return on_scale(cosine, scale)
+
+
+def on_scale(cosine: Tensor, scale: Scale) -> Tensor:
+    """Cosines as :func:`text_alignment` gives them on a scale."""
     return cosine if scale == "cosine" else 2.5 * cosine.clamp(min=0)
 
 
@@ -82,17 +88,25 @@ class TextAlignment(Averages):
         self.clip, self.scale, self.batch_size = clip, scale, batch_size
         self._texts = TextCache(clip)
 
-    def update(self, images: Pictures, prompts: str | Sequence[str]) -> None:
-        """Measures pictures with one prompt each; one picture may come with its prompt alone.
+    def measure(self, images: Pictures, prompts: str | Sequence[str]) -> Tensor:
+        """The number of each picture, `(pictures, 1)`; counts nothing.
 
         Raises:
-            TypeError, ValueError: They are of another type or shape, or not as many.
+            TypeError, ValueError: As :meth:`update`.
         """
         if isinstance(prompts, str) and len(by_picture(images)) == 1:
             prompts = [prompts]
         texts = self._texts.embed(prompts) if len(prompts) else torch.empty(0, 1)
         features = embed_images(self.clip, images, batch_size=self.batch_size)
-        self.add(text_alignment(features, texts, self.scale)[:, None])
+        return text_alignment(features, texts, self.scale)[:, None]
+
+    def update(self, images: Pictures, prompts: str | Sequence[str]) -> None:
+        """Counts pictures with one prompt each; one picture may come with its prompt alone.
+
+        Raises:
+            TypeError, ValueError: They are of another type or shape, or not as many.
+        """
+        self.add(self.measure(images, prompts))
 
 
 class ImageAlignment(Averages):
@@ -130,8 +144,18 @@ class ImageAlignment(Averages):
             self._features[concept] = embed_images(self.encoder, list(self._references[concept]))
         return self._features[concept]
 
+    def measure(self, images: Pictures, concepts: Sequence[Sequence[str]] | None = None) -> Tensor:
+        """The number of each picture and concept, `(pictures, concepts)`, NaN where a picture should not show it.
+
+        Raises:
+            TypeError, ValueError: As :meth:`update`.
+        """
+        features = embed_images(self.encoder, images, batch_size=self.batch_size)
+        wanted = asked_for(concepts, self.names, len(features))
+        return wanted_only(torch.stack([self._align(features, name) for name in self.names], dim=1), wanted)
+
     def update(self, images: Pictures, concepts: Sequence[Sequence[str]] | None = None) -> None:
-        """Measures pictures.
+        """Counts pictures.
 
         Args:
             images: The pictures.
@@ -140,9 +164,7 @@ class ImageAlignment(Averages):
         Raises:
             TypeError, ValueError: They are of another type or shape, not as many, or a concept is unknown.
         """
-        features = embed_images(self.encoder, images, batch_size=self.batch_size)
-        wanted = asked_for(concepts, self.names, len(features))
-        self.add(wanted_only(torch.stack([self._align(features, name) for name in self.names], dim=1), wanted))
+        self.add(self.measure(images, concepts))
 
     def _align(self, features: Tensor, concept: str) -> Tensor:
         return image_alignment(features, self.reference_features(concept))
@@ -162,8 +184,8 @@ def with_mean(by_concept: Mapping[str, float]) -> dict[str, Any]:
 
 
 def check_scale(scale: str) -> None:
-    if scale not in get_args(Scale):
-        raise MoLEError(f"`scale` must be one of {list(get_args(Scale))}, got {scale!r}.")
+    if scale not in SCALES:
+        raise MoLEError(f"`scale` must be one of {list(SCALES)}, got {scale!r}.")
 
 
 def check_references(references: Mapping[str, Sequence[Image.Image]]) -> None:

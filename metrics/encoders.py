@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -98,9 +99,41 @@ class VisionBackbone(nn.Module):
         return nn.functional.normalize(features.float(), dim=-1)
 
 
+class SharedEncoder:
+    """An encoder for several metrics that look at the same pictures: each picture is encoded once.
+
+    Args:
+        encoder: Does the work.
+        remembers: Features of so many pictures are kept, then all are let go.
+    """
+
+    def __init__(self, encoder: Any, remembers: int = 1024) -> None:
+        self._encoder = encoder
+        self._remembers = remembers
+        self._features: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def encode_image(self, images: Tensor) -> Tensor:
+        """As the encoder's."""
+        pixels = images.cpu().contiguous()
+        keys = [sha256(image.numpy().tobytes() + str(tuple(image.shape)).encode()).hexdigest() for image in pixels]
+        if len(self._features) + len(keys) > self._remembers:
+            self._features.clear()
+        new = [index for index, key in enumerate(keys) if key not in self._features]
+        if new:
+            features = self._encoder.encode_image(images[new])
+            self._features.update(zip((keys[index] for index in new), features, strict=True))
+        return torch.stack([self._features[key] for key in keys])
+
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """As the encoder's."""
+        features: Tensor = self._encoder.encode_text(texts)
+        return features
+
+
 @torch.no_grad()
-def embed_images(encoder: ImageEncoder, images: Pictures, *, batch_size: int = 32, progress: bool = False) -> Tensor:
-    """Features `(pictures, width)` of pictures of any sizes, in batches of one size, with a progress bar if wanted.
+def embed_images(encoder: ImageEncoder, images: Pictures, *, batch_size: int = 32) -> Tensor:
+    """Features `(pictures, width)` of pictures of any sizes, in batches of one size.
 
     Raises:
         TypeError, MoLEError: `images` are of another type, shape or range, there are none, or features are not finite.
@@ -111,7 +144,7 @@ def embed_images(encoder: ImageEncoder, images: Pictures, *, batch_size: int = 3
         by_size.setdefault(picture.shape, []).append(index)
     features: dict[int, Tensor] = {}
     batches = [same[k : k + batch_size] for same in by_size.values() for k in range(0, len(same), batch_size)]
-    for batch in _with_bar(batches, "pictures", progress):
+    for batch in batches:
         encoded = encoder.encode_image(torch.stack([pictures[index] for index in batch]))
         features.update(zip(batch, encoded.float(), strict=True))
     return _finite(torch.stack([features[index] for index in range(len(pictures))]), "pictures")
@@ -152,9 +185,3 @@ def _finite(features: Tensor, of: str) -> Tensor:
             "broken. Use it in float32."
         )
     return features
-
-
-def _with_bar(batches: list[list[int]], unit: str, progress: bool) -> Any:
-    from tqdm.auto import tqdm
-
-    return tqdm(batches, desc=unit, leave=False, disable=not progress)

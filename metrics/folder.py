@@ -12,11 +12,10 @@ from PIL import Image
 
 from ..errors import MoLEError
 from ..pictures import picture_files, read_picture, read_pictures
+from ..progress import progress_bar
 from ..prompts import read_prompts
-from .alignment import image_alignment, text_alignment, text_name
-from .encoders import ImageEncoder, TextCache, TextImageEncoder, embed_images
-
-_AT_A_TIME = 128  # pictures in memory
+from .alignment import SCALES, ImageAlignment, TextAlignment, on_scale, text_name
+from .encoders import ImageEncoder, SharedEncoder, TextImageEncoder
 
 
 @dataclass
@@ -70,34 +69,46 @@ def evaluate_folder(
     """
     files = picture_files(images)
     by_file = dict(zip(files, read_prompts(prompts, [file.name for file in files]), strict=True))
-    encoder = image_encoder or clip
-    known = {name: embed_images(encoder, _read_references(name, folder)) for name, folder in references.items()}
-    texts, result = TextCache(clip), Evaluation()
-    for start in range(0, len(files), _AT_A_TIME):
-        pictures: dict[Path, Image.Image] = {}
-        for file in files[start : start + _AT_A_TIME]:
-            try:
-                pictures[file] = read_picture(file)
-            except MoLEError as error:
-                result.failures[file.name] = str(error)
-        if not pictures:
-            continue
-        features = embed_images(clip, list(pictures.values()), batch_size=batch_size, progress=progress)
-        text_features = texts.embed([by_file[file] for file in pictures])
-        columns = {
-            text_name(scale): text_alignment(features, text_features, scale) for scale in ("cosine", "clipscore")
-        }
-        if known:
-            other = encoder is not clip
-            seen = embed_images(encoder, list(pictures.values()), batch_size=batch_size) if other else features
-            aligned = {f"image alignment: {name}": image_alignment(seen, known[name]) for name in known}
-            columns |= aligned | {"image alignment: mean": sum(aligned.values()) / len(aligned)}
-        for row, file in enumerate(pictures):
-            numbers = {name: float(values[row]) for name, values in columns.items()}
-            result.rows.append({"picture": file.name, "prompt": by_file[file], **numbers})
+    shared: Any = SharedEncoder(clip)
+    text, image = TextAlignment(shared, batch_size=batch_size), None
+    if references:
+        known = {name: _read_references(name, folder) for name, folder in references.items()}
+        image = ImageAlignment(image_encoder or shared, known, batch_size=batch_size)
+        for name in known:  # a reference that cannot be measured is said before the pictures are
+            image.reference_features(name)
+    result = Evaluation()
+    with progress_bar("pictures", len(files), enabled=progress) as bar:
+        for start in range(0, len(files), batch_size):
+            pictures: dict[Path, Image.Image] = {}
+            for file in files[start : start + batch_size]:
+                try:
+                    pictures[file] = read_picture(file)
+                except MoLEError as error:
+                    result.failures[file.name] = str(error)
+            if pictures:
+                result.rows += _rows(pictures, by_file, text, image)
+            bar.advance(len(files[start : start + batch_size]))
     if not result.rows:
         raise MoLEError(f"not one picture of {images} could be read. The first: {next(iter(result.failures.values()))}")
     return result
+
+
+def _rows(
+    pictures: Mapping[Path, Image.Image],
+    prompts: Mapping[Path, str],
+    text: TextAlignment,
+    image: ImageAlignment | None,
+) -> list[dict[str, Any]]:
+    """What the metrics say of each picture."""
+    shown = list(pictures.values())
+    cosine = text.measure(shown, [prompts[file] for file in pictures])[:, 0]
+    columns = {text_name(scale): on_scale(cosine, scale) for scale in SCALES}
+    if image is not None:
+        aligned = image.measure(shown)
+        columns |= {f"image alignment: {name}": aligned[:, k] for k, name in enumerate(image.names)}
+        columns["image alignment: mean"] = aligned.mean(dim=1)
+    numbers = [{name: float(values[row]) for name, values in columns.items()} for row in range(len(shown))]
+    return [{"picture": file.name, "prompt": prompts[file], **row} for file, row in zip(pictures, numbers, strict=True)]
 
 
 def _read_references(concept: str, folder: str | os.PathLike[str]) -> list[Image.Image]:

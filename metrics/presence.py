@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..errors import MoLEError
 from ..toybox.oracle import Detection, Oracle, judge
@@ -54,8 +55,8 @@ class ConceptPresence(Averages):
         super().__init__(list(NAMES), **kwargs)
         self.oracle = oracle or Oracle()
 
-    def update(self, images: Pictures, concepts: Sequence[Sequence[str]]) -> None:
-        """Looks at pictures, with the subjects each should show.
+    def measure(self, images: Pictures, concepts: Sequence[Sequence[str]]) -> Tensor:
+        """The numbers of each picture, `(pictures, 5)` in the order of `names`; counts nothing.
 
         Raises:
             ValueError: There are none, not as many lists of concepts, a subject is unknown, or a picture is not 64×64.
@@ -65,4 +66,8 @@ class ConceptPresence(Averages):
             raise MoLEError(f"there are {len(seen)} pictures and {len(concepts)} lists of concepts. Give one each.")
         found = self.oracle.detect(seen)
         rows = [list(concept_presence(*pair).values()) for pair in zip(found, concepts, strict=True)]
-        self.add(torch.tensor(rows, dtype=torch.float64))
+        return torch.tensor(rows, dtype=torch.float64)
+
+    def update(self, images: Pictures, concepts: Sequence[Sequence[str]]) -> None:
+        """Counts pictures, with the subjects each should show. Raises: as :meth:`measure`."""
+        self.add(self.measure(images, concepts))

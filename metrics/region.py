@@ -23,8 +23,8 @@ Detector: TypeAlias = Callable[[Image.Image, str], Box | None]
 
 def oracle_detector(oracle: Oracle | None = None) -> Detector:
     """The toybox's own detector: the box of the object of a subject's class."""
-    seer = oracle or Oracle()
-    return lambda image, concept: seer(image, [concept])[concept].box
+    look = oracle or Oracle()
+    return lambda image, concept: look(image, [concept])[concept].box
 
 
 def reference_regions(detector: Detector, concept: str, references: Sequence[Image.Image]) -> list[Image.Image]:
@@ -112,15 +112,13 @@ class RegionAlignment(Averages):
             for name, pictures in references.items()
         }
 
-    def update(self, images: Pictures, concepts: Sequence[Sequence[str]] | None = None) -> None:
-        """Measures pictures.
+    def measure(self, images: Pictures, concepts: Sequence[Sequence[str]] | None = None) -> Tensor:
+        """The numbers of each picture, `(pictures, 2 · concepts)` in the order of `names`; counts nothing.
 
-        Args:
-            images: The pictures.
-            concepts: Which concepts each should show; `None`: all.
+        NaN where a picture should not show a concept.
 
         Raises:
-            ValueError: There are none, not as many lists of concepts, or a concept or box is wrong.
+            ValueError: As :meth:`update`.
         """
         seen = as_images(images)
         wanted = asked_for(concepts, self.concepts, len(seen))
@@ -129,7 +127,19 @@ class RegionAlignment(Averages):
             image, name = seen[row], self.concepts[column]
             score, found = region_alignment(self.encoder, image, self.detector(image, name), self._features[name])
             values[row, :, column] = torch.tensor([score, float(found)], dtype=torch.float64)
-        self.add(values.flatten(1))
+        return values.flatten(1)
+
+    def update(self, images: Pictures, concepts: Sequence[Sequence[str]] | None = None) -> None:
+        """Counts pictures.
+
+        Args:
+            images: The pictures.
+            concepts: Which concepts each should show; `None`: all.
+
+        Raises:
+            ValueError: There are none, not as many lists of concepts, or a concept or box is wrong.
+        """
+        self.add(self.measure(images, concepts))
 
     def result(self) -> dict[str, float]:
         """Alignment by concept, "mean" over concepts, and "detection rate" over concepts."""

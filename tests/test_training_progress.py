@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from mole_diffusion.training.engine import progress
+from mole_diffusion import progress
 from mole_diffusion.training.engine.progress import training_progress
 
 
@@ -62,7 +62,7 @@ def test_a_terminal_gets_a_bar_that_knows_slow_steps(monkeypatch: pytest.MonkeyP
     console = progress.Console(force_terminal=True, quiet=True, width=200)
     with progress._bar(console) as bar:
         bar.get_time = lambda: now[0]
-        task = bar.add_task("train-gates", total=10, losses="")
+        task = bar.add_task("train-gates", total=10, text="")
         for _ in range(3):
             now[0] += 40.0
             bar.update(task, advance=1)

@@ -22,11 +22,12 @@ from mole_diffusion.benchmark.measures import (
     TEXT_COSINE,
 )
 from mole_diffusion.errors import MoLEError
-from mole_diffusion.metrics.alignment import image_alignment, text_alignment
-from mole_diffusion.metrics.encoders import ImageEncoder, TextCache, VisionBackbone, embed_images, load_clip
-from mole_diffusion.metrics.presence import concept_presence
-from mole_diffusion.metrics.region import oracle_detector, reference_regions, region_alignment
+from mole_diffusion.metrics.alignment import ImageAlignment, TextAlignment, on_scale
+from mole_diffusion.metrics.encoders import ImageEncoder, SharedEncoder, VisionBackbone, load_clip
+from mole_diffusion.metrics.presence import ConceptPresence
+from mole_diffusion.metrics.region import RegionAlignment, oracle_detector
 from mole_diffusion.pictures import read_pictures
+from mole_diffusion.toybox.oracle import Oracle
 
 TRUTHS = (PRESENCE, ALL_PRESENT, OMISSION, CONFUSION, COUNT_ERROR)  # headed as `concept_presence` names them
 
@@ -44,63 +45,51 @@ class Scores(NamedTuple):
 
 
 class Judge:
-    """Measures pictures; every prompt and reference is embedded once."""
+    """Measures pictures with the metrics; every prompt, reference and picture is embedded once."""
 
     def __init__(self, config: BenchmarkConfig, device: torch.device | str) -> None:
         self._config = config
         self.clip = load_clip(config.clip).to(device)
-        self._encoder: ImageEncoder = self.clip
+        shared: Any = SharedEncoder(self.clip)
+        encoder: ImageEncoder = shared
         if config.image_encoder is not None:
-            self._encoder = VisionBackbone.from_pretrained(config.image_encoder).to(device)
-        self._texts = TextCache(self.clip)
-        used = dict.fromkeys(name for names in config.compositions for name in names)
-        self._references = {name: embed_images(self._encoder, self.pictures(name)) for name in used}
-        self._oracle: Any = None
-        if all(config.concepts[name].references == "toybox" for name in used):
-            from mole_diffusion.toybox.oracle import Oracle
-
-            self._oracle = Oracle()
-            find = oracle_detector(self._oracle)
-            self._regions = {
-                name: embed_images(self._encoder, reference_regions(find, name, self.pictures(name))) for name in used
-            }
+            encoder = VisionBackbone.from_pretrained(config.image_encoder).to(device)
+        self._names = list(dict.fromkeys(name for names in config.compositions for name in names))
+        references = {name: self.pictures(name) for name in self._names}
+        self._text = TextAlignment(shared)
+        self._image = ImageAlignment(encoder, references)
+        self._presence: ConceptPresence | None = None
+        if all(config.concepts[name].references == "toybox" for name in self._names):
+            # Those with a truth.
+            oracle = Oracle()
+            self._presence = ConceptPresence(oracle)
+            self._region = RegionAlignment(encoder, references, oracle_detector(oracle))
 
     def measure(self, pictures: Sequence[Image.Image], cells: Sequence[Cell]) -> list[Scores]:
         """All numbers of pictures that were drawn together, as to the concepts that were kept."""
         names = cells[0].kept
-        features = embed_images(self.clip, pictures)
-        text = self._texts.embed([self._config.prompt(cell.prompt, names, described=True) for cell in cells])
-        texts = {
-            TEXT.key: text_alignment(features, text, "clipscore"),
-            TEXT_COSINE.key: text_alignment(features, text, "cosine"),
+        columns = [self._names.index(name) for name in names]
+        asked = [names] * len(pictures)
+        described = [self._config.prompt(cell.prompt, names, described=True) for cell in cells]
+        cosine = self._text.measure(pictures, described)[:, 0]
+        aligned = self._image.measure(pictures, asked)[:, columns]
+        numbers = {
+            TEXT: on_scale(cosine, "clipscore"),
+            TEXT_COSINE: cosine,
+            IMAGE: aligned.mean(dim=1),
         }
-        seen = features if self._encoder is self.clip else embed_images(self._encoder, pictures)
-        aligned = {name: image_alignment(seen, self._references[name]) for name in names}
-        looks = [{} for _ in pictures] if self._oracle is None else self._look(pictures, names)
-        scores = []
-        for index, look in enumerate(looks):
-            by_concept = {name: values[index].item() for name, values in aligned.items()}
-            numbers = {key: values[index].item() for key, values in texts.items()}
-            numbers[IMAGE.key] = _mean(list(by_concept.values()))
-            scores.append(Scores(numbers | look, by_concept))
-        return scores
-
-    def _look(self, pictures: Sequence[Image.Image], names: Sequence[str]) -> list[dict[str, float]]:
-        from mole_diffusion.toybox.oracle import judge
-
-        looks = []
-        for picture, detections in zip(pictures, self._oracle.detect(pictures), strict=True):
-            boxes = {name: finding.box for name, finding in judge(detections, names).items()}
-            regions = [region_alignment(self._encoder, picture, boxes[name], self._regions[name]) for name in names]
-            truth = concept_presence(detections, names)
-            looks.append(
-                {
-                    **{measure.key: truth[measure.heading] for measure in TRUTHS},
-                    REGION.key: _mean([score for score, _ in regions]),
-                    DETECTION.key: _mean([float(found) for _, found in regions]),
-                }
+        if self._presence is not None:
+            truth = self._presence.measure(pictures, asked)
+            numbers |= {measure: truth[:, self._presence.names.index(measure.heading)] for measure in TRUTHS}
+            regions, found = self._region.measure(pictures, asked).chunk(2, dim=1)
+            numbers |= {REGION: regions[:, columns].mean(dim=1), DETECTION: found[:, columns].mean(dim=1)}
+        return [
+            Scores(
+                {measure.key: float(values[row]) for measure, values in numbers.items()},
+                dict(zip(names, aligned[row].tolist(), strict=True)),
             )
-        return looks
+            for row in range(len(pictures))
+        ]
 
     def pictures(self, name: str) -> list[Image.Image]:
         """The reference pictures of a concept."""
@@ -113,7 +102,3 @@ class Judge:
             return read_pictures(folder)
         except MoLEError as error:
             raise MoLEError(f"references of concept {name!r}: {error}") from None
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

@@ -10,8 +10,7 @@ import errno
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from mole_diffusion.benchmark.row import Row, cell_names, read_row, write_row
 from mole_diffusion.benchmark.share import process_share, share
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.files import NotWrittenError, atomic_path, in_use, try_folder, write_json
+from mole_diffusion.progress import ProgressBar, progress_bar
 
 CONFIG, PICTURES, ROWS = "benchmark.json", "pictures", "rows"
 _BY_NAME = (METHODS, LORAS, SHA256)
@@ -70,13 +70,13 @@ def _run(
     drawer = Drawer(config, folder, device, clip=judge.clip, references=judge.pictures)
     _claim(folder, config, device)  # a model that was loaded from the Hub is known now
     failed = 0
-    with _bar(sum(len(batch) for batch in mine), progress) as bar:
+    with progress_bar("pictures", sum(len(batch) for batch in mine), enabled=progress) as bar:
         for _, same in groupby(mine, key=lambda batch: (batch[0].composition, batch[0].method.label)):
             group = list(same)
             unready = _prepare(drawer, group[0][0], bar)
             for batch in group:
                 failed += _run_batch(config, folder, batch, drawer, judge, unready)
-                bar.update(len(batch))
+                bar.advance(len(batch))
     return failed
 
 
@@ -183,11 +183,11 @@ def _known(known: Any, value: Any) -> Any:
     return known if value is None else value
 
 
-def _prepare(drawer: Drawer, cell: Cell, bar: Any) -> Exception | None:
+def _prepare(drawer: Drawer, cell: Cell, bar: ProgressBar) -> Exception | None:
     """Gets ready for the pictures of a composition and method; what went wrong is for their rows to say."""
 
     def show(step: int, numbers: Mapping[str, float]) -> None:
-        bar.set_postfix_str(f"gates {cell.method.label} {cell.composition}: step {step}")
+        bar.note(f"gates {cell.method.label} {cell.composition}: step {step}")
 
     try:
         drawer.prepare(cell.composition, cell.method, show)
@@ -195,7 +195,7 @@ def _prepare(drawer: Drawer, cell: Cell, bar: Any) -> Exception | None:
         _raise_what_concerns_all(error)
         return error
     finally:
-        bar.set_postfix_str("")
+        bar.note("")
     return None
 
 
@@ -234,11 +234,3 @@ def _raise_what_concerns_all(error: Exception) -> None:
         raise error
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         raise NotWrittenError(f"{error}. Free some space, and start again.") from error
-
-
-@contextmanager
-def _bar(total: int, progress: bool) -> Iterator[Any]:
-    from tqdm.auto import tqdm
-
-    with tqdm(total=total, desc="pictures", disable=not progress) as bar:
-        yield bar

@@ -25,6 +25,7 @@ from .world import COLORS, GRID, OUTLINE_COLOR, Look
 
 _SIZES = (16, 20, 24, 28, 32)  # the sizes of the world, and those between: a base may draw any
 _STRIDE = 2
+_REMEMBERS = 64  # pictures
 _MAX_OVERLAP = 0.4  # of the smaller box; objects of the world do not overlap
 _COLOR_NAMES = tuple(COLORS)
 _PALETTE = torch.tensor(list(COLORS.values()))
@@ -78,6 +79,7 @@ class Oracle:
         if not 0 < max_error < 1:
             raise MoLEError(f"max_error must lie between 0 and 1, got {max_error}.")
         self.max_error = max_error
+        self._found: dict[bytes, list[Detection]] = {}  # of the latest pictures, which several metrics may look at
 
     @cached_property
     def _templates(self) -> dict[int, _Templates]:
@@ -98,7 +100,16 @@ class Oracle:
         Raises:
             ValueError: A picture does not fit the grid.
         """
-        return [self._detect(_to_tensor(image)) for image in images]
+        return [list(self._remembered(image)) for image in images]
+
+    def _remembered(self, image: Image.Image) -> list[Detection]:
+        pixels = _to_tensor(image)
+        key = str(tuple(pixels.shape)).encode() + pixels.numpy().tobytes()
+        if key not in self._found:
+            if len(self._found) >= _REMEMBERS:
+                self._found.clear()
+            self._found[key] = self._detect(pixels)
+        return self._found[key]
 
     def _detect(self, pixels: Tensor) -> list[Detection]:
         candidates = []

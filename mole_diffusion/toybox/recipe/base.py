@@ -13,10 +13,10 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from mole_diffusion.files import write_safetensors
+from mole_diffusion.progress import tracked
 from mole_diffusion.training.engine.checkpoint import content_hash
 
 from ..render import render_array
@@ -187,7 +187,7 @@ def encode_scenes(
         pass
     latents = torch.empty(len(scenes), LATENT_CHANNELS, side, side, dtype=torch.float16)
     chunk = 64
-    for start in tqdm(range(0, len(scenes), chunk), desc="scenes"):
+    for start in tracked(range(0, len(scenes), chunk), "scenes"):
         some = scenes[start : start + chunk]
         pictures = torch.stack([torch.from_numpy(render_array(scene)) for scene in some])
         pictures = pictures.permute(0, 3, 1, 2).to(device) * 2 - 1

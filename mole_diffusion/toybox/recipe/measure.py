@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
-from tqdm.auto import tqdm
 
 from mole_diffusion.clip import DifferentiableCLIP
 from mole_diffusion.pipelines import MoLEStableDiffusionPipeline
+from mole_diffusion.progress import tracked
 
 from ..oracle import Detection, Oracle
 from ..render import render, render_array
@@ -87,7 +87,7 @@ def measure_base(
     """Per number of named classes: the share of pictures that show all of them, and the share of classes shown."""
     oracle = Oracle()
     table = {}
-    for num_classes in tqdm(rows, desc="base"):
+    for num_classes in tracked(rows, "base"):
         requests = class_prompts(num_classes, num_pictures, seed)
         pictures = draw(pipe, [prompt for _, prompt in requests], seed=seed, side=picture_side(num_classes))
         complete, shown = [], []
@@ -273,7 +273,7 @@ def measure(assets: Path, *, seed: int, device: torch.device, num_pictures: int)
     table = measure_base(pipe, num_pictures=num_pictures, seed=seed)
     presence, all_three = measure_named(pipe, num_pictures=num_pictures, seed=seed)
     rows: dict[int, dict[str, float]] = {1: {}, 3: {}, 5: {}}
-    for name in tqdm(SUBJECTS, desc="subjects"):
+    for name in tracked(list(SUBJECTS), "subjects"):
         pipe.load_loras({name: assets / "loras" / f"{name}.safetensors"})
         for num_objects, rates in rows.items():
             rates[name] = measure_subject(
