@@ -91,7 +91,7 @@ def test_every_row_is_there_and_a_failure_says_why(done: Path) -> None:
         ("mug+robot", "mole", 0),
         ("mug+robot", "mole", 1),
     ]
-    assert "MoLEError: no gates for 'mug+robot' ship" in failed[0]["error"]
+    assert "MoLEError: no gates for 'mug+robot' ship" in failed[0].error
     row = next(row for row in rows if row.method == "merge(scale=0.5)")
     assert row.numbers["text_clipscore"] == pytest.approx(2.5 * max(row.numbers["text_cosine"], 0), abs=1e-6)
     by_concept = row.image_by_concept

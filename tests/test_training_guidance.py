@@ -102,7 +102,7 @@ def test_the_terms_are_their_formulas(clip: DifferentiableCLIP) -> None:
         assert terms["local"][row].item() == pytest.approx(sum(local) / len(local), abs=1e-5)
         assert terms["identity"][row].item() == pytest.approx(sum(identity) / len(identity), abs=1e-5)
     expected = 0.5 * terms["global"] + 2 * terms["local"] + 3 * terms["identity"]
-    torch.testing.assert_close(guidance.loss(terms), expected)
+    torch.testing.assert_close(guidance.weigh(terms), expected)
 
 
 def test_terms_of_no_weight_are_left_out(clip: DifferentiableCLIP) -> None:
@@ -122,7 +122,7 @@ def test_gradients_flow_to_the_picture_in_every_term(clip: DifferentiableCLIP) -
 def test_the_log_shaped_loss_never_leaves_its_domain(clip: DifferentiableCLIP) -> None:
     guidance = Guidance(clip, config(loss_shape="log"), ["a cat"], {}, {})
     total = torch.tensor([0.4, 1.6, 2.5, 3.0], requires_grad=True)
-    loss = guidance.loss({"global": total})
+    loss = guidance.weigh({"global": total})
     expected = [-math.log((2.5 - 0.4) / 2), -math.log((2.5 - 1.6) / 2), -math.log(0.01), -math.log(0.01)]
     assert loss.tolist() == pytest.approx(expected, rel=1e-5)
     loss.sum().backward()

@@ -53,7 +53,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "state of another type": (lambda work: (work / "state.json").write_text("[1]"), "it is no object with run, step"),
     "a step that is none": (lambda work: state(work, step="2"), "it is no object with run, step"),
     "tensors elsewhere": (lambda work: state(work, tensors="../x"), "which is no name of a file beside it"),
-    "nothing learned": (lambda work: state(work, extra={}), r"`extra` lacks \['losses', 'precision'\]"),
+    "nothing learned": (lambda work: state(work, extra={}), r"`extra` lacks \['precision'\]"),
     "no tensors": (lambda work: tensors(work).unlink(), r"step-0000002\.safetensors is damaged"),
     "empty tensors": (lambda work: tensors(work).write_bytes(b""), r"step-0000002\.safetensors is damaged"),
     "cut tensors": (lambda work: tensors(work).write_bytes(tensors(work).read_bytes()[:-9]), "is damaged"),

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mole_diffusion.training.engine.checkpoint import CheckpointFolder
-from mole_diffusion.training.engine.loop import check_finite, set_learning_rate
-from mole_diffusion.training.engine.progress import training_progress
+from mole_diffusion.training.engine.loop import TrainingLoop
 
 _SAVE_EVERY_SECONDS = 60.0
 
@@ -83,24 +82,29 @@ def run_stage(
     """
     parameters = dict(module.named_parameters())
     checkpoints = CheckpointFolder(work_dir / stage, f"toybox {stage}, seed {seed}")
-    state = parameters | average.tensors
-    saved = checkpoints.load(state, optimizer)
-    start = 0 if saved is None else saved[0]
     learning_rate = optimizer.param_groups[0]["lr"]
-    with training_progress(stage, num_steps, start) as advance:
-        last_save = time.monotonic()
-        for step in range(start, num_steps):
-            set_learning_rate(optimizer, learning_rate * schedule(step, num_steps))
-            losses = step_fn(step)
-            numbers = {name: value.item() for name, value in losses.items()}
-            check_finite(numbers, step + 1)
-            losses["loss"].backward()
-            torch.nn.utils.clip_grad_norm_(parameters.values(), max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            average.update(module, step)
-            if time.monotonic() - last_save > _SAVE_EVERY_SECONDS or step + 1 == num_steps:
-                checkpoints.save(step + 1, state, optimizer, {})
-                last_save = time.monotonic()
-            advance(numbers)
+    loop = TrainingLoop(num_steps, parameters | average.tensors, optimizer, checkpoints, kept={})
+    saved_at = time.monotonic()
+
+    def take_step(step: int) -> dict[str, float]:
+        losses = step_fn(step)
+        losses["loss"].backward()
+        torch.nn.utils.clip_grad_norm_(parameters.values(), max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        average.update(module, step)
+        return {name: value.item() for name, value in losses.items()}
+
+    def is_due(_: int) -> bool:
+        nonlocal saved_at
+        due = time.monotonic() - saved_at > _SAVE_EVERY_SECONDS
+        saved_at = time.monotonic() if due else saved_at
+        return due
+
+    loop.run(
+        stage,
+        take_step,
+        learning_rate=lambda step: learning_rate * schedule(step, num_steps),
+        is_due=is_due,
+    )
     average.copy_to(module)

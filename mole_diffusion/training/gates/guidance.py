@@ -12,6 +12,7 @@ from mole_diffusion.clip import DifferentiableCLIP
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.training.gates.concepts import Concept, text_for_clip
 from mole_diffusion.training.gates.config import GateTrainingConfig
+from mole_diffusion.training.gates.objective import Drawn
 
 
 class Guidance:
@@ -47,6 +48,7 @@ class Guidance:
         self.config = config
         self.texts = [text_for_clip(prompt, concepts) for prompt in prompts]
         self.text_features = clip.encode_text(self.texts)  # T, (prompts, width)
+        self._pictures = list(references.values())
         if not needs_references(config):
             return
         called = [[concept.is_in(prompt) for concept in concepts.values()] for prompt in prompts]
@@ -63,6 +65,15 @@ class Guidance:
         self.references = F.normalize(pictures.to(device), dim=-1)  # I_c, (concepts, width)
         alone = clip.encode_text([f"a photo of a {concept.words}" for concept in concepts.values()])
         self.directions = F.normalize(self.text_features[:, None] - alone, dim=-1)  # (prompts, concepts, width)
+
+    def loss(self, drawn: Drawn) -> tuple[Tensor, dict[str, Tensor]]:
+        """L_D as a mean over the pictures, and the mean of each term."""
+        terms = self.terms(drawn.images, drawn.prompts)
+        return self.weigh(terms).mean(), {name: term.mean() for name, term in terms.items()}
+
+    def made_of(self) -> tuple[list[Tensor], list[str]]:
+        """The texts that CLIP reads, its features of them and of the references, and its weights."""
+        return [self.text_features, *self._pictures, *self.clip.state_dict().values()], self.texts
 
     def terms(self, images: Tensor, chosen: Sequence[int]) -> dict[str, Tensor]:
         """Every term of weight above 0, each (batch,), fp32.
@@ -86,7 +97,7 @@ class Guidance:
             terms["identity"] = self._mean_over_called(1 - best, rows)
         return terms
 
-    def loss(self, terms: Mapping[str, Tensor]) -> Tensor:
+    def weigh(self, terms: Mapping[str, Tensor]) -> Tensor:
         """L_D of each picture, (batch,)."""
         weights = {
             "global": self.config.global_weight,

@@ -14,28 +14,29 @@ from rich.console import Console
 from torch import Tensor
 
 from mole_diffusion.clip import DifferentiableCLIP
-from mole_diffusion.files import NotWrittenError, in_use, try_folder
+from mole_diffusion.errors import MoLEError
+from mole_diffusion.files import in_use, try_folder
 from mole_diffusion.gating import GateTable, MoLEModel, balance_loss, floor_loss, mean_usage
 from mole_diffusion.training.engine.checkpoint import CheckpointFolder, base_tensors, base_texts, fingerprint
 from mole_diffusion.training.engine.history import History, gate_entropy
 from mole_diffusion.training.engine.loop import (
-    check_finite,
+    TrainingLoop,
+    every,
     learning_rate_factor,
     make_optimizer,
     peak_memory,
-    set_learning_rate,
     step_generator,
 )
 from mole_diffusion.training.engine.models import evaluating, gradient_checkpointing, without_gradients
 from mole_diffusion.training.engine.precision import Precision
 from mole_diffusion.training.engine.processes import Processes
-from mole_diffusion.training.engine.progress import training_progress
 from mole_diffusion.training.engine.trackers import LogWith, check_log_with, tracking
 from mole_diffusion.training.gates.checks import check_concepts, check_pipeline, check_prompts
 from mole_diffusion.training.gates.concepts import Concept
 from mole_diffusion.training.gates.config import GateTrainingConfig
 from mole_diffusion.training.gates.guidance import Guidance, needs_references
 from mole_diffusion.training.gates.masks import NoMasks, WalkMasks, check_triggers
+from mole_diffusion.training.gates.objective import Drawn, Objective
 from mole_diffusion.training.gates.references import reference_features
 from mole_diffusion.training.gates.report import GateReport, check_out
 from mole_diffusion.training.gates.walk import Plan, Walker
@@ -46,7 +47,8 @@ def train_gates(
     config: GateTrainingConfig,
     *,
     prompts: Sequence[str],
-    clip: DifferentiableCLIP,
+    clip: DifferentiableCLIP | None = None,
+    objective: Objective | None = None,
     concepts: Mapping[str, Concept] | None = None,
     out: str | os.PathLike[str] | None = None,
     work: str | os.PathLike[str] | None = None,
@@ -69,7 +71,8 @@ def train_gates(
             stops early.
         config: What to do; `GateTrainingConfig.from_dict({}, "paper")` and the like are presets.
         prompts: Prompts to draw, in the words of the LoRAs (rare tokens and all).
-        clip: The CLIP that guides; moved to the pipeline's device.
+        clip: The CLIP that guides; moved to the pipeline's device. Give it or `objective`.
+        objective: Another L_D than CLIP's. The config's weights of terms, and concepts, say nothing then.
         concepts: By the names of LoRAs, what each stands for: CLIP reads a concept's words where a prompt has its rare
             token. None: CLIP reads the prompts themselves. The local and identity terms need them.
         out: Folder for what the training leaves: the gates (`MoLEModel.save_pretrained`), `training.json`, a model card
@@ -86,16 +89,20 @@ def train_gates(
         The trained gates, which are `pipe.gates` too.
 
     Raises:
-        ValueError: Prompts or concepts do not fit, the pipeline has fewer than two LoRAs or cannot be trained here, or
-            `work` has the checkpoint of another training. `TrainingDivergedError`, a ValueError, at a NaN.
+        ValueError: Prompts or concepts do not fit, `clip` and `objective` are both given or both missing, the pipeline
+            has fewer than two LoRAs or cannot be trained here, or `work` has the checkpoint of another training.
+            `TrainingDivergedError`, a ValueError, at a NaN.
         MoLEError: `out` holds files of somebody else, or another process works in `work`. `NotWrittenError` where they
             cannot be written, which is tried before the first step.
     """
     check_pipeline(pipe)
     check_log_with(log_with)
+    if (clip is None) == (objective is None):
+        raise MoLEError("Give either `clip`, which guides as the config says, or an `objective` of your own.")
     if out is not None:
         check_out(out)
-    prompts, concepts = check_prompts(prompts), check_concepts(pipe, config, concepts or {})
+    prompts = check_prompts(prompts)
+    concepts = {} if clip is None else check_concepts(pipe, config, concepts or {})
     if config.gates.residual:
         check_triggers(pipe, prompts)
     processes = Processes(pipe.unet.device)
@@ -103,36 +110,37 @@ def train_gates(
     if processes.num > 1:
         pipe.to(processes.device)
     precision = Precision(config.mixed_precision, processes.device)
-    clip = clip.to(processes.device)
     with ExitStack() as stack:
         if work is not None and processes.is_main:
             try_folder(work)
             stack.enter_context(in_use(work))
-        references: dict[str, Tensor] = {}
-        if needs_references(config):
-            cache = Path(work) / "references" if work is not None and processes.is_main else None
-            references = processes.from_main(reference_features(pipe, clip, config, concepts, cache))
-        guidance = Guidance(clip, config, prompts, concepts, references)
+        texts = prompts  # as the objective reads them
+        if clip is not None:
+            clip, references = clip.to(processes.device), {}
+            if needs_references(config):
+                cache = Path(work) / "references" if work is not None and processes.is_main else None
+                references = processes.from_main(reference_features(pipe, clip, config, concepts, cache))
+            objective = Guidance(clip, config, prompts, concepts, references)
+            texts = objective.texts
+        assert objective is not None
         walker = Walker(pipe, config)
         gates = _fresh_gates(pipe, walker, prompts)
         parameters = {name: value for name, value in gates.named_parameters() if value.requires_grad}
         optimizer = make_optimizer(list(parameters.values()), config.learning_rate, config.weight_decay)
-        training = _Training(config, prompts, parts, walker, guidance, gates, optimizer, precision, processes)
-        report = GateReport(pipe, config, prompts, concepts, guidance.texts) if out is not None else None
+        training = _Training(config, prompts, parts, walker, objective, gates, optimizer, precision, processes)
+        report = GateReport(pipe, config, prompts, concepts, texts) if out is not None else None
 
         checkpoints = None
         if work is not None:
             lora_hashes = [lora.fingerprint for lora in pipe.experts.loras]
-            tensors = [guidance.text_features, *references.values(), *base_tensors(pipe), *clip.state_dict().values()]
-            run = fingerprint(config, tensors, [*prompts, *guidance.texts, *lora_hashes, *base_texts(pipe)])
+            its_tensors, its_texts = objective.made_of()
+            tensors = [*its_tensors, *base_tensors(pipe)]
+            run = fingerprint(config, tensors, [*prompts, *its_texts, *lora_hashes, *base_texts(pipe)])
             checkpoints = CheckpointFolder(work, run)
-        history, start = History(config.steps), 0
-        if checkpoints is not None:
-            saved = checkpoints.load(parameters, optimizer, ("history", "precision"))
-            if saved is not None:
-                start, extra = saved
-                history.load_state_dict(extra["history"])
-                precision.load_state_dict(extra["precision"])
+        history = History(config.steps)
+        loop = TrainingLoop(
+            config.steps, parameters, optimizer, checkpoints, {"history": history, "precision": precision}
+        )
         processes.wait()  # nobody writes a checkpoint before all have read the last
 
         models = (pipe.unet, pipe.text_encoder, pipe.vae)
@@ -144,23 +152,28 @@ def train_gates(
             enter(gradient_checkpointing(pipe.unet, pipe.vae, enabled=config.gradient_checkpointing))
             enter(pipe.composing())
             log = enter(tracking(log_with, Path(out or work or "."), enabled=processes.is_main))
-            advance = enter(training_progress("train-gates", config.steps, start, enabled=shown))
-            for step in range(start, config.steps):
+
+            def take_step(step: int) -> dict[str, float]:
                 numbers, table = training.step(step)
-                done = step + 1
-                check_finite(numbers, done, checkpoints.latest if checkpoints is not None else None)
-                history.add(done, numbers, table)
-                if checkpoints is not None and processes.is_main and _is_due(config, done):
-                    extra = {"history": history.state_dict(), "precision": precision.state_dict()}
-                    try:
-                        checkpoints.save(done, parameters, optimizer, extra)
-                    except NotWrittenError:
-                        if done < config.steps or out is None:  # what is finished may still find its place
-                            raise
-                advance({name: value for name, value in numbers.items() if name in _SHOWN})
+                history.add(step + 1, numbers, table)
+                return numbers
+
+            def at_step_end(done: int, numbers: Mapping[str, float]) -> None:
                 log(numbers, done)
                 if on_step_end is not None:
                     on_step_end(done, numbers)
+
+            loop.run(
+                "train-gates",
+                take_step,
+                learning_rate=training.learning_rate,
+                is_due=every(config.checkpoint_every),
+                saves=processes.is_main,
+                last_may_fail=out is not None,
+                shown=_SHOWN,
+                progress=shown,
+                on_step_end=at_step_end,
+            )
         if report is not None and out is not None and processes.is_main:
             report.write(Path(out), gates, history, pictures)
         memory = peak_memory(processes.device)
@@ -181,17 +194,21 @@ class _Training:
     prompts: list[str]
     parts: list[slice]
     walker: Walker
-    guidance: Guidance
+    objective: Objective
     gates: MoLEModel
     optimizer: torch.optim.Optimizer
     precision: Precision
     processes: Processes
 
+    def learning_rate(self, step: int) -> float:
+        """Of one step."""
+        config = self.config
+        factor = learning_rate_factor(step, config.steps, config.warmup_steps, config.learning_rate_schedule)
+        return config.learning_rate * factor
+
     def step(self, step: int) -> tuple[dict[str, float], GateTable]:
         """One walk with its losses and updates: mean numbers of the whole batch, and mean gates."""
         config, walker = self.config, self.walker
-        factor = learning_rate_factor(step, config.steps, config.warmup_steps, config.learning_rate_schedule)
-        set_learning_rate(self.optimizer, config.learning_rate * factor)
         generator = step_generator(config.seed, step)
         chosen = torch.randint(len(self.prompts), (config.batch_size,), generator=generator).tolist()
         plan = walker.plan(generator)
@@ -237,15 +254,14 @@ class _Training:
             with self.gates.record() as record:
                 prediction = walker.predict(noisy, now, self._encode(chosen, masks))
             latents = walker.advance(prediction, noisy, now, after, noise)
-            images = walker.decode(walker.picture_latents(prediction, noisy, now, latents))
-            terms = self.guidance.terms(images, chosen)
+            seen = walker.picture_latents(prediction, noisy, now, latents)
+            loss, said = self.objective.loss(Drawn(chosen, noisy, now, prediction, seen, walker.decode))
         weights, present = record.rows(), record.present()
         # Of what the LoRAs got: `gate_sum` and the null expert, which may have all of it, aside. What is added to masks
         # may leave less than nothing.
         weights = weights.clamp_min(0)
         shares = weights / weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
-        loss = self.guidance.loss(terms).mean()
-        numbers = {name: term.mean() for name, term in terms.items()}
+        numbers = dict(said)
         if config.balance == "uniform":
             numbers["balance"] = balance_loss(shares, present)
         elif config.balance == "floor":
@@ -299,7 +315,3 @@ def _fresh_gates(pipe: Any, walker: Walker, prompts: list[str]) -> MoLEModel:
             walker.predict(noise.to(unet.device), walker.schedule.num_timesteps - 1, walker.encode(prompts[:1]))
     gates: MoLEModel = pipe.init_gates(walker.config.gates)
     return gates.to(pipe.unet.device)
-
-
-def _is_due(config: GateTrainingConfig, done: int) -> bool:
-    return done == config.steps or (config.checkpoint_every > 0 and done % config.checkpoint_every == 0)

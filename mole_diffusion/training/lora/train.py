@@ -16,20 +16,19 @@ from PIL import Image
 from torch import Tensor
 
 from mole_diffusion.errors import MoLEError
-from mole_diffusion.files import NotWrittenError, in_use, try_file, try_folder, write_last
+from mole_diffusion.files import in_use, try_file, try_folder, write_last
 from mole_diffusion.lora import LoRAFactors, save_lora
 from mole_diffusion.lora.triggers import write_triggers
 from mole_diffusion.training.engine.checkpoint import CheckpointFolder, base_tensors, base_texts, fingerprint
 from mole_diffusion.training.engine.loop import (
-    check_finite,
+    TrainingLoop,
+    every,
     learning_rate_factor,
     make_optimizer,
-    set_learning_rate,
     step_generator,
 )
 from mole_diffusion.training.engine.noise import NoiseSchedule
 from mole_diffusion.training.engine.precision import Precision
-from mole_diffusion.training.engine.progress import training_progress
 from mole_diffusion.training.lora.config import LoRATrainingConfig
 from mole_diffusion.training.lora.data import TrainingData, groups_by_size
 from mole_diffusion.training.lora.trainable import TrainableLoRA
@@ -96,41 +95,30 @@ def train_lora(
     if work is not None:
         run = fingerprint(config, [*(pixels for _, pixels in groups), *base_tensors(pipe)], base_texts(pipe))
         checkpoints = CheckpointFolder(work, run)
-    losses: list[float] = []
-    start = 0
     with ExitStack() as stack:
         if checkpoints is not None:
             stack.enter_context(in_use(checkpoints.folder))
-            saved = checkpoints.load(parameters, optimizer, ("losses", "precision"))
-            if saved is not None:
-                start, extra = saved
-                losses = extra["losses"]
-                precision.load_state_dict(extra["precision"])
+        loop = TrainingLoop(config.steps, parameters, optimizer, checkpoints, {"precision": precision})
         stack.enter_context(lora.attached(pipe.unet, pipe.text_encoder, pipe.vae))
-        advance = stack.enter_context(training_progress("train-lora", config.steps, start, enabled=progress))
         data = TrainingData(pipe, groups, config)
-        for step in range(start, config.steps):
-            set_learning_rate(
-                optimizer, config.learning_rate * learning_rate_factor(step, config.steps, config.warmup_steps)
-            )
+
+        def take_step(step: int) -> dict[str, float]:
             with precision.autocast():
                 loss = _denoising_loss(pipe.unet, schedule, data, step_generator(config.seed, step))
-            losses.append(loss.item())
-            check_finite({"loss": losses[-1]}, step + 1, checkpoints.latest if checkpoints is not None else None)
             precision.step(loss, optimizer, parameters.values(), config.max_grad_norm)
-            done = step + 1
-            if checkpoints is not None and (
-                done == config.steps or (config.checkpoint_every and done % config.checkpoint_every == 0)
-            ):
-                try:
-                    extra = {"losses": losses, "precision": precision.state_dict()}
-                    checkpoints.save(done, parameters, optimizer, extra)
-                except NotWrittenError:
-                    if done < config.steps or out is None:  # what is finished may still find its place
-                        raise
-            advance({"loss": losses[-1]})
-            if on_step_end is not None:
-                on_step_end(done, losses[-1])
+            return {"loss": loss.item()}
+
+        loop.run(
+            "train-lora",
+            take_step,
+            learning_rate=lambda step: (
+                config.learning_rate * learning_rate_factor(step, config.steps, config.warmup_steps)
+            ),
+            is_due=every(config.checkpoint_every),
+            last_may_fail=out is not None,
+            progress=progress,
+            on_step_end=None if on_step_end is None else lambda done, numbers: on_step_end(done, numbers["loss"]),
+        )
         factors = lora.factors()
         if out is not None:
             training = {"mole_diffusion.training": json.dumps(dataclasses.asdict(config))}

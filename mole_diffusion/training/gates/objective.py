@@ -1,0 +1,51 @@
+"""What gates are trained for: the one seam between the walk that draws and the loss that judges."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What the gates made of some prompts at one step of a walk; every tensor has the graph to the gates.
+
+    Attributes:
+        prompts: Index of each picture's prompt.
+        noisy: The latents that the UNet was asked about, (batch, c, h, w), without a graph.
+        timestep: Of these.
+        prediction: What it said, guidance included, (batch, c, h, w), fp32.
+        latents: Those of the picture: the clean ones that the prediction means, or the next ones of the walk.
+        decode: Latents in, pictures out; it is asked only where `images` are.
+    """
+
+    prompts: Sequence[int]
+    noisy: Tensor
+    timestep: int
+    prediction: Tensor
+    latents: Tensor
+    decode: Callable[[Tensor], Tensor]
+
+    @cached_property
+    def images(self) -> Tensor:
+        """The pictures, (batch, 3, height, width) in [0, 1]."""
+        return self.decode(self.latents)
+
+
+class Objective(Protocol):
+    """L_D of eq. 16 of "Mixture of LoRA Experts" (https://openreview.net/forum?id=uWvKBCYh4S), whatever judges.
+
+    `Guidance`, CLIP's, is one. Another needs neither CLIP nor pictures: it may look at the prediction alone.
+    """
+
+    def loss(self, drawn: Drawn) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The loss, a scalar with graph, and numbers to show beside it, by name."""
+        ...
+
+    def made_of(self) -> tuple[Sequence[Tensor], Sequence[str]]:
+        """Tensors and texts that tell it from others: a checkpoint of one objective is refused by another."""
+        ...
