@@ -7,12 +7,12 @@ TYPES := build/types/mole_diffusion
 # Once installed, nothing asks a network.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help setup demo test notebooks lint types clean
+.PHONY: help setup demo test notebooks lint types links clean
 help:
 	@echo "make demo    three LoRAs in one picture: writes a picture sheet and says where"
 	@echo "make test    the tests"
 	@echo "make notebooks  run the notebooks, as the tests do"
-	@echo "make lint    ruff: rules and format"
+	@echo "make lint    ruff: rules and format; import-linter: which room may import which"
 	@echo "make types   mypy"
 	@echo "make clean   remove .venv and what was built"
 
@@ -27,14 +27,17 @@ test: $(STAMP)
 notebooks: $(STAMP)
 	$(BIN)/python -m pytest -q tests/test_notebooks.py
 
-lint: $(STAMP)
+lint: $(STAMP) links
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	cd build/types && PYTHONPATH=. $(CURDIR)/$(BIN)/lint-imports $(CURDIR)/pyproject.toml --no-cache --no-logo
 
-# mypy sees the package as it is installed: pipelines/ and metrics/ are folders of their own here and sub-packages there.
-types: $(STAMP)
+# The package as it is installed: pipelines/ and metrics/ are folders of their own here and sub-packages there.
+links:
 	@rm -rf $(TYPES) && mkdir -p $(TYPES)
 	@ln -s $(CURDIR)/mole_diffusion/* $(CURDIR)/pipelines $(CURDIR)/metrics $(TYPES)/
+
+types: $(STAMP) links
 	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p mole_diffusion
 
 $(STAMP): pyproject.toml constraints.txt

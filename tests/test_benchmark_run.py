@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -274,7 +273,7 @@ def test_the_studies_that_ship_can_be_read(path: Path) -> None:
 
 def test_on_the_command_line(done: Path, tmp_path: Path) -> None:
     path = tmp_path / "small.yaml"
-    path.write_text(yaml.safe_dump(SMALL))
+    path.write_text(json.dumps(SMALL))
     run = CliRunner().invoke(app, ["benchmark", "run", str(path), "--out", str(done), "--device", "cpu"])
     assert run.exit_code == 1, run.output
     assert "2 rows failed" in run.stderr
@@ -302,7 +301,7 @@ def _found(folder: Path, pattern: str) -> list[Path]:
 @pytest.mark.slow
 def test_killed_and_started_again_it_gives_the_same_table(tmp_path: Path) -> None:
     path = tmp_path / "free.yaml"
-    path.write_text(yaml.safe_dump(FREE))
+    path.write_text(json.dumps(FREE))
     study, killed, whole = BenchmarkConfig.from_file(path), tmp_path / "killed", tmp_path / "whole"
 
     code = "from mole_diffusion.cli import main; main()"

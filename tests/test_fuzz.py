@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
@@ -27,6 +26,7 @@ from mole_diffusion.errors import MoLEError
 from mole_diffusion.experts import Experts
 from mole_diffusion.gating import GateConfig, MoLEModel
 from mole_diffusion.lora import inspect_lora, load_lora
+from mole_diffusion.yaml_files import read_yaml
 from tests.lora_files import to_kohya, to_peft
 from tests.running import make_lora, models, run_unet
 from tests.tiny import ATTENTION, random_lora, tiny_components
@@ -205,7 +205,7 @@ SETTINGS = {
     "gates": {"scope": "layer", "temperature": 2},
     "balance": "off",
 }
-STUDY = yaml.safe_load((BENCHMARKS / "table1.yaml").read_text())
+STUDY = read_yaml(BENCHMARKS / "table1.yaml")
 
 
 @bounded

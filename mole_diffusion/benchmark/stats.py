@@ -6,10 +6,12 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
+from scipy.stats import bootstrap, pearsonr, spearmanr
 
 from mole_diffusion.errors import MoLEError
 
 RESAMPLES = 2000
+_BATCH = 200  # of them at a time, so that many pictures fit into memory
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -37,10 +39,17 @@ def paired_bootstrap(
     if not common:
         raise MoLEError("the two methods have no picture in common, so there is nothing to pair.")
     differences = np.array([ours[key] - theirs[key] for key in common])
-    rng = np.random.default_rng(seed)
-    means = [differences[rng.integers(len(common), size=len(common))].mean() for _ in range(RESAMPLES)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(differences.mean()), float(low), float(high)
+    if len(common) == 1:  # which scipy refuses: every draw is the same
+        return (float(differences[0]),) * 3
+    found = bootstrap(
+        (differences,),
+        np.mean,
+        n_resamples=RESAMPLES,
+        batch=_BATCH,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return float(differences.mean()), float(found.low), float(found.high)
 
 
 def wins(means: Mapping[str, Mapping[str, float]], *, higher_is_better: bool = True) -> dict[str, float]:
@@ -62,17 +71,13 @@ def wins(means: Mapping[str, Mapping[str, float]], *, higher_is_better: bool = T
 
 def correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
     """Pearson's r, or `None` where one of the two never changes."""
-    if len(x) < 2 or min(x) == max(x) or min(y) == max(y):
-        return None
-    return float(np.corrcoef(x, y)[0, 1])
+    return None if _never_changes(x, y) else float(pearsonr(x, y).statistic)
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
     """Spearman's rho: Pearson's r of ranks, those that tie sharing their mean rank; `None` as :func:`correlation`."""
-    return correlation(_ranks(x), _ranks(y))
+    return None if _never_changes(x, y) else float(spearmanr(x, y).statistic)
 
 
-def _ranks(values: Sequence[float]) -> list[float]:
-    _, places, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return [float(rank) for rank in (last - (counts - 1) / 2)[places]]
+def _never_changes(x: Sequence[float], y: Sequence[float]) -> bool:
+    return len(x) < 2 or min(x) == max(x) or min(y) == max(y)

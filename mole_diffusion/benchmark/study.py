@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 import os
@@ -15,6 +14,7 @@ import torch
 from mole_diffusion.clip import DifferentiableCLIP
 from mole_diffusion.files import atomic_path, write_json
 from mole_diffusion.sheets import curves, gate_heat_map
+from mole_diffusion.tables import markdown_table, number, write_csv
 from mole_diffusion.training.gates.concepts import Concept
 from mole_diffusion.training.gates.config import GateTrainingConfig
 from mole_diffusion.training.gates.report import TRAINING_FILE
@@ -115,16 +115,10 @@ def _row(variant: str, config: GateTrainingConfig, numbers: Mapping[str, Sequenc
 def _write(folder: Path, rows: list[dict[str, Any]], entropies: Mapping[str, Sequence[float]]) -> None:
     write_json(folder / "study.json", rows)
     columns = list(rows[0])
-    with atomic_path(folder / "study.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for row in rows:
-        cells = (f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values())
-        lines.append(f"| {' | '.join(cells)} |")
+    write_csv(folder / "study.csv", rows)
+    cells = [[number(v, 4) if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
     with atomic_path(folder / "study.md") as temporary:
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        temporary.write_text(markdown_table(columns, cells), encoding="utf-8")
     curves({"gate entropy (nats)": entropies}, folder / "entropy.png", title="gate entropy while training")
     loras = [column for column in columns if column.startswith("weight/")]
     weights = torch.tensor([[row[lora] for lora in loras] for row in rows])

@@ -17,6 +17,7 @@ from mole_diffusion.errors import MoLEError
 from mole_diffusion.files import atomic_path, try_folder, write_json, write_last
 from mole_diffusion.gating import MoLEModel
 from mole_diffusion.sheets import curves, gate_heat_maps, picture_sheet
+from mole_diffusion.tables import markdown_table, number
 from mole_diffusion.training.engine.history import History
 from mole_diffusion.training.gates.concepts import Concept
 from mole_diffusion.training.gates.config import GateTrainingConfig
@@ -164,10 +165,10 @@ class GateReport:
             "",
             *(f"- {_in_a_line(prompt)}" for prompt in self.prompts[:5]),
             "",
-            "| | first tenth | last tenth |",
-            "|---|---|---|",
-            *(f"| {name} | {history.first_mean(name):.4f} | {history.last_mean(name):.4f} |" for name in numbers),
-            "",
+            markdown_table(
+                ["", "first tenth", "last tenth"],
+                [[name, number(history.first_mean(name), 4), number(history.last_mean(name), 4)] for name in numbers],
+            ),
             "Losses are CLIP's view while training, of single-step predictions; they are no scores of pictures. "
             f"Settings and numbers of every step: `{TRAINING_FILE}`.",
             "",
