@@ -1,19 +1,25 @@
-"""Gate trainings in processes of their own, for tests that kill them or let several work together.
+"""Work in processes of its own, for tests that kill it or let several work together.
 
-`python -m tests.forked killed FOLDER CLIP` and `python -m tests.forked together FOLDER CLIP`. The models are imported
-once, then processes are forked, before torch has started a thread.
+`python -m tests.forked killed FOLDER CLIP`, `together FOLDER CLIP` and `benchmark FOLDER STUDY`. The models are
+imported once, then processes are forked, before torch has started a thread.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from accelerate.commands.launch import launch_command, launch_command_parser
+
+from mole_diffusion.benchmark import BenchmarkConfig, run_benchmark
+from mole_diffusion.benchmark.run import read_rows
 from mole_diffusion.clip import DifferentiableCLIP
 from mole_diffusion.training.gates import references, report
 from tests.gate_training import CONCEPTS, config, mole_pipeline, train
@@ -101,6 +107,39 @@ def together(folder: Path, clip: Path) -> None:
     print([*codes, wait(fork(lambda: run("one")))])
 
 
+def benchmark(folder: Path, path: Path) -> None:
+    """A benchmark by two processes that are killed and by two that `accelerate launch` starts; and by one in peace."""
+    study, place = BenchmarkConfig.from_file(path), folder / "killed"
+
+    def run_rank(rank: int) -> None:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+        run_benchmark(study, place)
+
+    def found(pattern: str) -> bool:
+        try:
+            return any(place.glob(pattern))
+        except FileNotFoundError:  # a training that ends takes its checkpoints away while we look
+            return False
+
+    def launch() -> None:
+        command = [sys.executable, "-c", "from mole_diffusion.cli import main; main()", "benchmark", "run", str(path)]
+        # With --multi_gpu accelerate starts several processes on a CPU too; without, only one.
+        options = ["--multi_gpu", "--no_python", "--num_processes", "2", "--main_process_port", "0"]
+        sys.argv = ["accelerate", *options, *command, "--device", "cpu", "--out", str(place)]
+        launch_command(launch_command_parser().parse_args())
+
+    workers = [fork(lambda rank=rank: run_rank(rank)) for rank in range(2)]
+    # Both kinds of work are under way: a picture is there, and a checkpoint of gates or the gates.
+    while not (found("rows/*/*/*.json") and found("gates/**/*.safetensors")):
+        time.sleep(0.01)
+    for worker in workers:
+        os.kill(worker, signal.SIGKILL)
+    codes = [wait(worker) for worker in workers]
+    there = len(read_rows(study, place))
+    codes += [wait(fork(launch)), wait(fork(lambda: run_benchmark(study, folder / "whole")))]
+    print(json.dumps([codes, there]))
+
+
 if __name__ == "__main__":
     report.STEPS = references.STEPS = 2
-    {"killed": killed, "together": together}[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3]))
+    {"killed": killed, "together": together, "benchmark": benchmark}[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3]))

@@ -197,16 +197,21 @@ def test_weights_are_not_moved_by_a_reset_and_states_are_saved(clip: Differentia
     assert other.compute() == before
 
 
-WORKER = """
-import json, sys, warnings, torch.distributed as dist
+WORKERS = """
+import json, sys, torch.distributed as dist
+from tests.forked import fork, wait
 from tests.test_metrics_torchmetrics import *
-rank, port = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-metric = ConceptPresence()
-if rank == 0:
-    update(metric, PICTURES)
-print(json.dumps({name: value.item() for name, value in metric.compute().items()}))
-dist.destroy_process_group()
+
+def work(rank):
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{sys.argv[1]}", rank=rank, world_size=2)
+    metric = ConceptPresence()
+    if rank == 0:
+        update(metric, PICTURES)
+    sys.stdout.write(json.dumps({name: value.item() for name, value in metric.compute().items()}) + "\\n")  # as one
+    dist.destroy_process_group()
+
+children = [fork(lambda rank=rank: work(rank)) for rank in range(2)]
+sys.exit(any([wait(child) for child in children]))
 """
 
 
@@ -214,14 +219,11 @@ def test_a_process_that_measured_nothing_has_the_result_of_all() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    workers = [
-        subprocess.Popen([sys.executable, "-c", WORKER, str(rank), port], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    outputs = [worker.communicate()[0] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], outputs
+    command = [sys.executable, "-c", WORKERS, port]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     alone = {name: value.item() for name, value in update(ConceptPresence(), PICTURES).items()}
-    assert [json.loads(output.splitlines()[-1]) for output in outputs] == [alone, alone]
+    assert [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")] == [alone, alone]
 
 
 def test_measuring_does_not_change_what_was_given(clip: DifferentiableCLIP) -> None:

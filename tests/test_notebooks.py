@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +38,32 @@ def test_it_is_stripped_and_valid(path: Path) -> None:
             assert not hub or DOWNLOAD in cell.metadata.get("tags", [])
 
 
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """One for all notebooks, each of which finds it empty: importing torch again takes longer than most of them."""
+    from jupyter_client.manager import KernelManager
+
+    manager = KernelManager()
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    manager.start_kernel(cwd=str(tmp_path_factory.mktemp("notebooks")), env=environment)
+    yield manager
+    manager.shutdown_kernel(now=True)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # jupyter's own
 @every_notebook
-def test_it_runs_offline(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_runs_offline(path: Path, kernel: Any) -> None:
     from nbclient import NotebookClient
 
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     notebook = read(path)
     notebook.cells = [cell for cell in notebook.cells if DOWNLOAD not in cell.metadata.get("tags", [])]
-    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    notebook.cells.insert(0, nbformat.v4.new_code_cell("%reset -f"))
+    client = NotebookClient(notebook, km=kernel, timeout=600)
+    try:
+        client.execute()
+    finally:
+        client.kc.stop_channels()
     shown = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert not [output for output in shown if output.output_type == "error"]
     assert any("image/png" in output.get("data", {}) for output in shown)  # pictures in it
