@@ -34,7 +34,7 @@ def test_experts_somebody_detached_are_attached_again() -> None:
 def test_a_refused_change_leaves_what_was_loaded() -> None:
     pipe = composing_pipeline("cat")
     expected = draw(pipe)
-    pipe.unet.compile(backend="eager")
+    pipe.unet.mid_block.compile(backend="eager")  # the whole model takes ten times as long
     with pytest.raises(AttachError, match="is compiled"):
         pipe.load_loras({"dog": lora_states(pipe)["dog"]})
     assert pipe.experts.names == ("cat",)

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NoReturn
 
+import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, FusedAttnProcessor2_0
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -176,6 +177,7 @@ class Attachment:
         scale = getattr(layer, "scale", None)
         return self._seam(name, bool(crossed), float(layer.head_dim**-0.5 if scale is None else scale))
 
+    @torch.compiler.disable  # a graph would hold what one call chose, and be made again for the next
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # Somebody may have changed the model since: replaced our processors (IP-Adapter, attention slicing) or fused
         # projections, or exchanged modules (PEFT, when its adapters are loaded and unloaded).
@@ -227,6 +229,7 @@ class Attachment:
                     self._site_hooks.pop(site.module_name).remove()
                 self._fired = set() if self._fired is None else self._fired  # look again whether it is reached
 
+    @torch.compiler.disable
     def _after_forward(self, model: nn.Module, args: Any, output: Any) -> Any:
         result = self._end(output)
         fired = self._fired
@@ -282,6 +285,7 @@ def _parent(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return model.get_submodule(above), leaf
 
 
+@torch.compiler.disable
 def _site_hook(
     add: AddExperts, site: Site, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
 ) -> Tensor:

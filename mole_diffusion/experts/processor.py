@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor
 from torch.nn import functional as F
@@ -66,6 +67,7 @@ class MoLEAttnProcessor:
         """Become the stock processor: somebody may have kept this one and put it back after the LoRAs are gone."""
         self.sites, self._add, self._seam = {}, None, None
 
+    @torch.compiler.disable  # what compiles is around it: one graph for all layers and calls there cannot be
     def __call__(
         self,
         attn: Attention,
