@@ -56,6 +56,26 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.replace(temporary, target)
 
 
+@contextmanager
+def atomic_files(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """Hands out a temporary folder; on success every file in it takes its place in `folder`, on an error none does.
+
+    `folder` is made if it is missing. What a process that was killed left in it is cleaned away.
+
+    Raises:
+        NotWrittenError: The system does not let it be written.
+    """
+    target = Path(folder)
+    with _not_written(target), saving_safetensors():
+        target.mkdir(parents=True, exist_ok=True)
+        _clean(target)
+        prefix = f".files.{_HOST}-{os.getpid()}-"
+        with tempfile.TemporaryDirectory(prefix=prefix, suffix=".part", dir=target) as temporary:
+            yield Path(temporary)
+            for file in sorted(Path(temporary).iterdir()):
+                os.replace(file, target / file.name)
+
+
 def write_json(path: str | os.PathLike[str], value: Any) -> Path:
     """Writes `value` as indented JSON, atomically. Raises ValueError for NaN and infinity, which JSON does not have."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

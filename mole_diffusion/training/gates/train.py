@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -11,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from mole_diffusion.clip import DifferentiableCLIP
 from mole_diffusion.errors import MoLEError
-from mole_diffusion.families.base import Conditions
 from mole_diffusion.files import in_use, try_folder
 from mole_diffusion.gating import GateTable, MoLEModel, balance_loss, floor_loss, mean_usage
 from mole_diffusion.training.engine.checkpoint import CheckpointFolder, base_tensors, base_texts, fingerprint
@@ -41,8 +40,6 @@ from mole_diffusion.training.gates.objective import Drawn, Objective
 from mole_diffusion.training.gates.references import reference_features
 from mole_diffusion.training.gates.report import GateReport, check_out
 from mole_diffusion.training.gates.walk import Plan, Walker
-
-logger = logging.getLogger(__name__)
 
 
 def train_gates(
@@ -83,7 +80,7 @@ def train_gates(
         work: Folder for checkpoints and drawn references. If it has a checkpoint of this very training, that is
             resumed, however the last run ended; the numbers are those of an uninterrupted run.
         pictures: Put pictures into `out`; False leaves the gates, `training.json` and the model card.
-        progress: Show a bar on standard error, and log the peak memory in the end.
+        progress: Show a bar on standard error, and the peak memory in the end.
         log_with: "tensorboard" (below `out`, else `work`, else here), "wandb" or "none".
         on_step_end: Called with the step's number (from 1) and its numbers: "loss", each term ("global", "local",
             "identity"), "balance", "entropy" of the gates, "weight/<lora>", "temperature", "gradient_norm".
@@ -108,7 +105,7 @@ def train_gates(
     concepts = {} if clip is None else check_concepts(pipe, config, concepts or {})
     if config.gates.residual:
         check_triggers(pipe, prompts)
-    processes = Processes(getattr(pipe, pipe.family.denoiser).device)
+    processes = Processes(pipe.unet.device)
     parts = processes.parts(config.batch_size, config.gradient_accumulation)
     if processes.num > 1:
         pipe.to(processes.device)
@@ -146,13 +143,13 @@ def train_gates(
         )
         processes.wait()  # nobody writes a checkpoint before all have read the last
 
-        models = (*pipe.lora_components.values(), pipe.vae)
+        models = (pipe.unet, pipe.text_encoder, pipe.vae)
         shown = progress and processes.is_main
         with ExitStack() as while_training:
             enter = while_training.enter_context
             enter(without_gradients(*models))
             enter(evaluating(*models))
-            enter(gradient_checkpointing(walker.denoiser, pipe.vae, enabled=config.gradient_checkpointing))
+            enter(gradient_checkpointing(pipe.unet, pipe.vae, enabled=config.gradient_checkpointing))
             enter(pipe.composing())
             log = enter(tracking(log_with, Path(out or work or "."), enabled=processes.is_main))
 
@@ -181,7 +178,7 @@ def train_gates(
             report.write(Path(out), gates, history, pictures)
         memory = peak_memory(processes.device)
         if shown and memory is not None:
-            logger.info("peak memory: %.2f GiB", memory)
+            Console(stderr=True).print(f"peak memory: {memory:.2f} GiB", highlight=False)
         processes.wait()
     return gates
 
@@ -249,13 +246,7 @@ class _Training:
         return self._summary(seen, norms)
 
     def _loss(
-        self,
-        chosen: list[int],
-        masks: WalkMasks | NoMasks,
-        noisy: Tensor,
-        now: float,
-        after: float,
-        noise: Tensor | None,
+        self, chosen: list[int], masks: WalkMasks | NoMasks, noisy: Tensor, now: int, after: int, noise: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor], GateTable, Tensor]:
         """Eq. 16 on one part of the batch at one step: loss with graph, numbers, mean gates, detached next latents."""
         config, walker = self.config, self.walker
@@ -309,17 +300,18 @@ class _Training:
             return NoMasks()
         return WalkMasks(self.walker, plan, [self.prompts[index] for index in chosen])
 
-    def _encode(self, chosen: list[int], masks: WalkMasks | NoMasks) -> Conditions:
-        conditions = self.walker.encode([self.prompts[index] for index in chosen])
-        masks.encoded(conditions)
-        return conditions
+    def _encode(self, chosen: list[int], masks: WalkMasks | NoMasks) -> Tensor:
+        embeds = self.walker.encode([self.prompts[index] for index in chosen])
+        masks.encoded(embeds)
+        return embeds
 
 
 def _fresh_gates(pipe: Any, walker: Walker, prompts: list[str]) -> MoLEModel:
     """Untrained gates on `pipe`, at its own resolution."""
     if walker.config.gates.token_axis == "flatten":
-        noise = torch.zeros(1, *walker.family.latent_shape(pipe), device=walker.denoiser.device)
+        unet = pipe.unet
+        noise = torch.zeros(1, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
         with torch.no_grad(), pipe.composing():  # gates with a parameter per token must see how many there are
-            walker.predict(noise, walker.schedule.trailing_timesteps(1)[0], walker.encode(prompts[:1]))
+            walker.predict(noise.to(unet.device), walker.schedule.num_timesteps - 1, walker.encode(prompts[:1]))
     gates: MoLEModel = pipe.init_gates(walker.config.gates)
-    return gates.to(walker.denoiser.device)
+    return gates.to(pipe.unet.device)
