@@ -99,7 +99,7 @@ STATES: list[tuple[str, Callable[[State], State], str]] = [
         "module the model has not",
         with_({f"unet.mid_block.nowhere{A}": torch.ones(1, 2), f"unet.mid_block.nowhere{B}": torch.ones(2, 1)}),
         "(diffusers layout, component unet): 1 of 5 modules find no place in the model: "
-        f"'unet.mid_block.nowhere{A}'. Use a LoRA for this kind of model.",
+        f"'unet.mid_block.nowhere{A}'. It was written by diffusers. Its names are those of Stable Diffusion 1.x, Stable",
     ),
     (
         "many modules the model has not",
@@ -134,7 +134,7 @@ STATES: list[tuple[str, Callable[[State], State], str]] = [
         changed(down=lambda t: torch.ones(4, 65)),
         "(diffusers layout, component unet): down (4, 65) and up (64, 4) do not fit "
         f"mid_block.attentions.0.transformer_blocks.0.attn2.to_q with weight (64, 64): '{QUERY}{A}'. "
-        "Use a LoRA for this kind of model.",
+        "It was written by diffusers. ",
     ),
     ("too tall", changed(up=lambda t: torch.ones(32, 4)), "down (4, 64) and up (32, 4) do not fit"),
     (
@@ -265,7 +265,7 @@ STATES: list[tuple[str, Callable[[State], State], str]] = [
         "bare adapter for no model here",
         lambda state: {f"base_model.model.x.y{end}": torch.ones(2, 2) for end in (A, B)},
         "(peft layout, component vae): 1 of 1 modules find no place even in the nearest model: "
-        "'base_model.model.x.y.lora_A.weight'. Prefix the keys",
+        "'base_model.model.x.y.lora_A.weight'. It was written by PEFT. Prefix the keys",
     ),
     *[(key, with_({key: ONE}), f"{kind}") for key, kind in UNSUPPORTED],
 ]

@@ -13,6 +13,7 @@ from mole_diffusion import __version__
 
 from .balance_study import balance_study
 from .benchmark import benchmark
+from .convert import convert
 from .demo import demo
 from .edge import MENDABLE, one_line
 from .evaluate import evaluate
@@ -89,6 +90,7 @@ def _mole(
 app.command()(demo)
 app.command()(generate)
 app.command()(inspect)
+app.command()(convert)
 app.command()(methods)
 app.command()(evaluate)
 app.command("train-lora")(train_lora)

@@ -1,42 +1,116 @@
-"""`mole inspect`: what is in a LoRA file."""
+"""`mole inspect`: what is in LoRA files, and what would act."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+if TYPE_CHECKING:
+    from mole_diffusion.lora import LoRAReport, Verdict
 
-def inspect(file: Annotated[Path, typer.Argument(help="A LoRA, .safetensors.")]) -> None:
-    """Say what is in a LoRA file: layout, components, ranks, scaling, what base model it is for, what words call it.
 
-    Example:
+def inspect(
+    files: Annotated[list[Path], typer.Argument(help="LoRAs, .safetensors.")],
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="Base model to hold them against: a folder, a name on the Hub or `toybox`. Then energies too."
+        ),
+    ] = None,
+) -> None:
+    """Say what is in LoRA files, for which base model they are, and what of them would act on it.
+
+    Without --base, names and sizes are held against the published base models, without their weights.
+
+    Examples:
 
     \b
-      mole inspect cat.safetensors
+      mole inspect cat.safetensors boot.safetensors
+      mole inspect cat.safetensors --base ./my-model
     """
     from rich.console import Console
+
+    from mole_diffusion.errors import MoLEError
+    from mole_diffusion.lora import fitting, inspect_lora, judge
+
+    models = None if base is None else read_models(base)
+    console = Console(markup=False, highlight=False)
+    refused: list[MoLEError] = []
+    for file in files:
+        try:
+            report = inspect_lora(file)
+            verdicts = fitting(file) if models is None else [judge(file, models, str(base))]
+        except MoLEError as error:
+            if len(files) == 1:
+                raise
+            refused.append(error)
+            typer.echo(f"mole: {error}", err=True)
+            continue
+        console.print(_table(report, verdicts, models is not None))
+    if refused:
+        raise MoLEError(f"{len(refused)} of {len(files)} files cannot be read; see above. The others are shown.")
+
+
+def _table(report: LoRAReport, verdicts: list[Verdict], with_base: bool) -> Any:
     from rich.table import Table
 
     from mole_diffusion.errors import printable
-    from mole_diffusion.lora import inspect_lora
 
-    report = inspect_lora(file)
     ranks = [f"{rank} ({count} modules)" for rank, count in report.ranks.items()]
     # A file's name may hold anything, escape sequences of terminals too.
     table = Table(title=printable(report.source), show_header=False, title_justify="left")
     table.add_row("layout", report.layout)
+    table.add_row("written by", report.trainer)
     table.add_row("made for", report.family)
     table.add_row("modules", ", ".join(f"{count} in {component}" for component, count in report.modules.items()))
-    table.add_row("ranks", _few(ranks))
+    table.add_row("kinds", _few([f"{kind} ({count} modules)" for kind, count in report.kinds.items()]))
+    table.add_row("ranks", _few(ranks) or "none")
     table.add_row("alphas", _few([f"{alpha:g}" for alpha in report.alphas]) or "none: scaling 1")
     table.add_row("scaling", _few([f"{scaling:g}" for scaling in report.scalings]))
     table.add_row(
         "called by", _few([printable(trigger) for trigger in report.triggers]) or "no words named in the file"
     )
     table.add_row("SHA-256", report.sha256)
-    Console(markup=False, highlight=False).print(table)
+    for verdict in verdicts:
+        table.add_row("verdict", _said(verdict))
+        if verdict.energy is not None:
+            loudest = [f"{printable(name)} {ratio:.3g}" for name, ratio in verdict.loudest]
+            table.add_row("energy", f"|ΔW| / |W| = {verdict.energy:.3g}; most at {', '.join(loudest)}")
+    if not verdicts:
+        table.add_row("verdict", "no published base model that is known here has these sizes; see --base")
+    if acting := next((verdict for verdict in verdicts if verdict.refusal is None), None):
+        spikes = [f"{printable(name)} {share:.0%}" for name, share in acting.spikes]
+        table.add_row("spikes", _few(spikes, 3) or "none: no direction has more than nine tenths of a module's change")
+    return table
+
+
+def _said(verdict: Verdict) -> str:
+    from mole_diffusion.errors import printable
+
+    if verdict.refusal is not None:
+        return f"refused by {printable(verdict.base)}: {verdict.refusal}"
+    parts = ", ".join(f"{count} modules of {component}" for component, count in verdict.modules.items())
+    return f"all of it acts on {printable(verdict.base)}: {parts}"
+
+
+def read_models(base: str) -> Mapping[str, Any]:
+    """The components with LoRAs of a base model.
+
+    Raises:
+        MoLEError: It cannot be loaded.
+    """
+    from diffusers import DiffusionPipeline
+
+    from mole_diffusion.drawing.opening import find_base
+    from mole_diffusion.families import COMPONENTS
+    from mole_diffusion.loading import loading
+
+    with loading(f"the base model {base}"):
+        pipe = DiffusionPipeline.from_pretrained(find_base(base), use_safetensors=True)
+    return {name: model for name, model in pipe.components.items() if name in COMPONENTS and model is not None}
 
 
 def _few(words: list[str], shown: int = 8) -> str:

@@ -21,7 +21,9 @@ from mole_diffusion.lora.kinds import KindError, dora
 from mole_diffusion.lora.kronecker import Kronecker, Rows
 from mole_diffusion.lora.modules import ModuleIndex
 from mole_diffusion.lora.pieces import Piece, find_pieces, fold, read_alpha, read_parts
+from mole_diffusion.lora.skeletons import names_of
 from mole_diffusion.lora.sources import LoRAFile, read_source
+from mole_diffusion.lora.trainers import trainer_of
 from mole_diffusion.lora.triggers import read_triggers
 
 
@@ -198,9 +200,13 @@ class _Reader:
         return found
 
     def _hint(self) -> str:
+        written = trainer_of(self.file.metadata, self.file.entries)
+        by = f"It was written by {written}. " if written else ""
         file_width = text_width((piece.module, piece.form.inputs[0]) for piece in self.pieces if piece.form)
         model_width = text_width(width for index in self.indices.values() for width in index.widths())
-        return family_hint(file_width, model_width)
+        hint = family_hint(file_width, model_width)
+        named = None if hint else names_of(piece.module for piece in self.pieces)
+        return by + hint + (f"Its names are those of {named}. " if named else "")
 
     def _refuse(self, problem: str, remedy: str, pieces: list[Piece] | None = None, *components: str) -> NoReturn:
         keys = [piece.key for piece in pieces or []]

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mole_diffusion.families import COMPONENTS
 from mole_diffusion.lora.adapter import read_settings, strength
 from mole_diffusion.lora.families import family, text_width
-from mole_diffusion.lora.pieces import find_pieces, read_alpha, read_parts
+from mole_diffusion.lora.pieces import Piece, find_pieces, read_alpha, read_parts
+from mole_diffusion.lora.skeletons import names_of
 from mole_diffusion.lora.sources import read_source
+from mole_diffusion.lora.trainers import trainer_of
 from mole_diffusion.lora.triggers import read_triggers
 
 UNSTATED = "unstated"
@@ -23,19 +26,24 @@ class LoRAReport:
     Attributes:
         source: Path as given.
         sha256: Of the file's bytes.
-        layout: `"diffusers"`, `"diffusers-old"`, `"peft"` or `"kohya"`.
+        layout: `"diffusers"`, `"diffusers-old"`, `"peft"`, `"kohya"` or `"original"`.
+        trainer: Program that wrote it, or `"unknown"`.
         modules: Number of modules by component; `"unstated"` where the keys name none.
-        ranks: How many modules have which rank, by rank.
+        kinds: How many modules have which kind of adapter, by kind.
+        ranks: How many modules have which rank, by rank. Those without any (LoKr of whole matrices) are not counted.
         alphas: Different alphas in the file or its config, sorted; empty where none is known.
         scalings: By which the products of factors are multiplied, as `load_lora` does, sorted.
-        family: Base models it was made for, guessed from the width of its cross-attention, or `"unknown"`.
+        family: Base models it was made for, guessed from the width of its cross-attention, else from its names, or
+            `"unknown"`. Which it fits, `fitting` tells.
         triggers: Phrases that call it in a prompt, as the file names them; empty where it names none.
     """
 
     source: str
     sha256: str
     layout: str
+    trainer: str
     modules: dict[str, int]
+    kinds: dict[str, int]
     ranks: dict[int, int]
     alphas: tuple[float, ...]
     scalings: tuple[float, ...]
@@ -47,19 +55,19 @@ def inspect_lora(path: str | os.PathLike[str]) -> LoRAReport:
     """Look into a LoRA file.
 
     Raises:
-        LoRAError: If the file cannot be read or is not plain LoRA; whether it fits a model only `load_lora` can tell.
+        LoRAError: If the file cannot be read, or is of a kind that is not; whether it fits a model `judge` tells.
     """
     file = read_source(path)
     layout, pieces = find_pieces(file)
     settings = read_settings(file, layout)
-    counts = Counter(pair.component or UNSTATED for pair in pieces)
-    ranks = Counter(pair.r for pair in pieces if pair.r is not None)
+    counts = Counter(piece.component or UNSTATED for piece in pieces)
+    ranks = Counter(piece.r for piece in pieces if piece.r is not None)
     alphas: set[float] = set()
     scalings: set[float] = set()
-    for pair in pieces:
-        read_parts(file, layout, pair)  # for its check of the values
-        config = settings.get(pair.component, settings.get(None))
-        alpha, scale = strength(file, layout, pair, read_alpha(file, layout, pair), config)
+    for piece in pieces:
+        read_parts(file, layout, piece)  # for its check of the values
+        config = settings.get(piece.component, settings.get(None))
+        alpha, scale = strength(file, layout, piece, read_alpha(file, layout, piece), config)
         scalings.add(scale)
         if alpha is not None:
             alphas.add(alpha)
@@ -67,10 +75,17 @@ def inspect_lora(path: str | os.PathLike[str]) -> LoRAReport:
         source=file.source,
         sha256=file.sha256,
         layout=layout,
+        trainer=trainer_of(file.metadata, file.entries) or "unknown",
+        kinds=dict(Counter(piece.title for piece in pieces)),
         modules={component: counts[component] for component in (*COMPONENTS, UNSTATED) if component in counts},
         ranks=dict(sorted(ranks.items())),
         alphas=tuple(sorted(alphas)),
         scalings=tuple(sorted(scalings)),
-        family=family(text_width((pair.module, pair.form.inputs[0]) for pair in pieces if pair.form)),
+        family=_family(pieces),
         triggers=read_triggers(file.metadata),
     )
+
+
+def _family(pieces: Sequence[Piece]) -> str:
+    width = text_width((piece.module, piece.form.inputs[0]) for piece in pieces if piece.form)
+    return family(width) if width is not None else names_of(piece.module for piece in pieces) or "unknown"

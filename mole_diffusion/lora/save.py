@@ -44,7 +44,7 @@ def save_lora(
         The path.
 
     Raises:
-        LoRAError: If there are no factors, or the layout has no name for a component.
+        LoRAError: If there are no factors, some are not plain, or the layout has no name for a component.
         ValueError: If the layout is unknown, the path has another suffix, or a factor overflows in `dtype`.
     """
     target = Path(path)
@@ -53,6 +53,13 @@ def save_lora(
     if layout not in _WRITERS:
         raise MoLEError(f"`layout` is {layout!r}; choose one of {', '.join(_WRITERS)}.")
     factors = lora.factors if isinstance(lora, LoRA) else lora
+    beyond = [f"{c}.{name}" for c, modules in factors.items() for name, one in modules.items() if not one.plain]
+    if beyond:
+        raise refusal(
+            str(target),
+            f"{len(beyond)} modules with more than plain factors (DoRA, LoKr, biases), {beyond[0]} first",
+            "Keep the file it was read from, or convert that with `mole convert`.",
+        )
     tensors = _WRITERS[layout](str(target), factors)
     if not tensors:
         raise refusal(str(target), "no factors to save", "Give at least one module's.", layout=layout)
@@ -63,7 +70,7 @@ def save_lora(
             "torch.float32 or torch.bfloat16."
         )
     triggers = write_triggers(lora.triggers) if isinstance(lora, LoRA) else {}
-    data = _stable(safetensors.torch.save(tensors, {"format": "pt", **triggers, **(metadata or {})}))
+    data = stable_bytes(tensors, {**triggers, **(metadata or {})})
     with atomic_path(target) as temporary:
         temporary.write_bytes(data)
     return target
@@ -73,7 +80,7 @@ def _diffusers(path: str, factors: Factors) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for component, modules in factors.items():
         for name, pair in modules.items():
-            stem = f"{component}.{_in_files(component, name)}"
+            stem = f"{component}.{in_files(component, name)}"
             tensors[f"{stem}.lora_A.weight"] = _plain(pair.down)
             tensors[f"{stem}.lora_B.weight"] = _plain(pair.up * pair.scaling)
     return tensors
@@ -93,7 +100,7 @@ def _kohya(path: str, factors: Factors) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for component, modules in factors.items():
         for name, pair in modules.items():
-            stem = f"lora_{owners[component]}_{_in_files(component, name).replace('.', '_')}"
+            stem = f"lora_{owners[component]}_{in_files(component, name).replace('.', '_')}"
             tensors[f"{stem}.lora_down.weight"] = _plain(pair.down)
             tensors[f"{stem}.lora_up.weight"] = _plain(pair.up)
             tensors[f"{stem}.alpha"] = torch.tensor(pair.scaling * pair.r)
@@ -103,7 +110,7 @@ def _kohya(path: str, factors: Factors) -> dict[str, Tensor]:
 _WRITERS: dict[str, Callable[[str, Factors], dict[str, Tensor]]] = {"diffusers": _diffusers, "kohya": _kohya}
 
 
-def _in_files(component: str, module: str) -> str:
+def in_files(component: str, module: str) -> str:
     """The module's name as files spell it: CLIP's encoder keeps the `text_model.` that transformers dropped."""
     is_clip = component.startswith("text_encoder") and module.startswith("encoder.layers.")
     return TEXT_MODEL + module if is_clip else module
@@ -114,8 +121,9 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor.detach().to(device="cpu", dtype=torch.float32, copy=True).contiguous()
 
 
-def _stable(data: bytes) -> bytes:
-    """The same file with a sorted header: safetensors orders metadata at random, and the hash identifies a LoRA."""
+def stable_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file with a sorted header: the library orders it at random, and the hash identifies a LoRA."""
+    data = safetensors.torch.save(dict(tensors), {"format": "pt", **metadata})
     size = int.from_bytes(data[:8], "little")
     header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)

@@ -1,0 +1,138 @@
+"""What `inspect_lora`, `judge` and `fitting` say of files: kinds, program, base, energy, verdict."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mole_diffusion.lora import LoRAError, fitting, inspect_lora, judge, load_lora
+from mole_diffusion.lora.skeletons import SKELETONS, candidates, names_of
+from mole_diffusion.lora.trainers import trainer_of
+from tests.lora_files import to_kohya
+from tests.tiny import random_lora, tiny_components
+
+QUERIES = r"mid_block.*attn1\.to_[qk]$"
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, Any]:
+    return {"unet": tiny_components()["unet"]}
+
+
+def pair(name: str, out: int, wide: int, r: int = 2) -> dict[str, Tensor]:
+    return {f"{name}.lora_A.weight": torch.randn(r, wide), f"{name}.lora_B.weight": torch.randn(out, r)}
+
+
+def test_kinds_and_programs(models: dict[str, Any], tmp_path: Path) -> None:
+    state = to_kohya(random_lora(models, targets=QUERIES, alpha=2.0))
+    first = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    state |= {
+        f"{first}.dora_scale": torch.ones(64, 1),
+        "lora_unet_conv_in.lokr_w1": torch.ones(2, 2),
+        "lora_unet_conv_in.lokr_w2": torch.ones(16, 2, 3, 3),
+        "lora_unet_conv_out.diff_b": torch.ones(4),
+    }
+    save_file(state, tmp_path / "it.safetensors", metadata={"ot_branch": "master"})
+    report = inspect_lora(tmp_path / "it.safetensors")
+    assert report.kinds == {"DoRA over LoRA": 1, "LoRA": 1, "LoKr": 1, "bias": 1}
+    assert (report.trainer, report.ranks, report.alphas) == ("OneTrainer", {4: 2}, (2.0,))
+    assert set(report.scalings) == {0.5, 1.0}
+
+
+@pytest.mark.parametrize(
+    ("key", "metadata", "program"),
+    [
+        ("lora_unet_x.alpha", {"ss_network_module": "networks.lora"}, "kohya's sd-scripts"),
+        ("lora_unet_x.alpha", {"ss_network_module": "lycoris.kohya"}, "LyCORIS in kohya's sd-scripts"),
+        ("lora_unet_x.alpha", {}, "kohya's sd-scripts or musubi-tuner"),
+        ("lora_transformer_x.alpha", {}, "OneTrainer"),
+        ("transformer.x.lora_down.weight", {}, "OneTrainer"),
+        ("diffusion_model.x.lora_A.weight", {"software": '{"name": "ai-toolkit"}'}, "ai-toolkit"),
+        ("diffusion_model.x.lora_A.weight", {}, "ai-toolkit or ComfyUI"),
+        ("lycoris_x.lokr_w1", {}, "LyCORIS, as SimpleTuner uses it"),
+        ("x.lora_A.default.weight", {}, "DiffSynth"),
+        ("base_model.model.x.lora_A.weight", {}, "PEFT"),
+        ("unet.x.lora_A.weight", {}, "diffusers"),
+        ("x.lora_A.weight", {}, None),
+    ],
+)
+def test_programs_are_told_by_header_and_keys(key: str, metadata: dict[str, str], program: str | None) -> None:
+    assert trainer_of(metadata, [key]) == program
+
+
+@torch.no_grad()
+def test_energy_and_spikes_are_those_of_the_merged_change(models: dict[str, Any], tmp_path: Path) -> None:
+    state = random_lora(models, targets=QUERIES, alpha=2.0)
+    key = next(key for key in state if key.endswith("to_q.lora_A.weight"))
+    state[key][1:] *= 1e-3  # one direction has nearly all
+    save_file(state, tmp_path / "it.safetensors")
+    verdict = judge(tmp_path / "it.safetensors", models, "tiny")
+    deltas = {n: f.delta() for n, f in load_lora(state, models).factors["unet"].items()}
+    weights = {name: models["unet"].get_submodule(name).weight for name in deltas}
+    whole = sum(d.square().sum() for d in deltas.values()) / sum(w.square().sum() for w in weights.values())
+    assert verdict.energy == pytest.approx(float(whole) ** 0.5, rel=1e-4)
+    ratios = {f"unet.{name}": float(deltas[name].norm() / weights[name].norm()) for name in deltas}
+    assert dict(verdict.loudest) == pytest.approx(ratios, rel=1e-4)
+    assert [name for name, _ in verdict.spikes] == [key.removesuffix(".lora_A.weight")]
+    values = torch.linalg.svdvals(deltas[verdict.spikes[0][0].removeprefix("unet.")]).square()
+    assert verdict.spikes[0][1] == pytest.approx(float(values[0] / values.sum()), rel=1e-4)
+    assert verdict.modules == {"unet": 2}
+
+
+def test_a_verdict_says_why_not(models: dict[str, Any], tmp_path: Path) -> None:
+    save_file(pair("unet.nowhere", 4, 4), tmp_path / "it.safetensors")
+    verdict = judge(tmp_path / "it.safetensors", models, "tiny")
+    assert (verdict.modules, verdict.energy) == ({}, None)
+    assert "1 of 1 modules find no place in the model" in str(verdict.refusal)
+
+
+FITTING = {
+    "Krea 2": pair("diffusion_model.blocks.3.attn.wk", 1536, 6144),
+    "Z-Image": pair("lora_unet_layers_7_attention_qkv", 3 * 3840, 3840),
+    "FLUX.2 klein 4B": pair("transformer.single_transformer_blocks.19.attn.to_qkv_mlp_proj", 27648, 3072),
+}
+
+
+@pytest.mark.parametrize("title", FITTING)
+def test_a_file_is_held_against_the_published_models(title: str, tmp_path: Path) -> None:
+    save_file(FITTING[title], tmp_path / "it.safetensors")
+    verdicts = fitting(tmp_path / "it.safetensors")
+    assert [(verdict.base, verdict.modules) for verdict in verdicts] == [
+        (title, {"transformer": 3 if "qkv" in next(iter(FITTING[title])) and title == "Z-Image" else 1})
+    ]
+
+
+def test_where_no_published_model_fits_the_nearest_says_why(tmp_path: Path) -> None:
+    save_file(pair("diffusion_model.blocks.3.attn.wk", 1536, 6143), tmp_path / "it.safetensors")
+    (verdict,) = fitting(tmp_path / "it.safetensors")
+    assert verdict.base == "Krea 2"
+    assert "do not fit transformer_blocks.3.attn.to_k with weight (1536, 6144)" in str(verdict.refusal)
+    save_file(pair("unet.a.attn2.to_k", 4, 7), tmp_path / "it.safetensors")
+    assert fitting(tmp_path / "it.safetensors") == []
+
+
+def test_names_tell_families() -> None:
+    assert names_of(["double_blocks.0.img_attn.qkv"]) == "FLUX.1, FLUX.2 dev, FLUX.2 klein 9B or FLUX.2 klein 4B"
+    assert names_of(["joint_blocks_0_x_block_attn_qkv"]) == "Stable Diffusion 3.5 medium or Stable Diffusion 3.5 large"
+    assert names_of(["blocks.0.attn.wq"]) == "Krea 2"
+    assert names_of(["somewhere.else"]) is None
+    assert candidates(["somewhere.else"]) == list(SKELETONS)
+
+
+def test_a_file_for_another_family_says_which_and_who_wrote_it(models: dict[str, Any]) -> None:
+    state = pair("diffusion_model.blocks.3.attn.wk", 1536, 6144)
+    with pytest.raises(LoRAError, match=r"find no place in the model: .*written by ai-toolkit or ComfyUI.*of Krea 2\."):
+        load_lora(state, models)
+
+
+def test_every_skeleton_is_a_family_that_is_known_here() -> None:
+    from mole_diffusion.families import family_of
+
+    for known in SKELETONS[3:]:  # the first three are UNets of full size, which test_lora_names builds
+        components: dict[str, nn.Module] = known.build()
+        assert known.title.startswith(family_of(components).title.split(" or ")[0]), known.title
