@@ -45,6 +45,18 @@ def test_what_a_user_can_mend_is_one_line(monkeypatch: pytest.MonkeyPatch, error
     assert len(result.stderr) < 2100
 
 
+def test_the_traceback_of_what_a_user_can_mend_is_shown_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
+    def inspect_lora(_: Any) -> None:
+        raise MoLEError("wrong file")
+
+    monkeypatch.setattr("mole_diffusion.lora.inspect_lora", inspect_lora)
+    result = CliRunner().invoke(app, ["--traceback", "inspect", "x.safetensors"])
+    assert result.exit_code == BAD_INPUT
+    assert "Traceback (most recent call last)" in result.stderr
+    assert "in inspect_lora" in result.stderr
+    assert result.stderr.endswith("mole: wrong file\n")
+
+
 @pytest.mark.parametrize(
     "error", [ValueError("x"), TypeError("x"), KeyError("x"), RuntimeError("x"), OSError("no system call said this")]
 )

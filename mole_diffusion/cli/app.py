@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -35,12 +37,12 @@ class OneLineErrors(TyperGroup):
             return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: Any) -> Any:
-        with _one_line():
+        with _one_line(with_traceback=bool(ctx.params.get("traceback"))):
             return super().invoke(ctx)
 
 
 @contextmanager
-def _one_line() -> Iterator[None]:
+def _one_line(with_traceback: bool = False) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
@@ -54,12 +56,21 @@ def _one_line() -> Iterator[None]:
         _say(f"{error.format_message().rstrip('.')}.{hint}")
         raise typer.Exit(BAD_INPUT) from None
     except MENDABLE as error:
+        if with_traceback:
+            traceback.print_exc()
         _say(one_line(error))
         raise typer.Exit(BAD_INPUT) from None
 
 
 def _say(message: str) -> None:
     typer.echo(f"mole: {' '.join(message.split())}", err=True)
+
+
+class _Said(logging.Handler):
+    """What the library logs, as the other lines of the command line."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _say(record.getMessage())
 
 
 app = typer.Typer(
@@ -83,8 +94,15 @@ def _mole(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Say which version this is.")
     ] = False,
+    traceback: Annotated[
+        bool, typer.Option("--traceback", help="Show where in the code an error came from, not only what it is.")
+    ] = False,
 ) -> None:
     """What stands before a command."""
+    # The library logs; here it is heard, on standard error.
+    logger = logging.getLogger("mole_diffusion")
+    logger.handlers = [_Said()]
+    logger.setLevel(logging.INFO)
 
 
 app.command()(demo)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from mole_diffusion.clip import DifferentiableCLIP
@@ -40,6 +40,8 @@ from mole_diffusion.training.gates.objective import Drawn, Objective
 from mole_diffusion.training.gates.references import reference_features
 from mole_diffusion.training.gates.report import GateReport, check_out
 from mole_diffusion.training.gates.walk import Plan, Walker
+
+logger = logging.getLogger(__name__)
 
 
 def train_gates(
@@ -80,7 +82,7 @@ def train_gates(
         work: Folder for checkpoints and drawn references. If it has a checkpoint of this very training, that is
             resumed, however the last run ended; the numbers are those of an uninterrupted run.
         pictures: Put pictures into `out`; False leaves the gates, `training.json` and the model card.
-        progress: Show a bar on standard error, and the peak memory in the end.
+        progress: Show a bar on standard error, and log the peak memory in the end.
         log_with: "tensorboard" (below `out`, else `work`, else here), "wandb" or "none".
         on_step_end: Called with the step's number (from 1) and its numbers: "loss", each term ("global", "local",
             "identity"), "balance", "entropy" of the gates, "weight/<lora>", "temperature", "gradient_norm".
@@ -178,7 +180,7 @@ def train_gates(
             report.write(Path(out), gates, history, pictures)
         memory = peak_memory(processes.device)
         if shown and memory is not None:
-            Console(stderr=True).print(f"peak memory: {memory:.2f} GiB", highlight=False)
+            logger.info("peak memory: %.2f GiB", memory)
         processes.wait()
     return gates
 
