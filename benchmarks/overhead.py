@@ -84,7 +84,7 @@ def main() -> None:
     regions = RegionMap.from_regions(columns, NAMES, image_size=(latent, latent), grid=(latent, latent))
 
     def call() -> Call:
-        words = PromptWords(None, owned)
+        words = PromptWords(owned)
         words.encoded(inputs[2][1:])
         steps = SimpleNamespace(timesteps=torch.arange(1000, 0, -100), order=1)
         return Call(NAMES, ("subject",) * len(NAMES), steps, words=words, regions=regions)

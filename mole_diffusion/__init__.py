@@ -27,9 +27,25 @@ if TYPE_CHECKING:
     from .pipelines import MoLEQwenImageImg2ImgPipeline as MoLEQwenImageImg2ImgPipeline
     from .pipelines import MoLEQwenImageInpaintPipeline as MoLEQwenImageInpaintPipeline
     from .pipelines import MoLEQwenImagePipeline as MoLEQwenImagePipeline
+    from .pipelines import MoLEStableDiffusion3Img2ImgPipeline as MoLEStableDiffusion3Img2ImgPipeline
+    from .pipelines import MoLEStableDiffusion3InpaintPipeline as MoLEStableDiffusion3InpaintPipeline
+    from .pipelines import MoLEStableDiffusion3Pipeline as MoLEStableDiffusion3Pipeline
+    from .pipelines import MoLEStableDiffusionControlNetImg2ImgPipeline as MoLEStableDiffusionControlNetImg2ImgPipeline
+    from .pipelines import MoLEStableDiffusionControlNetInpaintPipeline as MoLEStableDiffusionControlNetInpaintPipeline
+    from .pipelines import MoLEStableDiffusionControlNetPipeline as MoLEStableDiffusionControlNetPipeline
     from .pipelines import MoLEStableDiffusionImg2ImgPipeline as MoLEStableDiffusionImg2ImgPipeline
     from .pipelines import MoLEStableDiffusionInpaintPipeline as MoLEStableDiffusionInpaintPipeline
     from .pipelines import MoLEStableDiffusionPipeline as MoLEStableDiffusionPipeline
+    from .pipelines import (
+        MoLEStableDiffusionXLControlNetImg2ImgPipeline as MoLEStableDiffusionXLControlNetImg2ImgPipeline,
+    )
+    from .pipelines import (
+        MoLEStableDiffusionXLControlNetInpaintPipeline as MoLEStableDiffusionXLControlNetInpaintPipeline,
+    )
+    from .pipelines import MoLEStableDiffusionXLControlNetPipeline as MoLEStableDiffusionXLControlNetPipeline
+    from .pipelines import MoLEStableDiffusionXLImg2ImgPipeline as MoLEStableDiffusionXLImg2ImgPipeline
+    from .pipelines import MoLEStableDiffusionXLInpaintPipeline as MoLEStableDiffusionXLInpaintPipeline
+    from .pipelines import MoLEStableDiffusionXLPipeline as MoLEStableDiffusionXLPipeline
     from .pipelines import MoLEZImageImg2ImgPipeline as MoLEZImageImg2ImgPipeline
     from .pipelines import MoLEZImageInpaintPipeline as MoLEZImageInpaintPipeline
     from .pipelines import MoLEZImagePipeline as MoLEZImagePipeline
@@ -63,6 +79,18 @@ _HOME = {  # public name -> the sub-package that has it
     "MoLEQwenImagePipeline": "pipelines",
     "MoLEQwenImageImg2ImgPipeline": "pipelines",
     "MoLEQwenImageInpaintPipeline": "pipelines",
+    "MoLEStableDiffusionControlNetPipeline": "pipelines",
+    "MoLEStableDiffusionControlNetImg2ImgPipeline": "pipelines",
+    "MoLEStableDiffusionControlNetInpaintPipeline": "pipelines",
+    "MoLEStableDiffusionXLPipeline": "pipelines",
+    "MoLEStableDiffusionXLImg2ImgPipeline": "pipelines",
+    "MoLEStableDiffusionXLInpaintPipeline": "pipelines",
+    "MoLEStableDiffusionXLControlNetPipeline": "pipelines",
+    "MoLEStableDiffusionXLControlNetImg2ImgPipeline": "pipelines",
+    "MoLEStableDiffusionXLControlNetInpaintPipeline": "pipelines",
+    "MoLEStableDiffusion3Pipeline": "pipelines",
+    "MoLEStableDiffusion3Img2ImgPipeline": "pipelines",
+    "MoLEStableDiffusion3InpaintPipeline": "pipelines",
     "load_lora": "lora",
     "inspect_lora": "lora",
     "GateConfig": "gating",

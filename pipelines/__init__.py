@@ -13,9 +13,25 @@ from .krea2 import MoLEKrea2Pipeline
 from .mixin import MoLEPipelineMixin
 from .qwen_image import MoLEQwenImageImg2ImgPipeline, MoLEQwenImageInpaintPipeline, MoLEQwenImagePipeline
 from .stable_diffusion import (
+    MoLEStableDiffusionControlNetImg2ImgPipeline,
+    MoLEStableDiffusionControlNetInpaintPipeline,
+    MoLEStableDiffusionControlNetPipeline,
     MoLEStableDiffusionImg2ImgPipeline,
     MoLEStableDiffusionInpaintPipeline,
     MoLEStableDiffusionPipeline,
+)
+from .stable_diffusion_3 import (
+    MoLEStableDiffusion3Img2ImgPipeline,
+    MoLEStableDiffusion3InpaintPipeline,
+    MoLEStableDiffusion3Pipeline,
+)
+from .stable_diffusion_xl import (
+    MoLEStableDiffusionXLControlNetImg2ImgPipeline,
+    MoLEStableDiffusionXLControlNetInpaintPipeline,
+    MoLEStableDiffusionXLControlNetPipeline,
+    MoLEStableDiffusionXLImg2ImgPipeline,
+    MoLEStableDiffusionXLInpaintPipeline,
+    MoLEStableDiffusionXLPipeline,
 )
 from .z_image import MoLEZImageImg2ImgPipeline, MoLEZImageInpaintPipeline, MoLEZImagePipeline
 
@@ -31,9 +47,21 @@ __all__ = [
     "MoLEQwenImageImg2ImgPipeline",
     "MoLEQwenImageInpaintPipeline",
     "MoLEQwenImagePipeline",
+    "MoLEStableDiffusion3Img2ImgPipeline",
+    "MoLEStableDiffusion3InpaintPipeline",
+    "MoLEStableDiffusion3Pipeline",
+    "MoLEStableDiffusionControlNetImg2ImgPipeline",
+    "MoLEStableDiffusionControlNetInpaintPipeline",
+    "MoLEStableDiffusionControlNetPipeline",
     "MoLEStableDiffusionImg2ImgPipeline",
     "MoLEStableDiffusionInpaintPipeline",
     "MoLEStableDiffusionPipeline",
+    "MoLEStableDiffusionXLControlNetImg2ImgPipeline",
+    "MoLEStableDiffusionXLControlNetInpaintPipeline",
+    "MoLEStableDiffusionXLControlNetPipeline",
+    "MoLEStableDiffusionXLImg2ImgPipeline",
+    "MoLEStableDiffusionXLInpaintPipeline",
+    "MoLEStableDiffusionXLPipeline",
     "MoLEZImageImg2ImgPipeline",
     "MoLEZImageInpaintPipeline",
     "MoLEZImagePipeline",

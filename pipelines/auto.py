@@ -14,8 +14,10 @@ def register(
         name: Of the model, as nobody else calls it.
         text_to_image, image_to_image, inpainting: The pipelines; ``None`` where diffusers has none.
     """
-    auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING[name] = text_to_image
-    if image_to_image is not None:
-        auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING[name] = image_to_image
-    if inpainting is not None:
-        auto_pipeline.AUTO_INPAINT_PIPELINES_MAPPING[name] = inpainting
+    for mapping, pipeline in (
+        (auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING, text_to_image),
+        (auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, image_to_image),
+        (auto_pipeline.AUTO_INPAINT_PIPELINES_MAPPING, inpainting),
+    ):
+        if pipeline is not None:
+            mapping[name] = pipeline

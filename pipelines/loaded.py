@@ -105,6 +105,13 @@ class Loaded:
                 _RECORDS[unwrapped(components[name])] = self
         self.set_weigher()
 
+    def drop_gates(self) -> None:
+        """Forgets the gates, and a composition that needs them."""
+        self.gates = None
+        if self.composition is not None and "gates" in self.composition.needs:
+            self.composition = None
+        self.set_weigher()
+
     def set_weigher(self) -> None:
         """Who weighs outside of a pipeline's call: the chosen method, or the one that needs no words."""
         if self.experts is not None:

@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import os
+import functools
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from ..composition import COMPOSITIONS, Budget, Call, Composition, MaskedGates, Masks, MoLE, RegionMap, Role
+from ..composition import Call, Composition, RegionMap
 from ..composition.call import current_call, running
 from ..errors import MoLEError
-from ..experts import Experts
-from ..experts.attach import refuse_adapters
-from ..families import COMPONENTS, Family, family_of
-from ..gating import GateConfig, MoLEModel
-from ..lora import LoRA, load_lora
-from .loaded import Loaded, loaded_into
-from .naming import LoRASource, named_sources, read_roles, read_triggers
+from .gate_calls import GateCalls
+from .loaded import Loaded
 from .prior import drawing_prior
 from .reading import Spans, add_region_words, given_words, prompt_words, split_prompts, with_region_prompts
 from .refusals import refuse_half_measures, refuse_not_finite
-from .selection import Selection, check_names, read_selection
+from .selection import Selection, read_scale, read_selection
 from .size import latent_grid, picture_count, picture_size
-from .stock_lora import StockLoRACalls
 from .turns import turn
 
 if TYPE_CHECKING:
@@ -35,11 +26,13 @@ if TYPE_CHECKING:
 
     Regions = Mapping[str, Region | Sequence[Region]] | RegionMap
 
+READ = "the prompts that were read"
+
 # Every `composing` that this thread is inside of, the innermost last: what is loaded, its stack and its scale.
 _OPEN: ContextVar[tuple[tuple[Loaded, ExitStack, float], ...]] = ContextVar("mole_diffusion.open", default=())
 
 
-class MoLEPipelineMixin(StockLoRACalls):
+class MoLEPipelineMixin(GateCalls):
     """Draws with several LoRAs at once. Stands before a diffusers pipeline in a class statement, and has no state of
     its own in the pipeline's components: loading, saving, devices and offloading stay as they are.
 
@@ -60,39 +53,6 @@ class MoLEPipelineMixin(StockLoRACalls):
     where they share models alone.
     """
 
-    # --- what is loaded -------------------------------------------------------------------------------------------
-
-    @property
-    def _loaded(self) -> Loaded:
-        own = loaded_into(self.lora_components, self.__dict__.get("_mole_loaded"))
-        self.__dict__["_mole_loaded"] = own
-        return own
-
-    @property
-    def experts(self) -> Experts | None:
-        """The loaded LoRAs as experts on the models, or ``None`` without LoRAs."""
-        return self._loaded.experts
-
-    @property
-    def gates(self) -> MoLEModel | None:
-        """The gates, or ``None`` as long as none are loaded."""
-        return self._loaded.gates
-
-    @property
-    def composition(self) -> Composition:
-        """The composition method in use: what was chosen, or what a call with all LoRAs would take by default."""
-        return self._loaded.composition or self._default(tuple(self._loaded.loras), has_prompt=True)
-
-    @property
-    def triggers(self) -> dict[str, tuple[str, ...]]:
-        """The words that call each LoRA."""
-        return dict(self._loaded.triggers)
-
-    @property
-    def roles(self) -> dict[str, Role]:
-        """The role of each LoRA: ``"subject"``, ``"style"`` or ``"utility"``."""
-        return dict(self._loaded.roles)
-
     @property
     def masks(self) -> RegionMap | None:
         """Which pixels were whose in the latest call of this pipeline; ``None`` where its method made no difference.
@@ -101,195 +61,6 @@ class MoLEPipelineMixin(StockLoRACalls):
         """
         found: RegionMap | None = self.__dict__.get("_mole_masks")
         return found
-
-    @property
-    def family(self) -> Family:
-        """What is known of the models of this pipeline.
-
-        Raises:
-            MoLEError: Nothing is, or they are models that no LoRAs are composed on.
-        """
-        return family_of({name: getattr(self, name, None) for name in COMPONENTS})
-
-    @property
-    def lora_components(self) -> dict[str, nn.Module]:
-        """The models LoRAs can touch, by their names in the pipeline."""
-        found = {name: getattr(self, name, None) for name in self.family.architectures}
-        return {name: model for name, model in found.items() if isinstance(model, nn.Module)}
-
-    # --- LoRAs ----------------------------------------------------------------------------------------------------
-
-    def load_loras(
-        self,
-        loras: Mapping[str, LoRASource] | Sequence[str | os.PathLike[str] | LoRA],
-        *,
-        triggers: Mapping[str, str | Sequence[str]] | None = None,
-        roles: Mapping[str, Role] | None = None,
-    ) -> None:
-        """Loads LoRAs, in addition to those already loaded. If one is refused, nothing changes.
-
-        Args:
-            loras: Name to file, state dict or :class:`LoRA`; or a list of files, named by their stems.
-            triggers: Name to the words in a prompt that call the LoRA, one phrase or several. By default those that
-                its file tells (`mole train-lora` and kohya's trainers write them), else its name.
-            roles: Name to ``"subject"``, the default: a thing in the picture; ``"style"``: everywhere but on subjects'
-                words; or ``"utility"``, such as LCM: everywhere, at its own weight.
-
-        Raises:
-            TypeError: `loras` or a name is of another type.
-            ValueError: A name is taken; a file does not fit (`LoRAError`); or gates are loaded, which know only the
-                LoRAs they were trained for.
-        """
-        sources = named_sources(loras)
-        loaded = self._loaded
-        loaded.refuse_while_drawing("load LoRAs")
-        taken = [name for name in sources if name in loaded.loras]
-        if taken:
-            raise MoLEError(
-                f"a LoRA named {taken[0]!r} is loaded already. Loaded are: {', '.join(loaded.loras)}. "
-                f"Choose another name, or call `unload_loras([{taken[0]!r}])` first."
-            )
-        self._refuse_under_gates("load more LoRAs")
-        components = self.lora_components
-        for name, model in components.items():
-            refuse_adapters(name, model)
-        read = {
-            name: replace(source, name=name) if isinstance(source, LoRA) else load_lora(source, components, name=name)
-            for name, source in sources.items()
-        }
-        words, called_by_name = read_triggers(triggers, read)
-        of_roles = read_roles(roles, read)
-        loaded.hang(components, {**loaded.loras, **read})
-        loaded.triggers |= words
-        loaded.called_by_name |= called_by_name
-        loaded.roles |= of_roles
-
-    def unload_loras(self, names: Sequence[str] | None = None) -> None:
-        """Takes the named LoRAs, or all, off the models. Without LoRAs the models are as before, bit for bit.
-
-        Unloading all also removes the gates. With gates, single LoRAs are masked in a call instead:
-        ``pipe(prompt, loras=[...])``.
-
-        Raises:
-            ValueError: A name is not loaded, gates are loaded and not all LoRAs go, or a picture is being drawn.
-        """
-        loaded = self._loaded
-        loaded.refuse_while_drawing("unload LoRAs")
-        if names is None:
-            names = list(loaded.loras)
-        elif not isinstance(names, list | tuple):
-            raise TypeError(f"`names` must be None (all) or a list of names, got {names!r} ({type(names).__name__}).")
-        check_names(names, list(loaded.loras), "names")
-        rest = {name: lora for name, lora in loaded.loras.items() if name not in names}
-        if not rest:
-            self.unload_gates()
-        elif len(rest) < len(loaded.loras):
-            self._refuse_under_gates("unload single LoRAs")
-        loaded.hang(self.lora_components if rest else {}, rest)
-        for name in names:
-            del loaded.triggers[name], loaded.roles[name]
-        loaded.called_by_name -= set(names)
-
-    def _refuse_under_gates(self, wish: str) -> None:
-        if self.gates is not None:
-            raise MoLEError(
-                f"cannot {wish} while gates for {', '.join(self._loaded.loras)} are loaded, for gates weigh exactly "
-                "the LoRAs they were trained with. Mask LoRAs with `pipe(..., loras=[...])`, or call "
-                "`unload_gates()` first."
-            )
-
-    # --- gates and methods ----------------------------------------------------------------------------------------
-
-    def init_gates(self, config: GateConfig | None = None) -> MoLEModel:
-        """Hangs fresh, untrained gates on the loaded LoRAs and returns them.
-
-        The composition becomes ``"mole"``, or ``"masked_gates"`` for gates with ``residual=True``.
-        """
-        return self._use_gates(MoLEModel.from_experts(self._need_experts("init_gates"), config))
-
-    def load_gates(self, source: str | os.PathLike[str], **kwargs: Any) -> MoLEModel:
-        """Loads trained gates from a folder or the Hub.
-
-        The composition becomes ``"mole"``, or ``"masked_gates"`` if they were trained to correct masks.
-
-        Args:
-            source: Folder or Hub id.
-            **kwargs: Passed on to `MoLEModel.from_pretrained` (``revision``, ``token``, ``cache_dir``, …).
-
-        Raises:
-            ValueError: No LoRAs are loaded, or they are not those the gates were trained with, in that order.
-        """
-        self._need_experts("load_gates")
-        return self._use_gates(MoLEModel.from_pretrained(source, **kwargs))
-
-    def save_gates(self, folder: str | os.PathLike[str], **kwargs: Any) -> Path:
-        """Saves the gates, with names, hashes and ranks of their LoRAs, as a folder that `load_gates` reads.
-
-        Raises:
-            ValueError: There are no gates.
-        """
-        if self.gates is None:
-            raise MoLEError("there are no gates to save. Load some with `load_gates`, or start with `init_gates`.")
-        self.gates.save_pretrained(folder, **kwargs)
-        return Path(folder)
-
-    def unload_gates(self) -> None:
-        """Removes the gates; a composition that needs them goes too, and each call chooses for itself again."""
-        loaded = self._loaded
-        loaded.refuse_while_drawing("unload gates")
-        loaded.gates = None
-        if loaded.composition is not None and "gates" in loaded.composition.needs:
-            loaded.composition = None
-        loaded.set_weigher()
-
-    def set_composition(self, method: str | Composition | None) -> None:
-        """Chooses how the LoRAs share the picture.
-
-        Args:
-            method: A name in `mole_diffusion.composition.COMPOSITIONS`, or a method of your own. ``None`` leaves it to
-                each call: ``"masks"`` where several LoRAs take part whose trigger words are known (given, or told by
-                their files), and otherwise ``"budget"``.
-
-        Raises:
-            ValueError: The name is unknown, or the method needs gates and none are loaded.
-        """
-        if isinstance(method, str):
-            if method not in COMPOSITIONS:
-                raise MoLEError(f"there is no composition {method!r}. Known are: {', '.join(COMPOSITIONS)}.")
-            method = COMPOSITIONS[method]()
-        if not (method is None or isinstance(method, Composition)):
-            raise TypeError(f"`method` must be a name or a Composition, got {method!r} ({type(method).__name__}).")
-        if method is not None and "gates" in method.needs and method.gates is None:
-            if self.gates is None:
-                raise MoLEError(
-                    f"composition {method.name!r} needs gates, and none are loaded. Load some with `load_gates`, start "
-                    'fresh ones with `init_gates`, or use a method without gates, such as "normalized".'
-                )
-            method.gates = self.gates
-        self._loaded.composition = method
-        self._loaded.set_weigher()
-
-    def _need_experts(self, method: str) -> Experts:
-        if self.experts is None:
-            raise MoLEError(f"`{method}` needs LoRAs, and none are loaded. Call `load_loras` first.")
-        return self.experts
-
-    def _use_gates(self, gates: MoLEModel) -> MoLEModel:
-        # Binding compares the gates with the LoRAs and the model; nothing has changed if it refuses.
-        gates.bind(self._need_experts("gates"))
-        self._loaded.gates = gates
-        self.set_composition(MaskedGates(gates=gates) if gates.gate_config.residual else MoLE(gates))
-        return gates
-
-    def _default(self, taking_part: Sequence[str], *, has_prompt: bool, regions: bool = False) -> Composition:
-        """The method of a call for which none was chosen: binds LoRAs to their subjects wherever words allow it."""
-        loaded = self._loaded
-        subjects = [name for name in taking_part if loaded.roles[name] == "subject"]
-        told = has_prompt and not loaded.called_by_name & set(subjects)
-        several = sum(loaded.roles[name] != "utility" for name in taking_part) > 1
-        return Masks() if regions or (told and several and subjects) else Budget()
-
-    # --- drawing --------------------------------------------------------------------------------------------------
 
     @contextmanager
     def composing(
@@ -334,6 +105,12 @@ class MoLEPipelineMixin(StockLoRACalls):
         prompts: dict[str, str] = {}
         if regions is not None:
             regions, prompts = split_prompts(regions)
+            if prompts and not self.family.crossed:
+                raise MoLEError(
+                    f"regions of {', '.join(prompts)} have prompts of their own, and {self.family.title} attends to "
+                    "words and pixels at once, so that more words would change the picture everywhere. Leave their "
+                    "prompts out, and write all words into the one prompt."
+                )
             size = size or picture_size(self, {})
             # Those of an earlier call have a row for each picture; what else is given is one for all pictures.
             rows = (count or regions.rows) if isinstance(regions, RegionMap) and regions.rows > 1 else 1
@@ -403,8 +180,8 @@ class MoLEPipelineMixin(StockLoRACalls):
         """
         self._refuse_unknown_arguments(kwargs)
         loaded = self._loaded
-        attention = kwargs.get("cross_attention_kwargs") or {}
-        refuse_not_finite({**kwargs, "cross_attention_kwargs' scale": attention.get("scale")})
+        scale = read_scale(kwargs)
+        refuse_not_finite({**kwargs, "scale": scale})
         loras = [] if loaded.disabled and loras is None else loras
         keep, _ = read_selection(loras, list(loaded.loras))
         taking_part = [name for name, kept in zip(loaded.loras, keep[0].tolist(), strict=True) if kept]
@@ -416,7 +193,7 @@ class MoLEPipelineMixin(StockLoRACalls):
                 f"composition {method.name!r} weighs every pixel alike, so `regions` would do nothing. Call "
                 '`set_composition("masks")` first, or draw without regions.'
             )
-        settings: dict[str, Any] = {"scale": attention.get("scale", 1.0), "regions": regions, "scheduler": None}
+        settings: dict[str, Any] = {"scale": scale, "regions": regions, "scheduler": None}
         given = self._named(args, kwargs)
         settings["size"] = picture_size(self, given) if regions is not None else None
         settings["count"] = picture_count(given)
@@ -432,28 +209,37 @@ class MoLEPipelineMixin(StockLoRACalls):
             self.__dict__["_mole_masks"] = call.found or call.regions
         return output
 
-    def encode_prompt(self, prompt: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
         """As in diffusers. Inside a call it is also where the LoRAs' words are looked for in the prompts."""
         tokenizers = [part for name, part in self.components.items() if name.startswith("tokenizer") and part]
         with turn(*tokenizers):
-            return self._encode_prompt_alone(prompt, *args, **kwargs)
+            return self._encode_prompt_alone(*args, **kwargs)
 
-    def _encode_prompt_alone(self, prompt: Any, *args: Any, **kwargs: Any) -> Any:
+    def _encode_prompt_alone(self, *args: Any, **kwargs: Any) -> Any:
         call = current_call()
         loaded = self._loaded
         weigher = None if call is None or loaded.experts is None else loaded.experts.chosen
-        reads = call is not None and prompt is not None and "words" in getattr(weigher, "needs", ())
-        if reads and call is not None and call.names == tuple(loaded.loras):
-            call.words = prompt_words(self, prompt, loaded, call)
-        encoded = super().encode_prompt(prompt, *args, **kwargs)
-        if call is None or call.words is None or "words" not in getattr(weigher, "needs", ()):
-            return encoded
-        if reads and call.region_prompts and call.names == tuple(loaded.loras):
-            add_region_words(self, call)
-            encode = super().encode_prompt
-            texts = list(call.region_prompts.values())
-            encoded = with_region_prompts(encoded, encode, texts, args[0] if args else kwargs["device"])
-        call.words.encoded(encoded[0])
+        encode = super().encode_prompt
+        if call is None or call.names != tuple(loaded.loras) or "words" not in getattr(weigher, "needs", ()):
+            return encode(*args, **kwargs)
+        given = inspect.signature(encode).bind_partial(*args, **kwargs).arguments
+        prompt = given.get("prompt")
+        if prompt is None:  # embeddings, as they were given
+            encoded = encode(*args, **kwargs)
+        else:
+            # Where guidance is a call of its own, the negative prompt is encoded like a prompt, after it.
+            if call.state.setdefault(READ, prompt) != prompt:
+                return encode(*args, **kwargs)
+            call.words = prompt_words(self, prompt, loaded, call, given)
+            encoded = encode(*args, **kwargs)
+            if call.region_prompts:
+                add_region_words(self, call)
+                device = given.get("device")
+                with running(None):  # these are no prompts of the call
+                    beside = functools.partial(self.family.encode, self, device=device)
+                    encoded = with_region_prompts(encoded, beside, list(call.region_prompts.values()))
+        if call.words is not None:
+            call.words.encoded(encoded[0])
         return encoded
 
 

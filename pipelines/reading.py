@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,26 +12,36 @@ from ..composition.call import Call
 from ..composition.prompt import PromptWords
 from ..composition.words import require_triggers, trigger_tokens
 from ..errors import MoLEError
+from ..families.base import Reading, spelled
 from .loaded import Loaded
 
 Spans = Mapping[str, Sequence[int]]
 
 
-def prompt_words(pipe: Any, prompt: str | Sequence[str], loaded: Loaded, call: Call) -> PromptWords:
+def prompt_words(
+    pipe: Any, prompt: str | Sequence[str], loaded: Loaded, call: Call, others: Mapping[str, Any] | None = None
+) -> PromptWords:
     """The words of each LoRA in the prompts a pipeline is about to encode.
+
+    Args:
+        pipe: The pipeline.
+        prompt: The prompts.
+        loaded: The LoRAs.
+        call: The call.
+        others: Other arguments of ``encode_prompt``, such as ``prompt_2``, by name.
 
     Raises:
         MoLEError: A subject that takes part, and has no region of its own, is not called by its words.
     """
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    tokenizer = pipe.tokenizer
-    spelled = getattr(
-        pipe, "maybe_convert_prompt", lambda text, _: text
-    )  # tokens of textual inversion, as they are read
-    prompts = [spelled(text, tokenizer) for text in prompts]
-    triggers = {name: tuple(spelled(phrase, tokenizer) for phrase in loaded.triggers[name]) for name in call.names}
-    length = tokenizer.model_max_length
-    owned = trigger_tokens(tokenizer, prompts, triggers, length)
+    readings = pipe.family.readings(pipe, {**(others or {}), "prompt": prompt})
+    marks = []
+    for reading in readings:
+        triggers = {
+            name: tuple(spelled(pipe, reading.tokenizer, phrase) for phrase in loaded.triggers[name])
+            for name in call.names
+        }
+        marks.append(trigger_tokens(reading.tokenizer, reading.texts, triggers, reading.length))
+    words = _joined(readings, marks)
     experts = loaded.experts
     assert experts is not None
     kept = experts.keep.amax(dim=0).tolist()
@@ -40,8 +50,26 @@ def prompt_words(pipe: Any, prompt: str | Sequence[str], loaded: Loaded, call: C
     subjects_and_styles = sum(loaded.roles[name] != "utility" for name in names)
     if subjects_and_styles > 1 or call.regions is not None:
         fixed = () if call.regions is None else call.regions.fixed
-        require_triggers(owned[:, taking_part], prompts, names, triggers, loaded.roles, fixed)
-    return PromptWords(_token_ids(pipe, prompts), owned, tokenizer.eos_token_id)
+        texts = [prompt] if isinstance(prompt, str) else list(prompt)
+        require_triggers(words.owned[:, taking_part], texts, names, loaded.triggers, loaded.roles, fixed)
+    return words
+
+
+def _joined(readings: Sequence[Reading], marks: Sequence[Tensor]) -> PromptWords:
+    """What every tokenizer marked, ``(prompts, N, tokens)`` each, as the denoiser is given it."""
+    length = max(reading.place.stop for reading in readings if reading.place is not None)
+    owned = torch.zeros(*marks[0].shape[:2], length, dtype=torch.bool)
+    ends = torch.zeros(len(owned), length, dtype=torch.bool)
+    read = []
+    for reading, mark in zip(readings, marks, strict=True):
+        ids = _token_ids(reading)
+        read.append((ids, mark))
+        if reading.place is not None:
+            owned[..., reading.place] |= mark[..., reading.dropped :]
+            ended = ids == reading.tokenizer.eos_token_id
+            first = ended & (ended.cumsum(dim=1) == 1)  # many tokenizers pad with it
+            ends[:, reading.place] |= first[:, reading.dropped :]
+    return PromptWords(owned, read, ends)
 
 
 def given_words(spans: Spans, names: Sequence[str], prompt_embeds: Tensor | None) -> PromptWords:
@@ -63,7 +91,7 @@ def given_words(spans: Spans, names: Sequence[str], prompt_embeds: Tensor | None
                 f"`spans` of {name!r} must be positions of tokens from 0 to {tokens - 1}, got {positions!r}."
             )
         owned[:, list(names).index(name), places] = True
-    return PromptWords(None, owned)
+    return PromptWords(owned)
 
 
 def split_prompts(regions: Any) -> tuple[Any, dict[str, str]]:
@@ -91,11 +119,17 @@ def add_region_words(pipe: Any, call: Call) -> None:
     """Tells whose the words of regions' own prompts are."""
     assert call.words is not None
     for name, text in call.region_prompts.items():
-        ids = _token_ids(pipe, [text])
-        call.words.add_region(ids, call.names.index(name), pipe.tokenizer.all_special_ids)
+        readings = pipe.family.readings(pipe, {"prompt": [text]})
+        marks = []
+        for reading in readings:
+            special = torch.tensor(reading.tokenizer.all_special_ids)
+            mark = torch.zeros(1, len(call.names), reading.length, dtype=torch.bool)
+            mark[0, call.names.index(name)] = ~torch.isin(_token_ids(reading)[0], special)
+            marks.append(mark)
+        call.words.add_region(_joined(readings, marks))
 
 
-def with_region_prompts(encoded: Any, encode: Any, texts: Sequence[str], device: Any) -> Any:
+def with_region_prompts(encoded: Any, encode: Callable[[list[str]], Any], texts: Sequence[str]) -> Any:
     """Prompt embeddings with those of regions' own prompts behind them.
 
     The words of a region are drawn to its pixels and kept from others by the method. Negative embeddings, which must
@@ -103,25 +137,20 @@ def with_region_prompts(encoded: Any, encode: Any, texts: Sequence[str], device:
 
     Args:
         encoded: What the pipeline's `encode_prompt` gave: prompt embeddings, negative ones or ``None``, and more.
-        encode: The pipeline's `encode_prompt`.
+        encode: The same for other prompts, without guidance.
         texts: The regions' prompts.
-        device: Where to.
     """
     embeds, negative, *rest = encoded
     for text in texts:
-        beside = encode(text, device, 1, False)[0]
+        beside = encode([text])[0]
         embeds = torch.cat([embeds, beside.expand(len(embeds), -1, -1)], dim=1)
     if negative is not None:
         negative = negative.repeat(1, 1 + len(texts), 1)
     return (embeds, negative, *rest)
 
 
-def _token_ids(pipe: Any, prompts: Sequence[str]) -> Tensor:
-    tokenizer = pipe.tokenizer
-    spelled = getattr(pipe, "maybe_convert_prompt", lambda text, _: text)
-    texts = [spelled(text, tokenizer) for text in prompts]
-    length = tokenizer.model_max_length
-    ids: Tensor = tokenizer(
-        texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+def _token_ids(reading: Reading) -> Tensor:
+    ids: Tensor = reading.tokenizer(
+        reading.texts, padding="max_length", max_length=reading.length, truncation=True, return_tensors="pt"
     ).input_ids
     return ids

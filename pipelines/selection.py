@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,11 +40,21 @@ def read_selection(loras: Selection, names: Sequence[str]) -> tuple[Tensor, Tens
     check_names(loras, names, "loras")
     keep.zero_()
     for name in loras:
-        weight = _read_scale(name, loras[name]) if isinstance(loras, Mapping) else 1.0
+        weight = _lora_scale(name, loras[name]) if isinstance(loras, Mapping) else 1.0
         # A LoRA at 0 is left out, so that the others share what it would have had.
         keep[0, names.index(name)] = weight != 0
         scale[0, names.index(name)] = weight or 1.0
     return keep, scale
+
+
+# Where pipelines of diffusers take the `scale` of all LoRAs.
+SCALE_ARGUMENTS = ("cross_attention_kwargs", "attention_kwargs", "joint_attention_kwargs")
+
+
+def read_scale(kwargs: Mapping[str, Any]) -> float:
+    """The ``scale`` of all LoRAs in the arguments of a pipeline's call; 1 where none is given."""
+    scales = [given["scale"] for name in SCALE_ARGUMENTS if (given := kwargs.get(name)) and "scale" in given]
+    return scales[0] if scales else 1.0
 
 
 def check_names(given: Iterable[str], names: Sequence[str], argument: str) -> None:
@@ -60,7 +71,7 @@ def check_names(given: Iterable[str], names: Sequence[str], argument: str) -> No
         seen.add(name)
 
 
-def _read_scale(name: str, scale: object) -> float:
+def _lora_scale(name: str, scale: object) -> float:
     if isinstance(scale, bool) or not isinstance(scale, Real):
         raise TypeError(f"the scale of {name!r} in `loras` must be a number, got {_shown(scale)}.")
     if not math.isfinite(scale):

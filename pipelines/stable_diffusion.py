@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
-from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline, StableDiffusionPipeline
+from diffusers import (
+    StableDiffusionControlNetImg2ImgPipeline,
+    StableDiffusionControlNetInpaintPipeline,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+)
 
 from .auto import register
 from .mixin import MoLEPipelineMixin
 
 
 class MoLEStableDiffusionPipeline(MoLEPipelineMixin, StableDiffusionPipeline):
-    """`diffusers.StableDiffusionPipeline` that draws with several LoRAs at once; see :class:`MoLEPipelineMixin`."""
+    """`diffusers.StableDiffusionPipeline` with LoRAs composed; see :class:`MoLEPipelineMixin`."""
 
 
 class MoLEStableDiffusionImg2ImgPipeline(MoLEPipelineMixin, StableDiffusionImg2ImgPipeline):
-    """`diffusers.StableDiffusionImg2ImgPipeline` with several LoRAs at once; see :class:`MoLEPipelineMixin`."""
+    """`diffusers.StableDiffusionImg2ImgPipeline` with LoRAs composed; see :class:`MoLEPipelineMixin`."""
 
 
 class MoLEStableDiffusionInpaintPipeline(MoLEPipelineMixin, StableDiffusionInpaintPipeline):
-    """`diffusers.StableDiffusionInpaintPipeline` with several LoRAs at once; see :class:`MoLEPipelineMixin`."""
+    """`diffusers.StableDiffusionInpaintPipeline` with LoRAs composed; see :class:`MoLEPipelineMixin`."""
+
+
+class MoLEStableDiffusionControlNetPipeline(MoLEPipelineMixin, StableDiffusionControlNetPipeline):
+    """`diffusers.StableDiffusionControlNetPipeline` with LoRAs composed; see :class:`MoLEPipelineMixin`."""
+
+
+class MoLEStableDiffusionControlNetImg2ImgPipeline(MoLEPipelineMixin, StableDiffusionControlNetImg2ImgPipeline):
+    """`diffusers.StableDiffusionControlNetImg2ImgPipeline` with LoRAs composed; see :class:`MoLEPipelineMixin`."""
+
+
+class MoLEStableDiffusionControlNetInpaintPipeline(MoLEPipelineMixin, StableDiffusionControlNetInpaintPipeline):
+    """`diffusers.StableDiffusionControlNetInpaintPipeline` with LoRAs composed; see :class:`MoLEPipelineMixin`."""
 
 
 register(
@@ -25,4 +44,11 @@ register(
     text_to_image=MoLEStableDiffusionPipeline,
     image_to_image=MoLEStableDiffusionImg2ImgPipeline,
     inpainting=MoLEStableDiffusionInpaintPipeline,
+)
+
+register(
+    "mole-stable-diffusion-controlnet",
+    text_to_image=MoLEStableDiffusionControlNetPipeline,
+    image_to_image=MoLEStableDiffusionControlNetImg2ImgPipeline,
+    inpainting=MoLEStableDiffusionControlNetInpaintPipeline,
 )

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import CMStochasticIterativeScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
+from mole_diffusion.errors import MoLEError
 from mole_diffusion.training.engine.loop import step_generator
-from mole_diffusion.training.engine.noise import NoiseSchedule
+from mole_diffusion.training.engine.noise import FlowSchedule, NoiseSchedule, schedule_of
 from mole_diffusion.training.gates.walk import Walker
 from tests import reference
 from tests.gate_training import PROMPTS, config, mole_pipeline
@@ -66,8 +67,41 @@ def test_a_step_with_fresh_noise_is_its_equation(eta: float) -> None:
         expected = reference.ddim(
             clean.double(), noise.double(), fresh.double(), a[now], a[after] if after >= 0 else 1.0, eta
         )
-        ours = schedule.ddim_step(noise, noisy, t, s, fresh, eta)
+        ours = schedule.step(noise, noisy, t, s, fresh, eta)
         torch.testing.assert_close(ours.double(), expected, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_a_step_of_flow_matching_is_that_of_diffusers(shift: float) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    schedule = schedule_of(scheduler)
+    timesteps = schedule.trailing_timesteps(4)
+    scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
+    torch.testing.assert_close(torch.tensor(timesteps), scheduler.timesteps)
+    ours = theirs = torch.randn(2, 4, 5, 5)
+    for index, (now, after) in enumerate(zip(timesteps, [*timesteps[1:], schedule.clean], strict=True)):
+        prediction = torch.randn(2, 4, 5, 5)
+        theirs = scheduler.step(prediction, scheduler.timesteps[index], theirs).prev_sample
+        ours = schedule.step(prediction, ours, torch.full((2,), now), torch.full((2,), after))
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_flow_matching_with_fresh_noise_keeps_the_noise_level(eta: float) -> None:
+    """Of a model that knows the clean picture, the next sample is that picture and noise of the next level."""
+    schedule = FlowSchedule(1000, 1.0)
+    clean, noise, fresh = torch.randn(3, 2, 4, 5, 5).double().unbind(0)
+    now, after = 0.8, 0.3
+    noisy = (1 - now) * clean + now * noise
+    t, s = torch.full((2,), 1000 * now), torch.full((2,), 1000 * after)
+    expected = (1 - after) * clean + after * ((1 - eta**2) ** 0.5 * noise + eta * fresh)
+    torch.testing.assert_close(schedule.step(noise - clean, noisy, t, s, fresh, eta), expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(schedule.predict_clean(noise - clean, noisy, t), clean, atol=1e-6, rtol=1e-6)
+
+
+def test_a_scheduler_of_neither_kind_is_refused() -> None:
+    with pytest.raises(MoLEError, match="CMStochasticIterativeScheduler has no `alphas_cumprod`"):
+        schedule_of(CMStochasticIterativeScheduler())
 
 
 @pytest.mark.parametrize("gradient_steps", [0, 1, 3])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,31 +17,28 @@ class PromptWords:
     words.
 
     Args:
-        input_ids: The prompts as the text encoder is given them, ``(prompts, tokens)``; ``None`` where only embeddings
-            are known.
-        owned: ``(prompts, N, tokens)`` bool: which tokens are words of which LoRA.
-        end_of_text: The id of the token that ends a prompt.
+        owned: ``(prompts, N, tokens)`` bool: which of the tokens that the denoiser is given are words of which LoRA.
+        read: What each text encoder is given: the prompts' tokens ``(prompts, tokens)``, and whose words they are,
+            ``(prompts, N, tokens)`` bool. None where only embeddings are known.
+        ends: ``(prompts, tokens)`` bool: where the denoiser's tokens end a prompt, if that is known.
     """
 
-    def __init__(self, input_ids: Tensor | None, owned: Tensor, end_of_text: int | None = None) -> None:
-        self.input_ids = input_ids
+    def __init__(self, owned: Tensor, read: Sequence[tuple[Tensor, Tensor]] = (), ends: Tensor | None = None) -> None:
         self.owned = owned
-        self._end_of_text = end_of_text
-        self._beside: list[tuple[Tensor, Tensor]] = []
+        self._read = list(read)
+        self._ends = ends
+        self._beside: list[Tensor] = []
         self._embeddings: Tensor | None = None
         self._latest: tuple[Tensor, Tensor] | None = None
 
-    def add_region(self, input_ids: Tensor, owner: int, special: Collection[int]) -> None:
-        """A prompt of one LoRA's region, whose tokens come after those of every prompt. All its words are that LoRA's.
+    def add_region(self, words: PromptWords) -> None:
+        """A prompt of one LoRA's region, whose tokens come after those of every prompt.
 
         Args:
-            input_ids: ``(1, tokens)``.
-            owner: Index of the LoRA.
-            special: Tokens that are no words: the start and end of the text, and padding.
+            words: Of that prompt alone.
         """
-        owned = torch.zeros(1, self.owned.shape[1], input_ids.shape[1], dtype=torch.bool)
-        owned[0, owner] = ~torch.isin(input_ids[0], torch.tensor(list(special)))
-        self._beside.append((input_ids, owned))
+        self._read += words._read
+        self._beside.append(words.owned)
 
     def encoded(self, embeddings: Tensor) -> None:
         """Say what the prompts became: ``(prompts * pictures, tokens, width)``, pictures of a prompt side by side."""
@@ -61,12 +58,10 @@ class PromptWords:
         """
         rows = input_ids.cpu()
         found = torch.zeros(len(rows), self.owned.shape[1], rows.shape[1], dtype=torch.bool)
-        if self.input_ids is not None and self.input_ids.shape[1] == rows.shape[1]:
-            for prompt, owned in zip(self.input_ids, self.owned, strict=True):
-                found[(rows == prompt).all(dim=1)] = owned
-        for prompt, owned in self._beside:
-            if prompt.shape[1] == rows.shape[1]:
-                found[(rows == prompt).all(dim=1)] |= owned
+        for prompts, owned_by_prompt in self._read:
+            for prompt, owned in zip(prompts, owned_by_prompt, strict=True):
+                if len(prompt) == rows.shape[1]:
+                    found[(rows == prompt).all(dim=1)] |= owned
         return found.to(input_ids.device)
 
     def rows(self, embeddings: Tensor) -> Tensor:
@@ -106,7 +101,7 @@ class PromptWords:
         Args:
             embeddings: What the denoiser is given, ``(rows, tokens, width)``.
         """
-        beside = [owned.expand(len(self.owned), -1, -1) for _, owned in self._beside]
+        beside = [owned.expand(len(self.owned), -1, -1) for owned in self._beside]
         return self._by_row(torch.cat([self.owned, *beside], dim=2), embeddings)
 
     def ends(self, embeddings: Tensor) -> Tensor:
@@ -115,11 +110,8 @@ class PromptWords:
         Args:
             embeddings: What the denoiser is given, ``(rows, tokens, width)``.
         """
-        if self.input_ids is None or self._end_of_text is None:
-            return self._by_row(torch.zeros_like(self.owned[:, :1]), embeddings)
-        ended = self.input_ids == self._end_of_text
-        first = ended & (ended.cumsum(dim=1) == 1)  # many tokenizers pad with it
-        return self._by_row(first[:, None], embeddings)
+        ends = torch.zeros_like(self.owned[:, 0]) if self._ends is None else self._ends
+        return self._by_row(ends[:, None], embeddings)
 
     def _by_row(self, by_prompt: Tensor, embeddings: Tensor) -> Tensor:
         """``(prompts, k, tokens)`` to ``(rows, k, tokens)``."""

@@ -83,6 +83,7 @@ def family_of(components: Mapping[str, Any]) -> Family:
     """
     for family in FAMILIES:
         if family.fits(components):
+            family.refuse(components)
             return family
     found = [f"{name} ({type(components[name]).__name__})" for name in ("unet", "transformer") if components.get(name)]
     raise MoLEError(

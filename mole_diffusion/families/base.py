@@ -3,11 +3,66 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from .architecture import Architecture
+
+
+class Text(NamedTuple):
+    """One tokenizer of a family.
+
+    Attributes:
+        tokenizer: Its name among the components.
+        prompt: The argument of ``encode_prompt`` that it reads; where that is not given, it reads ``prompt``.
+        stretch: Which stretch of the denoiser's text its tokens are, from 0. Two tokenizers with the same stretch read
+            for two encoders whose embeddings are one beside the other. ``None``: the denoiser is not given its tokens.
+        limit: The argument of ``encode_prompt`` that says how many tokens are read, and how many by default; ``None``:
+            as many as the tokenizer says.
+    """
+
+    tokenizer: str = "tokenizer"
+    prompt: str = "prompt"
+    stretch: int | None = 0
+    limit: tuple[str, int] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """The prompts of a call as one tokenizer reads them.
+
+    Attributes:
+        tokenizer: The tokenizer.
+        texts: What it is given, the words of a chat's template and all.
+        length: How many tokens are read, padding and all.
+        start: Where these tokens begin among those that the denoiser is given; ``None``: it is given none of them.
+        dropped: How many of the first tokens the denoiser is not given (a template's).
+    """
+
+    tokenizer: Any
+    texts: list[str]
+    length: int
+    start: int | None = 0
+    dropped: int = 0
+
+    @property
+    def place(self) -> slice | None:
+        """Which of the denoiser's tokens of text these are."""
+        return None if self.start is None else slice(self.start, self.start + self.length - self.dropped)
+
+
+class Conditions(NamedTuple):
+    """What a denoiser is told of prompts.
+
+    Attributes:
+        prompt_embeds: ``(rows, tokens, width)``.
+        others: Its other arguments by name; tensors and dictionaries of tensors with a row for each prompt.
+    """
+
+    prompt_embeds: Tensor
+    others: dict[str, Any]
 
 
 class Family:
@@ -18,12 +73,17 @@ class Family:
         title: As people call it.
         denoiser: The component that predicts noise.
         architectures: The components that can take LoRAs, and what they are. The denoiser is among them.
+        texts: Its tokenizers.
+        crossed: Whether pixels attend to words alone, as in a cross-attention, so that further texts can stand behind
+            a prompt without taking attention from pixels.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     denoiser: ClassVar[str]
     architectures: ClassVar[Mapping[str, Architecture]]
+    texts: ClassVar[tuple[Text, ...]] = (Text(),)
+    crossed: ClassVar[bool] = False
 
     def fits(self, components: Mapping[str, Any]) -> bool:
         """Whether the components of a pipeline are of this family.
@@ -33,6 +93,92 @@ class Family:
         """
         model = components.get(self.denoiser)
         return isinstance(model, nn.Module) and is_a(model, self.architectures[self.denoiser])
+
+    def refuse(self, components: Mapping[str, Any]) -> None:
+        """Raises MoLEError for models of this family that no LoRAs are composed on."""
+
+    def readings(self, pipe: Any, given: Mapping[str, Any]) -> list[Reading]:
+        """How the prompts of a call become tokens.
+
+        Args:
+            pipe: The pipeline.
+            given: The arguments of ``encode_prompt`` by name; ``prompt`` is among them.
+        """
+        readings: list[Reading] = []
+        starts: dict[int, int] = {}
+        for text in self.texts:
+            tokenizer = getattr(pipe, text.tokenizer, None)
+            if tokenizer is None:  # an encoder that was left out to save memory
+                continue
+            prompts = given.get(text.prompt) or given["prompt"]
+            texts = [spelled(pipe, tokenizer, one) for one in ([prompts] if isinstance(prompts, str) else prompts)]
+            length = tokenizer.model_max_length
+            if text.limit is not None:
+                name, default = text.limit
+                length = given.get(name) or default
+            start = None
+            if text.stretch is not None:
+                ends = [reading.place.stop for reading in readings if reading.place is not None]
+                start = starts.setdefault(text.stretch, max(ends, default=0))
+            readings.append(Reading(tokenizer, texts, length, start))
+        return readings
+
+    def encode(self, pipe: Any, prompts: list[str], device: Any) -> Any:
+        """What ``encode_prompt`` gives for prompts without guidance.
+
+        Args:
+            pipe: The pipeline.
+            prompts: The prompts, for all its tokenizers.
+            device: Where to.
+        """
+        return pipe.encode_prompt(prompts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False)
+
+    def conditions(self, pipe: Any, prompts: list[str]) -> Conditions:
+        """What the denoiser is told of prompts, for pictures of the base's own size.
+
+        Args:
+            pipe: The pipeline.
+            prompts: The prompts; the empty one as its pipeline takes it for guidance.
+        """
+        return Conditions(self.encode(pipe, prompts, getattr(pipe, self.denoiser).device)[0], {})
+
+    def latent_shape(self, pipe: Any) -> tuple[int, ...]:
+        """The shape of one latent of the base's own size, as the denoiser is given it."""
+        config = getattr(pipe, self.denoiser).config
+        return (config.in_channels, config.sample_size, config.sample_size)
+
+    def shift(self, pipe: Any) -> float | None:
+        """Of the noise levels, where a pipeline works it out from the size of the picture, for the base's own size."""
+        return None
+
+    def predict(self, pipe: Any, latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
+        """The denoiser's prediction for a batch.
+
+        Args:
+            pipe: The pipeline.
+            latents: ``(rows, *latent_shape)``.
+            timesteps: ``(rows,)``, in the scheduler's units.
+            conditions: Of as many rows.
+        """
+        denoiser = getattr(pipe, self.denoiser)
+        prediction: Tensor = denoiser(
+            latents, timestep=timesteps, encoder_hidden_states=conditions.prompt_embeds, return_dict=False,
+            **conditions.others,
+        )[0]  # fmt: skip
+        return prediction
+
+    def picture(self, pipe: Any, latents: Tensor) -> Tensor:
+        """Pictures ``(rows, 3, height, width)`` from -1 to 1 of latents, with graph."""
+        vae = pipe.vae
+        latents = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
+        decoded: Tensor = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+        return decoded
+
+
+def spelled(pipe: Any, tokenizer: Any, text: str) -> str:
+    """A prompt as a tokenizer is given it, with the tokens of textual inversion."""
+    convert = getattr(pipe, "maybe_convert_prompt", None)
+    return text if convert is None else str(convert(text, tokenizer))
 
 
 def is_a(model: nn.Module, architecture: Architecture) -> bool:

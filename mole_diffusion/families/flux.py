@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from .architecture import Architecture, Joint, Told, packed_grid, unit
-from .base import Family
+from .base import Family, Text
 from .clip import CLIPText
 from .t5 import T5
 
@@ -114,3 +114,8 @@ class Flux(Family):
         "text_encoder": CLIPText(),
         "text_encoder_2": T5(),
     }
+    # CLIP gives one vector of the whole prompt.
+    texts = (Text(stretch=None), Text("tokenizer_2", "prompt_2", limit=("max_sequence_length", 512)))
+
+    def encode(self, pipe: Any, prompts: list[str], device: Any) -> Any:
+        return pipe.encode_prompt(prompts, None, device=device)

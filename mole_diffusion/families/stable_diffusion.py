@@ -17,6 +17,7 @@ class StableDiffusion(Family):
     name = "stable-diffusion"
     title = "Stable Diffusion 1.x or 2.x"
     denoiser = "unet"
+    crossed = True
     architectures: ClassVar[Mapping[str, Architecture]] = {"unet": UNet(), "text_encoder": CLIPText()}
 
     def fits(self, components: Mapping[str, Any]) -> bool:

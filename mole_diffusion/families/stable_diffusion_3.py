@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
-from .architecture import Architecture, Original, Told, spatial_size, unit
-from .base import Family
+from .architecture import Architecture, Joint, Original, Told, spatial_size, unit
+from .base import Conditions, Family, Text
 from .clip import CLIPText
 from .t5 import T5
 
@@ -30,6 +30,7 @@ class SD3Transformer(Architecture):
         "norm_out", "proj_out",
     )  # fmt: skip
     siblings = (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"))
+    meeting = unit("attn")
     targets = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
     originals: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "x_embedder.proj": ("pos_embed.proj",),
@@ -61,12 +62,15 @@ class SD3Transformer(Architecture):
 
     def told(self, model: nn.Module, given: Mapping[str, Any]) -> Told:
         sample = given["hidden_states"]
+        text: Tensor = given["encoder_hidden_states"]
         size, patch = spatial_size(sample), model.config.patch_size
+        pixels = sample.shape[-2:].numel() // patch**2
         return Told(
             rows=len(sample),
             timestep=given.get("timestep"),
-            encoder_hidden_states=given.get("encoder_hidden_states"),
+            encoder_hidden_states=text,
             sample_size=None if size is None else (size[0] // patch, size[1] // patch),
+            joint=Joint(slice(pixels, pixels + text.shape[1]), slice(0, pixels)),
         )
 
     def original_names(self, model: nn.Module) -> dict[str, tuple[Original, ...]]:
@@ -93,3 +97,15 @@ class StableDiffusion3(Family):
         "text_encoder_2": CLIPText(),
         "text_encoder_3": T5(),
     }
+    texts = (
+        Text(),
+        Text("tokenizer_2", "prompt_2"),
+        Text("tokenizer_3", "prompt_3", stretch=1, limit=("max_sequence_length", 256)),
+    )
+
+    def encode(self, pipe: Any, prompts: list[str], device: Any) -> Any:
+        return pipe.encode_prompt(prompts, None, None, device=device, do_classifier_free_guidance=False)
+
+    def conditions(self, pipe: Any, prompts: list[str]) -> Conditions:
+        embeds, _, pooled, _ = self.encode(pipe, prompts, pipe.transformer.device)
+        return Conditions(embeds, {"pooled_projections": pooled})

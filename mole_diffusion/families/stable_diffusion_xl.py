@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
+
+from ..errors import MoLEError
 from .architecture import Architecture
-from .base import Family
+from .base import Conditions, Family, Text
 from .clip import CLIPText
 from .unet import UNet
 
@@ -17,11 +20,36 @@ class StableDiffusionXL(Family):
     name = "stable-diffusion-xl"
     title = "Stable Diffusion XL"
     denoiser = "unet"
+    crossed = True
     architectures: ClassVar[Mapping[str, Architecture]] = {
         "unet": UNet(),
         "text_encoder": CLIPText(),
         "text_encoder_2": CLIPText(),
     }
 
+    texts = (Text(), Text("tokenizer_2", "prompt_2"))
+
     def fits(self, components: Mapping[str, Any]) -> bool:
         return super().fits(components) and components["unet"].config.addition_embed_type == "text_time"
+
+    def conditions(self, pipe: Any, prompts: list[str]) -> Conditions:
+        """Told beside the prompt are a summary of it, and that the picture was neither cut nor resized."""
+        device = pipe.unet.device
+        embeds, _, pooled, _ = self.encode(pipe, prompts, device)
+        if pipe.config.force_zeros_for_empty_prompt:
+            # A product instead of an assignment, which would break the graph.
+            told = torch.tensor([float(prompt != "") for prompt in prompts], device=embeds.device, dtype=embeds.dtype)
+            embeds, pooled = embeds * told[:, None, None], pooled * told[:, None]
+        side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+        sizes = torch.tensor([side, side, 0, 0, side, side], device=device, dtype=embeds.dtype)
+        added = {"text_embeds": pooled, "time_ids": sizes.repeat(len(prompts), 1)}
+        return Conditions(embeds, {"added_cond_kwargs": added})
+
+    def refuse(self, components: Mapping[str, Any]) -> None:
+        # The refiner has the second text encoder only; without any, prompts were encoded elsewhere.
+        if components.get("text_encoder") is None and components.get("text_encoder_2") is not None:
+            raise MoLEError(
+                "this is the refiner of Stable Diffusion XL: it has one text encoder and a UNet of its own, which no "
+                "LoRA for Stable Diffusion XL fits. Compose LoRAs on the base model, and give its latents to a stock "
+                "StableDiffusionXLImg2ImgPipeline with the refiner."
+            )

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mole_diffusion.errors import MoLEError
+from mole_diffusion.families import family_of
 from mole_diffusion.files import write_json, write_safetensors
 
 STATE_FILE = "state.json"
@@ -39,19 +40,21 @@ def content_hash(tensors: Iterable[Tensor], texts: Iterable[str] = ()) -> str:
 
 
 def base_tensors(pipe: Any) -> Iterator[Tensor]:
-    """Every weight of the base that a training asks: of UNet, text encoder and VAE."""
-    for model in (pipe.unet, pipe.text_encoder, pipe.vae):
+    """Every weight of the base that a training asks: of the denoiser, the text encoders and the VAE."""
+    models = [pipe.components.get(name) for name in (*family_of(pipe.components).architectures, "vae")]
+    for model in (model for model in models if model is not None):
         for _, tensor in sorted(model.state_dict().items()):
             yield tensor
 
 
 def base_texts(pipe: Any) -> list[str]:
-    """What else a training asks of the base: settings of the scheduler and the VAE, and the tokenizer's words."""
+    """What else a training asks of the base: settings of the scheduler and the VAE, and the tokenizers' words."""
     settings = [type(pipe.scheduler).__name__]
     for config in (pipe.scheduler.config, pipe.vae.config):
         plain = {key: repr(value) for key, value in config.items() if not key.startswith("_")}
         settings.append(json.dumps(plain, sort_keys=True))
-    return [*settings, json.dumps(pipe.tokenizer.get_vocab(), sort_keys=True)]
+    tokenizers = [part for name, part in sorted(pipe.components.items()) if name.startswith("tokenizer") and part]
+    return [*settings, *(json.dumps(tokenizer.get_vocab(), sort_keys=True) for tokenizer in tokenizers)]
 
 
 class CheckpointFolder:

@@ -49,8 +49,6 @@ def check_pipeline(pipe: Any) -> None:
         raise MoLEError(
             f"{name} composes no LoRAs. Make a MoLE pipeline of it: MoLEStableDiffusionPipeline.from_pipe(pipe)."
         )
-    if getattr(pipe, "unet", None) is None or pipe.unet.config.addition_embed_type is not None:
-        raise MoLEError(f"{name} cannot be trained here yet: this version knows Stable Diffusion 1.x and 2.x.")
     loaded = pipe.experts.names if pipe.experts is not None else ()
     if len(loaded) < 2:
         raise MoLEError(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mole_diffusion.composition import Call
 from mole_diffusion.composition.call import running
+from mole_diffusion.families.base import Conditions
 from mole_diffusion.pipelines.reading import prompt_words
 from mole_diffusion.training.gates.walk import Plan, Walker
 
@@ -46,19 +47,19 @@ class WalkMasks:
         with running(None), self._pipe.experts.using(call=self.call):
             yield
 
-    def encoded(self, prompt_embeds: Tensor) -> None:
+    def encoded(self, conditions: Conditions) -> None:
         """Say what the prompts became, those of the empty prompt before them or not; anew where gates have changed."""
         assert self.call.words is not None
-        self.call.words.encoded(prompt_embeds[-len(self.call.words.owned) :].detach())
+        self.call.words.encoded(conditions.prompt_embeds[-len(self.call.words.owned) :].detach())
 
     @torch.no_grad()
-    def find(self, noise: Tensor, rows: slice, prompt_embeds: Tensor) -> None:
+    def find(self, noise: Tensor, rows: slice, conditions: Conditions) -> None:
         """The pass without LoRAs from the same noise, for as long as the method wants to look.
 
         Args:
             noise: Of this part, (rows, c, h, w).
             rows: Where the part stands in the batch.
-            prompt_embeds: As the UNet is given them.
+            conditions: As the denoiser is given them.
         """
         method, plan, config = self._pipe.composition, self._plan, self._walker.config
         if "prior" not in method.needs:
@@ -67,7 +68,7 @@ class WalkMasks:
         self.call.prior = True
         latents = noise
         for now, after in zip(plan.timesteps, plan.timesteps[1:], strict=False):
-            prediction = self._walker.predict(latents, now, prompt_embeds)
+            prediction = self._walker.predict(latents, now, conditions)
             if method.prior_done(self._pipe.experts.context):
                 break
             fresh = plan.fresh_noise(config.eta)
@@ -83,10 +84,10 @@ class NoMasks:
         """Nothing to know."""
         return nullcontext()
 
-    def encoded(self, prompt_embeds: Tensor) -> None:
+    def encoded(self, conditions: Conditions) -> None:
         """Nobody asks."""
 
-    def find(self, noise: Tensor, rows: slice, prompt_embeds: Tensor) -> None:
+    def find(self, noise: Tensor, rows: slice, conditions: Conditions) -> None:
         """There is nothing to find."""
 
 

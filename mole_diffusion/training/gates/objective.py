@@ -16,16 +16,16 @@ class Drawn:
 
     Attributes:
         prompts: Index of each picture's prompt.
-        noisy: The latents that the UNet was asked about, (batch, c, h, w), without a graph.
+        noisy: The latents that the denoiser was asked about, (batch, ...), without a graph.
         timestep: Of these.
-        prediction: What it said, guidance included, (batch, c, h, w), fp32.
+        prediction: What it said, guidance included, of their shape, fp32.
         latents: Those of the picture: the clean ones that the prediction means, or the next ones of the walk.
         decode: Latents in, pictures out; it is asked only where `images` are.
     """
 
     prompts: Sequence[int]
     noisy: Tensor
-    timestep: int
+    timestep: float
     prediction: Tensor
     latents: Tensor
     decode: Callable[[Tensor], Tensor]

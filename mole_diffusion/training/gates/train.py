@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mole_diffusion.clip import DifferentiableCLIP
 from mole_diffusion.errors import MoLEError
+from mole_diffusion.families.base import Conditions
 from mole_diffusion.files import in_use, try_folder
 from mole_diffusion.gating import GateTable, MoLEModel, balance_loss, floor_loss, mean_usage
 from mole_diffusion.training.engine.checkpoint import CheckpointFolder, base_tensors, base_texts, fingerprint
@@ -107,7 +108,7 @@ def train_gates(
     concepts = {} if clip is None else check_concepts(pipe, config, concepts or {})
     if config.gates.residual:
         check_triggers(pipe, prompts)
-    processes = Processes(pipe.unet.device)
+    processes = Processes(getattr(pipe, pipe.family.denoiser).device)
     parts = processes.parts(config.batch_size, config.gradient_accumulation)
     if processes.num > 1:
         pipe.to(processes.device)
@@ -145,13 +146,13 @@ def train_gates(
         )
         processes.wait()  # nobody writes a checkpoint before all have read the last
 
-        models = (pipe.unet, pipe.text_encoder, pipe.vae)
+        models = (*pipe.lora_components.values(), pipe.vae)
         shown = progress and processes.is_main
         with ExitStack() as while_training:
             enter = while_training.enter_context
             enter(without_gradients(*models))
             enter(evaluating(*models))
-            enter(gradient_checkpointing(pipe.unet, pipe.vae, enabled=config.gradient_checkpointing))
+            enter(gradient_checkpointing(walker.denoiser, pipe.vae, enabled=config.gradient_checkpointing))
             enter(pipe.composing())
             log = enter(tracking(log_with, Path(out or work or "."), enabled=processes.is_main))
 
@@ -248,7 +249,13 @@ class _Training:
         return self._summary(seen, norms)
 
     def _loss(
-        self, chosen: list[int], masks: WalkMasks | NoMasks, noisy: Tensor, now: int, after: int, noise: Tensor | None
+        self,
+        chosen: list[int],
+        masks: WalkMasks | NoMasks,
+        noisy: Tensor,
+        now: float,
+        after: float,
+        noise: Tensor | None,
     ) -> tuple[Tensor, dict[str, Tensor], GateTable, Tensor]:
         """Eq. 16 on one part of the batch at one step: loss with graph, numbers, mean gates, detached next latents."""
         config, walker = self.config, self.walker
@@ -302,18 +309,17 @@ class _Training:
             return NoMasks()
         return WalkMasks(self.walker, plan, [self.prompts[index] for index in chosen])
 
-    def _encode(self, chosen: list[int], masks: WalkMasks | NoMasks) -> Tensor:
-        embeds = self.walker.encode([self.prompts[index] for index in chosen])
-        masks.encoded(embeds)
-        return embeds
+    def _encode(self, chosen: list[int], masks: WalkMasks | NoMasks) -> Conditions:
+        conditions = self.walker.encode([self.prompts[index] for index in chosen])
+        masks.encoded(conditions)
+        return conditions
 
 
 def _fresh_gates(pipe: Any, walker: Walker, prompts: list[str]) -> MoLEModel:
     """Untrained gates on `pipe`, at its own resolution."""
     if walker.config.gates.token_axis == "flatten":
-        unet = pipe.unet
-        noise = torch.zeros(1, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+        noise = torch.zeros(1, *walker.family.latent_shape(pipe), device=walker.denoiser.device)
         with torch.no_grad(), pipe.composing():  # gates with a parameter per token must see how many there are
-            walker.predict(noise.to(unet.device), walker.schedule.num_timesteps - 1, walker.encode(prompts[:1]))
+            walker.predict(noise, walker.schedule.trailing_timesteps(1)[0], walker.encode(prompts[:1]))
     gates: MoLEModel = pipe.init_gates(walker.config.gates)
-    return gates.to(pipe.unet.device)
+    return gates.to(walker.denoiser.device)

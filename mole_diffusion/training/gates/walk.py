@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mole_diffusion.training.engine.noise import NoiseSchedule
+from mole_diffusion.families.base import Conditions, Family
+from mole_diffusion.training.engine.noise import schedule_of
 from mole_diffusion.training.gates.config import GateTrainingConfig
 
 
@@ -17,13 +18,13 @@ class Plan:
     """What one walk was drawn to be; the same in every process, for the whole batch.
 
     Attributes:
-        timesteps: Where the UNet is asked, and -1, the clean picture, in the end.
+        timesteps: Where the denoiser is asked, and in the end that of a clean picture.
         gradient_at: Indices of `timesteps` at which the loss is taken, rising; the walk ends after the last.
-        noise: The starting latents, (batch, c, h, w), fp32 on the CPU.
+        noise: The starting latents, (batch, ...), fp32 on the CPU.
         generator: Draws the fresh noise of ancestral steps.
     """
 
-    timesteps: tuple[int, ...]
+    timesteps: tuple[float, ...]
     gradient_at: tuple[int, ...]
     noise: Tensor
     generator: torch.Generator
@@ -53,21 +54,23 @@ class Walker:
     """Asks the models of `pipe` on behalf of one training.
 
     Args:
-        pipe: A Stable Diffusion pipeline with gates on it.
+        pipe: A composing pipeline with gates on it.
         config: How to walk.
 
     Raises:
-        ValueError: The scheduler is none of the DDPM family.
+        ValueError: The scheduler is neither of the DDPM family nor of flow matching.
     """
 
     def __init__(self, pipe: Any, config: GateTrainingConfig) -> None:
         self.pipe = pipe
         self.config = config
-        self.schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
+        self.family: Family = pipe.family
+        self.denoiser: Any = getattr(pipe, self.family.denoiser)
+        self.schedule = schedule_of(pipe.scheduler, self.family.shift(pipe))
 
     def plan(self, generator: torch.Generator) -> Plan:
         """Draws the number of steps, those with a gradient, and the noise."""
-        config, unet = self.config, self.pipe.unet.config
+        config = self.config
         steps = config.rollout_steps
         if config.rollout_steps_max is not None:
             steps = int(torch.randint(steps, config.rollout_steps_max + 1, (), generator=generator))
@@ -75,45 +78,41 @@ class Walker:
         first = self.pipe.composition.joins(steps) if config.gates.residual else 0
         order = first + torch.randperm(steps - first, generator=generator)
         gradient_at = sorted(order[: config.gradient_steps or steps].tolist())
-        noise = torch.randn(
-            (config.batch_size, unet.in_channels, unet.sample_size, unet.sample_size), generator=generator
-        )
-        return Plan((*self.schedule.trailing_timesteps(steps), -1), tuple(gradient_at), noise, generator)
+        noise = torch.randn((config.batch_size, *self.family.latent_shape(self.pipe)), generator=generator)
+        timesteps = (*self.schedule.trailing_timesteps(steps), self.schedule.clean)
+        return Plan(timesteps, tuple(gradient_at), noise, generator)
 
-    def encode(self, prompts: list[str]) -> Tensor:
-        """Prompt embeddings (batch, tokens, width), after those of the empty prompt where there is guidance.
+    def encode(self, prompts: list[str]) -> Conditions:
+        """What the denoiser is told of prompts, after what it is told of the empty one where there is guidance.
 
-        Both in one pass of the text encoder, so that its gates are recorded for both.
+        Both in one pass of the text encoders, so that their gates are recorded for both.
         """
         empty = [""] * len(prompts) if self.config.guidance_scale > 1 else []
-        return self.pipe.encode_prompt(empty + prompts, self.pipe.unet.device, 1, False)[0]
+        return self.family.conditions(self.pipe, empty + prompts)
 
-    def predict(self, noisy: Tensor, timestep: int, prompt_embeds: Tensor) -> Tensor:
-        """The UNet's prediction under classifier-free guidance, fp32."""
-        unet = self.pipe.unet
-        copies = len(prompt_embeds) // len(noisy)
-        prediction = unet(
-            torch.cat([noisy] * copies).to(unet.dtype),
-            torch.full((copies * len(noisy),), timestep, device=noisy.device),
-            encoder_hidden_states=prompt_embeds.to(unet.dtype),
-            return_dict=False,
-        )[0].float()
+    def predict(self, noisy: Tensor, timestep: float, conditions: Conditions) -> Tensor:
+        """The denoiser's prediction under classifier-free guidance, fp32."""
+        dtype = self.denoiser.dtype
+        copies = len(conditions.prompt_embeds) // len(noisy)
+        timesteps = torch.full((copies * len(noisy),), timestep, device=noisy.device)
+        told = Conditions(conditions.prompt_embeds.to(dtype), conditions.others)
+        prediction = self.family.predict(self.pipe, torch.cat([noisy] * copies).to(dtype), timesteps, told).float()
         if copies == 1:
             return prediction
         unconditional, conditional = prediction.chunk(2)
         return unconditional + self.config.guidance_scale * (conditional - unconditional)
 
     def advance(
-        self, prediction: Tensor, noisy: Tensor, timestep: int, next_timestep: int, fresh_noise: Tensor | None
+        self, prediction: Tensor, noisy: Tensor, timestep: float, next_timestep: float, fresh_noise: Tensor | None
     ) -> Tensor:
         """The latents at `next_timestep`."""
         now = torch.full((len(noisy),), timestep)
         fresh_noise = None if fresh_noise is None else fresh_noise.to(noisy.device)
-        return self.schedule.ddim_step(
+        return self.schedule.step(
             prediction, noisy, now, torch.full_like(now, next_timestep), fresh_noise, self.config.eta
         )
 
-    def picture_latents(self, prediction: Tensor, noisy: Tensor, timestep: int, next_latents: Tensor) -> Tensor:
+    def picture_latents(self, prediction: Tensor, noisy: Tensor, timestep: float, next_latents: Tensor) -> Tensor:
         """What CLIP is to see: the prediction of the clean latents, or the next latents as they are."""
         if self.config.picture == "noisy":
             return next_latents
@@ -121,6 +120,4 @@ class Walker:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures (batch, 3, height, width) in [0, 1] of latents, with graph."""
-        vae = self.pipe.vae
-        latents = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
-        return (vae.decode(latents.to(vae.dtype), return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+        return (self.family.picture(self.pipe, latents).float() / 2 + 0.5).clamp(0, 1)

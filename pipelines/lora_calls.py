@@ -1,0 +1,139 @@
+"""Which LoRAs are loaded into a pipeline: loading them, taking them off, and what is known of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from torch import nn
+
+from ..composition import Role
+from ..errors import MoLEError
+from ..experts import Experts
+from ..experts.attach import refuse_adapters
+from ..families import COMPONENTS, Family, family_of
+from ..lora import LoRA, load_lora
+from .loaded import Loaded, loaded_into
+from .naming import LoRASource, named_sources, read_roles, read_triggers
+from .selection import check_names
+from .stock_lora import StockLoRACalls
+
+
+class LoRACalls(StockLoRACalls):
+    """The part of :class:`~.mixin.MoLEPipelineMixin` about loaded LoRAs."""
+
+    @property
+    def family(self) -> Family:
+        """What is known of the models of this pipeline.
+
+        Raises:
+            MoLEError: Nothing is, or they are models that no LoRAs are composed on.
+        """
+        return family_of({name: getattr(self, name, None) for name in COMPONENTS})
+
+    @property
+    def lora_components(self) -> dict[str, nn.Module]:
+        """The models LoRAs can touch, by their names in the pipeline."""
+        found = {name: getattr(self, name, None) for name in self.family.architectures}
+        return {name: model for name, model in found.items() if isinstance(model, nn.Module)}
+
+    @property
+    def experts(self) -> Experts | None:
+        """The loaded LoRAs as experts on the models, or ``None`` without LoRAs."""
+        return self._loaded.experts
+
+    @property
+    def triggers(self) -> dict[str, tuple[str, ...]]:
+        """The words that call each LoRA."""
+        return dict(self._loaded.triggers)
+
+    @property
+    def roles(self) -> dict[str, Role]:
+        """The role of each LoRA: ``"subject"``, ``"style"`` or ``"utility"``."""
+        return dict(self._loaded.roles)
+
+    @property
+    def _loaded(self) -> Loaded:
+        own = loaded_into(self.lora_components, self.__dict__.get("_mole_loaded"))
+        self.__dict__["_mole_loaded"] = own
+        return own
+
+    def load_loras(
+        self,
+        loras: Mapping[str, LoRASource] | Sequence[str | os.PathLike[str] | LoRA],
+        *,
+        triggers: Mapping[str, str | Sequence[str]] | None = None,
+        roles: Mapping[str, Role] | None = None,
+    ) -> None:
+        """Loads LoRAs, in addition to those already loaded. If one is refused, nothing changes.
+
+        Args:
+            loras: Name to file, state dict or :class:`LoRA`; or a list of files, named by their stems.
+            triggers: Name to the words in a prompt that call the LoRA, one phrase or several. By default those that
+                its file tells (`mole train-lora` and kohya's trainers write them), else its name.
+            roles: Name to ``"subject"``, the default: a thing in the picture; ``"style"``: everywhere but on subjects'
+                words; or ``"utility"``, such as LCM: everywhere, at its own weight.
+
+        Raises:
+            TypeError: `loras` or a name is of another type.
+            ValueError: A name is taken; a file does not fit (`LoRAError`); or gates are loaded, which know only the
+                LoRAs they were trained for.
+        """
+        sources = named_sources(loras)
+        loaded = self._loaded
+        loaded.refuse_while_drawing("load LoRAs")
+        taken = [name for name in sources if name in loaded.loras]
+        if taken:
+            raise MoLEError(
+                f"a LoRA named {taken[0]!r} is loaded already. Loaded are: {', '.join(loaded.loras)}. "
+                f"Choose another name, or call `unload_loras([{taken[0]!r}])` first."
+            )
+        self._refuse_under_gates("load more LoRAs")
+        components = self.lora_components
+        for name, model in components.items():
+            refuse_adapters(name, model)
+        read = {
+            name: replace(source, name=name) if isinstance(source, LoRA) else load_lora(source, components, name=name)
+            for name, source in sources.items()
+        }
+        words, called_by_name = read_triggers(triggers, read)
+        of_roles = read_roles(roles, read)
+        loaded.hang(components, {**loaded.loras, **read})
+        loaded.triggers |= words
+        loaded.called_by_name |= called_by_name
+        loaded.roles |= of_roles
+
+    def unload_loras(self, names: Sequence[str] | None = None) -> None:
+        """Takes the named LoRAs, or all, off the models. Without LoRAs the models are as before, bit for bit.
+
+        Unloading all also removes the gates. With gates, single LoRAs are masked in a call instead:
+        ``pipe(prompt, loras=[...])``.
+
+        Raises:
+            ValueError: A name is not loaded, gates are loaded and not all LoRAs go, or a picture is being drawn.
+        """
+        loaded = self._loaded
+        loaded.refuse_while_drawing("unload LoRAs")
+        if names is None:
+            names = list(loaded.loras)
+        elif not isinstance(names, list | tuple):
+            raise TypeError(f"`names` must be None (all) or a list of names, got {names!r} ({type(names).__name__}).")
+        check_names(names, list(loaded.loras), "names")
+        rest = {name: lora for name, lora in loaded.loras.items() if name not in names}
+        if not rest:
+            loaded.drop_gates()
+        elif len(rest) < len(loaded.loras):
+            self._refuse_under_gates("unload single LoRAs")
+        loaded.hang(self.lora_components if rest else {}, rest)
+        for name in names:
+            del loaded.triggers[name], loaded.roles[name]
+        loaded.called_by_name -= set(names)
+
+    def _refuse_under_gates(self, wish: str) -> None:
+        if self._loaded.gates is not None:
+            raise MoLEError(
+                f"cannot {wish} while gates for {', '.join(self._loaded.loras)} are loaded, for gates weigh exactly "
+                "the LoRAs they were trained with. Mask LoRAs with `pipe(..., loras=[...])`, or call "
+                "`unload_gates()` first."
+            )

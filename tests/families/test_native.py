@@ -1,0 +1,66 @@
+"""Pipelines of every family where diffusers looks for its own: tasks, dtypes, pipelines of one's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    AutoPipelineForImage2Image,
+    AutoPipelineForInpainting,
+    AutoPipelineForText2Image,
+    DiffusionPipeline,
+)
+
+import mole_diffusion
+from tests.families.contract import lora_state
+from tests.tiny import tiny_components
+from tests.tiny_families import controlnet, sd3, sdxl
+
+MADE: dict[str, Any] = {"StableDiffusion": tiny_components, "StableDiffusionXL": sdxl, "StableDiffusion3": sd3}
+
+
+def made(name: str) -> Any:
+    beside = {"requires_safety_checker": False} if name == "StableDiffusion" else {}
+    parts = MADE[name]()
+    if name == "StableDiffusion":
+        parts |= {"safety_checker": None, "feature_extractor": None}
+    return getattr(mole_diffusion, f"MoLE{name}Pipeline")(**parts, **beside)
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_auto_pipelines_find_the_pipeline_of_another_task_with_its_loras(name: str) -> None:
+    pipe = made(name)
+    pipe.load_loras({"cat": lora_state(pipe, 0)})
+    for auto, task in ((AutoPipelineForImage2Image, "Img2Img"), (AutoPipelineForInpainting, "Inpaint")):
+        other = auto.from_pipe(pipe, dtype=torch.float32)
+        assert type(other).__name__ == f"MoLE{name}{task}Pipeline"
+        assert other.experts is pipe.experts
+    back = AutoPipelineForText2Image.from_pipe(other, dtype=torch.float32)
+    assert type(back) is type(pipe)
+    if name != "StableDiffusion3":
+        guided = AutoPipelineForText2Image.from_pipe(pipe, controlnet=controlnet(pipe.unet), dtype=torch.float32)
+        assert type(guided).__name__ == f"MoLE{name}ControlNetPipeline"
+        assert guided.experts is pipe.experts
+
+
+def test_a_pipeline_is_opened_as_a_custom_one_and_in_a_dtype(tmp_path: Path) -> None:
+    """The three lines of docs/families.md, for `DiffusionPipeline.from_pretrained(..., custom_pipeline=folder)`."""
+    made("StableDiffusionXL").save_pretrained(tmp_path / "base")
+    (tmp_path / "custom").mkdir()
+    (tmp_path / "custom" / "pipeline.py").write_text(
+        "import mole_diffusion\n\n\nclass Composing(mole_diffusion.MoLEStableDiffusionXLPipeline):\n    pass\n"
+    )
+    pipe = DiffusionPipeline.from_pretrained(
+        tmp_path / "base",
+        custom_pipeline=str(tmp_path / "custom"),
+        trust_remote_code=True,
+        dtype=torch.bfloat16,
+    )
+    assert isinstance(pipe, mole_diffusion.MoLEStableDiffusionXLPipeline)
+    assert pipe.unet.dtype == torch.bfloat16
+    pipe.load_loras({"cat": lora_state(pipe, 0)})
+    assert set(pipe.experts.matches()["cat"]) == {"unet", "text_encoder", "text_encoder_2"}
+    assert DiffusionPipeline.from_pretrained(tmp_path / "base").__class__.__name__ == "StableDiffusionXLPipeline"
