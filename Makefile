@@ -7,13 +7,14 @@ TYPES := build/types/mole_diffusion
 # Once installed, nothing asks a network.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help setup demo test notebooks lint types links clean
+.PHONY: help setup demo test notebooks lint types links docs clean
 help:
 	@echo "make demo    three LoRAs in one picture: writes a picture sheet and says where"
 	@echo "make test    the tests"
 	@echo "make notebooks  run the notebooks, as the tests do"
 	@echo "make lint    ruff: rules and format; import-linter: which room may import which"
 	@echo "make types   mypy"
+	@echo "make docs    the pages in docs/ as a site, in build/site"
 	@echo "make clean   remove .venv and what was built"
 
 setup: $(STAMP)
@@ -40,12 +41,15 @@ links:
 types: $(STAMP) links
 	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p mole_diffusion
 
+docs: $(STAMP) links
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "Python 3.11 or newer is needed, and '$(PYTHON)' is: $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.11 ..." >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV); the first time this takes some minutes (PyTorch is large)."
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[app,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[app,dev,docs]'
 	@touch $@
 
 clean:

@@ -1,0 +1,119 @@
+"""README and docs: every snippet of Python runs, every command is one that `mole` knows, every link leads somewhere."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import typer
+
+from mole_diffusion.cli import app
+from mole_diffusion.pipelines import MoLEPipelineMixin, MoLEStableDiffusionPipeline
+from mole_diffusion.training import GateTrainingConfig, LoRATrainingConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SNIPPET = re.compile(r"(<!-- downloads -->\n)?```(\w+)\n(.*?)```", re.DOTALL)
+
+
+def snippets(page: Path, language: str) -> list[tuple[bool, str]]:
+    """Whether it downloads, and its text."""
+    found = SNIPPET.findall(page.read_text(encoding="utf-8"))
+    return [(bool(downloads), text) for downloads, named, text in found if named == language]
+
+
+def with_snippets(language: str) -> list[Any]:
+    return [pytest.param(page, id=page.name) for page in PAGES if snippets(page, language)]
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, few_steps: None) -> None:
+    """What snippets write goes into a folder of its own, and what they draw and train takes two steps."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mole_diffusion.training.gates.report.SEEDS", (0,))
+    draw = MoLEStableDiffusionPipeline.__call__
+
+    def two_steps(pipe: MoLEPipelineMixin, *args: Any, **options: Any) -> Any:
+        pipe.set_progress_bar_config(disable=True)
+        return draw(pipe, *args, **options | {"num_inference_steps": 2})
+
+    monkeypatch.setattr(MoLEStableDiffusionPipeline, "__call__", two_steps)
+    for config, settings in (
+        (GateTrainingConfig, {"steps": 2, "batch_size": 1, "rollout_steps": 1, "reference_pictures": 1}),
+        (LoRATrainingConfig, {"steps": 2, "batch_size": 1}),
+    ):
+        monkeypatch.setattr(config, "__init__", _with(config.__init__, settings | {"warmup_steps": 0}))
+
+
+def _with(init: Any, settings: dict[str, Any]) -> Any:
+    return lambda self, **given: init(self, **given | settings)
+
+
+@pytest.mark.parametrize("page", with_snippets("python"))
+def test_python_runs_from_the_top_of_its_page(page: Path, quick: None) -> None:
+    names: dict[str, Any] = {"__name__": "page"}
+    for downloads, text in snippets(page, "python"):
+        code = compile(text, page.name, "exec")
+        if not downloads:
+            exec(code, names)
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The `mole` commands of a piece of shell, as words."""
+    for line in text.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if "mole" in words:
+            yield words[words.index("mole") + 1 :]
+
+
+def parse(words: list[str]) -> None:
+    """Raises what `mole` would say of its options; nothing is run."""
+    command: click.Command = typer.main.get_command(app)
+    context = None
+    while True:
+        context = command.make_context(command.name or "mole", list(words), parent=context)
+        if not isinstance(command, typer.core.TyperGroup):
+            return
+        _, command, words = command.resolve_command(context, [*context._protected_args, *context.args])
+
+
+@pytest.mark.parametrize("page", with_snippets("bash"))
+def test_commands_are_known_with_their_options(page: Path) -> None:
+    for _, text in snippets(page, "bash"):
+        for words in commands(text):
+            if not {"--help", "--version"} & set(words):
+                parse(words)
+        for target in re.findall(r"^make (\w+)", text, re.MULTILINE):
+            assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def test_a_command_with_an_option_that_is_none_is_found() -> None:
+    with pytest.raises(Exception, match="No such option"):
+        parse(["generate", "--prompt", "x", "--colour", "red"])
+
+
+RESULTS = sorted((ROOT / "docs" / "results").glob("*.md"))
+
+
+@pytest.mark.parametrize("page", [*PAGES, *RESULTS], ids=lambda page: f"{page.parent.name}-{page.name}")
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(<?([^)#>]+?)>?(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        if not re.match(r"https?:|mailto:", link):
+            assert (page.parent / link).exists(), link
+
+
+def test_every_room_with_public_names_is_in_the_reference() -> None:
+    index = (ROOT / "docs" / "reference" / "index.md").read_text(encoding="utf-8")
+    for page in (ROOT / "docs" / "reference").glob("[!i]*.md"):
+        room = page.stem
+        assert f"::: mole_diffusion.{room}\n" in page.read_text(encoding="utf-8")
+        assert f"({room}.md)" in index
+
+
+def test_the_readme_is_a_screen_and_a_half() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 90
