@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     Regions = Mapping[str, Region | Sequence[Region]] | RegionMap
 
 READ = "the prompts that were read"
+EACH = "pictures of one prompt"
 
 # Every `composing` that this thread is inside of, the innermost last: what is loaded, its stack and its scale.
 _OPEN: ContextVar[tuple[tuple[Loaded, ExitStack, float], ...]] = ContextVar("mole_diffusion.open", default=())
@@ -199,8 +200,16 @@ class MoLEPipelineMixin(GateCalls):
         settings["count"] = picture_count(given)
         with turn(self, self.scheduler), self._composing(loras, method, **settings) as call:
             self.__dict__["_mole_masks"] = None
+            each = int(given.get("num_images_per_prompt") or 1)
+            call.state[EACH] = each
             if spans is not None:
-                call.words = given_words(spans, call.names, kwargs.get("prompt_embeds"))
+                embeds: Any = kwargs.get("prompt_embeds")
+                listed = isinstance(embeds, list)  # not encoded again, and one tensor for each prompt
+                if listed:
+                    embeds = self.family.embedded((embeds,), each)
+                call.words = given_words(spans, call.names, embeds[::each] if listed else embeds)
+                if listed:
+                    call.words.encoded(embeds)
             several = sum(loaded.roles[name] != "utility" for name in taking_part) > 1
             if "prior" in method.needs and several and not _all_given(call, taking_part, loaded):
                 with drawing_prior(self, method, call, kwargs) as prior_kwargs:
@@ -216,6 +225,9 @@ class MoLEPipelineMixin(GateCalls):
             return self._encode_prompt_alone(*args, **kwargs)
 
     def _encode_prompt_alone(self, *args: Any, **kwargs: Any) -> Any:
+        # Some pipelines write the template of a chat into the caller's own list of prompts.
+        args = tuple(list(one) if isinstance(one, list) else one for one in args)
+        kwargs = {name: list(one) if isinstance(one, list) else one for name, one in kwargs.items()}
         call = current_call()
         loaded = self._loaded
         weigher = None if call is None or loaded.experts is None else loaded.experts.chosen
@@ -239,7 +251,7 @@ class MoLEPipelineMixin(GateCalls):
                     beside = functools.partial(self.family.encode, self, device=device)
                     encoded = with_region_prompts(encoded, beside, list(call.region_prompts.values()))
         if call.words is not None:
-            call.words.encoded(encoded[0])
+            call.words.encoded(self.family.embedded(encoded, call.state.get(EACH, 1)))
         return encoded
 
 

@@ -40,7 +40,18 @@ def prompt_words(
             name: tuple(spelled(pipe, reading.tokenizer, phrase) for phrase in loaded.triggers[name])
             for name in call.names
         }
-        marks.append(trigger_tokens(reading.tokenizer, reading.texts, triggers, reading.length))
+        marks.append(
+            trigger_tokens(
+                reading.tokenizer,
+                reading.texts,
+                triggers,
+                reading.length,
+                before=reading.before,
+                after=reading.after,
+                special=reading.special,
+                padding_side=_side(reading),
+            )
+        )
     words = _joined(readings, marks)
     experts = loaded.experts
     assert experts is not None
@@ -66,9 +77,10 @@ def _joined(readings: Sequence[Reading], marks: Sequence[Tensor]) -> PromptWords
         read.append((ids, mark))
         if reading.place is not None:
             owned[..., reading.place] |= mark[..., reading.dropped :]
-            ended = ids == reading.tokenizer.eos_token_id
-            first = ended & (ended.cumsum(dim=1) == 1)  # many tokenizers pad with it
-            ends[:, reading.place] |= first[:, reading.dropped :]
+            tokenizer = reading.tokenizer
+            end = tokenizer.eos_token_id if reading.end is None else tokenizer.convert_tokens_to_ids(reading.end)
+            ended = ids[:, reading.dropped :] == end
+            ends[:, reading.place] |= ended & (ended.cumsum(dim=1) == 1)  # many tokenizers pad with it
     return PromptWords(owned, read, ends)
 
 
@@ -151,6 +163,17 @@ def with_region_prompts(encoded: Any, encode: Callable[[list[str]], Any], texts:
 
 def _token_ids(reading: Reading) -> Tensor:
     ids: Tensor = reading.tokenizer(
-        reading.texts, padding="max_length", max_length=reading.length, truncation=True, return_tensors="pt"
+        [reading.before + text + reading.after for text in reading.texts],
+        padding="max_length",
+        max_length=reading.length,
+        truncation=True,
+        add_special_tokens=reading.special,
+        padding_side=_side(reading),
+        return_tensors="pt",
     ).input_ids
     return ids
+
+
+def _side(reading: Reading) -> str:
+    """Where padding stands; prompts from which it is taken out begin at their beginning."""
+    return "right" if reading.gathered else str(reading.tokenizer.padding_side)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+LATENT_SIDE = 128  # of transformers that say nothing of it; their pipelines draw pictures of 1024 x 1024
+
 
 def picture_size(pipe: Any, given: Mapping[str, Any]) -> tuple[int, int]:
     """Height and width in pixels.
@@ -18,7 +20,7 @@ def picture_size(pipe: Any, given: Mapping[str, Any]) -> tuple[int, int]:
     picture: Any = several[0] if isinstance(several, list | tuple) and several else several  # all of one size
     if picture is None:
         denoiser = getattr(pipe, pipe.family.denoiser)
-        height = width = denoiser.config.sample_size * _factor(pipe)
+        height = width = getattr(denoiser.config, "sample_size", LATENT_SIDE) * _factor(pipe)
     elif hasattr(picture, "shape"):  # (…, height, width, channels) or (…, channels, height, width)
         channels_last = len(picture.shape) > 2 and picture.shape[-1] in (1, 3, 4)
         height, width = picture.shape[-3:-1] if channels_last else picture.shape[-2:]

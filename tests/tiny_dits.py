@@ -350,6 +350,23 @@ CALL: dict[str, dict[str, Any]] = {
 """What a call of each is given beside the prompt."""
 
 
+def tiny_parts(family: str, seed: int = 0) -> dict[str, Any]:
+    """The components of a family's pipeline, and what else it is made with.
+
+    Args:
+        family: A key of `MADE`.
+        seed: Of the weights.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        parts = MADE[family][1]()
+        _wake(parts["transformer"])
+    for part in parts.values():
+        if isinstance(part, nn.Module):
+            part.eval()
+    return parts
+
+
 def tiny_dit(family: str, cls: type | None = None, seed: int = 0) -> Any:
     """A pipeline of a family, fp32 on the CPU, without progress bar.
 
@@ -358,25 +375,19 @@ def tiny_dit(family: str, cls: type | None = None, seed: int = 0) -> Any:
         cls: Another class than the stock one, with the same components.
         seed: Of the weights.
     """
-    stock, make = MADE[family]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        parts = make()
-        _wake(parts["transformer"])
-    for part in parts.values():
-        if isinstance(part, nn.Module):
-            part.eval()
-    pipe = (cls or stock)(**parts)
+    pipe: Any = (cls or MADE[family][0])(**tiny_parts(family, seed))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 @torch.no_grad()
 def _wake(transformer: nn.Module) -> None:
-    """Tables and paddings begin as zeros or noise; what is zero would hide that something reaches it."""
+    """What begins as zero would hide that something reaches it, and so would blocks that add next to nothing."""
     for name, parameter in transformer.named_parameters():
         if "table" in name or "pad_token" in name:
             parameter.normal_(std=0.2)
+        elif "stream_modulation" in name:
+            parameter.mul_(5)
 
 
 def denoiser_call(family: str, **kwargs: Any) -> tuple[nn.Module, dict[str, Any]]:

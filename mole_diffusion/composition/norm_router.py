@@ -73,7 +73,13 @@ class NormRouter(Composition):
         if projected.shape[1] == 1:
             return parts.shared
         ratios = whole_norms(site, projections)
-        ratios = ratios / ratios.mean(dim=1, keepdim=True).clamp_min_(torch.finfo(ratios.dtype).tiny)
+        there = run.told.there(site.reads, ratios.shape[1])
+        if there is None or len(there) != len(ratios):
+            means = ratios.mean(dim=1, keepdim=True)
+        else:  # what fills up a prompt says nothing
+            counted = there.to(ratios)[..., None]
+            means = (ratios * counted).sum(dim=1, keepdim=True) / counted.sum(dim=1, keepdim=True)
+        ratios = ratios / means.clamp_min_(torch.finfo(ratios.dtype).tiny)
         if not parts.everybody:
             ratios = ratios.masked_fill(parts.competing == 0, float("-inf"))
         if self.temperature > 0:

@@ -119,5 +119,6 @@ class PromptWords:
         found = torch.zeros(len(rows), by_prompt.shape[1], embeddings.shape[1], dtype=torch.bool)
         pictures_each = self.pictures // len(by_prompt)
         known = rows >= 0
-        found[known, :, : by_prompt.shape[2]] = by_prompt[rows[known] // pictures_each]
+        width = min(by_prompt.shape[2], embeddings.shape[1])  # prompts are read up to a length that few of them have
+        found[known, :, :width] = by_prompt[rows[known] // pictures_each, :, :width]
         return found.to(embeddings.device)

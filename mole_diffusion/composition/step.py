@@ -13,6 +13,8 @@ from mole_diffusion.errors import MoLEError
 from ..experts import Run
 from .call import Call, current_call
 
+ROUNDING = 1e-5  # of fp32, where a timestep was divided and multiplied again
+
 
 @dataclass(frozen=True)
 class Step:
@@ -79,12 +81,19 @@ def step_of(run: Run) -> Step:
     if "step" not in run.notes:
         assert run.timestep is not None
         if isinstance(run.call, Call):
+            timesteps = run.call.timesteps
             now = _counted(run.call.scheduler)
-            run.notes["step"] = Step(run.timestep if now is None else now, run.call.timesteps)
+            run.notes["step"] = Step(_nearest(_first(run.timestep), timesteps) if now is None else now, timesteps)
         else:
             run.notes["step"] = Step(run.timestep, [_first(run.timestep)])
     step: Step = run.notes["step"]
     return step
+
+
+def _nearest(now: float, timesteps: Sequence[float] | Tensor) -> float:
+    """The one of the timesteps that a number is but for rounding, if any."""
+    nearest = min(_floats(timesteps), key=lambda timestep: abs(timestep - now), default=now)
+    return nearest if abs(nearest - now) <= ROUNDING * abs(now) else now
 
 
 def _counted(scheduler: Any) -> float | None:

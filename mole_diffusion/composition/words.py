@@ -22,6 +22,11 @@ def trigger_tokens(
     prompts: Sequence[str],
     triggers: Mapping[str, Sequence[str]],
     max_length: int | None = None,
+    *,
+    before: str = "",
+    after: str = "",
+    special: bool = True,
+    padding_side: str | None = None,
 ) -> Tensor:
     """Marks the tokens of each LoRA's trigger phrases in each prompt.
 
@@ -34,6 +39,9 @@ def trigger_tokens(
         prompts: As the text encoder gets them.
         triggers: LoRA to its phrases, in the order of the result; no phrases for a LoRA that has none.
         max_length: Tokens the text encoder reads; default `tokenizer.model_max_length`.
+        before, after: What a template puts around each prompt; its own words are nobody's.
+        special: Whether the tokenizer adds tokens of its own to such a text.
+        padding_side: `"left"` or `"right"`; default the tokenizer's.
 
     Returns:
         bool `(prompts, N, max_length)`. Tokens that the tokenizer adds (start, end, padding) are never marked.
@@ -55,13 +63,14 @@ def trigger_tokens(
     }
     marks = torch.zeros(len(prompts), len(triggers), length, dtype=torch.bool)
     for row, prompt in zip(marks, prompts, strict=True):
-        ids = _plain_ids(tokenizer, prompt)
-        before, after = _added(tokenizer, prompt, ids)
-        room = max(0, length - before - after)
-        first = before
-        if tokenizer.padding_side == "left":
-            first += max(0, length - before - len(ids) - after)
-        for index, tokens in enumerate(_shared_out(tokenizer, prompt, ids, list(patterns.values()))):
+        text = before + prompt + after
+        ids = _plain_ids(tokenizer, text)
+        added = _added(tokenizer, text, ids) if special else (0, 0)
+        room = max(0, length - sum(added))
+        first = added[0]
+        if (padding_side or tokenizer.padding_side) == "left":
+            first += max(0, length - sum(added) - len(ids))
+        for index, tokens in enumerate(_shared_out(tokenizer, text, prompt, len(before), ids, list(patterns.values()))):
             kept = [token for token in tokens if token < room]
             if tokens and not kept:
                 name = list(triggers)[index]
@@ -146,11 +155,14 @@ def _pattern(tokenizer: Any, phrase: str) -> re.Pattern[str]:
 
 
 def _shared_out(
-    tokenizer: Any, prompt: str, ids: list[int], patterns: Sequence[Sequence[re.Pattern[str]]]
+    tokenizer: Any, text: str, prompt: str, begin: int, ids: list[int], patterns: Sequence[Sequence[re.Pattern[str]]]
 ) -> list[list[int]]:
-    """For each LoRA the tokens of its phrases, as positions in `ids`; a token belongs to one LoRA at most."""
+    """For each LoRA the tokens of its phrases, as positions in `ids`; a token belongs to one LoRA at most.
+
+    The prompt begins at the character `begin` of the text that has the tokens `ids`.
+    """
     found = [
-        (match.start(), match.end(), lora)
+        (begin + match.start(), begin + match.end(), lora)
         for lora, own in enumerate(patterns)
         for pattern in own
         for match in pattern.finditer(prompt)
@@ -158,7 +170,7 @@ def _shared_out(
     tokens_of = _by_offsets if tokenizer.is_fast else _by_parts
     owner: dict[int, int] = {}
     for start, end, lora in sorted(found, key=lambda place: (place[0] - place[1], place)):
-        for token in tokens_of(tokenizer, prompt, ids, start, end):
+        for token in tokens_of(tokenizer, text, ids, start, end):
             owner.setdefault(token, lora)
     return [sorted(token for token, mine in owner.items() if mine == lora) for lora in range(len(patterns))]
 

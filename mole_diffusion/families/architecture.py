@@ -70,6 +70,23 @@ class Told:
     words: Tensor | None = None
     cache: str | None = None
 
+    def there(self, reads: Reads, tokens: int) -> Tensor | None:
+        """Which tokens of a sequence are there, ``(rows, tokens)`` bool, and which fill it up; ``None``: all are.
+
+        Args:
+            reads: Of the module that is given the sequence.
+            tokens: How many it has.
+        """
+        if self.words is None or tokens < self.words.shape[1]:
+            return None
+        if reads == "text":  # a module may be given each word several times over
+            return self.words.repeat_interleave(tokens // self.words.shape[1], dim=1)
+        if reads != "both" or self.joint is None:
+            return None
+        found = self.words.new_ones(len(self.words), tokens)
+        found[:, self.joint.text] = self.words
+        return found
+
 
 def unit(names: str) -> re.Pattern[str]:
     """Matches a module's name up to the last of its parts that is one of ``names``, a regular expression."""

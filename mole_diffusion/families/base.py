@@ -35,10 +35,15 @@ class Reading:
 
     Attributes:
         tokenizer: The tokenizer.
-        texts: What it is given, the words of a chat's template and all.
+        texts: The prompts, as they stand in what it is given.
         length: How many tokens are read, padding and all.
         start: Where these tokens begin among those that the denoiser is given; ``None``: it is given none of them.
         dropped: How many of the first tokens the denoiser is not given (a template's).
+        before: What a chat's template puts before each prompt.
+        after: What it puts behind.
+        special: Whether the tokenizer adds tokens of its own.
+        gathered: Whether padding is taken out again, so that prompts are as long as they are.
+        end: The token that ends a prompt; by default the tokenizer's end of a text.
     """
 
     tokenizer: Any
@@ -46,6 +51,11 @@ class Reading:
     length: int
     start: int | None = 0
     dropped: int = 0
+    before: str = ""
+    after: str = ""
+    special: bool = True
+    gathered: bool = False
+    end: str | None = None
 
     @property
     def place(self) -> slice | None:
@@ -132,6 +142,16 @@ class Family:
             device: Where to.
         """
         return pipe.encode_prompt(prompts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False)
+
+    def embedded(self, encoded: Any, each: int) -> Tensor:
+        """Prompt embeddings, ``(pictures, tokens, width)``, as the denoiser will be given them in a call.
+
+        Args:
+            encoded: What ``encode_prompt`` gave.
+            each: Pictures of one prompt.
+        """
+        embeds: Tensor = encoded[0]
+        return embeds
 
     def conditions(self, pipe: Any, prompts: list[str]) -> Conditions:
         """What the denoiser is told of prompts, for pictures of the base's own size.

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from .architecture import Architecture, Joint, Told, packed_grid, unit
-from .base import Family, Text
+from .base import Conditions, Family, Text
 from .clip import CLIPText
+from .latents import from_patches, latent_side, places, size_shift
 from .t5 import T5
 
+GUIDANCE = 3.5  # that models of embedded guidance are told where nobody says another, as in diffusers
 TIMESTEPS = 1000  # the scheduler counts in thousands what the model is given as 0 to 1
 
 
@@ -119,3 +123,31 @@ class Flux(Family):
 
     def encode(self, pipe: Any, prompts: list[str], device: Any) -> Any:
         return pipe.encode_prompt(prompts, None, device=device)
+
+    def conditions(self, pipe: Any, prompts: list[str]) -> Conditions:
+        embeds, pooled, _ = self.encode(pipe, prompts, pipe.transformer.device)
+        return Conditions(embeds, {"pooled_projections": pooled})
+
+    def latent_shape(self, pipe: Any) -> tuple[int, ...]:
+        return ((latent_side(pipe) // 2) ** 2, pipe.transformer.config.in_channels)
+
+    def shift(self, pipe: Any) -> float | None:
+        return size_shift(pipe, self.latent_shape(pipe)[0])
+
+    def predict(self, pipe: Any, latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
+        side = math.isqrt(latents.shape[1])
+        guided = pipe.transformer.config.guidance_embeds
+        prediction: Tensor = pipe.transformer(
+            hidden_states=latents,
+            timestep=timesteps / TIMESTEPS,
+            guidance=latents.new_full((len(latents),), GUIDANCE, dtype=torch.float32) if guided else None,
+            encoder_hidden_states=conditions.prompt_embeds,
+            txt_ids=latents.new_zeros(conditions.prompt_embeds.shape[1], 3),
+            img_ids=places(side, side, 3, latents),
+            return_dict=False,
+            **conditions.others,
+        )[0]
+        return prediction
+
+    def picture(self, pipe: Any, latents: Tensor) -> Tensor:
+        return super().picture(pipe, from_patches(latents))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .architecture import Architecture, Told, packed_grid, unit
-from .base import Family
-from .flux import words_then_pixels
+from .base import Conditions, Family, Reading
+from .chats import MARK, QWEN_END, chat_reading
+from .flux import TIMESTEPS, words_then_pixels
+from .latents import from_patches, latent_side, places, time_shift
 
 
 class Flux2Transformer(Architecture):
@@ -83,6 +87,11 @@ def _of_one(places: Any) -> Any:
     return places[0] if getattr(places, "ndim", 2) == 3 else places
 
 
+GUIDANCE = 4.0  # that dev is told where nobody says another, as in diffusers
+STEPS = 50
+LENGTH = 512  # tokens of a prompt that are read at most, where a call does not say
+
+
 class Flux2(Family):
     """A transformer of two streams, then of one; Mistral (dev) or Qwen (klein) reads the text."""
 
@@ -90,3 +99,55 @@ class Flux2(Family):
     title = "FLUX.2"
     denoiser = "transformer"
     architectures: ClassVar[Mapping[str, Architecture]] = {"transformer": Flux2Transformer()}
+
+    def readings(self, pipe: Any, given: Mapping[str, Any]) -> list[Reading]:
+        length = given.get("max_sequence_length") or LENGTH
+        if hasattr(pipe.tokenizer, "tokenizer"):  # Mistral's processor of texts and pictures
+            tokenizer, end = pipe.tokenizer.tokenizer, "[/INST]"
+            said = {"system": pipe.system_message, "user": MARK}
+            messages = [{"role": who, "content": [{"type": "text", "text": what}]} for who, what in said.items()]
+            rendered = pipe.tokenizer.apply_chat_template(messages, add_generation_prompt=False, tokenize=False)
+            # A processor adds no second token for the beginning where a template has it.
+            special = not (tokenizer.bos_token and rendered.startswith(tokenizer.bos_token))
+        else:
+            tokenizer, end, special = pipe.tokenizer, QWEN_END, True
+            rendered = tokenizer.apply_chat_template(
+                [{"role": "user", "content": MARK}], tokenize=False, add_generation_prompt=True, enable_thinking=False
+            )
+        return [chat_reading(tokenizer, given, rendered, length, special=special, end=end)]
+
+    def encode(self, pipe: Any, prompts: list[str], device: Any) -> Any:
+        return pipe.encode_prompt(prompts, device=device)
+
+    def latent_shape(self, pipe: Any) -> tuple[int, ...]:
+        return ((latent_side(pipe) // 2) ** 2, pipe.transformer.config.in_channels)
+
+    def shift(self, pipe: Any) -> float | None:
+        if not pipe.scheduler.config.get("use_dynamic_shifting", False):
+            return None
+        from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu  # older versions have none
+
+        # Its pipelines take the number of steps into account too; this is that of a call that says nothing.
+        return time_shift(pipe.scheduler.config, compute_empirical_mu(self.latent_shape(pipe)[0], STEPS))
+
+    def predict(self, pipe: Any, latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
+        rows, side = len(latents), math.isqrt(latents.shape[1])
+        guided = pipe.transformer.config.guidance_embeds
+        words = places(1, conditions.prompt_embeds.shape[1], 4, latents).roll(1, dims=1)  # counted on the last axis
+        prediction: Tensor = pipe.transformer(
+            hidden_states=latents,
+            timestep=timesteps / TIMESTEPS,
+            guidance=latents.new_full((rows,), GUIDANCE, dtype=torch.float32) if guided else None,
+            encoder_hidden_states=conditions.prompt_embeds,
+            txt_ids=words.expand(rows, -1, -1),
+            img_ids=places(side, side, 4, latents).expand(rows, -1, -1),
+            return_dict=False,
+        )[0]
+        return prediction
+
+    def picture(self, pipe: Any, latents: Tensor) -> Tensor:
+        vae = pipe.vae
+        mean, variance = (x.view(1, 1, -1).to(latents) for x in (vae.bn.running_mean, vae.bn.running_var))
+        latents = latents * (variance + vae.config.batch_norm_eps).sqrt() + mean
+        decoded: Tensor = vae.decode(from_patches(latents).to(vae.dtype), return_dict=False)[0]
+        return decoded

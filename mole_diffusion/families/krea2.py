@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from .architecture import Architecture, Told, unit
-from .base import Family
-from .flux import words_then_pixels
+from .base import Conditions, Family, Reading
+from .chats import MARK, chat_reading
+from .flux import TIMESTEPS, words_then_pixels
+from .latents import from_patches, latent_side, size_shift, time_shift
+from .qwen_image import video_picture
 
 
 class Krea2Transformer(Architecture):
@@ -77,6 +81,10 @@ class Krea2Transformer(Architecture):
         return (words * layers,) * told.rows
 
 
+DISTILLED_SHIFT = 1.15  # mu of the distilled model, whatever the size, as its pipeline has it
+LENGTH = 512  # tokens of a prompt, with what the template puts behind it, where a call does not say
+
+
 class Krea2(Family):
     """A transformer of one stream; Qwen3-VL reads the text."""
 
@@ -84,3 +92,41 @@ class Krea2(Family):
     title = "Krea 2"
     denoiser = "transformer"
     architectures: ClassVar[Mapping[str, Architecture]] = {"transformer": Krea2Transformer()}
+
+    def readings(self, pipe: Any, given: Mapping[str, Any]) -> list[Reading]:
+        dropped = pipe.prompt_template_encode_start_idx
+        # What the template puts behind a prompt comes after the padding, and has its own tokens kept free.
+        length = (given.get("max_sequence_length") or LENGTH) + dropped - pipe.prompt_template_encode_num_suffix_tokens
+        rendered = pipe.prompt_template_encode_prefix + MARK
+        return [chat_reading(pipe.tokenizer, given, rendered, length, dropped=dropped)]
+
+    def encode(self, pipe: Any, prompts: list[str], device: Any) -> Any:
+        return pipe.encode_prompt(prompts, device=device)
+
+    def conditions(self, pipe: Any, prompts: list[str]) -> Conditions:
+        embeds, mask = self.encode(pipe, prompts, pipe.transformer.device)
+        return Conditions(embeds, {"encoder_attention_mask": mask})
+
+    def latent_shape(self, pipe: Any) -> tuple[int, ...]:
+        return ((latent_side(pipe) // pipe.patch_size) ** 2, pipe.transformer.config.in_channels)
+
+    def shift(self, pipe: Any) -> float | None:
+        if pipe.config.is_distilled and pipe.scheduler.config.get("use_dynamic_shifting", False):
+            return time_shift(pipe.scheduler.config, DISTILLED_SHIFT)
+        return size_shift(pipe, self.latent_shape(pipe)[0])
+
+    def predict(self, pipe: Any, latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
+        side = math.isqrt(latents.shape[1])
+        words = conditions.prompt_embeds.shape[1]
+        prediction: Tensor = pipe.transformer(
+            hidden_states=latents,
+            timestep=timesteps / TIMESTEPS,
+            encoder_hidden_states=conditions.prompt_embeds,
+            position_ids=pipe.prepare_position_ids(words, side, side, latents.device),
+            return_dict=False,
+            **conditions.others,
+        )[0]
+        return prediction
+
+    def picture(self, pipe: Any, latents: Tensor) -> Tensor:
+        return video_picture(pipe, from_patches(latents))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from .architecture import Architecture, Told, unit
-from .base import Family
-from .flux import words_then_pixels
+from .base import Conditions, Family, Reading
+from .chats import MARK, chat_reading
+from .flux import TIMESTEPS, words_then_pixels
+from .latents import from_patches, latent_side, size_shift
 
 
 class QwenImageTransformer(Architecture):
@@ -46,6 +49,9 @@ def _grid(shapes: Any) -> tuple[int, int] | None:
     return (int(shapes[1]), int(shapes[2])) if shapes else None
 
 
+LENGTH = 1024  # tokens of a prompt that are read at most, where a call does not say
+
+
 class QwenImage(Family):
     """A transformer of two streams; Qwen2.5-VL reads the text."""
 
@@ -53,3 +59,48 @@ class QwenImage(Family):
     title = "Qwen-Image"
     denoiser = "transformer"
     architectures: ClassVar[Mapping[str, Architecture]] = {"transformer": QwenImageTransformer()}
+
+    def readings(self, pipe: Any, given: Mapping[str, Any]) -> list[Reading]:
+        dropped = pipe.prompt_template_encode_start_idx
+        length = min(given.get("max_sequence_length") or LENGTH, pipe.tokenizer_max_length) + dropped
+        rendered = pipe.prompt_template_encode.format(MARK)
+        return [chat_reading(pipe.tokenizer, given, rendered, length, dropped=dropped, gathered=True)]
+
+    def encode(self, pipe: Any, prompts: list[str], device: Any) -> Any:
+        return pipe.encode_prompt(prompts, device=device)
+
+    def conditions(self, pipe: Any, prompts: list[str]) -> Conditions:
+        embeds, mask = self.encode(pipe, prompts, pipe.transformer.device)
+        return Conditions(embeds, {} if mask is None else {"encoder_hidden_states_mask": mask})
+
+    def latent_shape(self, pipe: Any) -> tuple[int, ...]:
+        return ((latent_side(pipe) // 2) ** 2, pipe.transformer.config.in_channels)
+
+    def shift(self, pipe: Any) -> float | None:
+        return size_shift(pipe, self.latent_shape(pipe)[0])
+
+    def predict(self, pipe: Any, latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
+        side = math.isqrt(latents.shape[1])
+        prediction: Tensor = pipe.transformer(
+            hidden_states=latents,
+            timestep=timesteps / TIMESTEPS,
+            encoder_hidden_states=conditions.prompt_embeds,
+            img_shapes=[[(1, side, side)]] * len(latents),
+            return_dict=False,
+            **conditions.others,
+        )[0]
+        return prediction
+
+    def picture(self, pipe: Any, latents: Tensor) -> Tensor:
+        return video_picture(pipe, from_patches(latents))
+
+
+def video_picture(pipe: Any, latents: Tensor) -> Tensor:
+    """Pictures of latents ``(rows, channels, height, width)``, by an autoencoder of videos: one frame."""
+    vae = pipe.vae
+    mean, deviation = (
+        latents.new_tensor(numbers).view(1, -1, 1, 1) for numbers in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    frames = (latents * deviation + mean).unsqueeze(2)
+    decoded: Tensor = vae.decode(frames.to(vae.dtype), return_dict=False)[0][:, :, 0]
+    return decoded

@@ -10,9 +10,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from .architecture import Architecture, Joint, Told, unit
-from .base import Family
+from .base import Conditions, Family, Reading
+from .chats import MARK, chat_reading
+from .latents import latent_side, size_shift
 
 TIMESTEPS = 1000
+LENGTH = 512  # tokens of a prompt that are read at most, where a call does not say
 MULTIPLE = 32  # the model fills words and pixels up to multiples of this many tokens, each by itself
 
 
@@ -110,3 +113,35 @@ class ZImage(Family):
     title = "Z-Image"
     denoiser = "transformer"
     architectures: ClassVar[Mapping[str, Architecture]] = {"transformer": ZImageTransformer()}
+
+    def readings(self, pipe: Any, given: Mapping[str, Any]) -> list[Reading]:
+        message = [{"role": "user", "content": MARK}]
+        rendered = pipe.tokenizer.apply_chat_template(
+            message, tokenize=False, add_generation_prompt=True, enable_thinking=True
+        )
+        length = given.get("max_sequence_length") or LENGTH
+        return [chat_reading(pipe.tokenizer, given, rendered, length, gathered=True)]
+
+    def embedded(self, encoded: Any, each: int) -> Tensor:
+        return padded(encoded[0]).repeat_interleave(each, dim=0)  # the pipeline itself repeats them later
+
+    def encode(self, pipe: Any, prompts: list[str], device: Any) -> Any:
+        return pipe.encode_prompt(prompts, device=device, do_classifier_free_guidance=False)
+
+    def conditions(self, pipe: Any, prompts: list[str]) -> Conditions:
+        embeds, _ = self.encode(pipe, prompts, pipe.transformer.device)
+        lengths = torch.tensor([len(prompt) for prompt in embeds], device=embeds[0].device)
+        return Conditions(padded(embeds), {"lengths": lengths})
+
+    def latent_shape(self, pipe: Any) -> tuple[int, ...]:
+        return (pipe.transformer.config.in_channels, latent_side(pipe), latent_side(pipe))
+
+    def shift(self, pipe: Any) -> float | None:
+        return size_shift(pipe, (latent_side(pipe) // 2) ** 2)
+
+    def predict(self, pipe: Any, latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
+        lengths = conditions.others["lengths"].tolist()
+        prompts = [prompt[:length] for prompt, length in zip(conditions.prompt_embeds, lengths, strict=True)]
+        pictures = list(latents.unsqueeze(2).unbind(0))
+        prediction = pipe.transformer(pictures, 1 - timesteps / TIMESTEPS, prompts, return_dict=False)[0]
+        return -torch.stack(prediction).squeeze(2)  # it points from noise to the picture

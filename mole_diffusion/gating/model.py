@@ -180,6 +180,8 @@ class MoLEModel(ModelMixin, ConfigMixin):
         current: Current | None = run.notes.get(spec.name)
         if site.name in spec.entry_sites and not (current is not None and current.source() is projections):
             features = _read(spec, site, projections, self.gate_config.token_axis)
+            if self.gate_config.token_axis == "pooled":
+                features = _without_filling(features, run.told.there(site.reads, features.shape[1]))
             size = None
             if spec.spatial and isinstance(self.gate_config.token_axis, int):
                 size = _grid(spec, site, projections) or token_grid(features.shape[1], run.sample_size, spec.name)
@@ -384,6 +386,17 @@ def _read(spec: GateSpec, site: Site, projections: Projections, axis: TokenAxis)
     if axis == "token" and site.stack.is_convolution:  # a stride leaves fewer positions to weigh than there are to read
         hidden_states = F.adaptive_avg_pool2d(hidden_states, projections.spatial)
     return site.positions(hidden_states)
+
+
+def _without_filling(features: Tensor, there: Tensor | None) -> Tensor:
+    """``(batch, tokens, width)`` whose mean over tokens is that over those which are there.
+
+    A prompt must not look different in a batch with longer ones.
+    """
+    if there is None or len(there) != len(features):
+        return features
+    there = there.to(features.device, features.dtype)
+    return features * (there * (there.shape[1] / there.sum(dim=1, keepdim=True)))[..., None]
 
 
 def _grid(spec: GateSpec, site: Site, projections: Projections) -> tuple[int, int] | None:

@@ -264,7 +264,11 @@ class MasksContract(WithLoRAs):
         owned = pipe.masks.values.sum(dim=(-2, -1))
         assert (owned > 0).all(), "each subject has some pixels"
         last = method.noted[-1][1]
-        pixels = [weights for site, run, weights in method.noted if run is last and site.reads == "pixels"]
+        pixels = [
+            weights if site.reads == "pixels" else weights[:, run.told.joint.pixels]
+            for site, run, weights in method.noted
+            if run is last and site.reads in ("pixels", "both")
+        ]
         assert all(weights.sum(dim=-1).max() <= 1 for weights in pixels)
         assert any((weights[..., 0] != weights[..., 1]).any() for weights in pixels)
 
@@ -274,9 +278,11 @@ class TrainingContract(WithLoRAs):
 
     Attributes:
         descent: A scheduler, and what a call is given, so that it goes down the four steps of a walk.
+        guidance: Of the walk; ``None``: as the case's call says.
     """
 
     descent: ClassVar[tuple[Any, Mapping[str, Any]]]
+    guidance: ClassVar[float | None] = None
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -289,7 +295,7 @@ class TrainingContract(WithLoRAs):
         scheduler, given = self.descent
         monkeypatch.setattr(pipe, "scheduler", scheduler)
         pipe.init_gates()
-        guidance = self.case.call["guidance_scale"]
+        guidance = self.case.call["guidance_scale"] if self.guidance is None else self.guidance
         walker = Walker(pipe, GateTrainingConfig(rollout_steps=4, guidance_scale=guidance, batch_size=1))
         plan = walker.plan(torch.Generator().manual_seed(0))
         latents = plan.noise

@@ -7,20 +7,25 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig
+from diffusers import AutoPipelineForInpainting, AutoPipelineForText2Image, FirstBlockCacheConfig
 from torch import Tensor, nn
 
 import mole_diffusion
-from mole_diffusion.composition import Linear, Switch
+from mole_diffusion.composition import FreeFuse, Linear, Masks, Switch
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.experts import Run
 from mole_diffusion.experts.seam import LayerSeam
 from mole_diffusion.families import architecture_of
+from mole_diffusion.gating import GateConfig
 from tests.tiny import random_lora
 from tests.tiny_dits import MADE, denoiser_call, draw, tiny_dit
 
 FAMILIES = list(MADE)
 CAPTIONS = ["a cat and a dog", "a red mug and a green boot in the grass with a clock"]
+
+
+UNGUIDED = {"z_image": {"guidance_scale": 0.0}, "krea2": {"guidance_scale": 0.0}, "qwen_image": {"true_cfg_scale": 1.0}}
+REGIONS = {"a": (0, 0, 0.5, 1.0), "b": (0.5, 0, 1.0, 1.0)}
 
 
 @functools.cache
@@ -226,3 +231,196 @@ def test_projections_fused_after_loading_are_refused(family: str, pipe: Any) -> 
     finally:
         pipe.transformer.unfuse_qkv_projections()
     assert draw(pipe, family).isfinite().all()
+
+
+class Reader(Masks):
+    """Masks that keep whose words they were told, and the embeddings, of each call of the transformer."""
+
+    def __init__(self) -> None:
+        super().__init__(given_own_words=0, given_others_words=0)
+        self.read: list[tuple[Tensor, Tensor]] = []
+
+    def regions(self, run: Run) -> Any:
+        text = run.encoder_hidden_states
+        assert text is not None
+        self.read.append((self.words(self.call(run)).of_embeddings(text), text))
+        return super().regions(run)
+
+
+def read(pipe: Any, family: str, prompt: Any, **kwargs: Any) -> list[tuple[Tensor, Tensor]]:
+    pipe.set_composition(reader := Reader())
+    draw(pipe, family, prompt, num_inference_steps=1, regions=REGIONS, **kwargs)
+    return reader.read
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_words_are_found_where_their_embeddings_are(family: str, pipe: Any) -> None:
+    """Language models read from left to right: the first embedding that another word changes is the word's own."""
+    prompt = "a photo of a red cat and a dog"
+    with_triggers(pipe, {"a": "cat", "b": "dog"})
+    ((owned, text), *_) = read(pipe, family, prompt)
+    with_triggers(pipe, {"a": "mug", "b": "dog"})
+    ((_, other), *_) = read(pipe, family, prompt.replace("cat", "mug"))
+    row = 0  # the prompt comes first in every family, where it shares a batch too
+    marked = owned[row, 0].nonzero().flatten().tolist()
+    assert len(marked) == 1
+    assert owned[row, 1].sum() == 1
+    assert not (owned[row, 0] & owned[row, 1]).any()
+    if family == "flux":  # T5 reads both ways; its tokens are known
+        ids = pipe.tokenizer_2(prompt).input_ids
+        assert marked == [ids.index(pipe.tokenizer_2("cat").input_ids[0])]
+        return
+    changed = (text[row] != other[row]).flatten(1).any(dim=1).nonzero().flatten()
+    assert changed[0] == marked[0]
+
+
+def with_triggers(pipe: Any, words: dict[str, str]) -> None:
+    pipe._loaded.triggers |= {name: (word,) for name, word in words.items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_pictures_and_negative_prompts_are_told_apart(family: str, pipe: Any) -> None:
+    with_triggers(pipe, {"a": "cat", "b": "dog"})
+    prompts = ["a cat and a dog", "a green boot in the grass with a dog and a cat"]
+    given = prompts[:]
+    beside = {"negative_prompt": ["sand", "sand"]} if family == "qwen_image" else {}
+    calls = read(pipe, family, given, num_images_per_prompt=2, **beside)
+    assert given == prompts  # nobody wrote into the caller's list
+    (positive, _), *others = calls
+    assert all(positive[row].any(dim=1).all() for row in range(4))
+    assert torch.equal(positive[0], positive[1])
+    assert torch.equal(positive[2], positive[3])
+    assert not torch.equal(positive[0], positive[2])
+    assert not positive[4:].any()  # Z-Image's negative prompts are in the same batch
+    assert len(others) == (family in ("flux2_klein", "krea2", "qwen_image"))
+    assert not any(owned.any() for owned, _ in others)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_masks_are_found_and_act(family: str, pipe: Any) -> None:
+    with_triggers(pipe, {"a": "cat", "b": "dog"})
+    pipe.set_composition("masks")
+    picture = draw(pipe, family, num_inference_steps=3)
+    found = pipe.masks
+    assert found is not None
+    assert found.values.shape[2:] == (8, 8)
+    assert found.values.amax(dim=(0, 2, 3)).min() > 0  # each has some pixel of its own
+    again = draw(pipe, family, num_inference_steps=3)
+    assert torch.equal(picture, again)
+    pipe.set_composition(FreeFuse())
+    draw(pipe, family, num_inference_steps=3)
+    assert pipe.masks is not None
+
+
+def test_words_of_the_template_are_nobodys() -> None:
+    pipe = loaded("qwen_image")
+    with_triggers(pipe, {"a": "image", "b": "dog"})
+    ((owned, _), *_) = read(pipe, "qwen_image", "a dog in an image")
+    assert owned[0, 0].nonzero().flatten().tolist() == [4]
+
+
+def test_embeddings_of_z_image_are_listed_and_their_words_told() -> None:
+    pipe = loaded("z_image")
+    with_triggers(pipe, {"a": "cat", "b": "dog"})
+    embeds, negative = pipe.encode_prompt(["a cat and a dog"], max_sequence_length=48)
+    kwargs = {"prompt_embeds": embeds, "negative_prompt_embeds": negative, "spans": {"a": [5], "b": [7]}}
+    ((owned, _), *_) = read(pipe, "z_image", None, num_images_per_prompt=2, **kwargs)
+    assert owned[:2, :, :8].nonzero().tolist() == [[0, 0, 5], [0, 1, 7], [1, 0, 5], [1, 1, 7]]
+    assert owned.sum() == 4
+
+
+@pytest.mark.parametrize(("modulation", "weights"), [("share", [0.5, 0.5]), ("first", [1.0, 0.0]), ("off", [0.0, 0.0])])
+def test_modulation_that_no_mask_reaches_is_a_setting(modulation: Any, weights: list[float]) -> None:
+    pipe = loaded("flux2_klein")
+    with_triggers(pipe, {"a": "cat", "b": "dog"})
+    seen: list[list[float]] = []
+
+    class Spy(Masks):
+        def weigh(self, site: Any, projections: Any, run: Run) -> Tensor | None:
+            given = super().weigh(site, projections, run)
+            if given is not None and site.reads == "vector":
+                seen.append(given[0, 0].tolist())
+            return given
+
+    pipe.set_composition(Spy(modulation=modulation))
+    draw(pipe, "flux2_klein", num_inference_steps=1, regions=REGIONS)
+    assert seen
+    assert all(one == weights for one in seen)
+    with pytest.raises(MoLEError, match="`modulation` must be one of"):
+        Masks(modulation="none")  # type: ignore[arg-type]
+
+
+class Int8Linear(nn.Linear):
+    """A quantised layer: whole numbers and one scale a row, turned into numbers when it runs."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer.in_features, layer.out_features, layer.bias is not None)
+        scale = layer.weight.abs().amax(dim=1, keepdim=True) / 127
+        self.bias = layer.bias
+        self.weight = nn.Parameter((layer.weight / scale).round().to(torch.int8), requires_grad=False)
+        self.scale = nn.Parameter(scale.detach(), requires_grad=False)
+
+    def numbers(self) -> Tensor:
+        return self.weight * self.scale
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return nn.functional.linear(hidden_states, self.numbers(), self.bias)
+
+
+def test_experts_run_beside_quantised_layers() -> None:
+    pipe = tiny_dit("z_image", mole_diffusion.MoLEZImagePipeline)
+    for name, module in list(pipe.transformer.layers.named_modules()):
+        if type(module) is nn.Linear and "adaLN" not in name:
+            parent, _, leaf = name.rpartition(".")
+            setattr(pipe.transformer.layers.get_submodule(parent), leaf, Int8Linear(module))
+    state = random_lora({"transformer": pipe.transformer}, rank=2, targets=r"layers.*(to_q|to_k|to_v|w1)$")
+    base = draw(pipe, "z_image")
+    pipe.load_loras({"a": state})
+    beside = draw(pipe, "z_image")
+    pipe.unload_loras()
+    for key, down in state.items():
+        if key.endswith("lora_A.weight"):
+            path = key.removeprefix("transformer.").removesuffix(".lora_A.weight")
+            parent, _, leaf = path.rpartition(".")
+            layer = pipe.transformer.get_submodule(path)
+            merged = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+            merged.bias = layer.bias
+            merged.weight = nn.Parameter(layer.numbers() + state[key.replace("lora_A", "lora_B")] @ down)
+            setattr(pipe.transformer.get_submodule(parent), leaf, merged)
+    expected = draw(pipe, "z_image")
+    assert (expected - base).abs().max() > 0.1
+    torch.testing.assert_close(beside, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("flux", "Flux"), ("flux2_klein", "Flux2Klein"), ("z_image", "ZImage"), ("qwen_image", "QwenImage")],
+)
+def test_diffusers_goes_from_a_pipeline_of_a_family_to_the_next(family: str, name: str) -> None:
+    pipe = loaded(family)
+    painting = AutoPipelineForInpainting.from_pipe(pipe)
+    assert type(painting) is getattr(mole_diffusion, f"MoLE{name}InpaintPipeline")
+    assert painting.experts is pipe.experts
+    assert type(AutoPipelineForText2Image.from_pipe(painting)) is type(pipe)
+
+
+@pytest.mark.parametrize("family", ["z_image", "krea2", "qwen_image"])
+@pytest.mark.parametrize("method", ["mole", "norm_router"])
+def test_what_fills_up_a_short_prompt_is_not_read(family: str, method: str) -> None:
+    """In a batch with a longer prompt, a picture is what it is alone."""
+    pipe = loaded(family)
+    if method == "mole":
+        gates = pipe.init_gates(GateConfig(scope="layer"))
+        with torch.no_grad():
+            for number, parameter in enumerate(gates.gate_parameters()):
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
+    pipe.set_composition(method)
+    prompts = ["a cat", "a dog in the grass with a mug and a boot and a clock " * 4]
+    given = {"num_inference_steps": 1, "max_sequence_length": 128, **UNGUIDED[family]}
+    try:
+        seeds = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+        both = draw(pipe, family, prompts, generator=seeds, **given)
+        alone = draw(pipe, family, prompts[0], generator=torch.Generator().manual_seed(1), **given)
+    finally:
+        pipe.unload_gates()
+    torch.testing.assert_close(both[:1], alone, rtol=0, atol=1e-4)
