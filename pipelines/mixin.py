@@ -16,7 +16,7 @@ from .gate_calls import GateCalls
 from .loaded import Loaded
 from .prior import drawing_prior
 from .reading import Spans, add_region_words, given_words, prompt_words, split_prompts, with_region_prompts
-from .refusals import refuse_half_measures, refuse_not_finite
+from .refusals import refuse_broken_gates, refuse_half_measures, refuse_not_finite
 from .selection import Selection, read_scale, read_selection
 from .size import latent_grid, picture_count, picture_size
 from .turns import turn
@@ -102,6 +102,8 @@ class MoLEPipelineMixin(GateCalls):
         keep, scales = read_selection(loras, list(names))
         if keep.any():
             loaded.check(self.lora_components)
+            if "gates" in method.needs:
+                refuse_broken_gates(method.gates)
         region_map = None
         prompts: dict[str, str] = {}
         if regions is not None:
@@ -182,7 +184,7 @@ class MoLEPipelineMixin(GateCalls):
         self._refuse_unknown_arguments(kwargs)
         loaded = self._loaded
         scale = read_scale(kwargs)
-        refuse_not_finite({**kwargs, "scale": scale})
+        refuse_not_finite(kwargs)
         loras = [] if loaded.disabled and loras is None else loras
         keep, _ = read_selection(loras, list(loaded.loras))
         taking_part = [name for name, kept in zip(loaded.loras, keep[0].tolist(), strict=True) if kept]

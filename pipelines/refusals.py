@@ -31,6 +31,16 @@ def refuse_half_measures(pipe: Any, loras: Selection, taking_part: Sequence[str]
                 )
 
 
+def refuse_broken_gates(gates: Any) -> None:
+    """Raises MoLEError for gates that hold NaN or infinity, as when a training diverged: the picture would be black."""
+    broken = [name for name, value in gates.named_parameters() if not value.isfinite().all()]
+    if broken:
+        raise MoLEError(
+            f"the gates have numbers that are not finite ({broken[0]}). Load them again, or train them with a lower "
+            "learning rate."
+        )
+
+
 def refuse_not_finite(numbers: Mapping[str, Any]) -> None:
     """Raises MoLEError for a number that would make a black picture."""
     for name, value in numbers.items():

@@ -52,9 +52,19 @@ SCALE_ARGUMENTS = ("cross_attention_kwargs", "attention_kwargs", "joint_attentio
 
 
 def read_scale(kwargs: Mapping[str, Any]) -> float:
-    """The ``scale`` of all LoRAs in the arguments of a pipeline's call; 1 where none is given."""
-    scales = [given["scale"] for name in SCALE_ARGUMENTS if (given := kwargs.get(name)) and "scale" in given]
-    return scales[0] if scales else 1.0
+    """The ``scale`` of all LoRAs in the arguments of a pipeline's call; 1 where none is given.
+
+    Raises:
+        MoLEError: It is not finite.
+    """
+    for name in SCALE_ARGUMENTS:
+        given = kwargs.get(name)
+        if given and "scale" in given:
+            scale: float = given["scale"]
+            if not math.isfinite(scale):
+                raise MoLEError(f"`{name}['scale']` must be finite, got {scale}.")
+            return scale
+    return 1.0
 
 
 def check_names(given: Iterable[str], names: Sequence[str], argument: str) -> None:

@@ -41,6 +41,23 @@ def test_a_refused_change_leaves_what_was_loaded() -> None:
     assert_close(draw(pipe), expected)
 
 
+def test_processors_somebody_kept_act_once_or_not_at_all() -> None:
+    pipe, other = composing_pipeline("cat", "dog"), composing_pipeline()
+    base, expected = draw(other), draw(pipe)
+    kept = dict(pipe.unet.attn_processors)
+    pipe.fuse_qkv_projections()
+    assert_close(draw(pipe), expected)
+    pipe.unfuse_qkv_projections()  # puts those of before back
+    assert_close(draw(pipe), expected)
+    other.unet.set_attn_processor(dict(kept))  # of another model
+    assert torch.equal(draw(other), base)
+    other.load_loras({name: lora_states(other)[name] for name in ("cat", "dog")})
+    assert_close(draw(other), expected)
+    pipe.unload_loras()
+    pipe.unet.set_attn_processor(dict(kept))
+    assert_close(draw(pipe), base)
+
+
 def test_a_model_that_was_exchanged_is_noticed() -> None:
     pipe = composing_pipeline("cat")
     pipe.unet = tiny_components(seed=1)["unet"]
@@ -185,6 +202,17 @@ def test_numbers_that_would_draw_a_black_picture_are_refused(argument: str) -> N
     value: Any = {"scale": float("inf")} if argument == "cross_attention_kwargs" else float("nan")
     with pytest.raises(ValueError, match=f"`{argument}.* must be finite"):
         draw(pipe, **{argument: value})
+
+
+def test_gates_that_are_no_numbers_draw_no_black_picture() -> None:
+    pipe = composing_pipeline("cat", "dog")
+    gates = pipe.init_gates()
+    draw(pipe)
+    with torch.no_grad():
+        next(iter(gates.gate_parameters())).view(-1)[0] = float("nan")
+    with pytest.raises(ValueError, match=r"the gates have numbers that are not finite \(gates\."):
+        draw(pipe)
+    draw(pipe, loras=[])
 
 
 # --- threads --------------------------------------------------------------------------------------------------------

@@ -149,7 +149,9 @@ class Attachment:
             if type(original) in (AttnProcessor2_0, FusedAttnProcessor2_0):
                 _, sites = self._attentions.get(name, (attention, {}))
                 seam = None if self._seam is None else self._ask(name, attention.is_cross_attention, attention)
-                attention.processor = ours = MoLEAttnProcessor(sites, self._add, seam)
+                if name in self._swapped:  # somebody exchanged ours, and may put it back (`unfuse_qkv_projections`)
+                    self._swapped[name][2].retire()
+                attention.processor = ours = MoLEAttnProcessor(sites, self._add, seam, attention)
                 self._swapped[name] = (attention, original, ours)
                 self._made.append(ours)
 

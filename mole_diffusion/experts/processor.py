@@ -15,6 +15,9 @@ from .site import Site
 AddExperts = Callable[[Site, Tensor, Tensor], Tensor]
 
 
+STOCK = AttnProcessor2_0()
+
+
 class AttentionSeam(Protocol):
     """What an attention layer asks while it attends; nothing of it costs anything where no weigher wants it."""
 
@@ -46,6 +49,7 @@ class MoLEAttnProcessor:
             Without any, as when diffusers makes a new processor of the same class, it is the stock processor.
         add: ``(site, input, output) -> output with the experts' share``.
         seam: Asked for a bias, and shown queries, keys and outputs.
+        attention: The layer it serves. On another, where somebody put it, it is the stock processor.
     """
 
     def __init__(
@@ -53,10 +57,12 @@ class MoLEAttnProcessor:
         sites: Mapping[str, Site] | None = None,
         add: AddExperts | None = None,
         seam: AttentionSeam | None = None,
+        attention: Attention | None = None,
     ) -> None:
         self.sites = dict(sites or {})
         self._add = add
         self._seam = seam
+        self._attention = attention
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -65,7 +71,7 @@ class MoLEAttnProcessor:
 
     def retire(self) -> None:
         """Become the stock processor: somebody may have kept this one and put it back after the LoRAs are gone."""
-        self.sites, self._add, self._seam = {}, None, None
+        self.sites, self._add, self._seam, self._attention = {}, None, None, None
 
     @torch.compiler.disable  # what compiles is around it: one graph for all layers and calls there cannot be
     def __call__(
@@ -89,6 +95,8 @@ class MoLEAttnProcessor:
         Returns:
             A tensor of the shape of ``hidden_states``.
         """
+        if self._attention is not None and attn is not self._attention:
+            return STOCK(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
         residual = hidden_states
         if attn.spatial_norm is not None:
             hidden_states = attn.spatial_norm(hidden_states, temb)
