@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ def make_clip(folder: Path) -> DifferentiableCLIP:
     return DifferentiableCLIP(write_clip(folder))
 
 
-def mole_pipeline(loras: int = 2) -> Any:
+def mole_pipeline(loras: int = 2, triggers: Mapping[str, str] | None = None) -> Any:
     pipe = tiny_pipeline(MoLEStableDiffusionPipeline)
     if loras:
-        pipe.load_loras({f"lora{seed}": random_lora(pipe.components, seed=seed) for seed in range(loras)})
+        states = {f"lora{seed}": random_lora(pipe.components, seed=seed) for seed in range(loras)}
+        pipe.load_loras(states, triggers=triggers)
     return pipe
 
 

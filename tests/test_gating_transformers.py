@@ -13,6 +13,7 @@ from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
+from mole_diffusion.errors import MoLEError
 from mole_diffusion.experts import Experts
 from mole_diffusion.gating import GateConfig, MoLEModel
 from mole_diffusion.gating.spec import plan_gates
@@ -92,6 +93,18 @@ def test_every_scope_runs_and_detach_gives_the_model_back(make: Any) -> None:
     assert counts[0] > counts[1] > counts[2] == 2 > counts[3] == 1
     experts.detach()
     assert torch.equal(model(**inputs).sample, base)
+
+
+@torch.no_grad()
+def test_experts_of_whole_blocks_are_refused_where_blocks_have_two_outputs() -> None:
+    model, inputs = sd3()
+    experts = Experts([lora(model, "a"), lora(model, "b")])
+    experts.attach({"transformer": model})
+    experts.weigher = MoLEModel.from_experts(experts, GateConfig(experts="block"))
+    with pytest.raises(MoLEError, match="blocks of one output, and JointTransformerBlock gives 2"):
+        model(**inputs)
+    experts.weigher = MoLEModel.from_experts(experts, GateConfig(experts="module"))
+    assert model(**inputs).sample.isfinite().all()
 
 
 @pytest.fixture(scope="module")

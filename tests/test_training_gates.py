@@ -213,9 +213,11 @@ def test_presets_build_and_take_a_step(clip: DifferentiableCLIP, tmp_path: Path,
     if preset == "official":
         few["rollout_steps_max"] = 3
     settings = GateTrainingConfig.from_dict(few, preset)
-    pipe = mole_pipeline()
+    pipe = mole_pipeline(triggers={name: concept.token for name, concept in CONCEPTS.items()})
+    prompts = ["a <v1> cat and a <v2> dog"] if preset == "masks" else list(PROMPTS)  # masks are for all subjects
     numbers: list[Mapping[str, float]] = []
-    gates = train(pipe, settings, clip, concepts=CONCEPTS, on_step_end=lambda step, values: numbers.append(values))
+    options: dict[str, Any] = {"concepts": CONCEPTS, "prompts": prompts}
+    gates = train(pipe, settings, clip, **options, on_step_end=lambda step, values: numbers.append(values))
     assert all(math.isfinite(value) for value in numbers[0].values())
     assert numbers[0]["gradient_norm"] > 0
     assert any(parameter.abs().max() > 0 for name, parameter in gates.named_parameters() if name.endswith("weight"))

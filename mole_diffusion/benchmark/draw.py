@@ -63,7 +63,7 @@ class Drawer:
         self._pipe.set_progress_bar_config(disable=True)
         self._composition: str | None = None
         self._evaluations = 0
-        self._pipe.unet.register_forward_hook(self._count)
+        getattr(self._pipe, self._pipe.family.denoiser).register_forward_hook(self._count)
         self._memory: dict[tuple[Any, ...], float | None] = {}
 
     def prepare(

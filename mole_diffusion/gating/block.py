@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import MoLEError
 from ..experts import Run
 
 
@@ -52,6 +53,11 @@ class BlockExperts:
             weigh: Turns the expert outputs ``(batch, tokens, len(experts), features)`` into final weights
                 ``(batch, len(experts))``.
         """
+        if not isinstance(output, Tensor):
+            raise MoLEError(
+                f"experts='block' needs blocks of one output, and {type(block).__name__} gives {len(output)}: words "
+                "and pixels. Make gates with GateConfig(experts='module'), whose experts are the LoRAs' shares."
+            )
         changes = []
         try:
             for index in self.experts:

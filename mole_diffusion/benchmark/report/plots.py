@@ -15,7 +15,9 @@ from mole_diffusion.benchmark.report.groups import means_by_loras, of_method
 from mole_diffusion.benchmark.row import Row
 from mole_diffusion.benchmark.run import picture_path
 from mole_diffusion.errors import MoLEError
+from mole_diffusion.families.stable_diffusion import StableDiffusion
 from mole_diffusion.files import atomic_path
+from mole_diffusion.gating.scopes import gate_name
 from mole_diffusion.pictures import read_picture
 from mole_diffusion.sheets import as_they_are, gate_heat_map, picture_sheet
 
@@ -103,9 +105,6 @@ def _by_block(places: Sequence[str], means: torch.Tensor) -> tuple[list[str], to
 
 
 def _block(place: str) -> str:
-    """The name up to the number of the block: "unet.mid_block.attentions.0.transformer_blocks.0"."""
-    parts = place.split(".")
-    numbers = [index for index, part in enumerate(parts) if part.isdigit()]
-    blocks = [index for index in numbers if parts[index - 1] in ("transformer_blocks", "layers", "resnets")]
-    end = blocks[0] if blocks else numbers[-1] if numbers else len(parts) - 1
-    return ".".join(parts[: end + 1])
+    """The gate's place in scope "block": "unet.mid_block.attentions.0.transformer_blocks.0"."""
+    component, _, module = place.partition(".")
+    return gate_name("block", component, module, StableDiffusion.architectures[component])

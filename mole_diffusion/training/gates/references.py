@@ -62,7 +62,7 @@ def _drawn(
         drawn = [_whole(file) for file in files]
         if all(picture is not None for picture in drawn):
             return [picture for picture in drawn if picture is not None]
-    composition, bar = pipe.composition, getattr(pipe, "_progress_bar_config", {})
+    composition, bar = pipe._loaded.composition, getattr(pipe, "_progress_bar_config", {})
     try:
         pipe.set_composition("linear")
         pipe.set_progress_bar_config(disable=True)

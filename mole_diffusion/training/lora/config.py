@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mole_diffusion.errors import MoLEError
+from mole_diffusion.families.clip import CLIPText
+from mole_diffusion.families.unet import UNet
 from mole_diffusion.training.engine.loop import check_step_settings
 from mole_diffusion.training.engine.precision import MixedPrecision
 
-UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
-TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+UNET_TARGETS, TEXT_ENCODER_TARGETS = UNet.targets, CLIPText.targets
 
 
 @dataclass(frozen=True, kw_only=True)
