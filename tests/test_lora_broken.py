@@ -99,7 +99,7 @@ STATES: list[tuple[str, Callable[[State], State], str]] = [
         "module the model has not",
         with_({f"unet.mid_block.nowhere{A}": torch.ones(1, 2), f"unet.mid_block.nowhere{B}": torch.ones(2, 1)}),
         "(diffusers layout, component unet): 1 of 5 modules find no place in the model: "
-        f"'unet.mid_block.nowhere{A}'. It was written by diffusers. Its names are those of Stable Diffusion 1.x",
+        f"'unet.mid_block.nowhere{A}'. It was written by diffusers. Its names are those of Stable Diffusion 1.x,",
     ),
     (
         "many modules the model has not",
