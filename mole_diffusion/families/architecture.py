@@ -14,6 +14,9 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+_GRIDS: Any = WeakIdKeyDictionary()
 
 Reads = Literal["pixels", "text", "both", "vector", "own"]
 """What a module is given: tokens of the picture; tokens of a text that another network read, as a denoiser is given the
@@ -58,6 +61,7 @@ class Told:
         sample_size: ``(height, width)`` of the picture in tokens, at the finest level of the denoiser.
         joint: Where words and pixels stand in sequences of both; ``None`` where the model has none.
         words: Which of the prompt's tokens are there, ``(rows, tokens)`` bool, and which fill up; ``None``: all are.
+        prompt_lengths: How many are there in each row, where rows may differ and the model packs them.
         cache: What keeps keys and values of an earlier pass, for an error; ``None``: nothing does.
     """
 
@@ -68,6 +72,7 @@ class Told:
     sample_size: tuple[int, int] | None = None
     joint: Joint | None = None
     words: Tensor | None = None
+    prompt_lengths: tuple[int, ...] = ()
     cache: str | None = None
 
     def there(self, reads: Reads, tokens: int) -> Tensor | None:
@@ -246,17 +251,24 @@ def _parameters(function: Any, bound: Any) -> tuple[str, ...]:
     return names
 
 
-def packed_grid(places: Any) -> tuple[int, int] | None:
+def packed_grid(places: Any, first: int = 0) -> tuple[int, int] | None:
     """``(height, width)`` of a picture from the place of each of its tokens, ``(tokens, axes)``.
 
     Axes 1 and 2 are row and column. Pictures to look at may follow; they have another number on axis 0.
+
+    Args:
+        places: Of one sample, or ``(rows, tokens, axes)`` of all, which are alike.
+        first: The picture's first token.
     """
     if not isinstance(places, Tensor):
         return None
-    places = places.reshape(-1, places.shape[-1])
-    own = places[places[:, 0] == places[0, 0], 1:3]
-    height, width = (own.amax(dim=0) - own.amin(dim=0) + 1).tolist()
-    return int(height), int(width)
+    if places not in _GRIDS:  # a pipeline gives the same tensor in every step, and to look at it may stall a GPU
+        own = (places[0] if places.ndim == 3 else places)[first:]
+        own = own[own[:, 0] == own[0, 0], 1:3]
+        height, width = (own.amax(dim=0) - own.amin(dim=0) + 1).tolist()
+        _GRIDS[places] = int(height), int(width)
+    grid: tuple[int, int] = _GRIDS[places]
+    return grid
 
 
 def spatial_size(sample: Any) -> tuple[int, int] | None:

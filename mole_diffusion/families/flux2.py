@@ -79,12 +79,7 @@ class Flux2Transformer(Architecture):
     def told(self, model: nn.Module, given: Mapping[str, Any]) -> Told:
         mode = given.get("kv_cache_mode")
         cache = None if mode is None else f"kv_cache_mode={mode!r}, which keeps keys and values of reference pictures"
-        return words_then_pixels(given, packed_grid(_of_one(given.get("img_ids"))), cache=cache)
-
-
-def _of_one(places: Any) -> Any:
-    """Places of tokens come for each sample, all alike."""
-    return places[0] if getattr(places, "ndim", 2) == 3 else places
+        return words_then_pixels(given, packed_grid(given.get("img_ids")), cache=cache)
 
 
 GUIDANCE = 4.0  # that dev is told where nobody says another, as in diffusers

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from .architecture import Architecture, Told, unit
+from .architecture import Architecture, Told, packed_grid, unit
 from .base import Conditions, Family, Reading
 from .chats import MARK, chat_reading
 from .flux import TIMESTEPS, words_then_pixels
@@ -67,10 +67,7 @@ class Krea2Transformer(Architecture):
 
     def told(self, model: nn.Module, given: Mapping[str, Any]) -> Told:
         text, places, mask = (given.get(k) for k in ("encoder_hidden_states", "position_ids", "encoder_attention_mask"))
-        grid = None
-        if isinstance(places, Tensor) and isinstance(text, Tensor):
-            height, width = (places[text.shape[1] :, 1:].amax(dim=0) + 1).tolist()
-            grid = int(height), int(width)
+        grid = packed_grid(places, first=text.shape[1]) if isinstance(text, Tensor) else None
         return words_then_pixels(given, grid, mask.bool() if isinstance(mask, Tensor) else None)
 
     def lengths(self, module: str, told: Told) -> tuple[int, ...] | None:

@@ -61,24 +61,26 @@ class ZImageTransformer(Architecture):
             return Told(rows=len(pictures), timestep=_thousands(given.get("t")))
         patch = given.get("patch_size", 2)
         height, width = pictures[0].shape[-2] // patch, pictures[0].shape[-1] // patch
-        pixels, words = _filled(height * width), max(_filled(len(prompt)) for prompt in prompts)
+        lengths, device = tuple(len(prompt) for prompt in prompts), prompts[0].device
+        pixels, words = _filled(height * width), _filled(max(lengths))
         return Told(
             rows=len(pictures),
             timestep=_thousands(given.get("t")),
             encoder_hidden_states=padded(prompts, words),
             sample_size=(height, width),
             joint=Joint(slice(pixels, pixels + words), slice(0, height * width)),
-            words=_there([len(prompt) for prompt in prompts], words, prompts[0].device),
+            words=torch.arange(words, device=device) < torch.tensor(lengths, device=device)[:, None],
+            prompt_lengths=lengths,
         )
 
     def lengths(self, module: str, told: Told) -> tuple[int, ...] | None:
         parts = module.split(".")
-        if told.joint is None or told.words is None:
+        if told.joint is None:
             return None
         if "all_x_embedder" in parts:
             return (told.joint.text.start,) * told.rows
         if "cap_embedder" in parts:
-            return tuple(_filled(length) for length in told.words.sum(dim=1).tolist())
+            return tuple(map(_filled, told.prompt_lengths))
         return None
 
 
@@ -95,10 +97,6 @@ def padded(prompts: Sequence[Tensor], tokens: int | None = None) -> Tensor:
 
 def _filled(tokens: int) -> int:
     return -(-tokens // MULTIPLE) * MULTIPLE
-
-
-def _there(lengths: Sequence[int], tokens: int, device: torch.device) -> Tensor:
-    return torch.arange(tokens, device=device) < torch.tensor(lengths, device=device)[:, None]
 
 
 def _thousands(time: Any) -> Any:
