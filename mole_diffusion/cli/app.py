@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from mole_diffusion import __version__
 
+from .app_page import app_page
 from .balance_study import balance_study
 from .benchmark import benchmark
 from .convert import convert
@@ -107,6 +108,7 @@ def _mole(
 
 app.command()(demo)
 app.command()(generate)
+app.command("app")(app_page)
 app.command()(inspect)
 app.command()(convert)
 app.command()(methods)

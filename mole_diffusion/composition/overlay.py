@@ -30,7 +30,7 @@ def overlay(picture: Image.Image, planes: Tensor, names: Sequence[str]) -> Image
     canvas = np.asarray(picture.convert("RGB").resize((width, height), Image.Resampling.NEAREST), dtype=np.float32)
     smooth = F.interpolate(planes[None].float().cpu(), size=(height, width), mode="bilinear", align_corners=False)[0]
     shares = smooth.numpy()
-    colours = [_colour(index) for index in range(len(names))]
+    colours = [colour_of(index) for index in range(len(names))]
     # Outside every region the picture fades a little, so that the tints stand out whatever its own colours are.
     owned = shares.sum(axis=0).clip(0, 1)[..., None]
     grey = canvas.mean(axis=-1, keepdims=True)
@@ -44,7 +44,8 @@ def overlay(picture: Image.Image, planes: Tensor, names: Sequence[str]) -> Image
     return _with_legend(tinted, names, colours)
 
 
-def _colour(index: int) -> tuple[int, int, int]:
+def colour_of(index: int) -> tuple[int, int, int]:
+    """The colour of the LoRA at this place of the list, red, green and blue."""
     if index < len(COLOURS):
         return COLOURS[index]
     red, green, blue = colorsys.hsv_to_rgb(0.618034 * index % 1, 0.7, 0.85)  # the golden ratio never repeats a hue

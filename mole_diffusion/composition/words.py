@@ -145,13 +145,22 @@ def _check_phrases(tokenizer: Any, triggers: Mapping[str, Sequence[str]]) -> Non
                 )
 
 
-def _pattern(tokenizer: Any, phrase: str) -> re.Pattern[str]:
-    """What finds `phrase` as whole words."""
+def phrase_pattern(phrase: str, *, capitals_count: bool) -> re.Pattern[str]:
+    """What finds `phrase` as whole words, with any white space between them.
+
+    Args:
+        phrase: At least one word.
+        capitals_count: Whether "Cat" is another word than "cat".
+    """
     words = phrase.split()
-    capitals = _plain_ids(tokenizer, phrase.swapcase()) == _plain_ids(tokenizer, phrase)
     left = rf"(?<!{WORD})" if re.match(WORD, words[0]) else ""
     right = rf"(?!{WORD})" if re.match(WORD, words[-1][-1]) else ""
-    return re.compile(left + r"\s+".join(map(re.escape, words)) + right, re.IGNORECASE if capitals else 0)
+    return re.compile(left + r"\s+".join(map(re.escape, words)) + right, 0 if capitals_count else re.IGNORECASE)
+
+
+def _pattern(tokenizer: Any, phrase: str) -> re.Pattern[str]:
+    capitals_count = _plain_ids(tokenizer, phrase.swapcase()) != _plain_ids(tokenizer, phrase)
+    return phrase_pattern(phrase, capitals_count=capitals_count)
 
 
 def _shared_out(

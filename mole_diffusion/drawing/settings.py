@@ -96,7 +96,10 @@ class PictureSettings:
         if self.loras:
             told["loras"] = [_told(lora) for lora in self.loras]
         if self.regions:
-            told["regions"] = {name: list(parts) for name, parts in self.regions.items()}
+            told["regions"] = {
+                name: [part if isinstance(part, str) else list(part) for part in parts]
+                for name, parts in self.regions.items()
+            }
         return told
 
     @classmethod

@@ -1,0 +1,334 @@
+"""The page's layout: which field stands where, and which function answers to which button."""
+
+from __future__ import annotations
+
+import html
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from .. import toybox
+from ..composition import COMPOSITIONS
+from ..composition.call import ROLES
+from ..drawing.methods import options
+from ..errors import MoLEError
+from . import drawn_regions, form, said
+from .coloured import coloured, css_colour
+from .places import Places
+from .session import Session
+from .studio import Cancelled, Studio, Ticket
+from .training_tab import training_tab
+
+STATIC = Path(__file__).with_name("static")
+FIRST = ("toybox:cat", "toybox:boot")
+PROMPT = "a photo of a <v1> cat and a <v2> boot on grass"
+FIELDS = 5  # of a row: on, name, weight, trigger, role
+
+
+def build(studio: Studio, places: Places) -> gr.Blocks:
+    """The page.
+
+    Args:
+        studio: What draws.
+        places: What may be read by its name.
+    """
+    with gr.Blocks(title="mole", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
+        session = gr.State(None, time_to_live=86400)
+        gr.Markdown("# mole: several LoRAs in one picture")
+        with gr.Tab("Draw"):
+            draw = _DrawTab(studio, places, session)
+        with gr.Tab("Train gates"):
+            training_tab(studio, places, session, draw.edit_inputs, draw.base, draw.gates)
+        page.load(draw.begin, outputs=[session, *draw.row_outputs, draw.prompt_shown, draw.to_canvas])
+    page.queue(default_concurrency_limit=1, max_size=64)  # one device: jobs come one after another
+    return page
+
+
+class _DrawTab:
+    def __init__(self, studio: Studio, places: Places, session: gr.State) -> None:
+        self.studio, self.places, self.session = studio, places, session
+        with gr.Row():
+            with gr.Column(scale=5, min_width=320):
+                self._inputs()
+            with gr.Column(scale=4, min_width=320):
+                self._outputs()
+        self.edit_inputs = [session, *[one for row in self.rows for one in row[1:6]]]
+        self.row_outputs = [one for row in self.rows for one in row] + [self.refused]
+        self._wire()
+
+    # --- layout ---------------------------------------------------------------------------------------------------
+
+    def _inputs(self) -> None:
+        self.base = gr.Textbox(
+            "toybox", label="Base", info="toybox, a folder, a .safetensors file or a Hub id", elem_id="mole-base"
+        )
+        self.dropped = gr.File(
+            label="Drop LoRA files here",
+            file_count="multiple",
+            file_types=[".safetensors"],
+            height=130,
+            elem_id="mole-drop",
+        )
+        self.subject = gr.Dropdown(toybox.subjects(), value=None, label="Or add a subject of the toybox")
+        self.refused = gr.HTML("")
+        self.rows: list[list[Any]] = []
+        for number in range(form.MOST_LORAS):
+            with gr.Group(visible=False) as group:
+                with gr.Row():
+                    on = gr.Checkbox(True, label=f"LoRA {number + 1} on", min_width=90, scale=1)
+                    name = gr.Textbox(label=f"Name of LoRA {number + 1}", min_width=90, scale=2)
+                    weight = gr.Number(1.0, label=f"Weight of LoRA {number + 1}", step=0.05, min_width=90, scale=1)
+                    trigger = gr.Textbox(label=f"Trigger of LoRA {number + 1}", min_width=110, scale=2)
+                    role = gr.Dropdown(list(ROLES), value="subject", label=f"Role of LoRA {number + 1}", min_width=130)
+                verdict = gr.HTML("")
+            self.rows.append([group, on, name, weight, trigger, role, verdict])
+        self.clear = gr.Button("Take all LoRAs away", size="sm")
+        self.prompt = gr.Textbox(PROMPT, label="Prompt", lines=2, elem_id="mole-prompt")
+        self.prompt_shown = gr.HTML("")
+        self.negative = gr.Textbox("", label="Negative prompt")
+        with gr.Row():
+            names = [form.BY_ITSELF, *COMPOSITIONS]
+            self.composition = gr.Dropdown(names, value=form.BY_ITSELF, label="Composition", min_width=140)
+            self.options = gr.Textbox("", label="Options of the composition", min_width=180)
+        self.gates = gr.Textbox("", label="Gates", info="folder or Hub id of gates trained for these LoRAs, in order")
+        with gr.Row():
+            self.steps = gr.Number(25, label="Steps", precision=0, minimum=1, min_width=90)
+            self.guidance = gr.Number(3.0, label="Guidance scale", step=0.5, min_width=90)
+            self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=90)
+            self.count = gr.Number(1, label="Seeds side by side", precision=0, minimum=1, min_width=90)
+        with gr.Accordion("Size and scheduler", open=False):
+            with gr.Row():
+                self.width = gr.Number(None, label="Width", precision=0, min_width=90)
+                self.height = gr.Number(None, label="Height", precision=0, min_width=90)
+                self.scheduler = gr.Textbox("", label="Scheduler", placeholder="the base's", min_width=160)
+        self.restored = gr.File(
+            label="Drop a picture of mole to restore its settings",
+            file_types=[".png"],
+            height=130,
+            elem_id="mole-restore",
+        )
+
+    def _outputs(self) -> None:
+        with gr.Row():
+            self.draw = gr.Button("Draw", variant="primary", elem_id="mole-draw", min_width=100)
+            self.compare = gr.Button("Compare", elem_id="mole-compare", min_width=100)
+            self.cancel = gr.Button("Cancel", variant="stop", elem_id="mole-cancel", min_width=80)
+        self.status = gr.HTML("", elem_id="mole-status")
+        self.preview = gr.Image(label="Preview", visible=False, interactive=False, buttons=[])
+        self.gallery = gr.Gallery(
+            label="Pictures", columns=2, format="png", elem_id="mole-gallery", object_fit="contain"
+        )
+        gr.Markdown("### Regions\nBox or paint where a LoRA belongs; the others are found.")
+        gr.HTML((STATIC / "canvas.html").read_text(encoding="utf-8"))
+        self.drawn_regions = gr.Textbox("", elem_id="mole-drawn", elem_classes="mole-hidden", label="Drawn regions")
+        self.to_canvas = gr.Textbox("", elem_classes="mole-hidden", label="To the canvas")
+        self.edit_masks = gr.Button("Edit the masks of the latest picture", size="sm", elem_id="mole-edit-masks")
+        with gr.Accordion("Masks: which LoRA acted where", open=True):
+            self.masks = gr.Gallery(
+                label="Masks over the pictures", columns=2, object_fit="contain", elem_id="mole-masks"
+            )
+        with gr.Accordion("Each alone, sum, this", open=False) as self.compared:
+            self.sheet = gr.Image(label="Comparison", interactive=False, type="filepath")
+        with gr.Accordion("Gates by layer and step", open=False):
+            self.gate_pictures = gr.Gallery(label="Gate weights", columns=1, object_fit="contain")
+        with gr.Accordion("How this picture was made", open=False):
+            self.python = gr.Code(label="Python", language="python", elem_id="mole-python")
+            self.command = gr.Code(label="Command line", language="shell", elem_id="mole-command")
+            self.settings = gr.Code(label="Settings", language="json")
+
+    def _wire(self) -> None:
+        shown = [*self.row_outputs, self.prompt_shown, self.to_canvas]
+        quick: dict[str, Any] = {"queue": False, "show_progress": "hidden"}
+        self.to_canvas.change(None, self.to_canvas, None, js="(text) => window.moleCanvas.show(text)")
+        self.dropped.upload(self._drop, [*self.edit_inputs, self.prompt, self.dropped], [self.dropped, *shown], **quick)
+        self.subject.input(self._add, [*self.edit_inputs, self.prompt, self.subject], [self.subject, *shown], **quick)
+        self.clear.click(self._clear, [self.session, self.prompt], shown, **quick)
+        colours = [self.prompt_shown, self.to_canvas]
+        typed = {**quick, "trigger_mode": "always_last"}  # else what is typed while one answer is awaited is lost
+        for row in self.rows:
+            for one in (row[1], row[2], row[4]):
+                one.input(self._recolour, [*self.edit_inputs, self.prompt], colours, **typed)
+        self.prompt.input(self._recolour, [*self.edit_inputs, self.prompt], colours, **typed)
+        self.composition.change(_hint, self.composition, self.options, **quick)
+        fields = [
+            *(self.base, self.prompt, self.negative, self.composition, self.options, self.gates, self.drawn_regions),
+            *(self.width, self.height, self.steps, self.guidance, self.scheduler, self.seed, self.count),
+        ]
+        told = [self.python, self.command, self.settings]
+        results = [self.status, self.preview, self.gallery, self.masks, self.gate_pictures, *told]
+        asked = self.draw.click(self._ask, self.session, self.status, **quick)
+        asked.then(self._draw, [*self.edit_inputs, *fields], results, show_progress="hidden", concurrency_id="device")
+        asked = self.compare.click(self._ask, self.session, self.status, **quick)
+        asked.then(
+            self._compare,
+            [*self.edit_inputs, *fields],
+            [self.status, self.preview, self.sheet, self.compared],
+            show_progress="hidden",
+            concurrency_id="device",
+        )
+        self.cancel.click(self._cancel, self.session, None, **quick)
+        self.gallery.select(self._select, self.session, told, **quick)
+        self.edit_masks.click(self._edit_masks, self.session, [self.to_canvas, self.status], **quick)
+        self.restored.upload(
+            self._restore,
+            [self.session, self.restored],
+            [
+                self.status,
+                self.restored,
+                *fields[:6],
+                *fields[7:],
+                *self.row_outputs,
+                self.prompt_shown,
+                self.to_canvas,
+            ],
+            **quick,
+        )
+
+    # --- answers --------------------------------------------------------------------------------------------------
+
+    def begin(self) -> list[Any]:
+        """A visitor's page as it begins: two subjects of the toybox, ready to be drawn."""
+        session = Session()
+        session.drop(FIRST)
+        return [session, *self._shown(session, PROMPT)]
+
+    def _drop(self, session: Session, *rest: Any) -> list[Any]:
+        *fields, prompt, files = rest
+        _edit_quietly(session, fields)
+        session.drop(files or [])
+        return [None, *self._shown(session, prompt)]
+
+    def _add(self, session: Session, *rest: Any) -> list[Any]:
+        *fields, prompt, subject = rest
+        _edit_quietly(session, fields)
+        session.drop([f"toybox:{subject}"] if subject else [])
+        return [None, *self._shown(session, prompt)]
+
+    def _clear(self, session: Session, prompt: str) -> list[Any]:
+        session.rows, session.refused = [], []
+        return self._shown(session, prompt)
+
+    def _recolour(self, session: Session, *rest: Any) -> list[Any]:
+        *fields, prompt = rest
+        _edit_quietly(session, fields)
+        return self._colours(session, prompt)
+
+    def _ask(self, session: Session) -> str:
+        session.ticket = Ticket()  # from now on "Cancel" means this job, also while it waits
+        return said.done("Waiting for the device …")
+
+    def _cancel(self, session: Session) -> None:
+        session.ticket.cancel()
+
+    def _read(self, session: Session, rest: tuple[Any, ...]) -> list[Any]:
+        rows, fields = rest[: FIELDS * form.MOST_LORAS], rest[FIELDS * form.MOST_LORAS :]
+        session.edit(rows)
+        base, *others = fields
+        given = form.Form(base, session.loras, *others)
+        return form.read(given, self.places)
+
+    def _draw(self, session: Session, *rest: Any) -> Iterator[list[Any]]:
+        nothing: list[Any] = [gr.skip()] * 6
+        try:
+            wanted = self._read(session, rest)
+            for now in session.draw(self.studio, wanted):
+                preview = gr.skip() if now.preview is None else gr.update(value=now.preview, visible=True)
+                yield [said.progress(now), preview, *nothing]
+        except (MoLEError, Cancelled) as error:
+            yield [said.wrong(error), gr.update(value=None, visible=False), *nothing]
+            return
+        masks = [own.masks.overlay([own.picture])[0] for own in session.drawn if own.masks is not None]
+        pictures = [
+            (str(file), f"seed {own.settings.seed}") for file, own in zip(session.files, session.drawn, strict=True)
+        ]
+        gates = [str(path) for path in session.gates(0)]
+        count = f"{len(pictures)} pictures are" if len(pictures) > 1 else "The picture is"
+        yield [
+            *(said.done(f"{count} ready."), gr.update(value=None, visible=False), pictures, masks, gates),
+            *session.told(0),
+        ]
+
+    def _compare(self, session: Session, *rest: Any) -> Iterator[list[Any]]:
+        try:
+            settings = self._read(session, rest)[0]
+            path = session.place("comparison.png")
+            for now in session.compare(self.studio, settings, path):
+                preview = gr.skip() if now.preview is None else gr.update(value=now.preview, visible=True)
+                yield [said.progress(now), preview, gr.skip(), gr.skip()]
+        except (MoLEError, Cancelled) as error:
+            yield [said.wrong(error), gr.update(value=None, visible=False), gr.skip(), gr.skip()]
+            return
+        ready = said.done("The comparison is ready.")
+        yield [ready, gr.update(value=None, visible=False), str(path), gr.update(open=True)]
+
+    def _select(self, session: Session, chosen: gr.SelectData) -> list[Any]:
+        return list(session.told(chosen.index))
+
+    def _edit_masks(self, session: Session) -> list[Any]:
+        masks = session.drawn[0].masks if session.drawn else None
+        if masks is None:
+            error = MoLEError("there are no masks yet. Draw with several LoRAs and a composition that finds them.")
+            return [gr.skip(), said.wrong(error)]
+        return [drawn_regions.show(list(masks.names), masks=masks, picture=session.drawn[0].picture), gr.skip()]
+
+    def _restore(self, session: Session, file: str) -> list[Any]:
+        try:
+            own = session.restore(file, self.places)
+        except MoLEError as error:
+            count = 6 + 7 + len(self.row_outputs) + 2
+            return [said.wrong(error), None, *[gr.skip()] * count]
+        composition = own.composition or form.BY_ITSELF
+        colours = self._colours(session, own.prompt)
+        regions = drawn_regions.show([row.lora.name for row in session.rows], own)
+        return [
+            *(said.done("The settings of that picture are restored."), None),
+            *(own.base, own.prompt, own.negative_prompt or "", composition),
+            *(form.write_options(dict(own.composition_options)), own.gates or ""),
+            *(own.width, own.height, own.steps, own.guidance_scale, own.scheduler or "", own.seed + own.index, 1),
+            *self._rows(session),
+            *(colours[0], regions),
+        ]
+
+    # --- what rows show -------------------------------------------------------------------------------------------
+
+    def _shown(self, session: Session, prompt: str) -> list[Any]:
+        return [*self._rows(session), *self._colours(session, prompt)]
+
+    def _rows(self, session: Session) -> list[Any]:
+        found: list[Any] = []
+        for number in range(form.MOST_LORAS):
+            if number >= len(session.rows):
+                found += [gr.update(visible=False), *[gr.skip()] * FIELDS, ""]
+                continue
+            lora, line = session.rows[number].lora, session.rows[number].line
+            dot = f'<span class="mole-dot" style="background:{css_colour(number)}"></span>'
+            verdict = f'<p class="mole-verdict">{dot}{html.escape(line)}</p>'
+            own = [lora.on, lora.name, lora.strength, ", ".join(lora.triggers), lora.role]
+            found += [gr.update(visible=True), *own, verdict]
+        lines = "".join(f'<p class="mole-verdict" role="alert">{html.escape(line)}</p>' for line in session.refused)
+        return [*found, lines]
+
+    def _colours(self, session: Session, prompt: str) -> list[Any]:
+        triggers = {lora.name: lora.triggers or (lora.name,) for lora in session.loras if lora.on}
+        # A LoRA keeps its colour when another is switched off.
+        every = {lora.name: triggers.get(lora.name, ()) for lora in session.loras}
+        return [coloured(prompt, every), drawn_regions.show(list(every))]
+
+
+def _edit_quietly(session: Session, fields: list[Any]) -> None:
+    """What is half typed is no mistake yet; `Draw` says it."""
+    try:
+        session.edit(fields)
+    except MoLEError:
+        return
+
+
+def _hint(name: str) -> Any:
+    if name == form.BY_ITSELF:
+        return gr.update(value="", placeholder="")
+    known = options(name)
+    summary = (inspect.getdoc(COMPOSITIONS[name]) or "").splitlines()[0]
+    return gr.update(value="", placeholder=form.write_options(known) or "none", info=summary)

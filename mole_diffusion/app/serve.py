@@ -1,0 +1,70 @@
+"""Starting the page, closed to others by default."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import MoLEError
+from .places import Places
+from .studio import Studio
+
+LOOPBACK = "127.0.0.1"
+LARGEST_UPLOAD = "2gb"
+
+
+def serve(
+    folders: Sequence[str | Path] = (".",),
+    *,
+    host: str = LOOPBACK,
+    port: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    open_browser: bool = False,
+    wait: bool = True,
+) -> Any:
+    """Starts the page.
+
+    Args:
+        folders: What lies below these may be named as base, gates or LoRA.
+        host: Which network may see it; by default this computer alone.
+        port: By default the first that is free from 7860 on.
+        device, dtype: As `mole generate` takes them.
+        open_browser: Show it at once.
+        wait: Until the process is interrupted; else return.
+
+    Returns:
+        gradio's `Blocks`; `local_url` is its address.
+
+    Raises:
+        MoLEError: gradio is missing, a folder is, or the port is taken.
+    """
+    try:
+        import gradio
+    except ModuleNotFoundError:
+        raise MoLEError("the page needs gradio. Install it: pip install 'mole-diffusion[app]'") from None
+    from .page import STATIC, build
+
+    page = build(Studio(device, dtype), Places(folders))
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none from elsewhere
+    script = (STATIC / "canvas.js").read_text(encoding="utf-8")
+    try:
+        page.launch(
+            server_name=host,
+            server_port=port,
+            inbrowser=open_browser,
+            share=False,
+            prevent_thread_lock=not wait,
+            quiet=True,
+            max_file_size=LARGEST_UPLOAD,
+            footer_links=[],
+            ssr_mode=False,
+            theme=gradio.themes.Default(**fonts),
+            css=(STATIC / "page.css").read_text(encoding="utf-8"),
+            head=f"<script>{script}</script>",
+            enable_monitoring=False,
+        )
+    except OSError as error:
+        raise MoLEError(f"the page cannot be served on {host}: {error}. Choose another --port or --host.") from None
+    return page

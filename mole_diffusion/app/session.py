@@ -1,0 +1,156 @@
+"""What the page keeps for each visitor: what was dropped, the job that runs, and what was drawn last."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..drawing import png
+from ..drawing.as_command import as_command
+from ..drawing.as_python import as_python
+from ..drawing.settings import LoRASettings, PictureSettings
+from ..errors import MoLEError
+from ..files import file_name
+from ..sheets import gate_heat_map, picture_sheet
+from . import form
+from .comparison import comparison
+from .gate_pictures import by_layer_and_step
+from .places import Places
+from .studio import Drawn, Progress, Studio, Ticket
+from .verdict import look
+
+
+@dataclass
+class Row:
+    """A LoRA on the page: its settings, and the verdict on its file."""
+
+    lora: LoRASettings
+    line: str
+
+
+@dataclass
+class Session:
+    """One visitor's page.
+
+    Attributes:
+        rows: The LoRAs, in the order of their colours.
+        refused: Lines on files that were dropped and cannot be used.
+        ticket: Of the job that runs or waits.
+        drawn: The latest pictures.
+        files: Where each of these lies.
+        folder: Of this visitor's pictures; it goes with the session.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+    ticket: Ticket = field(default_factory=Ticket)
+    drawn: list[Drawn] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)
+    folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="mole-app-")))
+
+    def __post_init__(self) -> None:
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+
+    def drop(self, files: Sequence[str]) -> None:
+        """Takes LoRA files in; what cannot be used is said and takes no row."""
+        self.refused = []
+        for file in files:
+            if len(self.rows) >= form.MOST_LORAS:
+                self.refused.append(f"✗ {Path(file).name}: the page has {form.MOST_LORAS} rows, and all are taken.")
+                continue
+            verdict = look(file, tuple(row.lora.name for row in self.rows))
+            if verdict.lora is None:
+                self.refused.append(verdict.line)
+            elif any(row.lora.sha256 == verdict.lora.sha256 for row in self.rows):
+                self.refused.append(f"✗ {Path(file).name} is there already.")
+            else:
+                self.rows.append(Row(verdict.lora, verdict.line))
+
+    def edit(self, fields: Sequence[Any]) -> None:
+        """Takes over what was typed into the rows: on, name, strength, trigger and role of each in turn.
+
+        Raises:
+            MoLEError: A name is empty or comes twice, or a strength is no number.
+        """
+        for number, row in enumerate(self.rows):
+            on, name, strength, trigger, role = fields[5 * number : 5 * number + 5]
+            if not (name or "").strip():
+                raise MoLEError(f"LoRA {number + 1} has no name. Give it one, such as {row.lora.name}.")
+            if strength is None:
+                raise MoLEError(f"{name} has no weight. Write a number, such as 1.")
+            words = tuple(phrase.strip() for phrase in (trigger or "").split(",") if phrase.strip())
+            changed = {"on": bool(on), "name": name.strip(), "strength": float(strength), "role": role}
+            row.lora = replace(row.lora, triggers=words, **changed)
+        names = [row.lora.name for row in self.rows]
+        if len(set(names)) < len(names):
+            raise MoLEError(f"two LoRAs have one name: {', '.join(names)}. Give each its own.")
+
+    @property
+    def loras(self) -> list[LoRASettings]:
+        """Settings of every row."""
+        return [row.lora for row in self.rows]
+
+    def draw(self, studio: Studio, wanted: Sequence[PictureSettings]) -> Iterator[Progress]:
+        """Draws; each picture is written with what it was made from and joins `drawn` and `files`."""
+        self.drawn, self.files = [], []
+        yield from self._run(studio, wanted, self._keep)
+
+    def compare(self, studio: Studio, settings: PictureSettings, path: Path) -> Iterator[Progress]:
+        """Draws each LoRA alone, the sum and this, and writes them side by side."""
+        wanted = comparison(settings)
+        pictures: list[Drawn] = []
+        yield from self._run(studio, [own for _, own in wanted], pictures.append)
+        labels = [label for label, _ in wanted]
+        row = ("seed " + str(settings.seed), [own.picture for own in pictures])
+        picture_sheet([row], path, title=settings.prompt, columns=labels, cell=192)
+
+    def place(self, name: str) -> Path:
+        """A file of this visitor's."""
+        return self.folder / name
+
+    def restore(self, file: str, places: Places) -> PictureSettings:
+        """What a PNG was made from; its LoRAs become the rows.
+
+        Raises:
+            MoLEError: It does not tell.
+        """
+        settings = png.read_settings(file)
+        found = form.find_again(settings, self.loras, places)
+        self.rows, self.refused = [Row(lora, line) for lora, line in found], []
+        return settings
+
+    def told(self, index: int) -> tuple[str, str, str]:
+        """Python call, command line and settings of a picture that was drawn."""
+        settings = self.drawn[index].settings
+        return as_python(settings), as_command(settings), json.dumps(settings.to_dict(), indent=2, ensure_ascii=False)
+
+    def gates(self, index: int) -> list[Path]:
+        """Pictures of what the gates gave: by layer, and by layer and step; none without gates."""
+        found = self.drawn[index].gates
+        if found is None:
+            return []
+        weights, places, loras = found
+        layers, steps = self.place(f"gates-{index}.png"), self.place(f"gates-by-step-{index}.png")
+        gate_heat_map(weights.mean(dim=-1), places, loras, layers, title="mean gate weights")
+        return [layers, by_layer_and_step(weights, places, loras, steps)]
+
+    def _keep(self, drawn: Drawn) -> None:
+        name = file_name("+".join(lora.name for lora in drawn.settings.loras if lora.on) or "base")
+        path = self.place(f"{name}-seed{drawn.settings.seed}-{len(self.files)}.png")
+        self.files.append(png.save(drawn.picture, path, drawn.settings))
+        self.drawn.append(drawn)
+
+    def _run(
+        self, studio: Studio, wanted: Sequence[PictureSettings], take: Callable[[Drawn], None]
+    ) -> Iterator[Progress]:
+        for event in studio.draw(wanted, self.ticket):
+            if isinstance(event, Drawn):
+                take(event)
+            else:
+                yield event

@@ -1,0 +1,361 @@
+"""What the page does, without a page: verdicts, colours, regions, forms, jobs in turn, sessions that do not mix."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from mole_diffusion import toybox
+from mole_diffusion.app import drawn_regions, form, said, training
+from mole_diffusion.app.coloured import coloured, css_colour
+from mole_diffusion.app.comparison import comparison
+from mole_diffusion.app.places import Places
+from mole_diffusion.app.session import Session
+from mole_diffusion.app.studio import Cancelled, Progress, Studio, Ticket
+from mole_diffusion.app.verdict import look
+from mole_diffusion.composition import RegionMap
+from mole_diffusion.drawing import png
+from mole_diffusion.drawing.as_python import as_python
+from mole_diffusion.drawing.painted import as_text
+from mole_diffusion.drawing.settings import LoRASettings, PictureSettings
+from mole_diffusion.errors import MoLEError
+
+CAT, BOOT = (
+    LoRASettings("cat", "toybox:cat", triggers=("<v1> cat",)),
+    LoRASettings("boot", "toybox:boot", triggers=("<v2> boot",)),
+)
+BOTH = PictureSettings("a <v1> cat and a <v2> boot", loras=(CAT, BOOT), steps=2, guidance_scale=2.0)
+
+
+@pytest.fixture(scope="module")
+def studio() -> Studio:
+    return Studio("cpu")
+
+
+def field(**changes: Any) -> form.Form:
+    given: dict[str, Any] = {
+        "base": "toybox",
+        "loras": [CAT, BOOT],
+        "prompt": BOTH.prompt,
+        "negative_prompt": "",
+        "composition": form.BY_ITSELF,
+        "options": "",
+        "gates": "",
+        "regions": "",
+        "width": None,
+        "height": None,
+        "steps": 2,
+        "guidance_scale": 2.0,
+        "scheduler": "",
+        "seed": 0,
+        "count": 1,
+    }
+    return form.Form(**{**given, **changes})
+
+
+def cancel_after(count: int, events: Iterable[Any], ticket: Ticket, seen: list[Any]) -> None:
+    """Iterates; cancels when so many events were seen."""
+    for event in events:
+        seen.append(event)
+        if len(seen) == count:
+            ticket.cancel()
+
+
+# --- files of this computer --------------------------------------------------------------------------------------
+
+
+def test_paths_outside_of_the_folders_are_refused(tmp_path: Path) -> None:
+    inside, outside = tmp_path / "models", tmp_path / "secret"
+    inside.mkdir()
+    outside.mkdir()
+    (inside / "way").symlink_to(outside)
+    places = Places([inside])
+    assert places.path("sd") == inside / "sd"
+    assert places.model(str(inside)) == str(inside)
+    assert places.model("toybox") == "toybox"
+    assert places.model("me/my-model") == "me/my-model"
+    for bad in ("../secret", str(outside), "/etc/passwd", "way", "way/it", "~", "\0"):
+        with pytest.raises(MoLEError, match=r"outside of the folders|is no path"):
+            places.path(bad)
+    with pytest.raises(MoLEError, match="outside of the folders"):
+        places.model("../secret")
+    with pytest.raises(MoLEError, match="there is no such folder"):
+        Places([tmp_path / "none"])
+
+
+def test_a_verdict_says_what_a_file_is_or_why_not(tmp_path: Path) -> None:
+    good = look(str(toybox.lora_path("cat", "kohya")), taken=("cat",))
+    assert good.lora is not None
+    assert good.lora.name == "cat-2"
+    assert good.lora.triggers == ("<v1> cat",)
+    assert good.line.startswith("✓")
+    assert "kohya" in good.line
+    assert "called by <v1> cat" in good.line
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(toybox.lora_path("cat").read_bytes()[:200])
+    bad = look(str(broken))
+    assert bad.lora is None
+    assert bad.line.startswith("✗ broken.safetensors")
+    assert str(tmp_path) not in bad.line
+
+
+# --- what stands on the page -------------------------------------------------------------------------------------
+
+
+def test_words_have_the_colour_of_their_lora_and_the_longest_phrase_wins() -> None:
+    shown = coloured("a <v1> Cat, a category & a boot", {"cat": ["cat"], "my": ["<v1> cat"], "boot": ["boot"], "x": []})
+    assert shown.count("<mark") == 2
+    assert f"background:{css_colour(1)}" in shown
+    assert ">&lt;v1&gt; Cat</mark>" in shown
+    assert "category &amp; a" in shown
+    assert "Not called: cat<" in shown
+    assert "<script>" not in coloured("<script>", {"<script>": ["a"]})
+
+
+def test_regions_of_the_canvas_are_boxes_and_masks() -> None:
+    mask = Image.new("L", (8, 8))
+    empty = as_text(mask)
+    mask.paste(255, (0, 0, 4, 8))
+    text = json.dumps(
+        {
+            "boxes": {"cat": [[-0.5, 0, 0.5, 1], [0.2, 0.2, 0.2, 0.9]], "gone": [[0, 0, 1, 1]]},
+            "painted": {"cat": empty, "boot": as_text(mask)},
+        }
+    )
+    assert drawn_regions.read(text, ["cat", "boot"]) == {"cat": [(0.0, 0.0, 0.5, 1.0)], "boot": [as_text(mask)]}
+    assert drawn_regions.read("", ["cat"]) == {}
+    for bad in ("[", "[]", '{"boxes": {"cat": [[0, 1]]}}', '{"boxes": {"cat": 3}}', '{"painted": {"cat": "x"}}'):
+        with pytest.raises(MoLEError, match=r"regions of the page|a painted mask"):
+            drawn_regions.read(bad, ["cat"])
+
+
+def test_masks_of_a_picture_go_to_the_canvas_and_come_back() -> None:
+    values = torch.zeros(1, 2, 4, 4)
+    values[:, 0, :, :2] = 1
+    shown = json.loads(drawn_regions.show(["cat", "boot"], masks=RegionMap(values, ["cat", "boot"])))
+    assert list(shown["painted"]) == ["cat"]
+    assert shown["colours"] == [css_colour(0), css_colour(1)]
+    back = drawn_regions.read(json.dumps(shown), ["cat", "boot"])
+    assert back == {"cat": [shown["painted"]["cat"]]}
+
+
+def test_a_form_becomes_settings_for_every_seed() -> None:
+    regions = json.dumps({"boxes": {"cat": [[0, 0, 0.5, 1]]}})
+    given = field(composition="masks", options="own_words=2.0, online=true", regions=regions, seed=7, count=2)
+    first, second = form.read(given, Places(["."]))
+    assert (first.seed, second.seed) == (7, 8)
+    assert first.composition_options == {"own_words": 2.0, "online": True}
+    assert first.regions == {"cat": ((0.0, 0.0, 0.5, 1.0),)}
+    assert form.read_options(form.write_options({"own_words": 2.0, "online": True})) == first.composition_options
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt": " "}, "the prompt is empty"),
+        ({"base": ""}, "the base is empty"),
+        ({"base": "/etc"}, "outside of the folders"),
+        ({"gates": "/etc"}, "outside of the folders"),
+        ({"options": "own_words=2"}, "Choose one by name"),
+        ({"composition": "masks", "options": "own_words"}, "an option is written own_words=2"),
+        ({"composition": "masks", "options": "own=2"}, "has no option 'own'"),
+        ({"steps": 1000}, "number of steps must be a whole number from 1 to 200"),
+        ({"steps": None}, "number of steps"),
+        ({"count": 100}, "number of seeds"),
+        ({"width": 4096}, "the width must be a whole number from 8 to 2048"),
+        ({"width": 60}, "the width must be a multiple of 8, such as 56"),
+    ],
+)
+def test_what_a_form_cannot_say_is_told_in_a_line(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(MoLEError, match=message):
+        form.read(field(**change), Places(["."]))
+
+
+def test_a_comparison_is_each_alone_the_sum_and_this() -> None:
+    rows = comparison(replace(BOTH, composition="masks", regions={"cat": ((0.0, 0.0, 0.5, 1.0),)}))
+    assert [label for label, _ in rows] == ["cat alone", "boot alone", "sum", "this"]
+    assert [[lora.name for lora in own.loras if lora.on] for _, own in rows] == [
+        ["cat"],
+        ["boot"],
+        ["cat", "boot"],
+        ["cat", "boot"],
+    ]
+    assert [own.composition for _, own in rows] == ["linear", "linear", "linear", "masks"]
+    with pytest.raises(MoLEError, match="two LoRAs that are on"):
+        comparison(replace(BOTH, loras=(CAT,)))
+
+
+def test_the_page_says_the_one_line_and_bugs_stay_bugs() -> None:
+    assert "a &lt;v1&gt; is missing" in said.wrong(MoLEError("a <v1> is missing"))
+    assert "Cancelled" in said.wrong(Cancelled())
+    with pytest.raises(KeyError):
+        said.wrong(KeyError("x"))
+    assert "50 %, 2 min left" in said.progress(Progress(0.5, 130.0, "drawing"))
+
+
+# --- jobs --------------------------------------------------------------------------------------------------------
+
+
+def test_a_picture_of_the_page_is_that_of_its_python_call(studio: Studio, tmp_path: Path) -> None:
+    session = Session()
+    session.drop(["toybox:cat", "toybox:boot"])
+    wanted = replace(BOTH, loras=tuple(session.loras), regions={"cat": ((0.0, 0.0, 0.5, 1.0),)})
+    told = list(session.draw(studio, [wanted, replace(wanted, seed=1)]))
+    assert told[-1].done == 1.0
+    assert [now.done for now in told] == sorted(now.done for now in told)
+    assert any(now.preview is not None for now in told)
+    assert [own.settings.seed for own in session.drawn] == [0, 1]
+    assert session.drawn[0].masks is not None
+    python, command, settings = session.told(0)
+    assert "mole generate" in command
+    assert json.loads(settings)["regions"] == {"cat": [[0.0, 0.0, 0.5, 1.0]]}
+    made: dict[str, Any] = {}
+    exec(python, made)
+    assert made["image"].tobytes() == session.drawn[0].picture.tobytes()
+    # Dropped again, the picture restores the page.
+    other = Session()
+    again = other.restore(str(session.files[1]), Places([tmp_path]))
+    assert again == session.drawn[1].settings == png.read_settings(session.files[1])
+    assert other.loras == list(again.loras)
+
+
+def test_gates_are_drawn_by_layer_and_step(studio: Studio) -> None:
+    teapot = LoRASettings("teapot", "toybox:teapot", triggers=("<v3> teapot",))
+    gates = str(toybox.gates_dir("cat+boot+teapot"))
+    prompt = f"{BOTH.prompt} and a <v3> teapot"
+    session = Session()
+    list(session.draw(studio, [replace(BOTH, prompt=prompt, loras=(CAT, BOOT, teapot), gates=gates)]))
+    assert session.drawn[0].gates is not None
+    weights, places, loras = session.drawn[0].gates
+    assert tuple(weights.shape) == (len(places), 3, 2)
+    assert loras == ("cat", "boot", "teapot")
+    assert [path.is_file() for path in session.gates(0)] == [True, True]
+
+
+def test_a_cancelled_job_ends_and_the_next_one_draws(studio: Studio) -> None:
+    session = Session()
+    seen: list[Any] = []
+    with pytest.raises(Cancelled):
+        cancel_after(1, session.draw(studio, [replace(BOTH, steps=100)]), session.ticket, seen)
+    assert len(seen) < 50
+    assert session.drawn == []
+    with pytest.raises(Cancelled):  # one that was cancelled while it waited never begins
+        list(session.draw(studio, [BOTH]))
+    session.ticket = Ticket()
+    list(session.draw(studio, [BOTH]))
+    assert len(session.drawn) == 1
+
+
+def test_two_visitors_get_their_own_pictures(studio: Studio) -> None:
+    wanted = {
+        "cat": replace(BOTH, loras=(CAT,), prompt="a <v1> cat", seed=3),
+        "boot": replace(BOTH, loras=(BOOT,), prompt="a <v2> boot", seed=4),
+    }
+    alone = {}
+    for name, own in wanted.items():
+        alone[name] = next(reversed(list(studio.draw([own], Ticket())))).picture.tobytes()
+    sessions = {name: Session() for name in wanted}
+    threads = [
+        threading.Thread(target=lambda name=name: list(sessions[name].draw(studio, [wanted[name]] * 2)))
+        for name in wanted
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for name, session in sessions.items():
+        assert [own.picture.tobytes() for own in session.drawn] == [alone[name]] * 2
+
+
+def test_an_error_leaves_the_studio_ready(studio: Studio) -> None:
+    session = Session()
+    with pytest.raises(MoLEError, match="lacks the words that call a LoRA: 'boot'"):
+        list(session.draw(studio, [replace(BOTH, prompt="a <v1> cat")]))
+    with pytest.raises(MoLEError, match="no such folder, and it is no Hub id"):
+        list(session.draw(studio, [replace(BOTH, base="./none")]))
+    list(session.draw(studio, [BOTH]))
+    assert session.drawn[0].settings.composition is None
+
+
+def test_rows_take_what_was_typed_and_files_come_once(tmp_path: Path) -> None:
+    session = Session()
+    copy = tmp_path / "copy.safetensors"
+    copy.write_bytes(toybox.lora_path("cat").read_bytes())
+    session.drop(["toybox:cat", str(copy), "toybox:boot"])
+    assert [lora.name for lora in session.loras] == ["cat", "boot"]
+    assert session.refused == ["✗ copy.safetensors is there already."]
+    session.edit([True, "kitty", 0.5, "<v1> cat, kitten", "subject", False, "boot", 1, "", "style"])
+    assert session.loras[0].triggers == ("<v1> cat", "kitten")
+    assert (session.loras[0].strength, session.loras[1].on, session.loras[1].role) == (0.5, False, "style")
+    with pytest.raises(MoLEError, match="two LoRAs have one name"):
+        session.edit([True, "boot", 1, "", "subject", True, "boot", 1, "", "subject"])
+    with pytest.raises(MoLEError, match="has no weight"):
+        session.edit([True, "cat", None, "", "subject", True, "boot", 1, "", "subject"])
+
+
+def test_loras_of_a_restored_picture_are_known_by_their_bytes(tmp_path: Path) -> None:
+    file = tmp_path / "mug.safetensors"
+    file.write_bytes(toybox.lora_path("mug").read_bytes())
+    session = Session()
+    session.drop([str(file)])
+    there = session.loras[0]
+    elsewhere = replace(there, file="/home/somebody/mug.safetensors")
+    settings = PictureSettings("a mug", loras=(elsewhere, replace(CAT, sha256="0" * 64)))
+    (mug, line), (cat, changed) = form.find_again(settings, session.loras, Places([tmp_path]))
+    assert (mug.file, mug.on) == (str(file), True)
+    assert line.startswith("✓")
+    assert not cat.on
+    assert "has changed" in changed
+    (gone, line), *_ = form.find_again(settings, [], Places([tmp_path]))
+    assert not gone.on
+    assert line.startswith("✗ drop mug.safetensors on the page again")
+
+
+def test_training_from_the_page_stops_and_goes_on(
+    studio: Studio, tmp_path: Path, few_steps: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mole_diffusion.training.gates.report.SEEDS", (0,))
+    monkeypatch.setattr("mole_diffusion.training.gates.report.PROMPTS_SHOWN", 1)
+    plan, config = training.plan(BOTH, "a photo of {subjects}", 5, 1, 2.0, tmp_path / "gates")
+    assert (config.steps, config.batch_size, config.guidance_scale) == (5, 1, 2.0)
+    config = replace(config, identity_weight=0.0, rollout_steps=2, checkpoint_every=1)
+    ticket, seen = Ticket(), list[Any]()
+    with pytest.raises(Cancelled):
+        cancel_after(1, training.train(studio, plan, config, ticket), ticket, seen)
+    numbers = [event.number for event in seen]
+    assert 1 <= numbers[-1] < 5
+    *steps, out = list(training.train(studio, plan, config, Ticket()))
+    assert steps[0].number == numbers[-1] + 1  # every step left a checkpoint
+    assert steps[-1].number == 5
+    assert out == tmp_path / "gates"
+    assert (tmp_path / "gates" / "samples.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("settings", "templates", "message"),
+    [
+        (replace(BOTH, loras=(CAT,)), "{subjects}", "two LoRAs or more"),
+        (replace(BOTH, base="me/mine"), "{subjects}", "use `mole train-gates`"),
+        (BOTH, " ", "there is no prompt"),
+        (replace(BOTH, loras=(CAT, replace(BOOT, file="b", triggers=("v2",)))), "{subjects}", "token and its class"),
+    ],
+)
+def test_what_cannot_be_trained_is_told(
+    settings: PictureSettings, templates: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(MoLEError, match=message):
+        training.plan(settings, templates, 5, 1, 2.0, tmp_path / "gates")
+
+
+def test_the_python_call_names_a_composition_with_options() -> None:
+    script = as_python(replace(BOTH, composition="masks", composition_options={"own_words": 2.0}))
+    assert "from mole_diffusion.composition import Masks" in script
+    assert "pipe.set_composition(Masks(own_words=2.0))" in script
