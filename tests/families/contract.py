@@ -73,13 +73,15 @@ def draw(case: Case, pipe: Any, prompt: Any = PROMPT, *, seed: int = 0, **kwargs
 
 
 def lora_state(pipe: Any, seed: int, rank: int = 2) -> dict[str, Tensor]:
-    """A random LoRA on the default targets of every component of the family, in diffusers' layout."""
+    """A random LoRA on all attention and feed-forward layers of the family's components, and on what is trained by
+    default, in diffusers' layout."""
     generator = torch.Generator().manual_seed(seed)
     state: dict[str, Tensor] = {}
     for component, architecture in pipe.family.architectures.items():
         model: nn.Module = getattr(pipe, component)
         for name, module in model.named_modules():
-            if not any(f".{name}".endswith(f".{target}") for target in architecture.targets):
+            targeted = any(f".{name}".endswith(f".{target}") for target in architecture.targets)
+            if not targeted and not (isinstance(module, nn.Linear) and architecture.layer(name)):
                 continue
             assert isinstance(module, nn.Linear), f"{component}.{name}"
             down = torch.randn(rank, module.in_features, generator=generator) / module.in_features**0.5

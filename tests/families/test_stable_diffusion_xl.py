@@ -25,7 +25,7 @@ from mole_diffusion import (
     MoLEStableDiffusionXLPipeline,
 )
 from mole_diffusion.errors import MoLEError
-from tests.families.contract import MASK, PICTURE, Case, PipelineContract, WholeContract, lora_state
+from tests.families.contract import MASK, PICTURE, Case, Noting, PipelineContract, WholeContract, draw, lora_state
 from tests.tiny_families import controlnet, sdxl
 
 GUIDED = {"guidance_scale": 3.0}
@@ -48,13 +48,30 @@ class TestStableDiffusionXL(WholeContract):
     def test_each_text_encoder_has_its_part_of_a_file(self, pipe: Any) -> None:
         assert set(pipe.experts.matches()["cat"]) == {"unet", "text_encoder", "text_encoder_2"}
 
-    def test_words_are_found_for_both_tokenizers(self, pipe: Any) -> None:
-        """The second prompt calls the dog for the second encoder only."""
-        pipe.set_composition("masks")
-        regions = {"cat": (0, 0, 0.5, 1), "dog": (0.5, 0, 1, 1)}
+    def test_each_tokenizer_finds_the_words_in_the_prompt_that_it_reads(self, pipe: Any) -> None:
+        method = Noting()
+        pipe.set_composition(method)
+        draw(self.case, pipe, "a cat", prompt_2="a dog", regions={"cat": (0, 0, 0.5, 1), "dog": (0.5, 0, 1, 1)})
+        called = {
+            component: [bool((weights == 1).any()) for weights in noted.unbind(-1)]
+            for component in ("text_encoder", "text_encoder_2", "unet")
+            for noted in [last_words(method, component)]
+        }
+        assert called == {"text_encoder": [True, False], "text_encoder_2": [False, True], "unet": [True, True]}
         with pytest.raises(MoLEError, match="lacks the words that call a LoRA: 'dog'"):
-            pipe("a cat", num_inference_steps=1, output_type="latent", regions={"cat": (0, 0, 0.5, 1)})
-        pipe("a cat", prompt_2="a dog", num_inference_steps=1, output_type="latent", regions=regions)
+            draw(self.case, pipe, "a cat", prompt_2="a cat", regions={"cat": (0, 0, 0.5, 1)})
+
+
+def last_words(method: Noting, component: str) -> torch.Tensor:
+    """What the words of the prompt were weighed by in a component, ``(rows, tokens, N)``."""
+    noted = [
+        weights
+        for site, run, weights in method.noted
+        if site.component == component and (run.timestep is None or site.reads == "text") and not run.call.prior
+        # Negative prompts have nobody's words.
+        if (weights == 1).any()
+    ]
+    return noted[-1]
 
 
 class TestImg2Img(PipelineContract):
