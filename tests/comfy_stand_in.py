@@ -1,7 +1,8 @@
 """A stand-in for `comfy_api.latest`, which is in no package registry.
 
 It has only what `comfyui/` uses of the published V3 schema (`comfy_api/latest/_io.py` of ComfyUI), as strict about
-names of inputs as that is. It shows that schemas are made and nodes run, not that ComfyUI's server and front end take them.
+names of inputs as that is. It shows that schemas are made and nodes run, not that ComfyUI's server and front end take
+them.
 """
 
 from __future__ import annotations

@@ -34,7 +34,8 @@ def test_every_package_folder_is_installed() -> None:
         ".".join(init.parent.relative_to(ROOT).parts) for init in (ROOT / "mole_diffusion").glob("*/**/__init__.py")
     }
     top = {f"mole_diffusion.{name}" for name in ("pipelines", "metrics") if (ROOT / name / "__init__.py").is_file()}
-    assert set(PYPROJECT["tool"]["setuptools"]["packages"]) == folders | top
+    data = {"mole_diffusion.benchmark.shipped"}  # `benchmarks/`, which is no Python
+    assert set(PYPROJECT["tool"]["setuptools"]["packages"]) == folders | top | data
 
 
 def test_every_public_name_is_there_and_listed() -> None:

@@ -14,6 +14,7 @@ from .. import toybox
 from ..composition import COMPOSITIONS
 from ..composition.call import ROLES
 from ..drawing.methods import options
+from ..drawing.settings import LoRASettings, PictureSettings
 from ..errors import MoLEError
 from . import drawn_regions, form, said
 from .coloured import coloured, css_colour
@@ -23,23 +24,28 @@ from .studio import Cancelled, Studio, Ticket
 from .training_tab import training_tab
 
 STATIC = Path(__file__).with_name("static")
-FIRST = ("toybox:cat", "toybox:boot")
-PROMPT = "a photo of a <v1> cat and a <v2> boot on grass"
+BEGIN = PictureSettings(
+    "a photo of a <v1> cat and a <v2> boot on grass",
+    loras=(LoRASettings("cat", "toybox:cat"), LoRASettings("boot", "toybox:boot")),
+    steps=25,
+    guidance_scale=3.0,
+)
 FIELDS = 5  # of a row: on, name, weight, trigger, role
 
 
-def build(studio: Studio, places: Places) -> gr.Blocks:
+def build(studio: Studio, places: Places, begin: PictureSettings) -> gr.Blocks:
     """The page.
 
     Args:
         studio: What draws.
         places: What may be read by its name.
+        begin: What it shows to a new visitor.
     """
     with gr.Blocks(title="mole", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         session = gr.State(None, time_to_live=86400)
         gr.Markdown("# mole: several LoRAs in one picture")
         with gr.Tab("Draw"):
-            draw = _DrawTab(studio, places, session)
+            draw = _DrawTab(studio, places, session, begin)
         with gr.Tab("Train gates"):
             training_tab(studio, places, session, draw.edit_inputs, draw.base, draw.gates)
         page.load(draw.begin, outputs=[session, *draw.row_outputs, draw.prompt_shown, draw.to_canvas])
@@ -48,8 +54,8 @@ def build(studio: Studio, places: Places) -> gr.Blocks:
 
 
 class _DrawTab:
-    def __init__(self, studio: Studio, places: Places, session: gr.State) -> None:
-        self.studio, self.places, self.session = studio, places, session
+    def __init__(self, studio: Studio, places: Places, session: gr.State, begin: PictureSettings) -> None:
+        self.studio, self.places, self.session, self.first = studio, places, session, begin
         with gr.Row():
             with gr.Column(scale=5, min_width=320):
                 self._inputs()
@@ -63,7 +69,7 @@ class _DrawTab:
 
     def _inputs(self) -> None:
         self.base = gr.Textbox(
-            "toybox", label="Base", info="toybox, a folder, a .safetensors file or a Hub id", elem_id="mole-base"
+            self.first.base, label="Base", info="toybox, a folder, a .safetensors file or a Hub id", elem_id="mole-base"
         )
         self.dropped = gr.File(
             label="Drop LoRA files here",
@@ -86,17 +92,19 @@ class _DrawTab:
                 verdict = gr.HTML("")
             self.rows.append([group, on, name, weight, trigger, role, verdict])
         self.clear = gr.Button("Take all LoRAs away", size="sm")
-        self.prompt = gr.Textbox(PROMPT, label="Prompt", lines=2, elem_id="mole-prompt")
+        self.prompt = gr.Textbox(self.first.prompt, label="Prompt", lines=2, elem_id="mole-prompt")
         self.prompt_shown = gr.HTML("")
         self.negative = gr.Textbox("", label="Negative prompt")
         with gr.Row():
             names = [form.BY_ITSELF, *COMPOSITIONS]
             self.composition = gr.Dropdown(names, value=form.BY_ITSELF, label="Composition", min_width=140)
             self.options = gr.Textbox("", label="Options of the composition", min_width=180)
-        self.gates = gr.Textbox("", label="Gates", info="folder or Hub id of gates trained for these LoRAs, in order")
+        self.gates = gr.Textbox(
+            self.first.gates or "", label="Gates", info="folder or Hub id of gates trained for these LoRAs, in order"
+        )
         with gr.Row():
-            self.steps = gr.Number(25, label="Steps", precision=0, minimum=1, min_width=90)
-            self.guidance = gr.Number(3.0, label="Guidance scale", step=0.5, min_width=90)
+            self.steps = gr.Number(self.first.steps, label="Steps", precision=0, minimum=1, min_width=90)
+            self.guidance = gr.Number(self.first.guidance_scale, label="Guidance scale", step=0.5, min_width=90)
             self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=90)
             self.count = gr.Number(1, label="Seeds side by side", precision=0, minimum=1, min_width=90)
         with gr.Accordion("Size and scheduler", open=False):
@@ -190,10 +198,10 @@ class _DrawTab:
     # --- answers --------------------------------------------------------------------------------------------------
 
     def begin(self) -> list[Any]:
-        """A visitor's page as it begins: two subjects of the toybox, ready to be drawn."""
+        """A new visitor's page."""
         session = Session()
-        session.drop(FIRST)
-        return [session, *self._shown(session, PROMPT)]
+        session.take(self.first.loras)
+        return [session, *self._shown(session, self.first.prompt)]
 
     def _drop(self, session: Session, *rest: Any) -> list[Any]:
         *fields, prompt, files = rest

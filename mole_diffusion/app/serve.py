@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..drawing.settings import PictureSettings
 from ..errors import MoLEError
 from .places import Places
 from .studio import Studio
@@ -23,6 +24,7 @@ def serve(
     dtype: str = "auto",
     open_browser: bool = False,
     wait: bool = True,
+    begin: PictureSettings | None = None,
 ) -> Any:
     """Starts the page.
 
@@ -32,6 +34,7 @@ def serve(
         port: By default the first that is free from 7860 on.
         device, dtype: As `mole generate` takes them.
         open_browser: Show it at once.
+        begin: What the page shows to a new visitor; by default two subjects of the toybox.
         wait: Until the process is interrupted; else return.
 
     Returns:
@@ -44,9 +47,9 @@ def serve(
         import gradio
     except ModuleNotFoundError:
         raise MoLEError("the page needs gradio. Install it: pip install 'mole-diffusion[app]'") from None
-    from .page import STATIC, build
+    from .page import BEGIN, STATIC, build
 
-    page = build(Studio(device, dtype), Places(folders))
+    page = build(Studio(device, dtype), Places(folders), begin or BEGIN)
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none from elsewhere
     script = (STATIC / "canvas.js").read_text(encoding="utf-8")
     try:

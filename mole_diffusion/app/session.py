@@ -72,6 +72,15 @@ class Session:
             else:
                 self.rows.append(Row(verdict.lora, verdict.line))
 
+    def take(self, loras: Sequence[LoRASettings]) -> None:
+        """Takes LoRAs in with the settings they have; each names a file that is there."""
+        for lora in loras:
+            verdict = look(lora.file)
+            seen = verdict.lora or lora
+            self.rows.append(
+                Row(replace(lora, triggers=lora.triggers or seen.triggers, sha256=seen.sha256), verdict.line)
+            )
+
     def edit(self, fields: Sequence[Any]) -> None:
         """Takes over what was typed into the rows: on, name, strength, trigger and role of each in turn.
 

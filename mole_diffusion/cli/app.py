@@ -23,6 +23,7 @@ from .evaluate import evaluate
 from .generate import generate
 from .inspect import inspect
 from .methods import methods
+from .space import space
 from .toybox import toybox
 from .train_gates import train_gates
 from .train_lora import train_lora
@@ -109,6 +110,7 @@ def _mole(
 app.command()(demo)
 app.command()(generate)
 app.command("app")(app_page)
+app.command()(space)
 app.command()(inspect)
 app.command()(convert)
 app.command()(methods)

@@ -19,7 +19,9 @@ benchmark = typer.Typer(
     help="Compare compositions by the same prompts, seeds and scales.",
 )
 
-Config = Annotated[Path, typer.Argument(help="What to compare, .yaml.")]
+Config = Annotated[
+    Path, typer.Argument(help="What to compare: a .yaml file, or one that comes along by its name, such as table1.")
+]
 Out = Annotated[Path | None, typer.Option(help="Folder of the benchmark [default: outputs/benchmark/NAME OF CONFIG].")]
 
 
@@ -35,12 +37,13 @@ def run(config: Config, out: Out = None, device: Device = "auto") -> None:
     Examples:
 
     \b
-      mole benchmark run benchmarks/table1.yaml
+      mole benchmark run table1
       torchrun --nproc-per-node 4 --no-python mole benchmark run benchmarks/table1.yaml --out runs/table1
     """
     from mole_diffusion.benchmark import BenchmarkConfig, run_benchmark
+    from mole_diffusion.benchmark.studies import find_study
 
-    settings = BenchmarkConfig.from_file(config)
+    settings = BenchmarkConfig.from_file(find_study(config))
     local = os.environ.get("LOCAL_RANK")
     where = pick_device(device)
     if where.type == "cuda" and where.index is None and local is not None:
@@ -71,9 +74,10 @@ def report(
       mole benchmark report benchmarks/table1.yaml --page docs/results
     """
     from mole_diffusion.benchmark import BenchmarkConfig, write_report
+    from mole_diffusion.benchmark.studies import find_study
 
     file = None if page is None else page / f"{config.stem}.md"
-    path = write_report(BenchmarkConfig.from_file(config), _folder(config, out), page=file)
+    path = write_report(BenchmarkConfig.from_file(find_study(config)), _folder(config, out), page=file)
     typer.echo(f"report: {path}")
 
 
