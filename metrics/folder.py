@@ -67,12 +67,11 @@ def evaluate_folder(
         MoLEError: There are no pictures, not as many prompts, a concept without pictures, a broken reference, or not
             one readable picture. Nothing is measured then.
     """
-    files = picture_files(images)
-    by_file = dict(zip(files, read_prompts(prompts, [file.name for file in files]), strict=True))
+    by_file, known = read_inputs(images, prompts, references)
+    files = list(by_file)
     shared: Any = SharedEncoder(clip)
     text, image = TextAlignment(shared, batch_size=batch_size), None
     if references:
-        known = {name: _read_references(name, folder) for name, folder in references.items()}
         image = ImageAlignment(image_encoder or shared, known, batch_size=batch_size)
         for name in known:  # a reference that cannot be measured is said before the pictures are
             image.reference_features(name)
@@ -91,6 +90,22 @@ def evaluate_folder(
     if not result.rows:
         raise MoLEError(f"not one picture of {images} could be read. The first: {next(iter(result.failures.values()))}")
     return result
+
+
+def read_inputs(
+    images: str | os.PathLike[str], prompts: str | os.PathLike[str], references: Mapping[str, str | os.PathLike[str]]
+) -> tuple[dict[Path, str], dict[str, list[Image.Image]]]:
+    """What `evaluate_folder` reads before it measures, of which mistakes can be told before a CLIP is loaded.
+
+    Returns:
+        The prompt of every picture's file, and the pictures of every concept.
+
+    Raises:
+        MoLEError: There are no pictures, not as many prompts, or a concept without pictures.
+    """
+    files = picture_files(images)
+    by_file = dict(zip(files, read_prompts(prompts, [file.name for file in files]), strict=True))
+    return by_file, {name: _read_references(name, folder) for name, folder in references.items()}
 
 
 def _rows(

@@ -251,6 +251,8 @@ def bad_calls(world: Path, tmp: Path) -> dict[str, tuple[list[object], str]]:
         "no folder": ([*train, "--images", tmp / "none", "--out", "x.safetensors"], "none: there is no such folder"),
         "no pictures": ([*train, "--images", empty, "--out", "x.safetensors"], "no picture in this folder"),
         "a pickle": ([*train, "--images", world / "pictures", "--out", "x.pt"], "written as .safetensors, got '.pt'"),
+        "empty token": ([*train[:2], " ", *train[3:], "--images", empty, "--out", "x.safetensors"], "--token is empty"),
+        "empty class": ([*train[:4], "", *train[5:], "--images", empty, "--out", "x.safetensors"], "--class is empty"),
         "rank 0": (
             [*train, "--images", world / "pictures", "--out", "x.safetensors", "--rank", 0],
             "`rank` must be at least 1, got 0",

@@ -203,6 +203,8 @@ def bad_calls(world: Path, tmp: Path) -> dict[str, tuple[list[object], str]]:
         "masks into a file": ([*draw, "--save-masks", tmp / "file"], "file is a file, and a folder is to be written"),
         "no multiple of 8": ([*draw, "--width", 30], "--width 30: must be a multiple of 8, such as 24"),
         "no steps": ([*draw, "--steps", 0], "'--steps'"),
+        "too many steps": ([*draw, "--steps", 1001], "'--steps'"),
+        "nothing to build": ([*draw, "--base-config", tmp], "--base-config says how a single file is built"),
         "no such option": ([*draw, "--colour", "red"], "No such option: --colour"),
         "no prompt": (["generate"], "Missing option '--prompt'"),
     }

@@ -92,6 +92,7 @@ def test_wrong_input_is_said_before_anything_is_measured(folder: Path) -> None:
     (folder / "prompts.txt").write_text("one\ntwo\n")
     wrong_count = mole(folder)
     (folder / "prompts.txt").write_text("one for all\n")
+    unknown = mole(folder, clip="ViT-B-32")
     shutil.rmtree(folder / "boot")
     (folder / "boot").mkdir()
     no_pictures = mole(folder)
@@ -99,12 +100,13 @@ def test_wrong_input_is_said_before_anything_is_measured(folder: Path) -> None:
     broken_reference = mole(folder)
     shutil.rmtree(folder / "pictures")
     none = mole(folder)
-    unknown = mole(folder, clip="ViT-B-32")
+    before_clip = mole(folder, clip="ViT-B-32:openai")  # whose weights would be asked from the Hub
     for done, message in (
         (wrong_count, "has 2 prompts, and there are 3 pictures"),
         (no_pictures, f"references of concept 'boot': {folder / 'boot'}: no picture in this folder"),
         (broken_reference, "references of concept 'boot': "),
         (none, f"{folder / 'pictures'}: there is no such folder of pictures"),
+        (before_clip, f"{folder / 'pictures'}: there is no such folder of pictures"),
         (unknown, "'ViT-B-32' is no CLIP"),
     ):
         assert done.exit_code == 2, done.output

@@ -28,7 +28,7 @@ BOXES = [(0.0, 0.0, 0.5, 0.6), (0.5, 0.0, 1.0, 0.6), (0.25, 0.55, 0.75, 1.0)]
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("outputs/demo"),
     seed: Annotated[int, typer.Option(min=0, help="First of three seeds.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 25,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 25,
     guidance_scale: Annotated[float, typer.Option(min=0, help="Classifier-free guidance.")] = 3.0,
     device: Device = "auto",
 ) -> None:

@@ -54,8 +54,10 @@ def evaluate(
     from rich.table import Table
 
     from mole_diffusion.metrics import VisionBackbone, evaluate_folder, load_clip
+    from mole_diffusion.metrics.folder import read_inputs
     from mole_diffusion.tables import write_csv
 
+    read_inputs(images, prompts, folders)
     where = pick_device(device)
     with quiet_loading():
         encoder = None if image_encoder is None else VisionBackbone.from_pretrained(image_encoder).to(where)

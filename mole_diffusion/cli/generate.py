@@ -12,6 +12,7 @@ import typer
 from mole_diffusion.files import try_file, try_folder, write_last
 
 from ..drawing.opening import (
+    SINGLE_FILE,
     find_base,
     find_folder,
     load_pipeline,
@@ -21,6 +22,7 @@ from ..drawing.opening import (
     read_scheduler,
 )
 from ..drawing.settings import LARGEST_SEED
+from ..errors import MoLEError
 from . import generate_inputs as given
 from .inputs import Device
 
@@ -89,7 +91,7 @@ def generate(
     negative_prompt: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
     width: Annotated[int | None, typer.Option(min=8, help="In pixels [default: the base's].")] = None,
     height: Annotated[int | None, typer.Option(min=8, help="In pixels [default: the base's].")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 30,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 30,
     scheduler: Annotated[
         str | None, typer.Option(help="Of diffusers, by its class: EulerDiscreteScheduler … [default: the base's].")
     ] = None,
@@ -151,6 +153,8 @@ def generate(
     )
     gates_found = None if gates is None else find_folder("--gates", gates, example="me/cat-and-boot")
     base_found = find_base(base, single_file=True)
+    if base_config is not None and not base_found.endswith(SINGLE_FILE):
+        raise MoLEError(f"--base-config says how a single file is built, and --base {base} is none. Leave it out.")
     read_scheduler(scheduler)
     where = pick_device(device)
     precision = read_dtype(dtype, where)

@@ -48,6 +48,10 @@ def train_lora(
     """
     if out.suffix != ".safetensors":
         raise MoLEError(f"--out {out}: a LoRA is written as .safetensors, got {out.suffix!r}.")
+    for option, text, example in (("--token", token, "sks"), ("--class", class_name, "dog")):
+        if not text.strip():
+            raise MoLEError(f"{option} is empty. Give a word, such as {option} {example}.")
+    base_found = find_base(base)
     from mole_diffusion.files import try_file, try_folder
 
     try_file(out)
@@ -78,7 +82,7 @@ def train_lora(
     )
     where = pick_device(device)
     with quiet_loading(), loading(f"--base {base}"):
-        pipe = StableDiffusionPipeline.from_pretrained(find_base(base), use_safetensors=True).to(where)
+        pipe = StableDiffusionPipeline.from_pretrained(base_found, use_safetensors=True).to(where)
     train(pipe, pictures, config, out=out, work=place)
     if work is None:  # nobody asked for it, and the next training of this name may be another
         clear_checkpoints(place)
