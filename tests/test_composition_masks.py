@@ -51,6 +51,8 @@ def test_one_lora_is_that_lora_and_none_is_the_base(pipe: Any, name: str) -> Non
 def test_no_state_survives_a_call(method: Any) -> None:
     pipe = fresh(method)
     first, again = four(pipe, seed=3), four(pipe, seed=4)
+    if method != "norm_router":
+        four(pipe, seed=3, regions=REGIONS)
     assert torch.equal(four(pipe, seed=3), first)
     assert torch.equal(four(fresh(method), seed=4), again)
     pipe.unload_loras()
@@ -91,18 +93,24 @@ def test_online_masks_evaluate_no_more_than_a_sum_and_two_runs_say_what_they_do(
     assert Masks(online=True).evaluations(3) == 1
 
 
-@pytest.mark.parametrize("method", ["masks", "freefuse", "norm_router"])
+@pytest.mark.parametrize(
+    ("method", "regions"),
+    [("masks", None), ("masks", {"dog": (0.5, 0, 1, 1)}), ("freefuse", None), ("norm_router", None)],
+)
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
-def test_a_batch_of_different_prompts_equals_separate_calls(pipe: Any, method: str, guidance: float) -> None:
+def test_a_batch_of_different_prompts_equals_separate_calls(
+    pipe: Any, method: str, regions: Any, guidance: float
+) -> None:
     pipe.set_composition(method)
     prompts = [PROMPT, "a mug, a cat and a red dog on grass"]
 
     def generators() -> list[torch.Generator]:
         return [torch.Generator().manual_seed(seed) for seed in (5, 6)]
 
-    both = four(pipe, prompts, guidance_scale=guidance, generator=generators())
+    options: dict[str, Any] = {"guidance_scale": guidance, "regions": regions}
+    both = four(pipe, prompts, generator=generators(), **options)
     for row, prompt in enumerate(prompts):
-        assert_close(both[row : row + 1], four(pipe, prompt, guidance_scale=guidance, generator=generators()[row]))
+        assert_close(both[row : row + 1], four(pipe, prompt, generator=generators()[row], **options))
 
 
 def test_masks_of_several_pictures_are_given_again_picture_by_picture(pipe: Any) -> None:
@@ -121,6 +129,14 @@ def test_masks_of_several_pictures_are_given_again_picture_by_picture(pipe: Any)
         assert_close(both[row : row + 1], four(pipe, generator=generators()[row], regions=own))
     with pytest.raises(ValueError, match="the region map given has 2 rows, but this call draws 4"):
         four(pipe, num_images_per_prompt=4, regions=RegionMap(halves, names))
+
+
+@pytest.mark.parametrize(("method", "regions"), [("masks", REGIONS), ("freefuse", None), ("norm_router", None)])
+def test_several_pictures_of_a_prompt_are_those_of_calls_for_one(pipe: Any, method: str, regions: Any) -> None:
+    pipe.set_composition(method)
+    both = four(pipe, num_images_per_prompt=2, generator=_generators(5, 6), regions=regions)
+    for row, seed in enumerate((5, 6)):
+        assert_close(both[row : row + 1], four(pipe, generator=_generators(seed)[0], regions=regions))
 
 
 def test_several_pictures_of_a_prompt_have_masks_of_their_own(pipe: Any) -> None:
@@ -310,12 +326,16 @@ def test_attention_of_somebody_elses_processors_is_seen_too() -> None:
     assert torch.equal(sliced.masks.values, pipe.masks.values)
 
 
-def test_masks_work_under_gradient_checkpointing_and_with_several_scales() -> None:
-    pipe = fresh("masks")
-    expected = four(pipe, loras={"cat": 0.5, "dog": 1.0, "mug": -0.5})
+@pytest.mark.parametrize(
+    ("method", "regions"), [("masks", None), ("masks", REGIONS), ("freefuse", None), ("norm_router", None)]
+)
+def test_gradient_checkpointing_changes_nothing(method: str, regions: Any) -> None:
+    pipe = fresh(method)
+    options: dict[str, Any] = {"loras": {"cat": 0.5, "dog": 1.0, "mug": -0.5}, "regions": regions}
+    expected = four(pipe, **options)
     pipe.unet.enable_gradient_checkpointing()
     pipe.unet.train()
-    assert_close(four(pipe, loras={"cat": 0.5, "dog": 1.0, "mug": -0.5}), expected)
+    assert_close(four(pipe, **options), expected)
 
 
 class Halves(RegionalComposition):

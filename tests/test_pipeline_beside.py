@@ -100,6 +100,23 @@ def test_methods_that_bind_work_beside_it(kind: str, method: str) -> None:
         assert isinstance(pipe.masks, RegionMap)
 
 
+@pytest.mark.parametrize("kind", ["adapter", "controlnet"])
+@pytest.mark.parametrize("regions", [None, {"dog": (0.5, 0, 1, 1)}])
+def test_masks_and_regions_beside_one_that_is_turned_off_are_those_without_it(kind: str, regions: Any) -> None:
+    plain, pipe = composing_pipeline(*NAMES), pipeline(kind, loras=True)
+    beside = options(kind)
+    if kind == "adapter":
+        pipe.set_ip_adapter_scale(0.0)
+    else:
+        beside["controlnet_conditioning_scale"] = 0.0
+    for one in (plain, pipe):
+        one.set_composition("masks")
+    expected = draw(plain, PROMPT, num_inference_steps=4, regions=regions)
+    assert_close(draw(pipe, PROMPT, regions=regions, **beside), expected)
+    torch.testing.assert_close(pipe.masks.values, plain.masks.values)
+    assert pipe.masks.fixed == plain.masks.fixed == (() if regions is None else ("dog",))
+
+
 def test_an_ip_adapter_that_comes_after_the_loras() -> None:
     before, after = pipeline("adapter", loras=True), composing_pipeline(*NAMES)
     with_adapter(after)
