@@ -8,6 +8,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "default": {"gates": {"input": "hidden", "token_axis": "token", "scope": "layer", "null_expert": True}},
     "masks": {
         "gates": {"input": "hidden", "token_axis": "token", "scope": "layer", "residual": True},
+        "learning_rate": 2e-4,
     },
     "paper": {
         "gates": {"token_axis": "flatten", "scope": "block"},
@@ -55,7 +56,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Field values by name of the preset; what is not named is the field's own default.
 
-"masks" is the default for gates that correct masks (the composition "masked_gates") instead of weighing alone.
+"masks" is the default for gates that correct masks (the composition "masked_gates") instead of weighing alone. They
+start from what works, and at the default's learning rate CLIP leads them away from it.
 
 "paper" is section 3.3 of "Mixture of LoRA Experts" (https://openreview.net/forum?id=uWvKBCYh4S) to the letter, where it
 has one. "official" is its released code: no expert output is read, the temperature is never used, the balance loss has
