@@ -307,6 +307,9 @@ def test_image_to_image_and_inpainting_bind_too(method: Any) -> None:
         assert isinstance(other.masks, RegionMap)
         assert torch.equal(draw(other, PROMPT, **options), first)
         assert not torch.equal(draw(other, PROMPT, loras=[], **options), first)
+        placed = draw(other, PROMPT, regions=REGIONS, **options)
+        assert other.masks.fixed == ("cat", "dog", "mug")
+        assert not torch.equal(placed, first)
 
 
 def test_a_stock_pipeline_inside_composing_is_told_what_is_missing(pipe: Any) -> None:
