@@ -46,6 +46,7 @@ class Meeting:
         for handle in self._handles:
             handle.remove()
 
+    @torch.compiler.disable  # as all that asks who weighs
     def _before(self, layer: nn.Module, args: Any) -> None:
         watched, biased = self._crossed.watched(), self._crossed.biased()
         joint = self._where() if watched or biased else None
@@ -53,6 +54,7 @@ class Meeting:
             self._open.mode = mode = _Seen(self._crossed, self._among, joint, watched, biased)
             mode.__enter__()
 
+    @torch.compiler.disable
     def _after(self, layer: nn.Module, args: Any, output: Any) -> None:
         mode = self._open.__dict__.pop("mode", None)
         if mode is None:

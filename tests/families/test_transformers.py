@@ -12,7 +12,7 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor, nn
 
 import mole_diffusion
-from mole_diffusion.composition import FreeFuse, Linear, Masks, Switch
+from mole_diffusion.composition import Composite, FreeFuse, Linear, Masks, Switch
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.experts import Run
 from mole_diffusion.experts.seam import LayerSeam
@@ -452,3 +452,19 @@ def test_attention_that_nobody_sees_is_an_error_where_it_must_be_seen() -> None:
         draw(pipe, "flux")
     pipe.transformer.single_transformer_blocks[1].attn.set_processor(FluxAttnProcessor())
     assert draw(pipe, "flux").isfinite().all()  # nothing is left of the first try
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_composite_is_the_mean_of_what_each_lora_predicts(family: str, pipe: Any) -> None:
+    """One widened batch, whatever a transformer is given: lists, packed tokens, masks, places."""
+    model, given = pipe.transformer, denoiser_call(family, prompt=CAPTIONS[:])[1]
+    experts = pipe.experts
+    with torch.no_grad():
+        with experts.using(weigher=Composite()):
+            composed = rows_of(model(**given))
+        alone = []
+        for keep in torch.eye(2):
+            with experts.using(keep=keep, weigher=Linear()):
+                alone.append(rows_of(model(**given)))
+    assert (alone[0] - alone[1]).abs().max() > 0.1
+    torch.testing.assert_close(composed, (alone[0] + alone[1]) / 2, rtol=0, atol=1e-5)
