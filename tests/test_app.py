@@ -324,7 +324,7 @@ def test_training_from_the_page_stops_and_goes_on(
 ) -> None:
     monkeypatch.setattr("mole_diffusion.training.gates.report.SEEDS", (0,))
     monkeypatch.setattr("mole_diffusion.training.gates.report.PROMPTS_SHOWN", 1)
-    plan, config = training.plan(BOTH, "a photo of {subjects}", 5, 1, 2.0, tmp_path / "gates")
+    plan, config = training.plan(BOTH, "a photo of {concepts}", 5, 1, 2.0, tmp_path / "gates")
     assert (config.steps, config.batch_size, config.guidance_scale) == (5, 1, 2.0)
     config = replace(config, identity_weight=0.0, rollout_steps=2, checkpoint_every=1)
     ticket, seen = Ticket(), list[Any]()
@@ -342,10 +342,10 @@ def test_training_from_the_page_stops_and_goes_on(
 @pytest.mark.parametrize(
     ("settings", "templates", "message"),
     [
-        (replace(BOTH, loras=(CAT,)), "{subjects}", "two LoRAs or more"),
-        (replace(BOTH, base="me/mine"), "{subjects}", "use `mole train-gates`"),
+        (replace(BOTH, loras=(CAT,)), "{concepts}", "two LoRAs or more"),
+        (replace(BOTH, base="me/mine"), "{concepts}", "use `mole train-gates`"),
         (BOTH, " ", "there is no prompt"),
-        (replace(BOTH, loras=(CAT, replace(BOOT, file="b", triggers=("v2",)))), "{subjects}", "token and its class"),
+        (replace(BOTH, loras=(CAT, replace(BOOT, file="b", triggers=("v2",)))), "{concepts}", "token and its class"),
     ],
 )
 def test_what_cannot_be_trained_is_told(

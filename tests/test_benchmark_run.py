@@ -48,7 +48,7 @@ SMALL: dict[str, Any] = {
 FREE: dict[str, Any] = SMALL | {
     "gates": None,
     "compositions": ["cat+boot+teapot", "cat+boot"],
-    "methods": ["linear", "composite", "cat"],
+    "methods": ["linear", "composite", "soup"],
     "seeds": 3,
     "batch": 3,
     "train_prompts": ["a photo of {concepts} on slate"],

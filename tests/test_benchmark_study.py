@@ -15,7 +15,7 @@ from mole_diffusion import MoLEStableDiffusionPipeline, toybox
 from mole_diffusion.benchmark import BenchmarkConfig, run_benchmark
 from mole_diffusion.benchmark.draw import gates_by_picture
 from mole_diffusion.benchmark.gates import training_prompts
-from mole_diffusion.benchmark.methods import PRESETS
+from mole_diffusion.benchmark.methods import TRAINED_METHODS
 from mole_diffusion.benchmark.run import read_rows
 from mole_diffusion.benchmark.share import share
 from mole_diffusion.composition import COMPOSITIONS
@@ -27,7 +27,7 @@ STUDY: dict[str, Any] = {
     "base": "toybox",
     "concepts": "toybox",
     "compositions": ["cat+boot", "mug"],
-    "methods": ["normalized", "cat", {"mole": {"label": "layer", "training": {"gates": {"scope": "layer"}}}}],
+    "methods": ["normalized", "soup", {"mole": {"label": "layer", "training": {"gates": {"scope": "layer"}}}}],
     "train_prompts": ["a photo of {concepts} on slate"],
     "training": {"steps": 1, "batch_size": 1, "rollout_steps": 1, "warmup_steps": 0},
     "prompts": ["a photo of {concepts} on grass"],
@@ -56,10 +56,10 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_gates_are_trained_as_each_method_says(done: Path) -> None:
-    cat, layer = (MoLEModel.from_pretrained(done / "gates" / label / "cat+boot") for label in ("cat", "layer"))
-    assert (cat.gate_config.input, cat.gate_config.scope) == ("none", "matrix")
+    soup, layer = (MoLEModel.from_pretrained(done / "gates" / label / "cat+boot") for label in ("soup", "layer"))
+    assert (soup.gate_config.input, soup.gate_config.scope) == ("none", "matrix")
     assert (layer.gate_config.input, layer.gate_config.scope) == ("hidden", "layer")
-    record = json.loads((done / "gates" / "cat" / "cat+boot" / "training.json").read_text())
+    record = json.loads((done / "gates" / "soup" / "cat+boot" / "training.json").read_text())
     assert record["config"]["steps"] == 1
     # CLIP reads descriptions, and every order of the concepts is trained on.
     assert record["prompts"] == {
@@ -68,13 +68,13 @@ def test_gates_are_trained_as_each_method_says(done: Path) -> None:
     }
     assert record["concepts"]["cat"]["references"] == len(toybox.references("cat"))
     assert not list(done.rglob("*.work"))
-    assert float(json.loads((done / "gates" / "cat" / "cat+boot" / "seconds.json").read_text())) > 0
+    assert float(json.loads((done / "gates" / "soup" / "cat+boot" / "seconds.json").read_text())) > 0
 
 
 def test_a_training_that_fails_says_so_in_its_rows_and_the_rest_goes_on(done: Path) -> None:
     rows = read_rows(config(), done)
     failed = {(row.composition, row.method) for row in rows if row.error is not None}
-    assert failed == {("mug", "cat"), ("mug", "layer")}
+    assert failed == {("mug", "soup"), ("mug", "layer")}
     assert all("at least two must be loaded" in row.error for row in rows if row.error is not None)
     assert len(rows) == 18
     # The last rows come after a failed training, and are those of a pipeline that never saw one.
@@ -196,15 +196,15 @@ def test_choices_come_once_and_pairs_are_all_of_them() -> None:
     assert study.kept(["a", "b", "c"]) == [("a", "b", "c"), ("a", "b"), ("a", "c"), ("b", "c")]
 
 
-def test_all_methods_include_cat_where_gates_are_trained() -> None:
-    every = [*(name for name in COMPOSITIONS if name not in PRESETS), *PRESETS]
+def test_all_methods_include_soup_where_gates_are_trained() -> None:
+    every = [*(name for name in COMPOSITIONS if name not in TRAINED_METHODS), *TRAINED_METHODS]
     assert [method.label for method in config(methods="all").methods] == every
     more = config(methods=["all", {"mole": {"label": "other", "training": {"steps": 3}}}])
     assert [method.label for method in more.methods] == [*every, "other"]
     free = config(methods="all", train_prompts=[])
-    assert not {"mole", "cat", "masked_gates"} & {method.label for method in free.methods}
+    assert not {"mole", "soup", "masked_gates"} & {method.label for method in free.methods}
     given = config(methods="all", gates="toybox")
-    assert {m.label for m in given.methods if m.training is not None} == {"cat", "masked_gates"}
+    assert {m.label for m in given.methods if m.training is not None} == {"soup", "masked_gates"}
     assert {m.label for m in config(methods="all").methods if m.training and m.training.gates.residual} == {
         "masked_gates"
     }
@@ -230,7 +230,7 @@ def test_many_concepts_are_trained_in_rotations() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train_prompts": []}, "'cat' needs gates. Say what to train them on"),
+        ({"train_prompts": []}, "'soup' needs gates. Say what to train them on"),
         ({"train_prompts": ["a photo"]}, 'a prompt needs "{concepts}"'),
         ({"train_prompts": STUDY["prompts"]}, "has 'a photo of {concepts} on grass', which is measured too"),
         ({"training": {"stepz": 3}}, r"unknown settings \['stepz'\]"),
@@ -242,7 +242,7 @@ def test_many_concepts_are_trained_in_rotations() -> None:
         ({"keep": []}, "`keep` is an empty list"),
         ({"keep": [2]}, "`keep` has 2, and mug has only 1 LoRAs"),
         ({"batch": 0}, "`batch` must be a number of at least 1, got 0"),
-        ({"reference": "mole"}, "`reference` must be one of normalized, cat, layer, got 'mole'"),
+        ({"reference": "mole"}, "`reference` must be one of normalized, soup, layer, got 'mole'"),
     ],
 )
 def test_a_wrong_study_says_what_is_wrong(changes: dict[str, Any], message: str) -> None:

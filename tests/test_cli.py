@@ -89,9 +89,9 @@ def test_methods_lists_every_method_with_its_cost() -> None:
     done = mole("methods")
     assert done.exit_code == 0
     rows = {cells[1].strip(): cells for line in done.stdout.splitlines() if len(cells := line.split("│")) > 4}
-    assert {*COMPOSITIONS, "cat"} <= set(rows)
-    assert [rows[name][2].strip() for name in ("linear", "composite", "cat")] == ["1, 1, 1", "1, 2, 3", "1, 1, 1"]
-    needed = [rows[name][3].strip() for name in ("linear", "masks", "mole", "cat")]
+    assert {*COMPOSITIONS, "soup"} <= set(rows)
+    assert [rows[name][2].strip() for name in ("linear", "composite", "soup")] == ["1, 1, 1", "1, 2, 3", "1, 1, 1"]
+    needed = [rows[name][3].strip() for name in ("linear", "masks", "mole", "soup")]
     assert needed == ["–", "trigger words", "trained gates", "trained gates"]
 
 

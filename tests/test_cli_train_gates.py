@@ -59,7 +59,7 @@ def test_train_gates_trains_what_it_was_told(world: Path, tmp_path: Path) -> Non
     done = mole(
         *call(world, "train-gates", "--clip", world / "clip", "--out", tmp_path / "new" / "gates"),
         *("--config", tmp_path / "gates.yaml", "--set", "seed=6", "--steps", 2, "--batch-size", 1),
-        *("--prompts", tmp_path / "prompts.txt", "--template", "{subjects} on grass", "--prompt", "a <v1> cat"),
+        *("--prompts", tmp_path / "prompts.txt", "--template", "{concepts} on grass", "--prompt", "a <v1> cat"),
         *("--description", "dog=red dog"),
     )
     assert done.exit_code == 0, (done.output, done.exception)
@@ -83,7 +83,7 @@ def test_train_gates_trains_what_it_was_told(world: Path, tmp_path: Path) -> Non
 
 @pytest.mark.usefixtures("few_steps")
 def test_balance_study_prints_its_table(world: Path, tmp_path: Path) -> None:
-    options = ["--clip", world / "clip", "--template", "{subjects}", "--steps", 1, "--temperature", 4]
+    options = ["--clip", world / "clip", "--template", "{concepts}", "--steps", 1, "--temperature", 4]
     done = mole(*call(world, "balance-study", *options, "--out", tmp_path / "study"))
     assert done.exit_code == 0, (done.output, done.exception)
     for words in ("| balance loss |", "| no balance loss |", "| temperature 4 |", f"study: {tmp_path / 'study'}"):

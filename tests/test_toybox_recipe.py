@@ -17,9 +17,9 @@ from mole_diffusion.toybox.recipe.base import layout, layout_loss, load_base, tr
 from mole_diffusion.toybox.recipe.clip import wrong_scenes
 from mole_diffusion.toybox.recipe.loop import AveragedWeights, run_stage, step_rng, trapezoid
 from mole_diffusion.toybox.recipe.loras import company_scenes, lora_config
+from mole_diffusion.toybox.recipe.text_encoder import IGNORED, NOUN_LABELS, reading
 from mole_diffusion.toybox.recipe.tokenizer import make_tokenizer
 from mole_diffusion.toybox.recipe.vae import load_vae
-from mole_diffusion.toybox.recipe.words import IGNORED, NOUN_LABELS, reading
 from mole_diffusion.toybox.shapes import CLASSES, PATTERNS
 from mole_diffusion.toybox.subjects import SUBJECTS
 from mole_diffusion.toybox.vocabulary import MAX_TOKENS

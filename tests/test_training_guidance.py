@@ -59,18 +59,18 @@ def test_concepts_that_cannot_be_say_why(values: dict[str, Any], message: str) -
 
 
 def test_prompts_from_templates() -> None:
-    assert prompts_from_templates(["{subjects} on grass"], CONCEPTS) == [
+    assert prompts_from_templates(["{concepts} on grass"], CONCEPTS) == [
         "a <v1> cat and a <v2> dog on grass",
         "a <v2> dog and a <v1> cat on grass",
     ]
     many = {str(k): Concept(token=f"<{k}>", class_name="mug") for k in range(4)}
-    rotations = prompts_from_templates(["{subjects}", "two: {subjects}"], many)
+    rotations = prompts_from_templates(["{concepts}", "two: {concepts}"], many)
     assert len(rotations) == 8
     assert rotations[1] == "a <1> mug, a <2> mug, a <3> mug and a <0> mug"
-    with pytest.raises(ValueError, match=r'needs "\{subjects\}" once, got \'a cat\''):
+    with pytest.raises(ValueError, match=r'needs "\{concepts\}" once, got \'a cat\''):
         prompts_from_templates(["a cat"], CONCEPTS)
     with pytest.raises(ValueError, match="Templates need concepts"):
-        prompts_from_templates(["{subjects}"], {})
+        prompts_from_templates(["{concepts}"], {})
 
 
 def make_guidance(clip: DifferentiableCLIP, **changes: Any) -> Guidance:

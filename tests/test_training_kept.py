@@ -169,11 +169,11 @@ def test_a_system_that_does_not_know_its_memory(monkeypatch: pytest.MonkeyPatch)
 
 def test_words_of_a_concept_are_read_once() -> None:
     concepts = {
-        "cat": Concept(token="<v1>", class_name="cat", description="a friend of <v2> {subjects}"),
-        "dog": Concept(token="<v2>", class_name="{subjects}", description="red dog"),
+        "cat": Concept(token="<v1>", class_name="cat", description="a friend of <v2> {concepts}"),
+        "dog": Concept(token="<v2>", class_name="{concepts}", description="red dog"),
     }
-    assert text_for_clip("a <v1> cat and a <v2>", concepts) == "a a friend of <v2> {subjects} and a red dog"
-    assert prompts_from_templates(["{subjects} here"], concepts)[0] == "a <v1> cat and a <v2> {subjects} here"
+    assert text_for_clip("a <v1> cat and a <v2>", concepts) == "a a friend of <v2> {concepts} and a red dog"
+    assert prompts_from_templates(["{concepts} here"], concepts)[0] == "a <v1> cat and a <v2> {concepts} here"
     longer = {"a": Concept(token="sks", class_name="cat"), "b": Concept(token="sks-2", class_name="dog")}
     assert text_for_clip("a sks-2 dog and a sks cat", longer) == "a dog and a cat"
 

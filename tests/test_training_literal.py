@@ -39,7 +39,7 @@ def literal_training(walker: Walker, states: list[dict[str, Tensor]], clip: Any)
     a = walker.schedule.alphas_cumprod.double().tolist()
     texts = clip.encode_text(list(PROMPTS)).double()
     mean, std = clip.mean.double(), clip.std.double()
-    seer = copy.deepcopy(clip.model).double()
+    model = copy.deepcopy(clip.model).double()
 
     learned = torch.zeros(3, dtype=torch.float64)
     losses: list[float] = []
@@ -68,7 +68,7 @@ def literal_training(walker: Walker, states: list[dict[str, Tensor]], clip: Any)
             noise = without + settings.guidance_scale * (with_prompt - without)
             clean = (noisy - math.sqrt(1 - a[now]) * noise) / math.sqrt(a[now])
             images = pipe.vae.decode(clean / pipe.vae.config.scaling_factor).sample / 2 + 0.5
-            features = seer.encode_image((images.clamp(0, 1) - mean) / std, normalize=True)
+            features = model.encode_image((images.clamp(0, 1) - mean) / std, normalize=True)
             guidance = sum(1 - (features[k] * texts[chosen[k]]).sum() for k in range(2)) / 2
             balance = -gates[0].log() - gates[1].log()  # eq. 14 with one gated place
             loss = guidance + settings.balance_weight * balance  # eq. 16

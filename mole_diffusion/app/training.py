@@ -53,7 +53,7 @@ def plan(
 
     Args:
         settings: Of a picture; base and the LoRAs that are on count.
-        templates: A line each, with the place {subjects}.
+        templates: A line each, with the place {concepts}.
         steps, batch_size, guidance_scale: Of the training.
         out: Where the gates go.
 
@@ -75,7 +75,7 @@ def plan(
     concepts = {lora.name: concept(lora) for lora in on}
     prompts = prompts_from_templates([line.strip() for line in templates.splitlines() if line.strip()], concepts)
     if not prompts:
-        raise MoLEError('there is no prompt. Write one a line, such as "a photo of {subjects} on grass".')
+        raise MoLEError('there is no prompt. Write one a line, such as "a photo of {concepts} on grass".')
     try_folder(out)
     config = GateTrainingConfig.from_dict(
         {

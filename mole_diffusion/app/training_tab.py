@@ -16,7 +16,7 @@ from .places import Places
 from .session import Session
 from .studio import Cancelled, Progress, Studio, Ticket
 
-TEMPLATES = "a photo of {subjects} on grass\na photo of {subjects} on sand"
+TEMPLATES = "a photo of {concepts} on grass\na photo of {concepts} on sand"
 SHOWN = ("loss", "global", "local", "identity", "entropy")
 
 
@@ -32,7 +32,7 @@ def training_tab(
         gates: The field that takes the trained gates.
     """
     gr.Markdown("Gates for the LoRAs that are on. No pictures are needed: CLIP compares what is drawn with the prompt.")
-    templates = gr.Textbox(TEMPLATES, label="Prompts, one a line", lines=3, info="{subjects} names them in every order")
+    templates = gr.Textbox(TEMPLATES, label="Prompts, one a line", lines=3, info="{concepts} names them in every order")
     with gr.Row():
         steps = gr.Number(200, label="Training steps", precision=0, minimum=1, min_width=100)
         batch = gr.Number(4, label="Pictures a step", precision=0, minimum=1, min_width=100)

@@ -32,8 +32,8 @@ _DEFAULTS: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Concept:
-    """One LoRA and what it stands for.
+class ConceptFiles:
+    """Where one LoRA and pictures of what it draws lie, and what it is called.
 
     Attributes:
         lora: Its file.
@@ -109,7 +109,7 @@ class BenchmarkConfig:
 
     name: str
     base: str
-    concepts: Mapping[str, Concept]
+    concepts: Mapping[str, ConceptFiles]
     compositions: Sequence[Sequence[str]]
     methods: Sequence[Method]
     keep: Sequence[str | int]
@@ -239,12 +239,12 @@ class BenchmarkConfig:
         return template.replace("{concepts}", together)
 
 
-def _concepts(given: Any) -> dict[str, Concept]:
+def _concepts(given: Any) -> dict[str, ConceptFiles]:
     if given == "toybox":
         from mole_diffusion import toybox
 
         return {
-            name: Concept(
+            name: ConceptFiles(
                 lora=str(toybox.lora_path(name)),
                 phrase=f"{toybox.token(name)} {toybox.class_name(name)}",
                 description=f"{toybox.subject(name).look} {toybox.class_name(name)}",
@@ -252,7 +252,7 @@ def _concepts(given: Any) -> dict[str, Concept]:
             )
             for name in toybox.subjects()
         }
-    keys = [field.name for field in fields(Concept)]
+    keys = [field.name for field in fields(ConceptFiles)]
     if not isinstance(given, dict) or not given:
         raise MoLEError(f'`concepts` must be "toybox" or a mapping of name to {", ".join(keys)}, got {given!r}.')
     for name, value in given.items():
@@ -260,10 +260,10 @@ def _concepts(given: Any) -> dict[str, Concept]:
             raise MoLEError(f"concept {name!r}: a name is one line without a plus, which joins the names of several.")
         if not isinstance(value, dict) or set(value) != set(keys):
             raise MoLEError(f"concept {name!r} must have exactly {', '.join(keys)}, got {value!r}.")
-    return {str(name): Concept(**{key: str(value[key]) for key in keys}) for name, value in given.items()}
+    return {str(name): ConceptFiles(**{key: str(value[key]) for key in keys}) for name, value in given.items()}
 
 
-def _composition(entry: Any, concepts: Mapping[str, Concept]) -> list[str]:
+def _composition(entry: Any, concepts: Mapping[str, ConceptFiles]) -> list[str]:
     names = entry.split("+") if isinstance(entry, str) else entry
     if not isinstance(names, list) or not names:
         raise MoLEError(f'a composition is written "cat+boot", got {entry!r}.')

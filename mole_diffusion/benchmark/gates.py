@@ -79,7 +79,7 @@ def train_missing_gates(
         on_step_end(step, numbers)
 
     try:
-        with _alone():
+        with _as_the_only_process():
             train_gates(
                 pipe,
                 method.training,
@@ -116,7 +116,7 @@ def _concept(config: BenchmarkConfig, name: str, references: Sequence[Image.Imag
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
+def _as_the_only_process() -> Iterator[None]:
     """Hides from the training that there are other processes: these train gates of their own, not the same together."""
     hidden = {name: os.environ.pop(name) for name in _LAUNCHER if name in os.environ}
     try:

@@ -17,7 +17,7 @@ from mole_diffusion.pictures import picture_files
 
 SHA256, LORAS, METHODS = "sha256", "LoRA files", "methods"
 _BY_HASH = ("base", "clip", "gates", "image_encoder")
-_NO_MATTER = ("name", "compositions", "concepts", "keep", "reference", "paper", *_BY_HASH)
+_NOT_IN_ROWS = ("name", "compositions", "concepts", "keep", "reference", "paper", *_BY_HASH)
 """What rows do not depend on, are named after, or depend on by its bytes."""
 _MODEL_FILES = (".json", ".safetensors", ".bin", ".txt", ".model", ".pt")
 
@@ -30,7 +30,7 @@ def made_of(config: BenchmarkConfig) -> dict[str, Any]:
     Raises:
         MoLEError: A LoRA or the pictures of a concept are not there.
     """
-    settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in _NO_MATTER}
+    settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_IN_ROWS}
     used = dict.fromkeys(name for names in config.compositions for name in names)
     hashes = {
         "base": _source_hash(config.base, "base_dir", "model_index.json"),

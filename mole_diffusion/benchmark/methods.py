@@ -11,13 +11,13 @@ from mole_diffusion.errors import MoLEError
 from mole_diffusion.gating import GateConfig
 from mole_diffusion.training import GateTrainingConfig
 
-CAT = GateConfig(input="none", scope="matrix")
-PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
-    "cat": ("mole", {"gates": CAT.to_dict()}),
+SOUP = GateConfig(input="none", scope="matrix")
+TRAINED_METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "soup": ("mole", {"gates": SOUP.to_dict()}),
     "masked_gates": ("masked_gates", {"preset": "masks"}),
 }
 """Methods by name that are a composition with gates of a kind of their own: name of the composition, settings of the
-training. "cat" is CAT of "LoRA Soups" (https://arxiv.org/abs/2410.13025): one learned number per LoRA and matrix."""
+training. "soup" is CAT of "LoRA Soups" (https://arxiv.org/abs/2410.13025): one learned number per LoRA and matrix."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ def read_methods(given: Any, *, has_gates: bool, can_train: bool, training: Mapp
     Raises:
         ValueError: A method is unknown, has an argument that is not allowed, or lacks gates; or a label comes twice.
     """
-    every = [name for name in COMPOSITIONS if name not in PRESETS]
+    every = [name for name in COMPOSITIONS if name not in TRAINED_METHODS]
     every = [name for name in every if has_gates or can_train or "gates" not in COMPOSITIONS[name].needs]
-    every += [name for name in PRESETS if can_train]
+    every += [name for name in TRAINED_METHODS if can_train]
     given = ["all"] if given == "all" else given
     if not isinstance(given, list) or not given:
         raise MoLEError(f'`methods` must be "all" or a list of names, got {given!r}.')
@@ -73,13 +73,13 @@ def read_methods(given: Any, *, has_gates: bool, can_train: bool, training: Mapp
 
 def _method(entry: Any, *, has_gates: bool, can_train: bool, training: Mapping[str, Any]) -> Method:
     given, arguments = next(iter(entry.items())) if isinstance(entry, dict) and len(entry) == 1 else (entry, {})
-    known = (*COMPOSITIONS, *PRESETS)
+    known = (*COMPOSITIONS, *TRAINED_METHODS)
     if not isinstance(given, str) or given not in known or not isinstance(arguments, dict):
         raise MoLEError(
             f"{entry!r} is no method. Write a name, one of {', '.join(known)}, or a name with its arguments "
             "such as {merge: {scale: 1.0}}."
         )
-    name, preset = PRESETS.get(given, (given, None))
+    name, preset = TRAINED_METHODS.get(given, (given, None))
     own = {key: value for key, value in arguments.items() if key not in ("label", "training")}
     label = arguments.get("label", _default_label(given, own))
     if not isinstance(label, str) or not label.strip(". ") or "/" in label or "\\" in label or not label.isprintable():

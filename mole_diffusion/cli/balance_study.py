@@ -45,7 +45,7 @@ def balance_study(
     \b
       mole balance-study --lora cat=cat.safetensors --lora boot=boot.safetensors \\
           --token "cat=<v1>" --class cat=cat --token "boot=<v2>" --class boot=boot \\
-          --template "a photo of {subjects} on grass" --temperature 2 --temperature 10 --out study
+          --template "a photo of {concepts} on grass" --temperature 2 --temperature 10 --out study
     """
     from mole_diffusion.files import try_folder
 

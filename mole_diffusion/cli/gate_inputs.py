@@ -42,7 +42,7 @@ Prompt = Annotated[list[str] | None, typer.Option(help="A prompt to train on; on
 Prompts = Annotated[Path | None, typer.Option(help="Text file with a prompt in every line; # starts a comment line.")]
 Template = Annotated[
     list[str] | None,
-    typer.Option(help='A prompt with the place {subjects}, filled in every order: "a photo of {subjects} on grass".'),
+    typer.Option(help='A prompt with the place {concepts}, filled in every order: "a photo of {concepts} on grass".'),
 ]
 Clip = Annotated[
     str | None,
@@ -186,7 +186,7 @@ def read_prompts(
         texts += [line for line in read_prompt_lines(prompts) if not line.startswith("#")]
     texts += prompts_from_templates(template or [], concepts)
     if not texts:
-        raise MoLEError('no prompts: give --prompt, --prompts FILE or --template "a photo of {subjects}".')
+        raise MoLEError('no prompts: give --prompt, --prompts FILE or --template "a photo of {concepts}".')
     return texts
 
 

@@ -26,7 +26,7 @@ def methods() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from mole_diffusion.benchmark.methods import PRESETS
+    from mole_diffusion.benchmark.methods import TRAINED_METHODS
     from mole_diffusion.composition import COMPOSITIONS
 
     table = Table(box=box.ROUNDED, show_lines=True)
@@ -35,7 +35,7 @@ def methods() -> None:
     table.add_column("needs", no_wrap=True)
     table.add_column("source")
     listed = {name: (method(), method.source) for name, method in COMPOSITIONS.items()}
-    others = {name: composition for name, (composition, _) in PRESETS.items() if name not in COMPOSITIONS}
+    others = {name: composition for name, (composition, _) in TRAINED_METHODS.items() if name not in COMPOSITIONS}
     listed |= {name: (COMPOSITIONS[composition](), CAT) for name, composition in others.items()}
     for name, (method, source) in listed.items():
         cost = ", ".join(f"{method.evaluations(count):g}" for count in COUNTS)

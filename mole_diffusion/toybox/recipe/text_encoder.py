@@ -80,7 +80,7 @@ def reading(text: str) -> Tensor:
     return labels
 
 
-class _Reader(nn.Module):
+class _NounReader(nn.Module):
     """A text encoder and the head that is thrown away after training."""
 
     def __init__(self, text_encoder: CLIPTextModel) -> None:
@@ -99,7 +99,7 @@ def train_text_encoder(
 ) -> CLIPTextModel:
     """Every noun learns to say what its object is and wears, so far as the caption tells."""
     torch.manual_seed(seed + 3)
-    module = _Reader(make_text_encoder(tokenizer)).to(device).train()
+    module = _NounReader(make_text_encoder(tokenizer)).to(device).train()
     module.text_encoder.set_attn_implementation("eager")  # see base.py
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     average = AveragedWeights(module, 0.98)
