@@ -178,6 +178,18 @@ SHORT = recipe.Effort(
 )
 
 
+def test_the_tokenizers_files_do_not_tell_what_it_read(tmp_path: Path) -> None:
+    """A build that goes on after its trainings has a tokenizer that read nothing."""
+    fresh, used = make_tokenizer(), make_tokenizer()
+    for prompts in (["a cat"], ["a photo of a mug on grass", "a boot"]):
+        used(prompts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
+    folders = [tmp_path / "fresh", tmp_path / "used"]
+    for tokenizer, folder in zip((fresh, used), folders, strict=True):
+        tokenizer.save_pretrained(folder)
+    written = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders]
+    assert written[0] == written[1]
+
+
 @pytest.fixture
 def small_world(monkeypatch: pytest.MonkeyPatch) -> None:
     """Five subjects, the fewest that make company of five; gates for one set, and pictures in one step."""
