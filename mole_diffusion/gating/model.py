@@ -318,8 +318,12 @@ class MoLEModel(ModelMixin, ConfigMixin):
                 return gates * run.scale.to(gates.device)[:, None]
             logits = gate(reduced).unflatten(0, (len(features), -1))  # (batch, tokens | 1, experts here)
             kept = masked_softmax(logits, keep, self.gate_config.null_expert)
-            if self._record is not None:
-                self._record.add(spec.name, run, self._spread(kept * shares, spec.experts))
+            # With a graph also where nobody records: a checkpoint's recomputation, which may come when the recording is
+            # over, must keep as many tensors as the pass it repeats.
+            if self._record is not None or torch.is_grad_enabled():
+                shown = self._spread(kept * shares, spec.experts)
+                if self._record is not None:
+                    self._record.add(spec.name, run, shown)
             return self._spread(kept * final, spec.experts)
 
     def _factors(
