@@ -14,7 +14,7 @@ from mole_diffusion.experts import Experts, ExpertStack, Site
 from mole_diffusion.experts.site import CHOICES_KEPT, group_sites
 from mole_diffusion.families.unet import UNet
 from mole_diffusion.lora import LoRA, LoRAFactors
-from tests.products import Products
+from mole_diffusion.speed import Counted
 from tests.running import make_lora, models, run_unet
 from tests.tiny import ATTENTION, CONVOLUTIONS, FEED_FORWARD, tiny_components
 from tests.weighing import Numbers
@@ -46,18 +46,18 @@ def test_what_is_left_out_is_not_computed(tiny: dict[str, Any], loras: list[LoRA
     experts = attached(tiny, loras)
     with experts.using(keep=torch.tensor([1, 0, 0, 1])):
         masked = run_unet(tiny)
-        with Products() as of_four:
+        with Counted() as of_four:
             run_unet(tiny)
-    with Products() as all_four:
+    with Counted() as all_four:
         everything = run_unet(tiny)
-    with experts.using(keep=torch.zeros(4)), Products() as base:
+    with experts.using(keep=torch.zeros(4)), Counted() as base:
         run_unet(tiny)
     experts.detach()
     two = attached(tiny, [loras[0], loras[3]])
-    with Products() as of_two:
+    with Counted() as of_two:
         alone = run_unet(tiny)
     two.detach()
-    assert of_four.shapes == of_two.shapes
+    assert of_four.products == of_two.products
     assert torch.equal(masked, alone)
     assert all_four.count == of_four.count > base.count
     assert (everything - masked).abs().max() > 0.01
@@ -66,9 +66,9 @@ def test_what_is_left_out_is_not_computed(tiny: dict[str, Any], loras: list[LoRA
 @torch.no_grad()
 def test_two_products_a_module_and_one_for_queries_keys_and_values(tiny: dict[str, Any], loras: list[LoRA]) -> None:
     experts = attached(tiny, loras)
-    with experts.using(keep=torch.zeros(4)), Products() as base:
+    with experts.using(keep=torch.zeros(4)), Counted() as base:
         run_unet(tiny)
-    with Products() as ours:
+    with Counted() as ours:
         run_unet(tiny)
     groups = {id(site.group) for name, site in experts.sites.items() if name.startswith("unet.")}
     sites = [site for name, site in experts.sites.items() if name.startswith("unet.")]
@@ -81,9 +81,9 @@ def test_two_products_a_module_and_one_for_queries_keys_and_values(tiny: dict[st
 def test_nothing_as_large_as_all_outputs_is_made(tiny: dict[str, Any], loras: list[LoRA]) -> None:
     """No tensor of N outputs, and none at all beyond those of the base that is as large as its largest."""
     experts = attached(tiny, loras)
-    with experts.using(keep=torch.zeros(4)), Products() as base:
+    with experts.using(keep=torch.zeros(4)), Counted() as base:
         run_unet(tiny)
-    with Products() as ours:
+    with Counted() as ours:
         run_unet(tiny)
     experts.detach()
     assert ours.largest == base.largest
@@ -133,7 +133,7 @@ def test_where_no_chosen_lora_is_nothing_is_added() -> None:
     attention, sites = group_of_three(2)
     chosen = sites["to_k"].only((3,))
     x = torch.randn(2, 5, 6)
-    with Products() as products:
+    with Counted() as products:
         projections = chosen.group.project(chosen, x, attention["to_k"](x))
     assert products.count == 1  # the base's own
     assert projections.tensors["unet.to_k"].shape == (2, 5, 0)

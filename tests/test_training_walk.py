@@ -129,3 +129,12 @@ def test_every_loss_goes_into_one_update(update_every: int, sizes: list[int]) ->
     assert [plan.losses_in_update(index, update_every) for index in range(5)] == sizes
     ends = [index for index in range(5) if plan.ends_update(index, update_every)]
     assert ends == {0: [4], 1: [0, 1, 2, 3, 4], 2: [1, 3, 4], 9: [4]}[update_every]
+
+
+def test_a_walk_at_another_resolution_than_the_bases() -> None:
+    pipe = mole_pipeline()
+    walker = Walker(pipe, config(resolution=48))
+    assert pipe.unet.config.sample_size * pipe.vae_scale_factor == 32
+    assert walker.plan(step_generator(0, 0)).noise.shape == (1, 4, 24, 24)
+    with pytest.raises(MoLEError, match="multiple of 8 pixels"):
+        config(resolution=20)

@@ -24,6 +24,7 @@ from .generate import generate
 from .inspect import inspect
 from .methods import methods
 from .space import space
+from .speed import speed
 from .toybox import toybox
 from .train_gates import train_gates
 from .train_lora import train_lora
@@ -115,6 +116,7 @@ app.command()(inspect)
 app.command()(convert)
 app.command()(methods)
 app.command()(evaluate)
+app.command()(speed)
 app.command("train-lora")(train_lora)
 app.command("train-gates")(train_gates)
 app.command("balance-study")(balance_study)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NoReturn
 
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import MoLEError
-from ..families import Architecture, Joint
+from ..families import Architecture, Joint, Told
+from . import compiled
+from .compiled import Place
 from .meeting import Meeting
 from .processor import AddExperts, AttentionSeam, MoLEAttnProcessor
 from .seam import LayerSeam
@@ -46,6 +49,8 @@ class Attachment:
         where: Says where words and pixels stand in the sequences of both, in the present pass.
         begin: Called with the root's arguments before every forward pass of the component; may return others.
         end: Called with its output after, or with ``None`` after an exception; may return another output.
+        tell: The same as `begin` for a compiled graph, which cannot widen a batch.
+        serve: The same as `add` for a compiled graph.
 
     Raises:
         AttachError: If the engine finds nothing to do.
@@ -63,6 +68,8 @@ class Attachment:
         where: Callable[[], Joint | None],
         begin: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]] | None],
         end: Callable[[Any], Any],
+        tell: Callable[[Told], None],
+        serve: Callable[[Site, Tensor, Tensor, bool], Tensor],
     ) -> None:
         self.component = component
         self.model = model
@@ -71,12 +78,18 @@ class Attachment:
         self._add = add
         self._seam = seam
         self._handles: list[RemovableHandle] = []
-        self._site_hooks: dict[str, RemovableHandle] = {}
+        self._site_hooks: dict[str, _SiteHook] = {}
         self._watch_hooks: dict[str, _Watch] = {}
         self._made: list[MoLEAttnProcessor] = []
         # attention name -> (layer, its own processor, ours)
         self._swapped: dict[str, tuple[Attention, Any, MoLEAttnProcessor]] = {}
         self._fired: set[str] | None = set()
+        self._order = compiled.new_order()
+        self._places = [Place(self._order, tell), Place(self._order, functools.partial(end, None))]
+        self._argument_names = tuple(inspect.signature(model.forward).parameters)
+        for site in self.sites:
+            site.place = Place(self._order, functools.partial(serve, site))
+            self._places.append(site.place)
         self._parents = {site.module_name: _parent(model, site.module_name) for site in self.sites}
         self._seen_modules: list[tuple[Any, str, nn.Module | None]] = []
         self._seen_processors: list[tuple[Attention, Any]] = []
@@ -118,10 +131,25 @@ class Attachment:
             ours.retire()
         for handle in [*self._handles, *self._site_hooks.values(), *self._watch_hooks.values(), *self._meetings]:
             handle.remove()
+        for place in self._places:
+            place.retire()  # a compiled graph may go on without
         self._swapped.clear()
         self._handles.clear()
         self._site_hooks.clear()
         self._watch_hooks.clear()
+
+    def follow(self) -> None:
+        """Keep nothing on a device that the component has left, as offloading has it leave a GPU."""
+        weight = next(self.model.parameters(), None)
+        for site in self.sites:
+            ready = site.group.ready
+            if weight is not None and ready and ready[0].device != weight.device:
+                site.group.start_again()
+
+    @property
+    def meets(self) -> bool:
+        """Whether attention is read by hooks, which a compiled graph passes by."""
+        return bool(self._meetings or self._watch_hooks)
 
     def refuse_widening(self) -> None:
         """Raises AttachError where an attention processor tells rows of the batch apart by their position."""
@@ -152,6 +180,9 @@ class Attachment:
                 if name in self._swapped:  # somebody exchanged ours, and may put it back (`unfuse_qkv_projections`)
                     self._swapped[name][2].retire()
                 attention.processor = ours = MoLEAttnProcessor(sites, self._add, seam, attention)
+                if seam is not None:
+                    ours.place = Place(self._order, ours.attend)
+                    self._places.append(ours.place)
                 self._swapped[name] = (attention, original, ours)
                 self._made.append(ours)
 
@@ -172,17 +203,20 @@ class Attachment:
                 self._site_hooks.pop(name).remove()
             elif name not in served and name not in self._site_hooks:
                 hook = functools.partial(_site_hook, self._add, site)
-                self._site_hooks[name] = site.module.register_forward_hook(hook, with_kwargs=True)
+                self._site_hooks[name] = _SiteHook(site.module, hook)
 
     def _ask(self, name: str, crossed: bool, layer: Any) -> LayerSeam:
         assert self._seam is not None
         scale = getattr(layer, "scale", None)
         return self._seam(name, bool(crossed), float(layer.head_dim**-0.5 if scale is None else scale))
 
-    @torch.compiler.disable  # a graph would hold what one call chose, and be made again for the next
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # Somebody may have changed the model since: replaced our processors (IP-Adapter, attention slicing) or fused
         # projections, or exchanged modules (PEFT, when its adapters are loaded and unloaded).
+        if torch.compiler.is_compiling():
+            given = {**dict(zip(self._argument_names, args, strict=False)), **kwargs}
+            compiled.begin(self._places[0], self.architecture.told(model, given))
+            return None
         if not self._unchanged():
             self._find_modules()
             if self._engine != "hooks":
@@ -231,8 +265,10 @@ class Attachment:
                     self._site_hooks.pop(site.module_name).remove()
                 self._fired = set() if self._fired is None else self._fired  # look again whether it is reached
 
-    @torch.compiler.disable
     def _after_forward(self, model: nn.Module, args: Any, output: Any) -> Any:
+        if torch.compiler.is_compiling():
+            compiled.end(self._places[1])
+            return None
         result = self._end(output)
         fired = self._fired
         if output is None or fired is None:  # an exception is on its way, or the check was passed before
@@ -287,12 +323,34 @@ def _parent(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return model.get_submodule(above), leaf
 
 
-@torch.compiler.disable
 def _site_hook(
     add: AddExperts, site: Site, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
 ) -> Tensor:
     hidden_states: Tensor = args[0] if args else next(iter(kwargs.values()))
+    if site.place is not None and torch.compiler.is_compiling():
+        return compiled.add(site.place, hidden_states, output)
     return add(site, hidden_states, output)
+
+
+class _SiteHook:
+    """A forward hook under the same key in every module, where torch takes another for each.
+
+    Blocks of one kind that are compiled share a graph only where nothing in them differs.
+    """
+
+    KEY: Any = "mole_diffusion"
+
+    def __init__(self, module: nn.Module, hook: Callable[..., Tensor]) -> None:
+        self._module = module
+        self._key = self.KEY
+        while self._key in module._forward_hooks:  # other LoRAs of ours
+            self._key += "'"
+        module._forward_hooks[self._key] = hook
+        module._forward_hooks_with_kwargs[self._key] = True
+
+    def remove(self) -> None:
+        self._module._forward_hooks.pop(self._key, None)
+        self._module._forward_hooks_with_kwargs.pop(self._key, None)
 
 
 class _Watch:
@@ -311,7 +369,7 @@ class _Watch:
             handle.remove()
 
     def _before(self, layer: Attention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not self._seam.biased():
+        if torch.compiler.is_compiling() or not self._seam.biased():
             return None
         bias = self._seam.bias(*self._projections(layer, args, kwargs))
         if bias is None:
@@ -320,7 +378,7 @@ class _Watch:
         return args, {**kwargs, "attention_mask": bias[:, 0] if mask is None else mask + bias[:, 0]}
 
     def _after(self, layer: Attention, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        if self._seam.watched():
+        if not torch.compiler.is_compiling() and self._seam.watched():
             self._seam.attended(*self._projections(layer, args, kwargs), output)
 
     def _projections(self, layer: Attention, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:

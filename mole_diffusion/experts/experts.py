@@ -19,6 +19,7 @@ from .attach import ENGINES, AttachError, Attachment, Engine, refuse_unfit
 from .beside import settle
 from .caches import refuse_caches
 from .choice import CHOICES, Choice, Passes
+from .compiled import refuse_learning
 from .packed import packed, unpacked
 from .passes import narrow, tensors, widen
 from .run import Run, Weigher, in_backward
@@ -169,6 +170,8 @@ class Experts:
         for undo in self._on_detach:
             undo()
         self._on_detach.clear()
+        for site in self._sites.values():
+            site.group.start_again()  # what lies on a GPU goes now, and not when garbage is collected
         self._attachments.clear()
         self._sites = {}
         self._latest.clear()
@@ -286,6 +289,32 @@ class Experts:
         # Rows that lie in the output itself were added to in place.
         unchanged = added is rows and rows.data_ptr() == output.data_ptr()
         return output if unchanged else packed(added, lengths).reshape(output.shape)
+
+    def _serve(self, site: Site, hidden_states: Tensor, output: Tensor, learning: bool) -> Tensor:
+        """:meth:`add`, as a compiled graph calls it, which has no gradients."""
+        if learning:
+            refuse_learning(self.run(site.component).weigher)
+        with torch.no_grad():
+            return self.add(site, site.group.same(hidden_states), output)
+
+    def _tell(self, component: str, told: Told) -> None:
+        """A compiled component begins a pass."""
+        device = None if told.encoder_hidden_states is None else told.encoder_hidden_states.device
+        run = self._begin(component, device, told)
+        if run.passes > 1:
+            self._passes.running.discard(component)
+            raise MoLEError(
+                f"composition {getattr(run.weigher, 'name', 'in use')!r} runs the denoiser {run.passes} times at once, "
+                f"and a compiled graph of {component} is for one. Draw with it before `torch.compile`, or choose a "
+                "composition of one pass, such as masks or budget."
+            )
+        if self._attachments[component].meets and run.active and "attention" in getattr(run.weigher, "needs", ()):
+            self._passes.running.discard(component)
+            raise MoLEError(
+                f"composition {getattr(run.weigher, 'name', 'in use')!r} reads the attention of {component}, which a "
+                "compiled graph does not show here. Draw with it before `torch.compile`, or choose another, such as "
+                "budget."
+            )
 
     def _add(self, site: Site, hidden_states: Tensor, output: Tensor, run: Run) -> Tensor:
         site.see(hidden_states, output)
@@ -408,10 +437,15 @@ class Experts:
             lambda: self.run(component).told.joint,
             begin,
             end,
+            functools.partial(self._tell, component),
+            self._serve,
         )
         self._sites.update({site.name: site for site in sites})
 
     def _begin(self, component: str, device: torch.device | None, told: Told) -> Run:
+        for name, other in self._attachments.items():
+            if name != component:
+                other.follow()
         passes = self._passes
         passes.resumed.pop(component, None)
         passes.alone.pop(component, None)

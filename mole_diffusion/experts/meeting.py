@@ -46,16 +46,18 @@ class Meeting:
         for handle in self._handles:
             handle.remove()
 
-    @torch.compiler.disable  # as all that asks who weighs
     def _before(self, layer: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
         watched, biased = self._crossed.watched(), self._crossed.biased()
         joint = self._where() if watched or biased else None
         if joint is not None:
             self._open.mode = mode = _Seen(self._crossed, self._among, joint, watched, biased)
             mode.__enter__()
 
-    @torch.compiler.disable
     def _after(self, layer: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
         mode = self._open.__dict__.pop("mode", None)
         if mode is None:
             return

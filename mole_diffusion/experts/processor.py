@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor
-from torch.nn import functional as F
 
+from . import compiled
 from .site import Site
 
 AddExperts = Callable[[Site, Tensor, Tensor], Tensor]
@@ -50,6 +50,9 @@ class MoLEAttnProcessor:
         add: ``(site, input, output) -> output with the experts' share``.
         seam: Asked for a bias, and shown queries, keys and outputs.
         attention: The layer it serves. On another, where somebody put it, it is the stock processor.
+
+    Attributes:
+        place: Where a compiled graph calls back for :meth:`attend`, if there is a seam.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class MoLEAttnProcessor:
         self._add = add
         self._seam = seam
         self._attention = attention
+        self.place: compiled.Place | None = None
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -71,9 +75,8 @@ class MoLEAttnProcessor:
 
     def retire(self) -> None:
         """Become the stock processor: somebody may have kept this one and put it back after the LoRAs are gone."""
-        self.sites, self._add, self._seam, self._attention = {}, None, None, None
+        self.sites, self._add, self._seam, self._attention, self.place = {}, None, None, None, None
 
-    @torch.compiler.disable  # what compiles is around it: one graph for all layers and calls there cannot be
     def __call__(
         self,
         attn: Attention,
@@ -119,21 +122,16 @@ class MoLEAttnProcessor:
         query = self._project("to_q", attn.to_q, hidden_states)
         key = self._project("to_k", attn.to_k, context)
         value = self._project("to_v", attn.to_v, context)
-        width = key.shape[-1]
         # (batch, tokens, width) -> (batch, heads, tokens, width / heads)
         query, key, value = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (query, key, value))
         if attn.norm_q is not None:
             query = attn.norm_q(query)
         if attn.norm_k is not None:
             key = attn.norm_k(key)
-        if self._seam is not None:
-            bias = self._seam.bias(query, key)
-            if bias is not None:
-                attention_mask = bias if attention_mask is None else attention_mask + bias
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
-        attended = attended.transpose(1, 2).reshape(batch, -1, width).to(query.dtype)
-        if self._seam is not None:
-            self._seam.attended(query, key, attended)
+        if self.place is not None and torch.compiler.is_compiling():
+            attended = compiled.attend(self.place, query, key, value, attention_mask)
+        else:
+            attended = self.attend(query, key, value, attention_mask)
 
         hidden_states = attn.to_out[1](self._project("to_out.0", attn.to_out[0], attended))
         if is_image:
@@ -142,7 +140,22 @@ class MoLEAttnProcessor:
             hidden_states = hidden_states + residual
         return hidden_states / attn.rescale_output_factor
 
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention as the seam has it: ``(batch, heads, tokens, d)`` each to ``(batch, tokens, heads * d)``."""
+        if self._seam is None:
+            return compiled.attention(query, key, value, mask)
+        bias = self._seam.bias(query, key)
+        if bias is not None:
+            mask = bias if mask is None else mask + bias
+        attended = compiled.attention(query, key, value, mask)
+        self._seam.attended(query, key, attended)
+        return attended
+
     def _project(self, name: str, layer: Any, hidden_states: Tensor) -> Tensor:
         output = layer(hidden_states)
         site = self.sites.get(name)
-        return output if site is None or self._add is None else self._add(site, hidden_states, output)
+        if site is None or self._add is None:
+            return output
+        if site.place is not None and torch.compiler.is_compiling():
+            return compiled.add(site.place, hidden_states, output)
+        return self._add(site, hidden_states, output)

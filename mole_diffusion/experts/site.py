@@ -14,6 +14,7 @@ from mole_diffusion.errors import MoLEError
 
 from ..families import Architecture, Reads
 from .beside import Beside
+from .compiled import Place
 from .stack import ExpertStack
 
 CHOICES_KEPT = 4  # of the LoRAs left out, for which the others' rows lie ready; each may take as much memory as they do
@@ -33,6 +34,7 @@ class Site:
         reads: What it is given.
         tokens: How many positions the last output had; ``None`` before the first call.
         input_tokens: The same of the last input.
+        place: Where a compiled graph calls back.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Site:
         self.reads: Reads = "pixels"
         self.tokens: int | None = None
         self.input_tokens: int | None = None
+        self.place: Place | None = None
         _check_fit(self)
 
     def move_to(self, module: nn.Module) -> None:
@@ -186,9 +189,23 @@ class SiteGroup:
         made = [self._down, *(site.stack.up_ready for site in self.sites)]
         return [tensor for tensor in made if tensor is not None]
 
+    def same(self, hidden_states: Tensor) -> Tensor:
+        """The tensor that other sites of the group were given, if this one is the same memory.
+
+        A compiled graph hands each of them a tensor object of its own. It changes no memory between them.
+        """
+        groups = [self, *(next(iter(sites.values())).group for sites in list(self._chosen.values()))]
+        for group in groups:
+            held = None if group._open is None else group._open.hidden_states
+            if held is not None and held.data_ptr() == hidden_states.data_ptr() and held.shape == hidden_states.shape:
+                return held
+        return hidden_states
+
     def start_again(self) -> None:
-        """Let go of what was made for the products, since a module was exchanged."""
+        """Let go of what was made for the products: a module was exchanged, or lies on another device now."""
         self._down = self._open = None
+        for site in self.sites:
+            site.stack.let_go()
         self._chosen.clear()
 
     def forget(self) -> None:
@@ -203,6 +220,8 @@ class SiteGroup:
         if down is None or down.device != output.device or down.dtype != output.dtype:
             downs = [member.stack.down_as(output.dtype, output.device) for member in self.sites]
             self._down = down = torch.cat(downs) if len(downs) > 1 else downs[0]
+            for member, part in zip(self.sites, down.split([d.shape[0] for d in downs]), strict=True):
+                member.stack.lie_in(part)
         return down
 
 

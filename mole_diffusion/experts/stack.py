@@ -55,6 +55,7 @@ class ExpertStack:
         self.num_experts = len(factors)
         self.input_shape: tuple[int, ...] = inputs.pop()
         self.out_features: int = outputs.pop()
+        self._whole = True
         self._take(factors)
 
     def _take(self, factors: Sequence[LoRAFactors | None]) -> None:
@@ -75,6 +76,7 @@ class ExpertStack:
         There may be none left.
         """
         stack = copy.copy(self)
+        stack._whole = False
         stack._take([factor if index in kept else None for index, factor in enumerate(self._factors)])
         return stack
 
@@ -118,7 +120,20 @@ class ExpertStack:
         if up is None or up.device != output.device or up.dtype != output.dtype:
             ups = [factor.up.flatten(1).to(output.device, output.dtype) for factor in self._present]
             self._up = up = torch.cat(ups, dim=1) if len(ups) > 1 else ups[0]
+            if self._whole and _as_they_are(self._present, output):
+                for factor, part in zip(self._present, up.split(self._ranks_here, dim=1), strict=True):
+                    factor.lie_in(up=part)
         return up
+
+    def lie_in(self, down: Tensor) -> None:
+        """Let the factors be parts of ``down``, which holds their values, where that is of their device and dtype."""
+        if self._whole and _as_they_are(self._present, down):
+            for factor, part in zip(self._present, down.split(self._ranks_here), strict=True):
+                factor.lie_in(down=part)
+
+    def let_go(self) -> None:
+        """Forget what was made for the products; it is made again when it is needed."""
+        self._up = None
 
     @property
     def up_ready(self) -> Tensor | None:
@@ -196,3 +211,8 @@ class ExpertStack:
             parts = zip(z.split(self._ranks_here, dim), weights.split(1, dim), strict=True)
             weighted = torch.cat([part * weight for part, weight in parts], dim)
         return weighted.to(z.dtype)
+
+
+def _as_they_are(factors: Sequence[LoRAFactors], output: Tensor) -> bool:
+    """Whether the products are made with the factors just as they were loaded."""
+    return all(x.device == output.device and x.dtype == output.dtype for f in factors for x in (f.down, f.up))

@@ -302,7 +302,8 @@ class MoLEModel(ModelMixin, ConfigMixin):
         if gate.weight.device != features.device:
             gate.to(features.device)
         device = features.device.type
-        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if cast else nullcontext():
             features = features.to(gate.weight.dtype)
             reduced = reduce_tokens(features, self.gate_config.token_axis, spec.positions, size, spec.name)
             keep, shares, final = self._factors(spec.experts, features.device, run)

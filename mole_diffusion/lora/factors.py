@@ -60,6 +60,13 @@ class LoRAFactors:
         """Whether `down`, `up` and `scaling` say all."""
         return self.kronecker is None and self.magnitude is None and self.bias is None
 
+    def lie_in(self, down: Tensor | None = None, up: Tensor | None = None) -> None:
+        """Be parts of larger tensors that hold the very same values, so that these are in memory once."""
+        if down is not None:
+            object.__setattr__(self, "down", down.reshape(self.down.shape))
+        if up is not None:
+            object.__setattr__(self, "up", up.reshape(self.up.shape))
+
     def delta(self, weight: Tensor | None = None) -> Tensor:
         """Change of the module's weight, in the shape of that weight.
 

@@ -53,6 +53,8 @@ class GateTrainingConfig:
         weight_decay: AdamW's.
         max_grad_norm: Gradients are clipped to this norm, in all.
         mixed_precision: "no", "bf16", or (on a GPU) "fp16"; gates compute in fp32 always.
+        resolution: Side of the square pictures that are drawn in training, in pixels; None is the base's own. Gates
+            with token_axis="flatten" fit this one alone afterwards, others any.
         gradient_checkpointing: Recompute UNet and VAE in the backward pass: less memory, about a third slower.
         reference_pictures: How many pictures a LoRA draws of its concept where references are needed and not given.
         checkpoint_every: Steps between checkpoints when a work folder is given; 0 writes one at the end only.
@@ -87,6 +89,7 @@ class GateTrainingConfig:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     mixed_precision: MixedPrecision = "no"
+    resolution: int | None = None
     gradient_checkpointing: bool = False
     reference_pictures: int = 4
     checkpoint_every: int = 50
@@ -132,6 +135,8 @@ class GateTrainingConfig:
                 f"gates with residual=True correct masks and share nothing out, so there is no balance to keep; got "
                 f'balance={self.balance!r}. Use balance="off".'
             )
+        if self.resolution is not None and (self.resolution < 8 or self.resolution % 8):
+            raise MoLEError(f"`resolution` must be a multiple of 8 pixels, or None, got {self.resolution}. Try 512.")
         if not 0 < self.balance_floor < 1:
             raise MoLEError(f"`balance_floor` must lie between 0 and 1, got {self.balance_floor}. Try 0.1.")
         if not 0 <= self.eta <= 1:
@@ -151,7 +156,7 @@ class GateTrainingConfig:
 
         Args:
             values: Field to value. Numbers may be strings, since YAML takes "1e-5" for one.
-            preset: "default", "paper" or "official"; an entry `preset` of `values` goes before it.
+            preset: "default", "real", "masks", "paper" or "official"; an entry `preset` of `values` goes before it.
 
         Raises:
             ValueError: The preset or a key is unknown, or a value is of another kind or out of range.

@@ -6,6 +6,11 @@ from typing import Any
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {"gates": {"input": "hidden", "token_axis": "token", "scope": "layer", "null_expert": True}},
+    "real": {
+        "gates": {"input": "hidden", "token_axis": "token", "scope": "layer", "null_expert": True},
+        "gradient_accumulation": 4,
+        "gradient_checkpointing": True,
+    },
     "masks": {
         "gates": {"input": "hidden", "token_axis": "token", "scope": "layer", "residual": True},
         "learning_rate": 2e-4,
@@ -55,6 +60,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 """Field values by name of the preset; what is not named is the field's own default.
+
+"real" is the default for models of real size on a GPU of 16 GB: a picture at a time, and nothing is kept for the
+backward pass that can be computed again. Beside it, `mixed_precision` or a pipeline in bf16, and `resolution` where the
+base's own is too much.
 
 "masks" is the default for gates that correct masks (the composition "masked_gates") instead of weighing alone. They
 start from what works, and at the default's learning rate CLIP leads them away from it.

@@ -56,7 +56,8 @@ def _drawn(
     files = []
     if cache is not None:
         lora = next(lora for lora in pipe.experts.loras if lora.name == name)
-        key = content_hash([], [lora.fingerprint, prompt, str(config.seed), f"{STEPS} {GUIDANCE_SCALE}", base])[:16]
+        how = f"{STEPS} {GUIDANCE_SCALE}" + ("" if config.resolution is None else f" {config.resolution}")
+        key = content_hash([], [lora.fingerprint, prompt, str(config.seed), how, base])[:16]
         # The name of a LoRA leads nowhere: it is no part of the name of a file as it is.
         files = [cache / f"{file_name(name)}-{key}-{k}.png" for k in range(config.reference_pictures)]
         drawn = [_whole(file) for file in files]
@@ -72,6 +73,8 @@ def _drawn(
                 loras=[name],
                 num_inference_steps=STEPS,
                 guidance_scale=GUIDANCE_SCALE,
+                height=config.resolution,
+                width=config.resolution,
                 generator=step_generator(config.seed, k),
             ).images[0]
             for k in range(config.reference_pictures)

@@ -123,6 +123,8 @@ class TrainingReport:
                     prompt,
                     num_inference_steps=STEPS,
                     guidance_scale=max(self.config.guidance_scale, 5.0),
+                    height=self.config.resolution,
+                    width=self.config.resolution,
                     generator=torch.Generator().manual_seed(seed),
                 ).images[0]
                 for seed in SEEDS

@@ -316,9 +316,9 @@ class _Training:
 
 
 def _fresh_gates(pipe: Any, walker: Walker, prompts: list[str]) -> MoLEModel:
-    """Untrained gates on `pipe`, at its own resolution."""
+    """Untrained gates on `pipe`, at the resolution of the training."""
     if walker.config.gates.token_axis == "flatten":
-        noise = torch.zeros(1, *walker.family.latent_shape(pipe), device=walker.denoiser.device)
+        noise = torch.zeros(1, *walker.latent_shape, device=walker.denoiser.device)
         with torch.no_grad(), pipe.composing():  # gates with a parameter per token must see how many there are
             walker.predict(noise, walker.schedule.trailing_timesteps(1)[0], walker.encode(prompts[:1]))
     gates: MoLEModel = pipe.init_gates(walker.config.gates)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mole_diffusion.errors import MoLEError
 from mole_diffusion.families.base import Conditions, Family
 from mole_diffusion.training.engine.noise import schedule_of
 from mole_diffusion.training.gates.config import GateTrainingConfig
@@ -59,6 +60,7 @@ class Walker:
 
     Raises:
         ValueError: The scheduler is neither of the DDPM family nor of flow matching.
+        MoLEError: The model cannot be trained at another resolution than its own.
     """
 
     def __init__(self, pipe: Any, config: GateTrainingConfig) -> None:
@@ -66,7 +68,23 @@ class Walker:
         self.config = config
         self.family: Family = pipe.family
         self.denoiser: Any = getattr(pipe, self.family.denoiser)
+        self.latent_shape = self._latent_shape()
         self.schedule = schedule_of(pipe.scheduler, self.family.shift(pipe))
+
+    def _latent_shape(self) -> tuple[int, ...]:
+        """What is drawn, as the denoiser is given it."""
+        own, pixels = self.family.latent_shape(self.pipe), self.config.resolution
+        if pixels is None:
+            return own
+        told = getattr(self.denoiser.config, "addition_embed_type", None) == "text_time"
+        if len(own) != 3 or told:
+            why = "is told the size of the picture" if told else "takes latents as a sequence"
+            raise MoLEError(
+                f"gates of a {type(self.pipe).__name__} are trained at the base's own size only, for its denoiser "
+                f"{why}. Leave `resolution` at None."
+            )
+        side = pixels // self.pipe.vae_scale_factor
+        return own[0], side, side
 
     def plan(self, generator: torch.Generator) -> Plan:
         """Draws the number of steps, those with a gradient, and the noise."""
@@ -78,7 +96,7 @@ class Walker:
         first = self.pipe.composition.joins(steps) if config.gates.residual else 0
         order = first + torch.randperm(steps - first, generator=generator)
         gradient_at = sorted(order[: config.gradient_steps or steps].tolist())
-        noise = torch.randn((config.batch_size, *self.family.latent_shape(self.pipe)), generator=generator)
+        noise = torch.randn((config.batch_size, *self.latent_shape), generator=generator)
         timesteps = (*self.schedule.trailing_timesteps(steps), self.schedule.clean)
         return Plan(timesteps, tuple(gradient_at), noise, generator)
 

@@ -1,0 +1,80 @@
+"""`mole speed`: what composing costs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def speed(
+    size: Annotated[
+        str, typer.Option(help="tiny, toybox, 142m, sd15, sdxl or sd3 (a DiT): random weights, real shapes.")
+    ] = "142m",
+    loras: Annotated[str, typer.Option(help="How many LoRAs, a table row for each: 1,3,8,32.")] = "1,3,8",
+    used: Annotated[int | None, typer.Option(help="How many of them a call keeps; by default all.")] = None,
+    rank: Annotated[int, typer.Option(help="Of every LoRA.")] = 16,
+    targets: Annotated[str, typer.Option(help="Modules with factors: attention, all or conv.")] = "all",
+    sides: Annotated[
+        str,
+        typer.Option(
+            help="What stands beside one another, some of: bare,empty,sum,budget,norm_router,masks,gates,peft,merged."
+        ),
+    ] = "bare,empty,sum,gates,masks,peft,merged",
+    rounds: Annotated[int, typer.Option(help="How often all sides take their turn.")] = 6,
+    latent: Annotated[int | None, typer.Option(help="Side of the latents; 64 is a picture of 512 pixels.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda ...")] = "cpu",
+    threads: Annotated[int, typer.Option(help="Of the CPU.")] = 1,
+    train: Annotated[bool, typer.Option("--train", help="Also a step of gate training.")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile the bare model and ours.")] = False,
+    page: Annotated[Path | None, typer.Option(help="Write a page of Markdown here.")] = None,
+) -> None:
+    """Measure what LoRAs cost beside the bare model, peft and merged weights: time, memory, loading, operations.
+
+    Example:
+
+    \b
+      mole speed --size 142m --loras 1,3,8 --page speed.md
+    """
+    from rich.console import Console
+
+    from mole_diffusion.errors import MoLEError
+    from mole_diffusion.files import try_file, write_last
+    from mole_diffusion.speed import SpeedConfig, measure_speed, speed_page
+    from mole_diffusion.speed.page import speed_tables
+
+    try:
+        numbers = tuple(int(part) for part in loras.split(","))
+    except ValueError:
+        raise MoLEError(f"--loras takes whole numbers with commas between, such as 1,3,8, got {loras!r}.") from None
+    if dtype not in (None, "float32", "bfloat16"):
+        raise MoLEError(f"--dtype is float32 or bfloat16, got {dtype!r}.")
+    settings: dict[str, Any] = {"sides": tuple(part.strip() for part in sides.split(",")), "dtype": dtype}
+    config = SpeedConfig(
+        size=size,
+        loras=numbers,
+        used=used,
+        rank=rank,
+        targets=targets,
+        rounds=rounds,
+        latent=latent,
+        device=device,
+        threads=threads,
+        train=train,
+        compiled=compiled,
+        **settings,
+    )
+    if page is not None:
+        try_file(page)
+    with Console(stderr=True).status("measuring") as status:
+        measured = measure_speed(config, lambda text: status.update(f"measuring: {text}"))
+    print(speed_tables(measured))
+    if page is not None:
+        given = {"size": size, "loras": loras, "used": used, "rank": rank, "targets": targets, "rounds": rounds}
+        given |= {"sides": sides, "latent": latent, "dtype": dtype, "device": device, "threads": threads}
+        words = [f"--{name} {value}" for name, value in given.items() if value is not None]
+        flags = [f"--{name}" for name, on in (("train", train), ("compile", compiled)) if on]
+        text = speed_page([measured], " ".join(["mole speed", *words, *flags]))
+        write_last(page, lambda path: path.write_text(text, encoding="utf-8"))

@@ -1,0 +1,183 @@
+"""What a compiled graph calls in place of hooks: operators that the compiler takes as they are.
+
+A graph can hold neither the books that experts keep nor whose call it runs in. So it holds, at every adapted module,
+one operator that does what the hook would do, when the graph runs: it reads masks, scales, the step, the prompt and the
+method of the call it is in, as without compiling, and none of these makes another graph. Which module it is at stands
+in a tensor, so that blocks of one kind share a graph.
+
+All operators say that they change one small tensor, which keeps them in the order in which they were written down.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, Protocol
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from ..errors import MoLEError
+from ..families import Joint, Told
+
+_NUMBERS = itertools.count()
+# What runs in Python is not in a recorded CUDA graph: inductor records around it.
+UNRECORDED = (torch.Tag.cudagraph_unsafe,)
+
+
+class Served(Protocol):
+    """What happens at a place."""
+
+    def __call__(self, *args: Any) -> Any: ...
+
+
+class Place:
+    """Where a graph calls back: a module, an attention layer, the beginning or end of a pass.
+
+    Args:
+        order: The tensor that keeps operators in order; one for a component.
+        serve: What is done there. After :meth:`retire` nothing is, for a graph may outlive the LoRAs.
+
+    Attributes:
+        number: ``(1,)``, what the graph finds it by.
+    """
+
+    def __init__(self, order: Tensor, serve: Served) -> None:
+        number = next(_NUMBERS)
+        self.number = torch.tensor([number])
+        self.order = order
+        self.serve: Served | None = serve
+        _PLACES[number] = self
+
+    def retire(self) -> None:
+        self.serve = None
+
+
+_PLACES: WeakValueDictionary[int, Place] = WeakValueDictionary()
+
+
+def new_order() -> Tensor:
+    """See :class:`Place`."""
+    return torch.zeros(1)
+
+
+def _served(number: Tensor) -> Served | None:
+    place = _PLACES.get(int(number))
+    return None if place is None else place.serve
+
+
+@torch.library.custom_op("mole_diffusion::begin", mutates_args=("order",), tags=UNRECORDED)
+def _begin(order: Tensor, number: Tensor, tensors: Sequence[Tensor], integers: Sequence[int], names: str) -> None:
+    serve = _served(number)
+    if serve is not None:
+        serve(_unpacked(tensors, integers, names))
+
+
+@torch.library.custom_op("mole_diffusion::add", mutates_args=("output", "order"), tags=UNRECORDED)
+def _add(output: Tensor, order: Tensor, number: Tensor, hidden_states: Tensor, learning: bool) -> None:
+    serve = _served(number)
+    if serve is not None:
+        added = serve(hidden_states, output, learning)
+        if added is not output:
+            output.copy_(added)
+
+
+@torch.library.custom_op("mole_diffusion::attend", mutates_args=("order",), tags=UNRECORDED)
+def _attend(order: Tensor, number: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    serve = _served(number)
+    attended: Tensor = attention(query, key, value, mask) if serve is None else serve(query, key, value, mask)
+    return attended
+
+
+@torch.library.custom_op("mole_diffusion::end", mutates_args=("order",), tags=UNRECORDED)
+def _end(order: Tensor, number: Tensor) -> None:
+    serve = _served(number)
+    if serve is not None:
+        serve()
+
+
+@_attend.register_fake
+def _(order: Tensor, number: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    batch, heads, tokens, _ = query.shape
+    return query.new_empty(batch, tokens, heads * value.shape[-1])
+
+
+def begin(place: Place, told: Told) -> None:
+    """In a graph: a pass of a component begins."""
+    _begin(place.order, place.number, *_packed(told))
+
+
+def add(place: Place, hidden_states: Tensor, output: Tensor) -> Tensor:
+    """In a graph: what the experts add at a module goes into its output."""
+    _add(output, place.order, place.number, hidden_states, torch.is_grad_enabled())
+    return output
+
+
+def attend(place: Place, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """In a graph: attention that somebody may watch or add a bias to. ``(batch, tokens, heads * d)``."""
+    attended: Tensor = _attend(place.order, place.number, query, key, value, mask)
+    return attended
+
+
+def end(place: Place) -> None:
+    """In a graph: the pass ends."""
+    _end(place.order, place.number)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """``(batch, heads, tokens, d)`` each, to ``(batch, tokens, heads * d)``."""
+    attended = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    return attended.transpose(1, 2).flatten(2).to(query.dtype)
+
+
+def _packed(told: Told) -> tuple[list[Tensor], list[int], str]:
+    tensors: list[Tensor] = []
+    names: list[str] = []
+    integers = [told.rows]
+    if told.timestep is not None:
+        names.append("timestep")
+        tensors.append(torch.as_tensor(told.timestep))
+    if told.encoder_hidden_states is not None:
+        names.append("encoder_hidden_states")
+        tensors.append(told.encoder_hidden_states)
+    if told.input_ids is not None:
+        names.append("input_ids")
+        tensors.append(told.input_ids)
+    if told.words is not None:
+        names.append("words")
+        tensors.append(told.words)
+    if told.sample_size is not None:
+        names.append("sample_size")
+        integers += [told.sample_size[0], told.sample_size[1]]
+    if told.joint is not None:
+        names.append("joint")
+        integers += [told.joint.text.start, told.joint.text.stop, told.joint.pixels.start, told.joint.pixels.stop]
+    return tensors, integers, " ".join(names)
+
+
+def _unpacked(tensors: Sequence[Tensor], integers: Sequence[int], names: str) -> Told:
+    given: dict[str, Any] = {}
+    tensor, number = iter(tensors), iter(integers)
+    rows = next(number)
+    for name in names.split():
+        if name == "sample_size":
+            given[name] = next(number), next(number)
+        elif name == "joint":
+            a, b, c, d = (next(number) for _ in range(4))
+            given[name] = Joint(slice(a, b), slice(c, d))
+        else:
+            given[name] = next(tensor)
+    if "timestep" in given:
+        given["timestep"] = given["timestep"].clone()  # the graph may use its memory again
+    return Told(rows=rows, **given)
+
+
+def refuse_learning(weigher: Any) -> None:
+    """Raises MoLEError where gates would get no gradient."""
+    gates = weigher if isinstance(weigher, torch.nn.Module) else getattr(weigher, "gates", None)
+    if isinstance(gates, torch.nn.Module) and any(parameter.requires_grad for parameter in gates.parameters()):
+        raise MoLEError(
+            "a compiled model gives gates no gradient. Train them on the model without `torch.compile`; to draw, call "
+            "it inside `torch.no_grad()`."
+        )

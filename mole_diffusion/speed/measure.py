@@ -1,0 +1,230 @@
+"""The measuring: one process, sides interleaved round by round, processor time and the clock."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..benchmark.memory import call_memory
+from ..experts import Experts
+from .config import Side, SpeedConfig
+from .counted import Counted
+from .models import component_of, load_into_peft, make_inputs, make_loras, make_model, state_dict, twin
+from .sides import make_sides
+from .train import TrainingStep, training_steps
+
+Told = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A side over another, one quotient for each round: their median and quartiles."""
+
+    low: float
+    middle: float
+    high: float
+
+    @classmethod
+    def of(cls, side: list[float], other: list[float]) -> Ratio:
+        quotients = np.array(side) / np.array(other)
+        return cls(*(float(x) for x in np.quantile(quotients, [0.25, 0.5, 0.75])))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One side with one number of LoRAs.
+
+    Attributes:
+        side: Its name.
+        loras: How many are loaded.
+        seconds: Of processor time for a call, median; on a GPU of the clock.
+        processor: Processor time over that of the bare model.
+        clock: The same by the clock.
+        operations: Multiplications and additions of its products over those of the bare model: no arithmetic does
+            with less where nothing is merged.
+        bytes: What it reads and writes over the same of the bare model, counted operator by operator.
+        products: How many products of two tensors.
+        memory: MiB at the peak of a call beyond weights and inputs; ``None`` where nobody knows.
+    """
+
+    side: Side
+    loras: int
+    seconds: float
+    processor: Ratio
+    clock: Ratio
+    operations: float
+    bytes: float
+    products: int
+    memory: float | None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is done once: seconds to put LoRAs on a model, ours and diffusers'; milliseconds for another choice of them.
+
+    Attributes:
+        loras: How many.
+        load: Ours: checked, stacked and hung.
+        load_peft: `load_lora_adapter` of diffusers, one after another.
+        choice_first: Milliseconds for a hundred adapted modules when a choice of LoRAs is used for the first time.
+        choice_again: The same when it was used before.
+    """
+
+    loras: int
+    load: float
+    load_peft: float
+    choice_first: float
+    choice_again: float
+
+
+@dataclass
+class Speed:
+    """What was measured.
+
+    Attributes:
+        config: How.
+        device: On what, in words.
+        parameters: Of the model.
+        sites: Adapted modules.
+        rows: One for each side and number of LoRAs.
+        settings: One for each number of LoRAs.
+        training: Steps of gate training, where they were asked for.
+    """
+
+    config: SpeedConfig
+    device: str
+    parameters: int
+    sites: int
+    rows: list[Row] = field(default_factory=list)
+    settings: list[Setting] = field(default_factory=list)
+    training: list[TrainingStep] = field(default_factory=list)
+
+
+def measure_speed(config: SpeedConfig, tell: Told | None = None) -> Speed:
+    """Measures what composing costs on one model.
+
+    Random weights and shapes of real models. All sides take turns in one process, so that what else the machine does
+    meets all of them; every ratio is of one round.
+
+    Args:
+        config: What to measure.
+        tell: Called with what comes next, before it.
+
+    Returns:
+        The table; :func:`speed_page` writes it down.
+    """
+    tell = tell or (lambda text: None)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.threads)
+    try:
+        tell("model")
+        model = make_model(config)
+        inputs = make_inputs(config, model)
+        speed = Speed(config, _device(config), sum(p.numel() for p in model.parameters()), 0)
+        for number in config.loras:
+            _measure(speed, model, inputs, number, tell)
+        if config.train:
+            tell("training")
+            speed.training = training_steps(config, model, inputs, min(config.loras))
+    finally:
+        torch.set_num_threads(threads)
+    return speed
+
+
+def _measure(speed: Speed, model: Any, inputs: dict[str, Any], number: int, tell: Told) -> None:
+    config = speed.config
+    loras = make_loras(config, model, number)
+    tell(f"{number} LoRAs: loading")
+    speed.settings.append(_setting(config, model, loras))
+    sides, experts = make_sides(config, model, inputs, loras)
+    speed.sites = len(experts.sites)
+    with torch.no_grad():
+        counts, memory = {}, {}
+        for side, call in sides.items():
+            tell(f"{number} LoRAs: counting {side}")
+            call()  # makes ready what is made once
+            with Counted() as counts[side]:
+                call()
+            memory[side] = call_memory(call, torch.device(config.device))
+        processor: dict[Side, list[float]] = {side: [] for side in sides}
+        clock: dict[Side, list[float]] = {side: [] for side in sides}
+        for turn in range(config.rounds):
+            tell(f"{number} LoRAs: round {turn + 1} of {config.rounds}")
+            for side, call in sides.items():
+                spent, passed = _timed(call, config.device)
+                processor[side].append(spent)
+                clock[side].append(passed)
+    bare = counts["bare"]
+    for side in sides:
+        if side not in config.sides:
+            continue
+        times = processor[side] if config.device == "cpu" else clock[side]
+        speed.rows.append(
+            Row(
+                side,
+                number,
+                float(np.median(times)),
+                Ratio.of(processor[side], processor["bare"]),
+                Ratio.of(clock[side], clock["bare"]),
+                counts[side].operations / bare.operations,
+                counts[side].bytes / bare.bytes,
+                counts[side].count,
+                memory[side],
+            )
+        )
+    experts.detach()
+
+
+def _timed(call: Callable[[], Any], device: str) -> tuple[float, float]:
+    if device != "cpu":
+        torch.cuda.synchronize()
+    processor, clock = time.process_time(), time.perf_counter()
+    call()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.process_time() - processor, time.perf_counter() - clock
+
+
+def _setting(config: SpeedConfig, model: Any, loras: list[Any]) -> Setting:
+    component = component_of(config)
+    ours, other = twin(model), twin(model)
+    states = {lora.name: state_dict(lora, component) for lora in loras}
+    begin = time.process_time()
+    experts = Experts(loras)
+    experts.attach({component: ours})
+    probe = torch.empty(1, device=config.device, dtype=model.dtype)
+    _make_ready(experts, None, probe)
+    load = time.process_time() - begin
+    sites = len(experts.sites)
+    first = again = 0.0
+    if len(loras) > 1:
+        kept = (0,) if len(loras) == 2 else (0, 2)
+        first, again = (_spent(lambda: _make_ready(experts, kept, probe)) for _ in range(2))
+    experts.detach()
+    begin = time.process_time()
+    load_into_peft(other, states)
+    return Setting(len(loras), load, time.process_time() - begin, *(1e5 * t / sites for t in (first, again)))
+
+
+def _make_ready(experts: Experts, kept: tuple[int, ...] | None, probe: Tensor) -> None:
+    for site in experts.sites.values():
+        site = site if kept is None else site.only(kept)
+        site.group.make_ready(probe)
+
+
+def _spent(action: Callable[[], None]) -> float:
+    begin = time.process_time()
+    action()
+    return time.process_time() - begin
+
+
+def _device(config: SpeedConfig) -> str:
+    if config.device != "cpu":
+        return torch.cuda.get_device_name(config.device)
+    return f"CPU, {config.threads} thread{'s' if config.threads > 1 else ''}"

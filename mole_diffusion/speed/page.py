@@ -1,0 +1,100 @@
+"""The table as a page of Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .config import SIZES
+from .measure import Ratio, Row, Speed
+
+NAMES = {
+    "bare": "bare base",
+    "empty": "loaded, none in the call",
+    "sum": "plain sum",
+    "budget": "budget",
+    "norm_router": "norm_router",
+    "gates": "gates per token",
+    "masks": "masks",
+    "peft": "diffusers + peft",
+    "merged": "merged beforehand",
+}
+
+
+def speed_tables(speed: Speed) -> str:
+    """The numbers alone, as Markdown tables."""
+    config = speed.config
+    size = SIZES[config.size]
+    used = "" if config.used is None else f", {config.used} of them in the call"
+    lines = [
+        f"{config.size}: {speed.parameters / 1e6:.0f} M parameters, {config.dtype or size.dtype}, latents "
+        f"{config.latent or size.latent}², batch {config.batch}; LoRAs of rank {config.rank} on {speed.sites} modules "
+        f"({config.targets}){used}; {speed.device}{', compiled' if config.compiled else ''}; {config.rounds} rounds.",
+        "",
+        *_table(
+            ["side", "LoRAs", "seconds", "processor time", "clock", "operations", "bytes", "products", "MiB"],
+            [_row(row) for row in speed.rows],
+        ),
+        "",
+        *_table(
+            ["LoRAs", "load, s", "load with peft, s", "new choice, ms per 100 modules", "used before, ms"],
+            [
+                [
+                    str(one.loras),
+                    f"{one.load:.2f}",
+                    f"{one.load_peft:.2f}",
+                    f"{one.choice_first:.2f}",
+                    f"{one.choice_again:.3f}",
+                ]
+                for one in speed.settings
+            ],
+        ),
+    ]
+    if speed.training:
+        lines += [
+            "",
+            *_table(
+                ["training step", "seconds", "saved activations, MiB"],
+                [[step.name, f"{step.seconds:.2f}", f"{step.saved:.0f}"] for step in speed.training],
+            ),
+        ]
+    return "\n".join(lines)
+
+
+def speed_page(speeds: Sequence[Speed], command: str) -> str:
+    """A page to publish.
+
+    Args:
+        speeds: One for each table.
+        command: What repeats it.
+    """
+    head = [
+        "# What composing costs",
+        "",
+        f"Made by `{command}`. One process, sides interleaved round by round, random weights, real shapes.",
+        "Ratios are to the bare base in the same round: median [quartiles]. *Operations* are those of all products and",
+        "*bytes* what all operators read and write, both counted and over those of the bare base: what the arithmetic",
+        "asks for on any machine. *MiB* is the peak of a call beyond weights and inputs.",
+    ]
+    return "\n".join([*head, *(f"\n{speed_tables(speed)}" for speed in speeds), ""])
+
+
+def _row(row: Row) -> list[str]:
+    return [
+        NAMES[row.side],
+        str(row.loras),
+        f"{row.seconds:.3f}",
+        _ratio(row.processor),
+        _ratio(row.clock),
+        f"{row.operations:.3f}",
+        f"{row.bytes:.3f}",
+        str(row.products),
+        "–" if row.memory is None else f"{row.memory:.0f}",
+    ]
+
+
+def _ratio(ratio: Ratio) -> str:
+    return f"{ratio.middle:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows)]

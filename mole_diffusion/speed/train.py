@@ -1,0 +1,145 @@
+"""A step of gate training: forward and backward through the frozen denoiser, and what is kept in between."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..experts import Experts
+from ..gating import MoLEModel
+from ..training import GateTrainingConfig
+from .config import SpeedConfig
+from .models import component_of, make_inputs, make_loras, make_model, twin
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """One forward and backward pass.
+
+    Attributes:
+        name: "bare": the gradient of the latents through the bare model, what any training through it has to keep.
+            "gates": the gradient of the gates of all LoRAs. Each also with gradient checkpointing.
+        seconds: Processor time, the least of two.
+        saved: MiB of tensors that autograd keeps from the forward pass for the backward pass, weights aside; with
+            checkpointing, one block's own come to it for a moment.
+    """
+
+    name: str
+    seconds: float
+    saved: float
+
+
+def training_steps(config: SpeedConfig, model: Any, inputs: dict[str, Any], number: int) -> list[TrainingStep]:
+    """Both sides, with and without gradient checkpointing.
+
+    Time is taken on the model; what is kept is counted on one without values, of the same shapes.
+    """
+    saved = saved_activations(config, number)
+    component = component_of(config)
+    with _ours(config, twin(model), component, number) as (ours, _):
+        latents = "sample" if "sample" in inputs else "hidden_states"
+        calls = {
+            "bare": (model, {**inputs, latents: inputs[latents].clone().requires_grad_()}),
+            "gates": (ours, inputs),
+        }
+        steps = []
+        for name, kept in saved.items():
+            side, _, how = name.partition(", ")
+            module, given = calls[side]
+            with _checkpointing(module, bool(how)):
+                spent = min(_step(functools.partial(_loss, module, given)) for _ in range(2))
+            steps.append(TrainingStep(name, spent, kept))
+    return steps
+
+
+def saved_activations(config: SpeedConfig, number: int) -> dict[str, float]:
+    """MiB that autograd keeps between forward and backward pass: counted in a moment, at any size.
+
+    Args:
+        config: What is measured; nothing is computed on its device.
+        number: Of LoRAs.
+
+    Returns:
+        By the names of :class:`TrainingStep`.
+    """
+    config = replace(config, device="meta")
+    model = make_model(config)
+    inputs = make_inputs(config, model)
+    latents = "sample" if "sample" in inputs else "hidden_states"
+    calls = {"bare": (model, {**inputs, latents: inputs[latents].clone().requires_grad_()})}
+    found = {}
+    with _ours(config, twin(model), component_of(config), number) as (ours, experts):
+        calls["gates"] = (ours, inputs)
+
+        def weights() -> list[Tensor]:
+            groups = [site.group for site in experts.sites.values()]
+            return [*model.parameters(), *(tensor for group in groups for tensor in group.ready)]
+
+        for checkpointed in (False, True):
+            for name, (module, given) in calls.items():
+                with _checkpointing(module, checkpointed):
+                    kept = _saved(functools.partial(_loss, module, given), weights)
+                found[f"{name}, checkpointed" if checkpointed else name] = kept
+    return found
+
+
+def _loss(model: Any, inputs: dict[str, Any]) -> Tensor:
+    loss: Tensor = model(**inputs)[0].float().square().mean()
+    return loss
+
+
+@contextmanager
+def _ours(config: SpeedConfig, model: Any, component: str, number: int) -> Iterator[tuple[Any, Experts]]:
+    """A model with LoRAs and gates."""
+    experts = Experts(make_loras(config, model, number))
+    experts.attach({component: model})
+    experts.weigher = MoLEModel.from_experts(experts, GateTrainingConfig().gates).to(config.device)
+    try:
+        yield model, experts
+    finally:
+        experts.detach()
+
+
+@contextmanager
+def _checkpointing(module: Any, enabled: bool) -> Iterator[None]:
+    if not enabled:
+        yield
+        return
+    module.train()
+    module.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        module.disable_gradient_checkpointing()
+        module.eval()
+
+
+def _saved(loss: Callable[[], Tensor], weights: Callable[[], list[Tensor]]) -> float:
+    kept: dict[int, int] = {}
+    alive: list[Tensor] = []  # so that no storage is taken for another that came to lie in its place
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage.nbytes()
+        alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        value = loss()
+    del value
+    for tensor in weights():
+        kept.pop(tensor.untyped_storage()._cdata, None)
+    return sum(kept.values()) / 2**20
+
+
+def _step(loss: Callable[[], Tensor]) -> float:
+    begin = time.process_time()
+    loss().backward()
+    return time.process_time() - begin

@@ -1,0 +1,147 @@
+"""A compiled model draws what it draws without compiling, in one graph, whatever is chosen from call to call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+from torch._dynamo.utils import counters
+
+from mole_diffusion.errors import MoLEError
+from mole_diffusion.experts import Experts, compiled
+from mole_diffusion.gating import GateConfig, MoLEModel
+from mole_diffusion.lora import LoRA
+from tests.running import make_lora, models, unet_inputs
+from tests.tiny import tiny_components
+from tests.weighing import Numbers
+
+DEFAULT_GATES = GateConfig(input="hidden", token_axis="token", scope="layer", null_expert=True)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Iterator[dict[str, Any]]:
+    torch._dynamo.reset()
+    yield tiny_components()
+    torch._dynamo.reset()
+
+
+@pytest.fixture(scope="module")
+def loras(tiny: dict[str, Any]) -> list[LoRA]:
+    return [make_lora(tiny, name, seed, rank=3) for seed, name in enumerate(("cat", "boot", "mug"))]
+
+
+@pytest.fixture(scope="module")
+def experts(tiny: dict[str, Any], loras: list[LoRA]) -> Iterator[Experts]:
+    experts = Experts(loras)
+    experts.attach(models(tiny))
+    experts.weigher = Numbers(torch.ones(3))
+    yield experts
+    experts.detach()
+
+
+@pytest.fixture(scope="module")
+def run(tiny: dict[str, Any], experts: Experts) -> Any:
+    """The whole UNet in one graph; made once, for it takes seconds."""
+    graph = torch.compile(tiny["unet"], fullgraph=True, backend="eager")
+    with torch.no_grad():
+        graph(**unet_inputs())
+    return graph
+
+
+def graphs() -> int:
+    return int(counters["stats"]["unique_graphs"])
+
+
+def gates_of(experts: Experts) -> MoLEModel:
+    gates = MoLEModel.from_experts(experts, DEFAULT_GATES)
+    generator = torch.Generator().manual_seed(3)
+    for parameter in gates.gate_parameters():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+    gates.bind(experts)
+    return gates
+
+
+@torch.no_grad()
+def test_no_other_graph_for_any_choice_scale_step_prompt_and_method(
+    tiny: dict[str, Any], experts: Experts, run: Any
+) -> None:
+    unet, inputs, before = tiny["unet"], unet_inputs(), graphs()
+    calls: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({}, {}),
+        ({"keep": torch.tensor([1, 0, 1])}, {}),
+        ({"keep": torch.tensor([0, 1, 0]), "scale": torch.tensor([1.0, 0.3, 1.0])}, {"timestep": torch.tensor(7)}),
+        ({"keep": torch.zeros(3)}, {}),
+        ({"weigher": gates_of(experts)}, {"encoder_hidden_states": torch.randn(2, 16, 32)}),
+        ({"keep": torch.tensor([[1, 1, 0], [0, 1, 1]]), "weigher": gates_of(experts)}, {}),
+    ]
+    results = []
+    for using, changed in calls:
+        with experts.using(**using):
+            expected = unet(**{**inputs, **changed}).sample
+            results.append(run(**{**inputs, **changed}).sample)
+        torch.testing.assert_close(results[-1], expected, atol=1e-5, rtol=1e-5)
+    assert graphs() == before
+    assert not counters["graph_break"]
+    assert all((results[0] - other).abs().max() > 0.01 for other in results[1:])
+
+
+@torch.no_grad()
+def test_a_method_of_several_passes_is_refused(experts: Experts, run: Any) -> None:
+    class Twice(Numbers):
+        name = "twice"
+
+        def passes(self, run: Any) -> int:
+            return 2
+
+    with experts.using(weigher=Twice(torch.ones(3))), pytest.raises(MoLEError, match="'twice' runs the denoiser 2 t"):
+        run(**unet_inputs())
+
+
+def test_gates_that_would_get_no_gradient_are_refused(experts: Experts) -> None:
+    """The operator itself, as a graph calls it where gradients are wanted."""
+    site = next(site for site in experts.sites.values() if site.module_name.endswith("attn1.to_q"))
+    assert site.place is not None
+    x = torch.randn(2, 6, *site.stack.input_shape)
+    output = torch.zeros(2, 6, site.stack.out_features)
+    with experts.using(weigher=gates_of(experts)), pytest.raises(MoLEError, match="gives gates no gradient"):
+        compiled.add(site.place, x, output)
+    assert not output.any()
+
+
+@torch.no_grad()
+def test_repeated_blocks_share_their_graphs(tiny: dict[str, Any], experts: Experts) -> None:
+    unet, inputs = tiny["unet"], unet_inputs()
+    expected = []
+    choices = [torch.tensor([1, 1, 1]), torch.tensor([0, 1, 1]), torch.tensor([1, 0, 0])]
+    for keep in choices:
+        with experts.using(keep=keep):
+            expected.append(unet(**inputs).sample)
+    blocks = [module for module in unet.modules() if type(module).__name__ == "BasicTransformerBlock"]
+    before = graphs()
+    for block in blocks:
+        block.compile(fullgraph=True, backend="aot_eager")
+    made = []
+    try:
+        for keep, result in zip(choices, expected, strict=True):
+            with experts.using(keep=keep):
+                torch.testing.assert_close(unet(**inputs).sample, result, atol=1e-5, rtol=1e-5)
+            made.append(graphs() - before)
+        # As many as there are widths of blocks, and none more for another choice.
+        assert made == [len({block.norm1.normalized_shape for block in blocks})] * 3
+        assert not counters["graph_break"]
+    finally:
+        for block in blocks:
+            block._compiled_call_impl = None
+
+
+@torch.no_grad()
+def test_a_graph_outlives_its_loras_as_the_bare_base(tiny: dict[str, Any], experts: Experts, run: Any) -> None:
+    unet, inputs = tiny["unet"], unet_inputs()
+    with_loras = run(**inputs).sample
+    experts.detach()
+    base = run(**inputs).sample
+    torch.testing.assert_close(base, unet(**inputs).sample, atol=1e-6, rtol=1e-6)
+    assert (with_loras - base).abs().max() > 0.01

@@ -1,0 +1,121 @@
+"""`mole speed`: its counts against what is known, and the command from end to end on a model that takes no time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+from mole_diffusion.cli import app
+from mole_diffusion.errors import MoLEError
+from mole_diffusion.speed import SIDES, SIZES, Counted, SpeedConfig, measure_speed
+from mole_diffusion.speed.models import make_inputs, make_model, merged, twin
+
+TINY = SpeedConfig(size="tiny", loras=(2,), rounds=1, rank=2, train=True)
+
+
+@torch.no_grad()
+def test_operations_and_bytes_of_one_layer() -> None:
+    layer, x = nn.Linear(6, 7), torch.randn(5, 6)
+    with Counted() as counted:
+        layer(x)
+    assert counted.operations == 2 * 5 * 6 * 7
+    assert counted.bytes == 4 * (7 + 5 * 6 + 6 * 7 + 5 * 7)  # bias, input, weight, output
+    assert dict(counted.products) == {((5, 6), (6, 7)): 1}
+    conv, picture = nn.Conv2d(3, 4, 3, bias=False), torch.randn(2, 3, 6, 5)
+    with Counted() as counted:
+        conv(picture)
+    assert counted.operations == 2 * 2 * 4 * (4 * 3) * (3 * 3 * 3)
+    query, key = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 7, 8)
+    with Counted() as counted:
+        nn.functional.scaled_dot_product_attention(query, key, key)
+    assert counted.operations == 2 * (2 * 3 * 5 * 7 * 8) * 2
+
+
+def test_a_table_of_a_tiny_model() -> None:
+    told: list[str] = []
+    speed = measure_speed(TINY, told.append)
+    rows = {row.side: row for row in speed.rows}
+    assert set(rows) == set(SIDES)
+    assert rows["bare"].processor.middle == rows["bare"].operations == 1.0
+    for side in ("empty", "merged"):  # not one product more than the base
+        assert rows[side].products == rows["bare"].products
+        assert rows[side].operations == 1.0
+    # Two low-rank products a module and LoRA with peft, two a module with us, and less for queries, keys and values.
+    assert rows["peft"].products - rows["bare"].products == 2 * 2 * speed.sites
+    assert rows["sum"].products - rows["bare"].products < 2 * speed.sites
+    assert rows["sum"].operations == pytest.approx(rows["peft"].operations, rel=1e-9)
+    assert rows["masks"].products >= rows["sum"].products  # every LoRA has joined in
+    assert rows["gates"].operations < 1.2 * rows["sum"].operations
+    assert all(row.seconds > 0 and row.memory is not None for row in speed.rows)
+    (setting,) = speed.settings
+    assert setting.load > 0
+    steps = {step.name: step for step in speed.training}
+    assert steps["gates"].saved < 1.6 * steps["bare"].saved  # a tiny model: its factors' share is large
+    assert steps["gates, checkpointed"].saved < steps["gates"].saved
+    assert any("round 1 of 1" in text for text in told)
+
+
+def test_left_out_loras_cost_no_operation() -> None:
+    rows = measure_speed(SpeedConfig(size="tiny", loras=(2, 5), used=2, rounds=1, rank=2, sides=("bare", "sum"))).rows
+    two, five = (row for row in rows if row.side == "sum")
+    assert two.operations == five.operations
+    assert two.products == five.products
+
+
+@torch.no_grad()
+def test_a_twin_has_the_same_weights_and_a_merged_one_its_own() -> None:
+    from mole_diffusion.speed.models import make_loras
+
+    model = make_model(TINY)
+    other = twin(model)
+    assert all(a is b for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    loras = make_loras(TINY, model, 2)
+    whole = merged(model, loras, "unet")
+    inputs = make_inputs(TINY, model)
+    assert not torch.equal(whole(**inputs)[0], model(**inputs)[0])
+    assert torch.equal(other(**inputs)[0], model(**inputs)[0])
+    name = next(iter(loras[0].factors["unet"]))
+    change = loras[0].factors["unet"][name].delta() + loras[1].factors["unet"][name].delta()
+    before = model.get_submodule(name).weight
+    torch.testing.assert_close(whole.get_submodule(name).weight, before + change)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"size": "big"}, "`size` must be one of tiny"),
+        ({"targets": "most"}, "`targets` must be one of"),
+        ({"sides": ("fast",)}, "`sides` must be some of"),
+        ({"loras": (0,)}, "at least 1"),
+        ({"rounds": 0}, "`rounds` must be at least 1"),
+        ({"used": 4, "loras": (3, 8)}, "smallest number of LoRAs, 3"),
+        ({"latent": 12}, "multiple of 8"),
+    ],
+)
+def test_settings_that_cannot_be(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(MoLEError, match=message):
+        SpeedConfig(**settings)  # type: ignore[arg-type]
+
+
+def test_real_sizes_have_the_parameters_of_the_real_models() -> None:
+    import diffusers
+
+    for name, millions in (("142m", 142), ("sd15", 860), ("sdxl", 2567), ("sd3", 2028)):
+        size = SIZES[name]
+        with torch.device("meta"):
+            model = getattr(diffusers, size.kind)(**size.settings)
+        assert sum(p.numel() for p in model.parameters()) == pytest.approx(millions * 1e6, rel=0.01)
+
+
+def test_the_command_prints_and_writes_a_page(tmp_path: Path) -> None:
+    page = tmp_path / "speed.md"
+    given = ["speed", "--size", "tiny", "--loras", "2", "--rounds", "1", "--rank", "2", "--sides", "bare,sum"]
+    result = CliRunner().invoke(app, [*given, "--page", str(page)])
+    assert result.exit_code == 0, result.output
+    assert "| plain sum | 2 |" in result.stdout
+    assert "mole speed --size tiny --loras 2" in page.read_text(encoding="utf-8")
+    assert CliRunner().invoke(app, ["speed", "--loras", "many"]).exit_code == 2
