@@ -35,6 +35,17 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 COMPONENTS = tiny_components()
 STATE = random_lora(COMPONENTS, alpha=2.0, targets=r"mid_block.*attn1\.to_[qk]$|text_encoder.*0\.mlp\.fc1$")
 FILES = [save(STATE), save(to_kohya(STATE)), save(to_peft(STATE, "unet"))]
+MIDDLE = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+KINDS = {
+    "hada_w1_a": (64, 2), "hada_w1_b": (2, 64), "hada_w2_a": (64, 2), "hada_w2_b": (2, 64),
+    "lokr_w1": (4, 4), "lokr_w2": (16, 16), "lokr_w2_a": (16, 2), "lokr_w2_b": (2, 16), "lokr_t2": (2, 2, 3, 3),
+    "lora_down.weight": (2, 64), "lora_up.weight": (64, 2), "lora_mid.weight": (2, 2, 3, 3), "lora_A.weight": (2, 64),
+    "lora_B.weight": (64, 2), "lora_B.bias": (64,), "lora_down.scale_weight": (), "dora_scale": (64, 1), "alpha": (),
+    "lora_magnitude_vector": (64,), "diff": (64, 64), "diff_b": (64,), "w_norm": (64,), "default.weight": (64, 2),
+}  # fmt: skip
+STEMS = [f"unet.{MIDDLE}", f"lora_unet_{MIDDLE.replace('.', '_')}", f"base_model.model.{MIDDLE}", MIDDLE,
+         "diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q", f"lycoris_{MIDDLE.replace('.', '_')}",
+         f"lora_transformer_{MIDDLE.replace('.', '_')}", f"unet.{MIDDLE}.processor", "text_encoder.x"]  # fmt: skip
 CONFIG = {
     "peft_type": "LORA",
     "r": 4,
@@ -102,9 +113,13 @@ def check_lora(content: bytes, config: str | None = None) -> None:
             inspect_lora(path)
         with refusing():
             lora = load_lora(path, COMPONENTS)
-            deltas = [factors.delta() for modules in lora.factors.values() for factors in modules.values()]
-            assert all(delta.isfinite().all() for delta in deltas)
-            assert any(delta.any() for delta in deltas)
+            changes = []
+            for component, modules in lora.factors.items():
+                for name, factors in modules.items():
+                    changes.append(factors.delta(COMPONENTS[component].get_submodule(name).weight.detach()))
+                    changes += [] if factors.bias is None else [factors.bias]
+            assert all(change.isfinite().all() for change in changes)
+            assert any(change.any() for change in changes)
 
 
 @bounded
@@ -124,6 +139,29 @@ def test_headers_of_a_lora_file(content: bytes, path: list[int], new: Any) -> No
     size = struct.unpack("<Q", content[:8])[0]
     header = json.dumps(put(json.loads(content[8 : 8 + size]), path, new)).encode()
     check_lora(struct.pack("<Q", len(header)) + header + content[8 + size :])
+
+
+@settings(bounded, max_examples=60)
+@given(
+    st.lists(st.sampled_from(STEMS), min_size=1, max_size=2, unique=True),
+    st.lists(st.sampled_from(sorted(KINDS)), min_size=1, max_size=6, unique=True),
+    st.sampled_from([1.0, 0.0, 1e-30, 1e30, float("nan")]),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int8]),
+    st.sampled_from(["", "another side", "another shape"]),
+)
+def test_parts_of_every_kind_in_every_layout(
+    stems: list[str], parts: list[str], size: float, dtype: torch.dtype, damage: str
+) -> None:
+    """Any parts together: the right thing where they are one adapter, and a line where they are not."""
+    state = {}
+    generator = torch.Generator().manual_seed(0)
+    for stem in stems:
+        for index, part in enumerate(parts):
+            shape = KINDS[part]
+            if index == 0 and damage and shape:
+                shape = (shape[0] + 1, *shape[1:]) if damage == "another side" else (*shape, 1)
+            state[f"{stem}.{part}"] = (torch.randn(shape, generator=generator) * size).to(dtype)
+    check_lora(save(state))
 
 
 @bounded

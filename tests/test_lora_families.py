@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
 from mole_diffusion.composition import Linear
 from mole_diffusion.experts import Experts
 from mole_diffusion.lora import load_lora
-from tests import tiny_dits
+from tests import tiny_dits, tiny_families
 from tests.tiny import tiny_components
 
 R = 2
@@ -39,7 +38,7 @@ def loha(out: int, wide: int) -> tuple[Parts, Tensor]:
 
 
 def lokr(out: int, wide: int) -> tuple[Parts, Tensor]:
-    w1, a, b = normal(4, 2), normal(out // 4, R), normal(R, wide // 2)
+    w1, a, b = normal(4, 4), normal(out // 4, R), normal(R, wide // 4)
     parts = {"lokr_w1": w1, "lokr_w2_a": a, "lokr_w2_b": b, "alpha": torch.tensor(3.0)}
     return parts, torch.kron(w1.double(), a.double() @ b.double()) * 3 / R
 
@@ -113,11 +112,7 @@ def denoiser(family: str) -> tuple[str, Any]:
     if family == "stable_diffusion":
         return "unet", tiny_components()["unet"]
     if family == "stable_diffusion_3":
-        torch.manual_seed(0)
-        return "transformer", SD3Transformer2DModel(
-            sample_size=8, num_layers=2, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=16,
-            caption_projection_dim=16, pooled_projection_dim=16, in_channels=4, out_channels=4, pos_embed_max_size=8,
-        ).eval()  # fmt: skip
+        return "transformer", tiny_families.sd3()["transformer"]
     return "transformer", tiny_dits.tiny_dit(family).transformer
 
 
@@ -199,8 +194,10 @@ def caller(family: str, denoiser: Any) -> Callable[[], Tensor]:
         sample, words = torch.randn(1, 4, 16, 16, generator=generator), torch.randn(1, 5, 32, generator=generator)
         return lambda: denoiser(sample, 500, words).sample
     if family == "stable_diffusion_3":
-        sample, words = torch.randn(1, 4, 8, 8, generator=generator), torch.randn(1, 5, 16, generator=generator)
-        pooled = torch.randn(1, 16, generator=generator)
+        sizes = denoiser.config
+        sample = torch.randn(1, sizes.in_channels, 8, 8, generator=generator)
+        words = torch.randn(1, 5, sizes.joint_attention_dim, generator=generator)
+        pooled = torch.randn(1, sizes.pooled_projection_dim, generator=generator)
         return lambda: denoiser(sample, words, pooled, torch.tensor([500.0])).sample
     _, call = tiny_dits.denoiser_call(family)
 

@@ -169,6 +169,24 @@ def test_dora_over_a_kind_is_equation_5(make: Any, conv: bool, by_row: bool) -> 
         torch.testing.assert_close(outputs(factors, module, x), literal(module, x, wanted), atol=2e-6, rtol=1e-5)
 
 
+def test_magnitudes_near_those_of_the_base_count_in_half_precision() -> None:
+    """c = 1.001 is 1 in bfloat16; the thousandth must not be lost with it."""
+    torch.manual_seed(4)
+    parts, change = plain(False)
+    module = nn.Linear(D_IN, D_OUT, bias=False)
+    down = {name: value * 0.01 for name, value in parts.items()}
+    changed = module.weight.detach().double() + change * 0.0001
+    factors = read(down, module, dora_scale=1.001 * changed.norm(dim=1, keepdim=True).float())
+    rows, beside = settle([factors], module, "it")
+    assert beside is not None
+    x = torch.randn(64, 1, D_IN)
+    with torch.no_grad():
+        output = module(x).bfloat16()
+        (term,) = beside.outputs(x.bfloat16(), output, (0,)).values()
+    assert rows[0] is not None
+    torch.testing.assert_close(term.float(), 0.001 * output.float(), atol=1e-6, rtol=2e-2)
+
+
 @pytest.mark.parametrize("conv", [False, True])
 def test_biases(conv: bool) -> None:
     """`lora_bias` of PEFT is scaled as the product is, LyCORIS' `diff_b` is not; one may come alone."""

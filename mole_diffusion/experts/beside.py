@@ -30,18 +30,22 @@ class Term:
         rows: c of every output, ``(d_out,)``.
         columns: c of every input, ``(d_in,)``.
         bias: Change of the module's bias, ``(d_out,)``.
+        rows_beyond, columns_beyond: c - 1, taken before it is rounded: c is near 1, and the rest would be lost.
     """
 
     kronecker: Kronecker | None = None
     rows: Tensor | None = None
     columns: Tensor | None = None
     bias: Tensor | None = None
+    rows_beyond: Tensor | None = None
+    columns_beyond: Tensor | None = None
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Term:
         """On another device, in another dtype."""
         kronecker = None if self.kronecker is None else self.kronecker.to(device, dtype)
-        moved = (None if x is None else x.to(device, dtype) for x in (self.rows, self.columns, self.bias))
-        return Term(kronecker, *moved)
+        beyond = (None if x is None else x - 1 for x in (self.rows, self.columns))
+        given = (self.rows, self.columns, self.bias, *beyond)
+        return Term(kronecker, *(None if x is None else x.to(device, dtype) for x in given))
 
 
 class Beside:
@@ -123,9 +127,9 @@ class Beside:
         if term.kronecker is not None:
             added = self._per_position(term.kronecker(self._scaled(x, term.columns), self._convolution))
         if term.rows is not None:
-            added = added * term.rows + (term.rows - 1) * base
+            added = added * term.rows + term.rows_beyond * base
         if term.columns is not None:
-            again = self._positions(self.module.forward(self._scaled(x, term.columns - 1)).to(base.dtype))
+            again = self._positions(self.module.forward(self._scaled(x, term.columns_beyond)).to(base.dtype))
             bias = self._moved_like(base)[1]
             added = added + (again if bias is None else again - bias)
         return added if term.bias is None else added + term.bias
