@@ -13,6 +13,7 @@ from torch import nn
 from ..composition import Budget, Composition, Role
 from ..errors import MoLEError
 from ..experts import Experts
+from ..families.base import unwrapped
 from ..gating import MoLEModel
 from ..lora import LoRA
 
@@ -119,12 +120,6 @@ class Loaded:
 
 
 _RECORDS: WeakKeyDictionary[nn.Module, Loaded] = WeakKeyDictionary()
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of what ``torch.compile`` returned."""
-    inner = getattr(model, "_orig_mod", model)
-    return inner if isinstance(inner, nn.Module) else model
 
 
 def loaded_into(components: Mapping[str, nn.Module], own: Loaded | None) -> Loaded:

@@ -41,6 +41,17 @@ def test_a_refused_change_leaves_what_was_loaded() -> None:
     assert_close(draw(pipe), expected)
 
 
+def test_a_compiled_model_is_the_model_that_has_the_loras() -> None:
+    pipe = composing_pipeline("cat")
+    expected = draw(pipe)
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    with torch.compiler.set_stance("force_eager"):  # the graphs would take half a minute
+        assert torch.equal(draw(pipe), expected)
+    with pytest.raises(AttachError, match="is compiled"):
+        pipe.load_loras({"dog": lora_states(pipe)["dog"]})
+    assert pipe.experts.names == ("cat",)
+
+
 def test_processors_somebody_kept_act_once_or_not_at_all() -> None:
     pipe, other = composing_pipeline("cat", "dog"), composing_pipeline()
     base, expected = draw(other), draw(pipe)

@@ -286,9 +286,8 @@ class Attachment:
 
 
 def refuse_unfit(component: str, model: nn.Module, sites: Sequence[Site]) -> None:
-    """Raises AttachError if a model is compiled or has fused projections, so that experts there would do nothing."""
+    """Raises AttachError if a model carries an adapter or its modules are bypassed: experts there would do nothing."""
     refuse_adapters(component, model)
-    _refuse_compiled(component, model)
     _refuse_fused(component, _attentions(model, sites))
     _refuse_bypassed(component, {site.module_name: _parent(model, site.module_name) for site in sites})
 
@@ -431,7 +430,8 @@ def refuse_adapters(component: str, model: nn.Module) -> None:
             )
 
 
-def _refuse_compiled(component: str, model: nn.Module) -> None:
+def refuse_compiled(component: str, model: nn.Module) -> None:
+    """Raises AttachError if a model or a part of it is compiled already."""
     for name, module in model.named_modules():
         compiled = module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
         if compiled:

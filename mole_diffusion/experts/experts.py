@@ -15,7 +15,7 @@ from mole_diffusion.errors import MoLEError
 
 from ..families import Told, architecture_of, arguments, is_denoiser
 from ..lora import LoRA, LoRAFactors
-from .attach import ENGINES, AttachError, Attachment, Engine, refuse_unfit
+from .attach import ENGINES, AttachError, Attachment, Engine, refuse_compiled, refuse_unfit
 from .beside import settle
 from .caches import refuse_caches
 from .choice import CHOICES, Choice, Passes
@@ -375,6 +375,7 @@ class Experts:
         )
 
     def _sites_of(self, component: str, model: nn.Module) -> list[Site]:
+        refuse_compiled(component, model)  # first: in what ``torch.compile`` returned, modules have other names
         modules = dict(model.named_modules())
         stacks = self._factors.get(component, {})
         unknown = [name for name in stacks if name not in modules]

@@ -85,7 +85,8 @@ def family_of(components: Mapping[str, Any]) -> Family:
         if family.fits(components):
             family.refuse(components)
             return family
-    found = [f"{name} ({type(components[name]).__name__})" for name in ("unet", "transformer") if components.get(name)]
+    denoisers = {name: components.get(name) for name in ("unet", "transformer")}
+    found = [f"{name} ({type(model).__name__})" for name, model in denoisers.items() if model is not None]
     raise MoLEError(
         f"a pipeline with {' and '.join(found) or 'neither unet nor transformer'} is of no family that is known here. "
         f"Known are {', '.join(family.title for family in FAMILIES)}."

@@ -203,4 +203,10 @@ def spelled(pipe: Any, tokenizer: Any, text: str) -> str:
 
 def is_a(model: nn.Module, architecture: Architecture) -> bool:
     """Whether a model is of an architecture, by the names of its class and of those it stands on."""
-    return any(ancestor.__name__ in architecture.classes for ancestor in type(model).__mro__)
+    return any(ancestor.__name__ in architecture.classes for ancestor in type(unwrapped(model)).__mro__)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of what ``torch.compile`` returned."""
+    inner = getattr(model, "_orig_mod", model)
+    return inner if isinstance(inner, nn.Module) else model
