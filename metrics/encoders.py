@@ -117,9 +117,10 @@ class SharedEncoder:
         """As the encoder's."""
         pixels = images.cpu().contiguous()
         keys = [sha256(image.numpy().tobytes() + str(tuple(image.shape)).encode()).hexdigest() for image in pixels]
-        if len(self._features) + len(keys) > self._remembers:
-            self._features.clear()
         new = [index for index, key in enumerate(keys) if key not in self._features]
+        if len(self._features) + len(new) > self._remembers:
+            self._features.clear()
+            new = list(range(len(keys)))
         if new:
             features = self._encoder.encode_image(images[new])
             self._features.update(zip((keys[index] for index in new), features, strict=True))
