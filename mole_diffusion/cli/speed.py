@@ -70,7 +70,7 @@ def speed(
         try_file(page)
     with Console(stderr=True).status("measuring") as status:
         measured = measure_speed(config, lambda text: status.update(f"measuring: {text}"))
-    print(speed_tables(measured))
+    typer.echo(speed_tables(measured))
     if page is not None:
         given = {"size": size, "loras": loras, "used": used, "rank": rank, "targets": targets, "rounds": rounds}
         given |= {"sides": sides, "latent": latent, "dtype": dtype, "device": device, "threads": threads}
