@@ -13,11 +13,15 @@ import pytest
 import typer
 
 from mole_diffusion.cli import app
-from mole_diffusion.pipelines import MoLEPipelineMixin, MoLEStableDiffusionPipeline
+from mole_diffusion.lora import load_lora, save_lora
+from mole_diffusion.pipelines import MoLEPipelineMixin, MoLEStableDiffusionPipeline, MoLEStableDiffusionXLPipeline
 from mole_diffusion.training import GateTrainingConfig, LoRATrainingConfig
+from tests.tiny import random_lora
+from tests.tiny_families import sdxl
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted(DOCS.glob("recipes/*.md"))]
 SNIPPET = re.compile(r"(<!-- downloads -->\n)?```(\w+)\n(.*?)```", re.DOTALL)
 
 
@@ -61,6 +65,20 @@ def test_python_runs_from_the_top_of_its_page(page: Path, quick: None) -> None:
         code = compile(text, page.name, "exec")
         if not downloads:
             exec(code, names)
+
+
+def test_the_recipe_for_sdxl_runs_on_a_tiny_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ((_, text),) = snippets(ROOT / "docs" / "recipes" / "sdxl.md", "python")
+    pipe = MoLEStableDiffusionXLPipeline(**sdxl())
+    pipe.set_progress_bar_config(disable=True)
+    for name, seed in (("cat", 1), ("dog", 2)):
+        lora = load_lora(random_lora(pipe.components, seed=seed), pipe.lora_components, name=name)
+        save_lora(lora, tmp_path / f"{name}.safetensors")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(MoLEStableDiffusionXLPipeline, "from_pretrained", lambda *_, **__: pipe)
+    names: dict[str, Any] = {}
+    exec(text.replace('"dog": (0.5, 0, 1, 1)}', '"dog": (0.5, 0, 1, 1)}, num_inference_steps=2'), names)
+    assert names["image"].size[0] > 0
 
 
 def commands(text: str) -> Iterator[list[str]]:
