@@ -11,6 +11,7 @@ from .flux import MoLEFluxImg2ImgPipeline, MoLEFluxInpaintPipeline, MoLEFluxPipe
 from .flux2 import MoLEFlux2KleinInpaintPipeline, MoLEFlux2KleinPipeline, MoLEFlux2Pipeline
 from .krea2 import MoLEKrea2Pipeline
 from .mixin import MoLEPipelineMixin
+from .opening import pipeline_class
 from .qwen_image import MoLEQwenImageImg2ImgPipeline, MoLEQwenImageInpaintPipeline, MoLEQwenImagePipeline
 from .stable_diffusion import (
     MoLEStableDiffusionControlNetImg2ImgPipeline,
@@ -65,4 +66,5 @@ __all__ = [
     "MoLEZImageImg2ImgPipeline",
     "MoLEZImageInpaintPipeline",
     "MoLEZImagePipeline",
+    "pipeline_class",
 ]

@@ -38,7 +38,7 @@ class Form:
     width: float | None
     height: float | None
     steps: float
-    guidance_scale: float
+    guidance_scale: float | None
     scheduler: str
     seed: float
     count: float
@@ -72,7 +72,7 @@ def read(form: Form, places: Places) -> list[PictureSettings]:
         height=_side("height", form.height),
         steps=_whole("the number of steps", form.steps, 1, MOST_STEPS),
         scheduler=form.scheduler.strip() or None,
-        guidance_scale=float(form.guidance_scale),
+        guidance_scale=None if form.guidance_scale is None else float(form.guidance_scale),
         seed=_whole("the seed", form.seed, 0, 2**53),
     )
     count = _whole("the number of seeds", form.count, 1, MOST_SEEDS)

@@ -17,7 +17,7 @@ from mole_diffusion.benchmark.memory import call_memory
 from mole_diffusion.benchmark.methods import Method
 from mole_diffusion.clip import DifferentiableCLIP
 from mole_diffusion.gating import GateRecord
-from mole_diffusion.pipelines import MoLEStableDiffusionPipeline
+from mole_diffusion.pipelines import pipeline_class
 
 
 class Cost(NamedTuple):
@@ -59,7 +59,8 @@ class Drawer:
         self._config, self._out = config, out
         self._device = torch.device(device)
         self._clip, self._references = clip, references
-        self._pipe = MoLEStableDiffusionPipeline.from_pretrained(_base(config.base)).to(self._device)
+        base = _base(config.base)
+        self._pipe: Any = pipeline_class(base).from_pretrained(base).to(self._device)
         self._pipe.set_progress_bar_config(disable=True)
         self._composition: str | None = None
         self._evaluations = 0

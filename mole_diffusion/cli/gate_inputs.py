@@ -101,12 +101,13 @@ def read_gate_training(
         raise MoLEError("--clip is missing. Give a folder, or --clip ViT-B-32 --clip-pretrained laion2b_s34b_b79k.")
     from mole_diffusion import toybox
     from mole_diffusion.clip import DifferentiableCLIP
-    from mole_diffusion.pipelines import MoLEStableDiffusionPipeline
+    from mole_diffusion.pipelines import pipeline_class
 
     where = pick_device(device)
     guide = DifferentiableCLIP(toybox.clip_dir() if clip is None else clip, clip_pretrained)
     with quiet_loading():
-        pipe = MoLEStableDiffusionPipeline.from_pretrained(find_base(base)).to(where)
+        found = find_base(base)
+        pipe = pipeline_class(found).from_pretrained(found).to(where)
     # What gates are trained on the masks of is found by these words.
     words = {name: (f"{item.token} {item.class_name}", item.token) for name, item in concepts.items()}
     pipe.load_loras(files, triggers=words)

@@ -95,7 +95,9 @@ def generate(
     scheduler: Annotated[
         str | None, typer.Option(help="Of diffusers, by its class: EulerDiscreteScheduler … [default: the base's].")
     ] = None,
-    guidance_scale: Annotated[float, typer.Option(min=0, help="Classifier-free guidance; 1 is without.")] = 7.5,
+    guidance_scale: Annotated[
+        float | None, typer.Option(min=0, help="Classifier-free guidance [default: the pipeline's, 7.5 for most].")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the starting noise.")] = 0,
     num_images: Annotated[int, typer.Option(min=1, help="Pictures, with this seed and those after it.")] = 1,
     out: Annotated[

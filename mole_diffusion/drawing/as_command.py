@@ -37,7 +37,9 @@ def as_command(settings: PictureSettings) -> str:
         words += [] if size is None else [option, str(size)]
     if settings.scheduler is not None:
         words += ["--scheduler", settings.scheduler]
-    words += ["--steps", str(settings.steps), "--guidance-scale", repr(settings.guidance_scale)]
+    words += ["--steps", str(settings.steps)]
+    if settings.guidance_scale is not None:
+        words += ["--guidance-scale", repr(settings.guidance_scale)]
     words += ["--seed", str(settings.seed)]
     if settings.num_images > 1:
         words += ["--num-images", str(settings.num_images)]

@@ -17,8 +17,13 @@ def as_python(settings: PictureSettings) -> str:
     config = [] if settings.base_config is None else [f"config={settings.base_config!r}"]
     opened = ", ".join([base, *config, f"dtype=torch.{settings.dtype}"])
     single = settings.base.endswith(".safetensors")
-    maker = f"MoLEStableDiffusionPipeline.{'from_single_file' if single else 'from_pretrained'}({opened})"
-    lines.append(f"pipe = {maker}.to({settings.device!r})")
+    if single:
+        maker = "MoLEStableDiffusionPipeline.from_single_file"
+    elif settings.base == TOYBOX:
+        maker = "MoLEStableDiffusionPipeline.from_pretrained"
+    else:
+        maker = f"pipeline_class({base}).from_pretrained"
+    lines.append(f"pipe = {maker}({opened}).to({settings.device!r})")
     if settings.scheduler is not None:
         imports.append(f"from diffusers import {settings.scheduler}")
         lines.append(f"pipe.scheduler = {settings.scheduler}.from_config(pipe.scheduler.config)")
@@ -42,7 +47,11 @@ def as_python(settings: PictureSettings) -> str:
         lines.append(f"pipe.set_composition({chosen})")
     if painted:
         imports.append("from mole_diffusion.drawing.painted import as_mask")
-    imports.append(f"from mole_diffusion import MoLEStableDiffusionPipeline{', toybox' if needs_toybox else ''}")
+    named = ["MoLEStableDiffusionPipeline"] if single or settings.base == TOYBOX else []
+    if named or needs_toybox:
+        imports.append(f"from mole_diffusion import {', '.join([*named, *(['toybox'] if needs_toybox else [])])}")
+    if not named:
+        imports.append("from mole_diffusion.pipelines import pipeline_class")
     lines += ["images = pipe(", *(f"    {argument}," for argument in _arguments(settings)), ").images"]
     lines.append(f"image = images[{settings.index}]")
     return "\n".join([*sorted(imports, key=lambda line: line.startswith("from mole")), "", *lines]) + "\n"
@@ -58,6 +67,7 @@ def _arguments(settings: PictureSettings) -> list[str]:
         "negative_prompt": settings.negative_prompt,
         "height": settings.height,
         "width": settings.width,
+        "guidance_scale": settings.guidance_scale,
     }
     arguments += [f"{name}={value!r}" for name, value in optional.items() if value is not None]
     seeds = range(settings.seed, settings.seed + settings.num_images)
@@ -65,7 +75,6 @@ def _arguments(settings: PictureSettings) -> list[str]:
     return [
         *arguments,
         f"num_inference_steps={settings.steps}",
-        f"guidance_scale={settings.guidance_scale!r}",
         *([f"num_images_per_prompt={settings.num_images}"] if settings.num_images > 1 else []),
         f"generator=[{generators}]",
     ]

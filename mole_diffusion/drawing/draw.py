@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from ..errors import MoLEError
 from ..pipelines.size import picture_size
 from .methods import method
 from .opening import read_scheduler
@@ -23,9 +25,17 @@ def prepare(pipe: Any, settings: PictureSettings) -> None:
         MoLEError: Something of it is refused; LoRAs that were loaded before are off then.
     """
     scheduler = read_scheduler(settings.scheduler)
+    if settings.negative_prompt is not None and "negative_prompt" not in inspect.signature(pipe.__call__).parameters:
+        raise MoLEError(f"{type(pipe).__name__} takes no negative prompt. Leave it out.")
     pipe.unload_loras()
     pipe.set_composition(None)
     if scheduler is not None:
+        now = type(pipe.scheduler)
+        if now is not scheduler and now.__name__.startswith("FlowMatch"):
+            raise MoLEError(
+                f"--scheduler {settings.scheduler}: {type(pipe).__name__} draws down flow matching's noise levels, "
+                f"which this scheduler does not know. Leave --scheduler out: {now.__name__} comes with the base."
+            )
         pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
     if settings.loras:
         pipe.load_loras(
@@ -64,17 +74,20 @@ def draw(pipe: Any, settings: PictureSettings, on_step_end: Callable[..., Any] |
         name: [as_mask(part) if isinstance(part, str) else part for part in parts]
         for name, parts in settings.regions.items()
     }
+    # What is not set is the pipeline's own, and not every pipeline knows each of these.
+    chosen = {
+        name: value
+        for name in ("negative_prompt", "height", "width", "guidance_scale")
+        if (value := getattr(settings, name)) is not None
+    }
     pictures: list[Image.Image] = pipe(
         settings.prompt,
         loras={lora.name: lora.strength for lora in settings.loras if lora.on},
         regions=regions or None,
-        negative_prompt=settings.negative_prompt,
-        height=settings.height,
-        width=settings.width,
         num_inference_steps=settings.steps,
-        guidance_scale=settings.guidance_scale,
         num_images_per_prompt=settings.num_images,
         generator=[torch.Generator().manual_seed(settings.seed + k) for k in range(settings.num_images)],
+        **chosen,
         **({} if on_step_end is None else {"callback_on_step_end": on_step_end}),
     ).images
     return pictures

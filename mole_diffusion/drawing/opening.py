@@ -81,10 +81,10 @@ def find_folder(option: str, given: str, *, example: str) -> str:
 
 
 def load_pipeline(base: str, config: Path | None, dtype: Any) -> Any:
-    """A composing pipeline.
+    """A composing pipeline of whatever family the base is.
 
     Args:
-        base: Folder or Hub id, or a single file.
+        base: Folder or Hub id, or a single file with a Stable Diffusion 1.x or 2.x.
         config: For a single file: the folder of a model of the same kind, which says how it is built. Without one
             diffusers fetches this from the Hub, once.
         dtype: Number format of the models.
@@ -92,10 +92,10 @@ def load_pipeline(base: str, config: Path | None, dtype: Any) -> Any:
     Raises:
         MoLEError: A single file cannot be read.
     """
-    from mole_diffusion.pipelines import MoLEStableDiffusionPipeline
+    from mole_diffusion.pipelines import MoLEStableDiffusionPipeline, pipeline_class
 
     if not base.endswith(SINGLE_FILE):
-        return MoLEStableDiffusionPipeline.from_pretrained(base, dtype=dtype)
+        return pipeline_class(base).from_pretrained(base, dtype=dtype)
     return MoLEStableDiffusionPipeline.from_single_file(base, config=config and str(config), dtype=dtype)
 
 

@@ -67,6 +67,7 @@ class PictureSettings:
         composition_options: Arguments of the composition's class.
         num_images: How many were drawn in one call, with `seed` and those after it.
         index: Which of them this is.
+        guidance_scale: `None` for what the base's pipeline takes by default: 7.5, and less for most transformers.
         device, dtype: What it was computed on, and in which format: other ones round otherwise.
     """
 
@@ -83,7 +84,7 @@ class PictureSettings:
     height: int | None = None
     steps: int = 30
     scheduler: str | None = None
-    guidance_scale: float = 7.5
+    guidance_scale: float | None = None
     seed: int = 0
     num_images: int = 1
     index: int = 0
@@ -131,7 +132,8 @@ class PictureSettings:
         for name in ("width", "height"):
             if values.get(name) is not None:
                 _check_range(values, name, 8, 65_536)
-        values["guidance_scale"] = _finite("guidance_scale", values.get("guidance_scale", 7.5))
+        if values.get("guidance_scale") is not None:
+            values["guidance_scale"] = _finite("guidance_scale", values["guidance_scale"])
         if "prompt" not in values:
             raise MoLEError("settings of a picture need a `prompt`.")
         return cls(**values)

@@ -15,7 +15,12 @@ from diffusers import (
 )
 
 import mole_diffusion
+from mole_diffusion import MoLEStableDiffusion3Pipeline
+from mole_diffusion.loading import LoadingError
+from mole_diffusion.lora import load_lora, save_lora
+from mole_diffusion.pipelines import pipeline_class
 from tests.families.contract import lora_state
+from tests.test_cli import mole, picture
 from tests.tiny import tiny_components
 from tests.tiny_families import controlnet, sd3, sdxl
 
@@ -64,3 +69,49 @@ def test_a_pipeline_is_opened_as_a_custom_one_and_in_a_dtype(tmp_path: Path) -> 
     pipe.load_loras({"cat": lora_state(pipe, 0)})
     assert set(pipe.experts.matches()["cat"]) == {"unet", "text_encoder", "text_encoder_2"}
     assert DiffusionPipeline.from_pretrained(tmp_path / "base").__class__.__name__ == "StableDiffusionXLPipeline"
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_base_says_which_pipeline_is_for_it(name: str, tmp_path: Path) -> None:
+    made(name).save_pretrained(tmp_path)
+    found = pipeline_class(tmp_path)
+    assert found is getattr(mole_diffusion, f"MoLE{name}Pipeline")
+    assert isinstance(found.from_pretrained(tmp_path), found)
+
+
+@pytest.mark.parametrize(
+    ("index", "said"),
+    [
+        ('{"_class_name": "KolorsPipeline"}', "KolorsPipeline"),
+        ('{"_class_name": ["a", "b"]}', r"\['a', 'b'\]"),
+        ("{}", "_class_name"),
+        ("[]", "cannot be loaded"),
+        ("{", "cannot be loaded"),
+        (None, "cannot be loaded"),
+    ],
+)
+def test_a_base_for_none_of_our_pipelines_is_an_error_that_names_them(
+    index: str | None, said: str, tmp_path: Path
+) -> None:
+    if index is not None:
+        (tmp_path / "model_index.json").write_text(index)
+    with pytest.raises(LoadingError, match=said):
+        pipeline_class(tmp_path)
+
+
+def test_the_command_line_draws_on_another_family(tmp_path: Path) -> None:
+    pipe = made("StableDiffusion3")
+    pipe.save_pretrained(tmp_path / "base")
+    save_lora(load_lora(lora_state(pipe, 0), pipe.lora_components, name="cat"), tmp_path / "cat.safetensors")
+    call = ["generate", "--base", str(tmp_path / "base"), "--lora", f"cat={tmp_path / 'cat.safetensors'}"]
+    call += ["--prompt", "a cat", "--steps", "2", "--device", "cpu", "--out", str(tmp_path / "picture.png")]
+    done = mole(*call)
+    assert done.exit_code == 0, done.output
+    pipe = MoLEStableDiffusion3Pipeline.from_pretrained(tmp_path / "base")
+    pipe.load_loras({"cat": tmp_path / "cat.safetensors"})
+    drawn = pipe("a cat", num_inference_steps=2, generator=[torch.Generator().manual_seed(0)]).images[0]
+    assert picture(tmp_path / "picture.png").tobytes() == drawn.tobytes()
+
+    refused = mole(*call, "--scheduler", "DDIMScheduler")
+    assert refused.exit_code == 2
+    assert "FlowMatchEulerDiscreteScheduler" in refused.output
