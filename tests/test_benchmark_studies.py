@@ -21,6 +21,8 @@ def test_a_name_is_a_study_that_comes_along_and_a_path_stays_one(tmp_path: Path)
     assert studies.find_study(tmp_path / "mine.yaml") == tmp_path / "mine.yaml"
     with pytest.raises(MoLEError, match=r"no study of that name comes along; there are .*table1"):
         studies.find_study("table2")
+    with pytest.raises(MoLEError, match="a folder and no file"):
+        studies.find_study(tmp_path)
 
 
 def test_a_wheel_has_them_in_the_benchmarks_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,5 +21,6 @@ def find_study(given: str | Path) -> Path:
         return path
     found = {file.stem: file for place in _PLACES for file in sorted(place.glob("*.yaml"))}
     if str(given) not in found:
-        raise MoLEError(f"{given}: no such file, and no study of that name comes along; there are {', '.join(found)}.")
+        what = "a folder and no file" if path.is_dir() else "no such file"
+        raise MoLEError(f"{given}: {what}, and no study of that name comes along; there are {', '.join(found)}.")
     return found[str(given)]

@@ -22,7 +22,7 @@ toybox = typer.Typer(
 @toybox.command()
 def build(
     out: Annotated[Path, typer.Option(help="Folder for the result and its checkpoints.")] = Path("runs/toybox"),
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
     base_steps: Annotated[
         int | None,
         typer.Option(min=1, help="Steps of the base model; more make it better [default: the shipped one's]."),
@@ -89,7 +89,7 @@ def measure(
     ] = None,
     out: Annotated[Path, typer.Option(help="Where to write the numbers.")] = Path("outputs/report.json"),
     pictures: Annotated[int, typer.Option(min=1, help="Pictures a row; a quarter of it for every subject.")] = 200,
-    seed: Annotated[int, typer.Option(help="Of the prompts and of the noise.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the prompts and of the noise.")] = 0,
     device: Device = "auto",
 ) -> None:
     """Measure a toybox by its oracle: base, LoRAs alone and in company, CLIP. An hour or more on a CPU.
@@ -120,7 +120,7 @@ def anonymous(
     out: Annotated[Path, typer.Option(help="Folder for the subjects, one folder each.")] = Path("runs/anonymous"),
     count: Annotated[int, typer.Option(help="How many; the first sixteen are of sixteen classes.")] = 24,
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of each LoRA.")] = 600,
-    seed: Annotated[int, typer.Option(help="Of the looks and of the trainings.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the looks and of the trainings.")] = 0,
     base: Base = "toybox",
     device: Device = "auto",
 ) -> None:

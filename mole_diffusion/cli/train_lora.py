@@ -28,7 +28,7 @@ def train_lora(
     batch_size: Annotated[int, typer.Option(help="Samples a step.")] = 4,
     learning_rate: Annotated[float, typer.Option(help="Peak of the learning rate.")] = 1e-3,
     resolution: Annotated[int | None, typer.Option(help="Side of the training pictures [default: the base's]")] = None,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
     work: Annotated[
         Path | None,
         typer.Option(
