@@ -48,4 +48,4 @@ def _listed(counts: tuple[int, ...]) -> str:
 
 
 def _needs(method: Composition) -> str:
-    return ", ".join(text for need, text in NEEDS.items() if need in method.needs) or "–"
+    return ",\n".join(text for need, text in NEEDS.items() if need in method.needs) or "–"
