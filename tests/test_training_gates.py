@@ -212,6 +212,8 @@ def test_presets_build_and_take_a_step(clip: DifferentiableCLIP, tmp_path: Path,
     few = {"steps": 1, "warmup_steps": 0, "rollout_steps": 2, "reference_pictures": 1, "batch_size": 2}
     if preset == "official":
         few["rollout_steps_max"] = 3
+    elif preset == "real":
+        few["batch_size"] = 4  # in four parts
     settings = GateTrainingConfig.from_dict(few, preset)
     pipe = mole_pipeline(triggers={name: concept.token for name, concept in CONCEPTS.items()})
     prompts = ["a <v1> cat and a <v2> dog"] if preset == "masks" else list(PROMPTS)  # masks are for all subjects
