@@ -1,12 +1,7 @@
-"""Files that LyCORIS itself writes act here as in LyCORIS.
-
-Skipped where that is not installed, since nothing here needs it: `pip install --no-deps --target FOLDER lycoris-lora
-einops toml`, and FOLDER on `PYTHONPATH`.
-"""
+"""Files that LyCORIS itself writes act here as in LyCORIS."""
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import pytest
@@ -17,8 +12,6 @@ from mole_diffusion.experts import Experts
 from mole_diffusion.lora import load_lora
 from tests.running import run_unet
 from tests.tiny import tiny_components
-
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("lycoris") is None, reason="lycoris-lora is not installed")
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "LoCon": {"algo": "locon"},

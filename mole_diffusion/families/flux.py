@@ -18,6 +18,14 @@ from .t5 import T5
 GUIDANCE = 3.5  # that models of embedded guidance are told where nobody says another, as in diffusers
 TIMESTEPS = 1000  # the scheduler counts in thousands what the model is given as 0 to 1
 
+# The authors' names in a block with Linears of its own for words and pixels, and ours; FLUX.2 has them too.
+DOUBLE_ATTENTION = {
+    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "img_attn.proj": ("attn.to_out.0",),
+    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "txt_attn.proj": ("attn.to_add_out",),
+}
+
 
 class FluxTransformer(Architecture):
     """diffusers' ``FluxTransformer2DModel``: blocks with Linears of their own for words and pixels, then blocks of one
@@ -55,10 +63,7 @@ class FluxTransformer(Architecture):
         **{
             f"double_blocks.*.{theirs}": tuple(f"transformer_blocks.*.{name}" for name in ours)
             for theirs, ours in {
-                "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-                "img_attn.proj": ("attn.to_out.0",),
-                "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-                "txt_attn.proj": ("attn.to_add_out",),
+                **DOUBLE_ATTENTION,
                 "img_mlp.0": ("ff.net.0.proj",),
                 "img_mlp.2": ("ff.net.2",),
                 "txt_mlp.0": ("ff_context.net.0.proj",),

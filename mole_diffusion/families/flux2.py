@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .architecture import Architecture, Told, packed_grid, unit
 from .base import Conditions, Family, Reading
 from .chats import MARK, QWEN_END, chat_reading
-from .flux import TIMESTEPS, words_then_pixels
+from .flux import DOUBLE_ATTENTION, TIMESTEPS, words_then_pixels
 from .latents import from_patches, latent_side, places, time_shift
 
 
@@ -58,10 +58,7 @@ class Flux2Transformer(Architecture):
         **{
             f"double_blocks.*.{theirs}": tuple(f"transformer_blocks.*.{name}" for name in ours)
             for theirs, ours in {
-                "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-                "img_attn.proj": ("attn.to_out.0",),
-                "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-                "txt_attn.proj": ("attn.to_add_out",),
+                **DOUBLE_ATTENTION,
                 "img_mlp.0": ("ff.linear_in",),
                 "img_mlp.2": ("ff.linear_out",),
                 "txt_mlp.0": ("ff_context.linear_in",),
