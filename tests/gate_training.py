@@ -12,8 +12,8 @@ from mole_diffusion.clip import DifferentiableCLIP
 from mole_diffusion.gating import GateConfig, MoLEModel
 from mole_diffusion.pipelines import MoLEStableDiffusionPipeline
 from mole_diffusion.training import Concept, GateTrainingConfig, train_gates
-from tests.test_clip import write_clip
 from tests.tiny import random_lora, tiny_pipeline
+from tests.tiny.clip import write_clip
 
 PROMPTS = ("a <v1> cat on grass", "a <v2> dog in the sand")
 CONCEPTS = {

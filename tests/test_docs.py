@@ -16,10 +16,10 @@ from mole_diffusion.cli import app
 from mole_diffusion.lora import load_lora, save_lora
 from mole_diffusion.pipelines import MoLEPipelineMixin, MoLEStableDiffusionPipeline, MoLEStableDiffusionXLPipeline
 from mole_diffusion.training import GateTrainingConfig, LoRATrainingConfig
+from tests import ROOT
 from tests.tiny import random_lora
-from tests.tiny_families import sdxl
+from tests.tiny.families import sdxl
 
-ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted(DOCS.glob("recipes/*.md"))]
 SNIPPET = re.compile(r"(<!-- downloads -->\n)?```(\w+)\n(.*?)```", re.DOTALL)

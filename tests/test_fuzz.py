@@ -27,11 +27,12 @@ from mole_diffusion.experts import Experts
 from mole_diffusion.gating import GateConfig, MoLEModel
 from mole_diffusion.lora import inspect_lora, load_lora
 from mole_diffusion.yaml_files import read_yaml
+from tests import ROOT
 from tests.lora_files import to_kohya, to_peft
 from tests.running import make_lora, models, run_unet
 from tests.tiny import ATTENTION, random_lora, tiny_components
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = ROOT / "benchmarks"
 COMPONENTS = tiny_components()
 STATE = random_lora(COMPONENTS, alpha=2.0, targets=r"mid_block.*attn1\.to_[qk]$|text_encoder.*0\.mlp\.fc1$")
 FILES = [save(STATE), save(to_kohya(STATE)), save(to_peft(STATE, "unet"))]

@@ -13,8 +13,8 @@ import pytest
 
 import mole_diffusion
 from mole_diffusion.files import atomic_path, file_name, write_json
+from tests import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 

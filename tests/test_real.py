@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from mole_diffusion import toybox
+from tests import ROOT
 
-SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "real" / "run.py"
+SCRIPT = ROOT / "benchmarks" / "real" / "run.py"
 
 
 def test_the_page_is_written_and_what_is_there_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

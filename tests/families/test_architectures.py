@@ -14,10 +14,10 @@ from mole_diffusion.errors import MoLEError
 from mole_diffusion.experts import Experts
 from mole_diffusion.families import FAMILIES, architecture_of, canonical_name, family_of
 from mole_diffusion.lora import LoRA, LoRAFactors
+from tests.gating.test_transformers import flux, sd3
 from tests.running import unet_inputs
-from tests.test_gating_transformers import flux, sd3
 from tests.tiny import tiny_components
-from tests.tiny_dits import denoiser_call
+from tests.tiny.dits import denoiser_call
 
 
 def unet() -> tuple[nn.Module, dict[str, Any]]:

@@ -19,10 +19,10 @@ from mole_diffusion import MoLEStableDiffusion3Pipeline
 from mole_diffusion.loading import LoadingError
 from mole_diffusion.lora import load_lora, save_lora
 from mole_diffusion.pipelines import pipeline_class
+from tests.command import mole, picture
 from tests.families.contract import lora_state
-from tests.test_cli import mole, picture
 from tests.tiny import tiny_components
-from tests.tiny_families import controlnet, sd3, sdxl
+from tests.tiny.families import controlnet, sd3, sdxl
 
 MADE: dict[str, Any] = {"StableDiffusion": tiny_components, "StableDiffusionXL": sdxl, "StableDiffusion3": sd3}
 

@@ -24,7 +24,7 @@ from mole_diffusion import (
 )
 from tests.families.contract import MASK, PICTURE, Case, PipelineContract, WholeContract
 from tests.tiny import tiny_components
-from tests.tiny_families import controlnet
+from tests.tiny.families import controlnet
 
 GUIDED = {"guidance_scale": 3.0}
 UNCHECKED = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}

@@ -19,7 +19,7 @@ from mole_diffusion import (
 )
 from mole_diffusion.errors import MoLEError
 from tests.families.contract import MASK, PICTURE, Case, PipelineContract, WholeContract, draw
-from tests.tiny_families import sd3
+from tests.tiny.families import sd3
 
 GUIDED = {"guidance_scale": 3.0, "max_sequence_length": 16, "height": 32, "width": 32}
 SCALE = "joint_attention_kwargs"

@@ -26,7 +26,7 @@ from mole_diffusion import (
 )
 from mole_diffusion.errors import MoLEError
 from tests.families.contract import MASK, PICTURE, Case, Noting, PipelineContract, WholeContract, draw, lora_state
-from tests.tiny_families import controlnet, sdxl
+from tests.tiny.families import controlnet, sdxl
 
 GUIDED = {"guidance_scale": 3.0}
 

@@ -19,7 +19,7 @@ from mole_diffusion.experts.seam import LayerSeam
 from mole_diffusion.families import architecture_of
 from mole_diffusion.gating import GateConfig
 from tests.tiny import random_lora
-from tests.tiny_dits import MADE, denoiser_call, draw, tiny_dit
+from tests.tiny.dits import MADE, denoiser_call, draw, tiny_dit
 
 FAMILIES = list(MADE)
 CAPTIONS = ["a cat and a dog", "a red mug and a green boot in the grass with a clock"]

@@ -10,7 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 from tests.families.contract import Case
-from tests.tiny_dits import MADE, SIZE, tiny_parts
+from tests.tiny.dits import MADE, SIZE, tiny_parts
 
 DOWN = FlowMatchEulerDiscreteScheduler(shift=3.0)
 """It goes down the steps of a walk: a shift of its own, not one of the size of a picture."""

@@ -26,11 +26,12 @@ from torch import Tensor
 from mole_diffusion.composition import Linear
 from mole_diffusion.experts import Experts
 from mole_diffusion.lora import load_lora
-from tests import test_lora_families, tiny_dits, tiny_families
-from tests.test_lora_families import FAMILIES, LAYOUTS, Parts, caller, cases
-from tests.tiny import tiny_pipeline
+from tests import ROOT
+from tests.lora import test_families
+from tests.lora.test_families import FAMILIES, LAYOUTS, Parts, caller, cases
+from tests.tiny import dits, families, tiny_pipeline
 
-PAGE = Path(__file__).parents[2] / "docs" / "files.md"
+PAGE = ROOT / "docs" / "files.md"
 BEGIN, END = "<!-- table: python -m tests.peers.lora_files -->\n", "<!-- end of the table -->\n"
 TITLES = {
     "stable_diffusion": "SD 1.x", "stable_diffusion_3": "SD 3.5", "flux": "FLUX.1", "flux2": "FLUX.2",
@@ -38,7 +39,7 @@ TITLES = {
 }  # fmt: skip
 # Layouts with plain LoRA and alpha, then other kinds as they are usually written.
 # Here diffusers' reader knows the sizes of the published model only.
-test_lora_families.FAMILIES["flux"] = {
+test_families.FAMILIES["flux"] = {
     "double_blocks.0.img_attn.qkv": tuple(f"transformer_blocks.0.attn.to_{x}" for x in "qkv"),
     "single_blocks.0.linear2": ("single_transformer_blocks.0.proj_out",),
 }
@@ -59,8 +60,8 @@ def pipeline(family: str) -> Any:
     if family == "stable_diffusion":
         return tiny_pipeline()
     if family == "stable_diffusion_3":
-        return diffusers.StableDiffusion3Pipeline(**tiny_families.sd3())
-    return tiny_dits.tiny_dit(family)
+        return diffusers.StableDiffusion3Pipeline(**families.sd3())
+    return dits.tiny_dit(family)
 
 
 def made(family: str, kind: str, layout: str, component: str, model: Any) -> tuple[Parts, dict[str, Tensor]]:

@@ -17,10 +17,10 @@ import pytest
 
 from mole_diffusion import toybox
 from mole_diffusion.drawing import png
+from tests import ROOT
 
 pytest.importorskip("gradio")
 sync_api = pytest.importorskip("playwright.sync_api")
-ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 120_000  # milliseconds; a busy machine draws slowly
 pytestmark = pytest.mark.slow
 

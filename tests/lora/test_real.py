@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -11,14 +9,15 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from mole_diffusion.lora import LoRAError, inspect_lora, load_lora
+from tests import ROOT
 from tests.lora_files import same_factors
 from tests.tiny import tiny_components
 
-FOLDER = Path(__file__).resolve().parents[2] / "shared" / "data" / "loras"
+FOLDER = ROOT.parent / "shared" / "data" / "loras"
 KOHYA = FOLDER / "sd15_disney_kohya.safetensors"
 DIFFUSERS = FOLDER / "sd15_disney_diffusers.safetensors"
 
-# Somebody's LoRA, which this repository may not contain; tests/test_lora_*.py read all layouts without it.
+# Somebody's LoRA, which this repository may not contain; tests/lora/ read all layouts without it.
 pytestmark = pytest.mark.skipif(
     not (KOHYA.is_file() and DIFFUSERS.is_file()), reason=f"no real LoRA files beside the repository, in {FOLDER}"
 )

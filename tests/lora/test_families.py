@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from mole_diffusion.composition import Linear
 from mole_diffusion.experts import Experts
 from mole_diffusion.lora import load_lora
-from tests import tiny_dits, tiny_families
-from tests.tiny import tiny_components
+from tests.tiny import dits, families, tiny_components
 
 R = 2
 Parts = dict[str, Tensor]
@@ -112,8 +111,8 @@ def denoiser(family: str) -> tuple[str, Any]:
     if family == "stable_diffusion":
         return "unet", tiny_components()["unet"]
     if family == "stable_diffusion_3":
-        return "transformer", tiny_families.sd3()["transformer"]
-    return "transformer", tiny_dits.tiny_dit(family).transformer
+        return "transformer", families.sd3()["transformer"]
+    return "transformer", dits.tiny_dit(family).transformer
 
 
 def weight_of(model: nn.Module, names: tuple[str, ...]) -> Tensor:
@@ -199,7 +198,7 @@ def caller(family: str, denoiser: Any) -> Callable[[], Tensor]:
         words = torch.randn(1, 5, sizes.joint_attention_dim, generator=generator)
         pooled = torch.randn(1, sizes.pooled_projection_dim, generator=generator)
         return lambda: denoiser(sample, words, pooled, torch.tensor([500.0])).sample
-    _, call = tiny_dits.denoiser_call(family)
+    _, call = dits.denoiser_call(family)
 
     def run() -> Tensor:
         output = denoiser(**{**call, "return_dict": False})[0]

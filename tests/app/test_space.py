@@ -14,7 +14,7 @@ from mole_diffusion.app.space import write_space
 from mole_diffusion.drawing.settings import LoRASettings, PictureSettings
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.gating import MoLEModel
-from tests.test_cli import mole
+from tests.command import mole
 
 NAMES = ("cat", "boot", "teapot")
 

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from tests.tiny import tiny_components, tiny_tokenizer
-from tests.tiny_dits import t5_tokenizer
+from tests.tiny.dits import t5_tokenizer
 
 WIDTH = 16  # of text encoders
 

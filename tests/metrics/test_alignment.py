@@ -32,8 +32,8 @@ from mole_diffusion.metrics import (
 )
 from mole_diffusion.metrics.averages import Averages
 from mole_diffusion.toybox.world import compose_scene
+from tests import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 CONCEPTS = ["cat", "boot"]
 PROMPTS = ["a photo of a cat on grass", "a photo of a red boot on snow", "a photo of a cat on grass"]
 
@@ -250,7 +250,7 @@ import sys, torch, torch.distributed as dist
 from mole_diffusion.clip import DifferentiableCLIP
 from mole_diffusion import toybox
 from mole_diffusion.metrics import ConceptPresence, ImageAlignment, TextAlignment
-from tests.test_metrics_alignment import measure
+from tests.metrics.test_alignment import measure
 rank, port = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
 print(measure(slice(0, 1) if rank == 0 else slice(1, None)))

@@ -19,7 +19,7 @@ from mole_diffusion.drawing.as_command import as_command
 from mole_diffusion.drawing.as_python import as_python
 from mole_diffusion.drawing.settings import LoRASettings, PictureSettings
 from mole_diffusion.errors import MoLEError
-from tests.test_cli import mole, picture
+from tests.command import mole, picture
 
 PROMPT = 'a photo of a <v1> cat, a <v2> boot and "something" on sand'
 

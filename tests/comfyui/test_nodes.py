@@ -1,4 +1,4 @@
-"""The nodes for ComfyUI, against a stand-in for its package; see `comfy_stand_in.py` for what that shows."""
+"""The nodes for ComfyUI, against a stand-in for its package; see `stand_in.py` for what that shows."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ import torch
 
 from mole_diffusion import toybox
 from mole_diffusion.errors import MoLEError
-from tests import comfy_stand_in
+from tests import ROOT
+from tests.comfyui import stand_in
 
-ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "comfyui"
 
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[ModuleType]:
     before = dict(sys.modules)
-    comfy_stand_in.install()
+    stand_in.install()
     spec = importlib.util.spec_from_file_location("comfyui_nodes", FOLDER / "nodes.py")
     assert spec is not None
     assert spec.loader is not None

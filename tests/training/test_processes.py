@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from tests.test_clip import write_clip
+from tests import ROOT
+from tests.tiny.clip import write_clip
 
-ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 

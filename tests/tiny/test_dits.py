@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.tiny import WORDS
-from tests.tiny_dits import MADE, SYSTEM, draw, qwen_tokenizer, t5_tokenizer, tiny_dit
+from tests.tiny.dits import MADE, SYSTEM, draw, qwen_tokenizer, t5_tokenizer, tiny_dit
 
 
 @pytest.mark.parametrize("family", MADE)

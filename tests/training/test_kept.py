@@ -19,8 +19,8 @@ from mole_diffusion.training import Concept, prompts_from_templates
 from mole_diffusion.training.engine.loop import peak_memory
 from mole_diffusion.training.gates.concepts import text_for_clip
 from mole_diffusion.training.gates.report import _base_model, check_out
-from tests.test_training_lora import config, train
 from tests.tiny import tiny_pipeline
+from tests.training.test_lora import config, train
 
 
 @pytest.fixture(scope="module")

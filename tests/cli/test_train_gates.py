@@ -15,9 +15,10 @@ from mole_diffusion.cli.gate_inputs import read_concepts, read_config, read_prom
 from mole_diffusion.gating import GateConfig
 from mole_diffusion.lora import load_lora, save_lora
 from mole_diffusion.training import GateTrainingConfig
-from tests.test_cli import mole
-from tests.test_clip import write_clip
+from tests import ROOT
+from tests.command import mole
 from tests.tiny import ATTENTION, random_lora, tiny_pipeline
+from tests.tiny.clip import write_clip
 
 TINY = [
     "rollout_steps=1",
@@ -190,5 +191,5 @@ def test_a_toybox_subject_needs_only_its_name() -> None:
 
 
 def test_the_settings_of_table_7_are_settings() -> None:
-    settings = read_config(None, Path(__file__).parents[1] / "benchmarks" / "table7.yaml", None, {})
+    settings = read_config(None, ROOT / "benchmarks" / "table7.yaml", None, {})
     assert settings.guidance_scale == 3.0

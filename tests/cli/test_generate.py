@@ -17,9 +17,9 @@ from mole_diffusion.errors import MoLEError
 from mole_diffusion.loading import LoadingError
 from mole_diffusion.lora import load_lora, save_lora
 from mole_diffusion.pipelines import MoLEStableDiffusionPipeline
+from tests.command import mole, picture
 from tests.composing import NAMES, composing_pipeline, lora_states
 from tests.single_file import write_single_file
-from tests.test_cli import mole, picture
 
 PROMPT = "a cat, a dog and a mug"
 

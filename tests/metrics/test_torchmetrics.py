@@ -7,7 +7,6 @@ import json
 import socket
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -30,8 +29,8 @@ from mole_diffusion.metrics import (
     TextAlignment,
     oracle_detector,
 )
+from tests import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ["a photo of a cat on grass", "a photo of a red boot on snow", "a photo of a cat on sand"]
 REFERENCES = {"cat": toybox.references("cat"), "boot": toybox.references("boot")}
 PICTURES = [*REFERENCES["cat"][:1], *REFERENCES["boot"][:1], *REFERENCES["cat"][1:2]]
@@ -200,7 +199,7 @@ def test_weights_are_not_moved_by_a_reset_and_states_are_saved(clip: Differentia
 WORKERS = """
 import json, sys, torch.distributed as dist
 from tests.forked import fork, wait
-from tests.test_metrics_torchmetrics import *
+from tests.metrics.test_torchmetrics import *
 
 def work(rank):
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{sys.argv[1]}", rank=rank, world_size=2)

@@ -8,23 +8,21 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from typer.testing import CliRunner
 
 from mole_diffusion import __version__, toybox
-from mole_diffusion.cli import app
 from mole_diffusion.composition import COMPOSITIONS
 from mole_diffusion.lora import load_lora, save_lora
 from mole_diffusion.pipelines import MoLEStableDiffusionPipeline
 from mole_diffusion.training import LoRATrainingConfig
+from tests import ROOT
+from tests.command import mole, picture
 from tests.composing import NAMES, composing_pipeline, lora_states
 
 PROMPT = "a cat, a dog and a mug"
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -43,15 +41,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, colour in zip(NAMES, ("red", "green", "blue"), strict=True):
         Image.new("RGB", (48, 32), colour).save(folder / "pictures" / f"{name}.png")
     return folder
-
-
-def picture(path: Path) -> Image.Image:
-    with Image.open(path) as file:
-        return file.copy()
-
-
-def mole(*arguments: object) -> Any:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def drawing(world: Path, out: Path, *more: object) -> list[object]:

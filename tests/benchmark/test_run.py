@@ -30,8 +30,8 @@ from mole_diffusion.composition import COMPOSITIONS, Merge
 from mole_diffusion.metrics import RegionAlignment, oracle_detector
 from mole_diffusion.toybox.recipe.gates import TRAINED_ON
 from mole_diffusion.toybox.world import compose_scene
+from tests import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 SMALL: dict[str, Any] = {
     "name": "small",
     "base": "toybox",

@@ -17,9 +17,10 @@ from mole_diffusion import toybox
 from mole_diffusion.cli import app
 from mole_diffusion.clip import DifferentiableCLIP
 from mole_diffusion.metrics import ImageAlignment, TextAlignment, evaluate_folder, load_clip
-from tests.test_clip import write_clip
+from tests import ROOT
+from tests.tiny.clip import write_clip
 
-PHOTOS = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "dreambooth" / "images"
+PHOTOS = ROOT.parent / "shared" / "data" / "dreambooth" / "images"
 PROMPTS = ["a photo of a cat on grass", "a photo of a boot on sand", "a photo of a cat on snow"]
 
 

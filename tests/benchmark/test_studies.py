@@ -9,9 +9,8 @@ import pytest
 
 from mole_diffusion.benchmark import BenchmarkConfig, studies
 from mole_diffusion.errors import MoLEError
-from tests.test_cli import mole
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests import ROOT
+from tests.command import mole
 
 
 def test_a_name_is_a_study_that_comes_along_and_a_path_stays_one(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from torch import Tensor
 from mole_diffusion.experts import Experts
 from mole_diffusion.gating import GateConfig, MoLEModel
 from tests import reference
+from tests.gating.test_model import gates_for
 from tests.running import EVERYTHING, make_lora, models, run_text, run_unet, unet_inputs
-from tests.test_gating_model import gates_for
 from tests.tiny import ATTENTION, FEED_FORWARD, TEXT_ENCODER
 from tests.weighing import Numbers
 

@@ -1,0 +1,1 @@
+"""Tests of what weighs LoRAs: methods, regions, words."""

@@ -1,0 +1,1 @@
+"""Tests of pictures that tell how they were made."""

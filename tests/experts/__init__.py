@@ -1,0 +1,1 @@
+"""Tests of LoRAs inside a model."""
