@@ -44,7 +44,7 @@ def text_alignment(image_features: Tensor, text_features: Tensor, scale: Scale =
 
 
 def on_scale(cosine: Tensor, scale: Scale) -> Tensor:
-    """Cosines as :func:`text_alignment` gives them on a scale."""
+    """Cosines as `text_alignment` gives them on a scale."""
     return cosine if scale == "cosine" else 2.5 * cosine.clamp(min=0)
 
 
@@ -74,8 +74,8 @@ class TextAlignment(Averages):
     """Mean CLIP cosine between pictures and their prompts. The result's name tells the scale.
 
     Args:
-        clip: Any open_clip model as a :class:`~mole_diffusion.clip.DifferentiableCLIP`.
-        scale: As in :func:`text_alignment`.
+        clip: Any open_clip model as a `DifferentiableCLIP`.
+        scale: As in `text_alignment`.
         batch_size: Pictures at a time.
         kwargs: As every metric of torchmetrics takes them.
     """
@@ -92,7 +92,7 @@ class TextAlignment(Averages):
         """The number of each picture, `(pictures, 1)`; counts nothing.
 
         Raises:
-            TypeError, ValueError: As :meth:`update`.
+            TypeError, ValueError: As `update`.
         """
         if isinstance(prompts, str) and len(by_picture(images)) == 1:
             prompts = [prompts]
@@ -113,7 +113,7 @@ class ImageAlignment(Averages):
     """Cosine between pictures and the reference pictures of each concept: by concept, and the mean over concepts.
 
     Args:
-        encoder: CLIP, or a :class:`VisionBackbone` such as DINOv2.
+        encoder: CLIP, or a `VisionBackbone` such as DINOv2.
         references: Concept to its pictures.
         batch_size: Pictures at a time.
         kwargs: As every metric of torchmetrics takes them.
@@ -148,7 +148,7 @@ class ImageAlignment(Averages):
         """The number of each picture and concept, `(pictures, concepts)`, NaN where a picture should not show it.
 
         Raises:
-            TypeError, ValueError: As :meth:`update`.
+            TypeError, ValueError: As `update`.
         """
         features = embed_images(self.encoder, images, batch_size=self.batch_size)
         wanted = asked_for(concepts, self.names, len(features))

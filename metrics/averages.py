@@ -24,7 +24,7 @@ class Averages(Metric):
 
     Args:
         names: Of the numbers.
-        kwargs: What every :class:`torchmetrics.Metric` takes: `dist_sync_on_step`, `sync_on_compute` ...
+        kwargs: What every `torchmetrics.Metric` takes: `dist_sync_on_step`, `sync_on_compute` ...
     """
 
     is_differentiable = False
@@ -66,7 +66,7 @@ class Averages(Metric):
         return {name: t / _UNIT / c for name, t, c in zip(self.names, total, count, strict=True) if c}
 
     def result(self) -> dict[str, float]:
-        """What :meth:`compute` hands out as tensors."""
+        """What `compute` hands out as tensors."""
         return self.means()
 
     def compute(self) -> dict[str, Tensor]:
@@ -144,7 +144,7 @@ class OneNumber(WrapperMetric):
         self.metric.reset()
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """As :meth:`Averages.plot`."""
+        """As `Averages.plot`."""
         return self._plot(val, ax)
 
     def _pick(self, numbers: dict[str, Tensor]) -> Tensor:

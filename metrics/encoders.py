@@ -18,7 +18,7 @@ from .pictures import Pictures, by_picture
 
 
 class ImageEncoder(Protocol):
-    """Pictures to features; :class:`~mole_diffusion.clip.DifferentiableCLIP` and :class:`VisionBackbone` are such."""
+    """Pictures to features; `DifferentiableCLIP` and `VisionBackbone` are such."""
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Unit-length features `(batch, width)` of pictures in [0, 1], `(batch, 3, height, width)`."""

@@ -69,5 +69,5 @@ class ConceptPresence(Averages):
         return torch.tensor(rows, dtype=torch.float64)
 
     def update(self, images: Pictures, concepts: Sequence[Sequence[str]]) -> None:
-        """Counts pictures, with the subjects each should show. Raises: as :meth:`measure`."""
+        """Counts pictures, with the subjects each should show. Raises: as `measure`."""
         self.add(self.measure(images, concepts))

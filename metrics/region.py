@@ -58,7 +58,7 @@ def region_alignment(
         encoder: CLIP or another backbone.
         image: The whole picture.
         box: As a detector gave it.
-        reference_features: `(references, width)`, of :func:`reference_regions`.
+        reference_features: `(references, width)`, of `reference_regions`.
 
     Returns:
         Mean cosine, 0 without a box, and whether there is one. Evaluations that leave misses out of the mean reward a
@@ -84,9 +84,9 @@ class RegionAlignment(Averages):
     """Image alignment of the box that holds each concept, a miss counted as 0, with the detection rate beside it.
 
     Args:
-        encoder: CLIP, or a :class:`VisionBackbone` such as DINOv2.
+        encoder: CLIP, or a `VisionBackbone` such as DINOv2.
         references: Concept to its pictures; what the detector finds in them is compared.
-        detector: Finds a concept in a picture; on the toybox :func:`oracle_detector`.
+        detector: Finds a concept in a picture; on the toybox `oracle_detector`.
         kwargs: As every metric of torchmetrics takes them.
 
     Raises:
@@ -118,7 +118,7 @@ class RegionAlignment(Averages):
         NaN where a picture should not show a concept.
 
         Raises:
-            ValueError: As :meth:`update`.
+            ValueError: As `update`.
         """
         seen = as_images(images)
         wanted = asked_for(concepts, self.concepts, len(seen))

@@ -11,7 +11,7 @@ class MoLEError(ValueError):
     """Something given to the library is wrong: a file, an argument, a setting.
 
     Every error that a user can mend is one, so that a program, and the command line, can tell them from a bug of ours
-    by one ``except``. The message says what was given, what is allowed and how to mend it, in one line. It may quote
+    by one `except`. The message says what was given, what is allowed and how to mend it, in one line. It may quote
     what a file holds: control characters are shown as escapes, and what is very long is cut in its middle.
     """
 

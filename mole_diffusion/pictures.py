@@ -38,7 +38,7 @@ def picture_files(folder: str | os.PathLike[str]) -> list[Path]:
     """The pictures of a folder in natural order: 2.png before 10.png.
 
     Whatever its ending, a file is taken for a picture, so that one that cannot be read is named and not left out.
-    Left out are hidden files, files of :data:`COMPANIONS`, and what lies in folders inside.
+    Left out are hidden files, files of `COMPANIONS`, and what lies in folders inside.
 
     Raises:
         MoLEError: There is no such folder, or no picture in it.
@@ -66,7 +66,7 @@ def natural_order(name: str) -> tuple[list[tuple[int, int | str]], str]:
 
 
 def read_picture(file: str | os.PathLike[str]) -> Image.Image:
-    """A picture as :func:`as_seen` gives it, read to its end; the first one of an animation.
+    """A picture as `as_seen` gives it, read to its end; the first one of an animation.
 
     Raises:
         MoLEError: There is no such file; or it is cut short, damaged, no picture, or of a kind that cannot be read.
@@ -124,7 +124,7 @@ def read_pictures(folder: str | os.PathLike[str]) -> list[Image.Image]:
     """All pictures of a folder.
 
     Raises:
-        MoLEError: As :func:`picture_files` and :func:`read_picture`.
+        MoLEError: As `picture_files` and `read_picture`.
     """
     return [read_picture(file) for file in picture_files(folder)]
 

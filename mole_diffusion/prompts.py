@@ -61,7 +61,7 @@ def read_prompt_lines(file: str | os.PathLike[str]) -> list[str]:
     """The prompts of a text file, a line each; empty lines are left out.
 
     Raises:
-        MoLEError: As :func:`read_text`, or it is a table by its ending.
+        MoLEError: As `read_text`, or it is a table by its ending.
     """
     path = Path(file)
     if path.suffix.lower() in _TABLES:
@@ -80,7 +80,7 @@ def read_prompts(file: str | os.PathLike[str], names: Sequence[str]) -> list[str
         names: Of the pictures.
 
     Raises:
-        MoLEError: As :func:`read_text`; or there are not as many prompts as pictures, or a picture has none.
+        MoLEError: As `read_text`; or there are not as many prompts as pictures, or a picture has none.
     """
     path = Path(file)
     if path.suffix.lower() == ".json":

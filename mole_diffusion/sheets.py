@@ -70,7 +70,7 @@ def gate_heat_map(
     """Draws gate weights as a heat map, places down and LoRAs across, with the number in each cell.
 
     Args:
-        weights: ``(places, num_experts)``; NaN where a LoRA has nothing at a place, shown as an empty cell.
+        weights: `(places, num_experts)`; NaN where a LoRA has nothing at a place, shown as an empty cell.
         places: Names of the rows, from the model's input to its output.
         loras: Names of the columns.
         path: Where to; the suffix chooses the format.

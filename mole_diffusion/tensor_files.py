@@ -119,7 +119,7 @@ class TensorFile:
 
     @property
     def sha256(self) -> str:
-        """Of the bytes that :attr:`tensors` come from."""
+        """Of the bytes that `tensors` come from."""
         return self._contents[1]
 
 

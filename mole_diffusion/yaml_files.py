@@ -19,7 +19,7 @@ LARGEST, DEEPEST, MOST_VALUES = 256 * 1024, 20, 5_000
 
 
 def read_yaml(path: str | os.PathLike[str]) -> Any:
-    """The values of a YAML file; see :func:`parse_yaml`.
+    """The values of a YAML file; see `parse_yaml`.
 
     Raises:
         MoLEError: There is no such file, or it is no such YAML. The message names the file.

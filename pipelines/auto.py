@@ -12,7 +12,7 @@ def register(
 
     Args:
         name: Of the model, as nobody else calls it.
-        text_to_image, image_to_image, inpainting: The pipelines; ``None`` where diffusers has none.
+        text_to_image, image_to_image, inpainting: The pipelines; `None` where diffusers has none.
     """
     for mapping, pipeline in (
         (auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING, text_to_image),

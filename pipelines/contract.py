@@ -56,7 +56,7 @@ class DiffusersContract(Base):
         cls.__call__ = call
 
     def _refuse_unknown_arguments(self, kwargs: Mapping[str, Any]) -> None:
-        """Raises TypeError for an argument that a pipeline with a catch-all ``**kwargs`` would drop in silence."""
+        """Raises TypeError for an argument that a pipeline with a catch-all `**kwargs` would drop in silence."""
         known = inspect.signature(_stock_class(type(self)).__call__).parameters
         for name in kwargs:
             # The two that diffusers still takes out of its catch-all.
@@ -70,7 +70,7 @@ class DiffusersContract(Base):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Self:
-        """As in diffusers, but weights are read from safetensors only, unless ``use_safetensors=False`` is given.
+        """As in diffusers, but weights are read from safetensors only, unless `use_safetensors=False` is given.
 
         Raises:
             LoadingError: The folder or repository is not there, or cannot be read.
@@ -101,14 +101,14 @@ class DiffusersContract(Base):
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
-        """As in diffusers, but the models, which both pipelines share, keep their precision unless ``dtype`` is given.
+        """As in diffusers, but the models, which both pipelines share, keep their precision unless `dtype` is given.
 
         diffusers casts them to float32 otherwise.
         """
         if "dtype" in kwargs or "torch_dtype" in kwargs:
             return super().from_pipe(pipeline, **kwargs)
-        models = [model for model in pipeline.components.values() if isinstance(model, nn.Module)]
-        dtypes = [model.dtype for model in models]
+        models: list[Any] = [model for model in pipeline.components.values() if isinstance(model, nn.Module)]
+        dtypes: list[torch.dtype] = [model.dtype for model in models]
         # Casting up and back loses nothing, and is no cast at all where all have one precision.
         widest = reduce(torch.promote_types, dtypes)
         new = super().from_pipe(pipeline, dtype=widest, **kwargs)

@@ -9,15 +9,15 @@ from .mixin import MoLEPipelineMixin
 
 
 class MoLEFluxPipeline(MoLEPipelineMixin, FluxPipeline):
-    """`diffusers.FluxPipeline` that draws with several LoRAs at once; see :class:`MoLEPipelineMixin`."""
+    """`diffusers.FluxPipeline` that draws with several LoRAs at once; see `MoLEPipelineMixin`."""
 
 
 class MoLEFluxImg2ImgPipeline(MoLEPipelineMixin, FluxImg2ImgPipeline):
-    """`diffusers.FluxImg2ImgPipeline` with several LoRAs at once; see :class:`MoLEPipelineMixin`."""
+    """`diffusers.FluxImg2ImgPipeline` with several LoRAs at once; see `MoLEPipelineMixin`."""
 
 
 class MoLEFluxInpaintPipeline(MoLEPipelineMixin, FluxInpaintPipeline):
-    """`diffusers.FluxInpaintPipeline` with several LoRAs at once; see :class:`MoLEPipelineMixin`."""
+    """`diffusers.FluxInpaintPipeline` with several LoRAs at once; see `MoLEPipelineMixin`."""
 
 
 register(

@@ -9,15 +9,15 @@ from .mixin import MoLEPipelineMixin
 
 
 class MoLEFlux2Pipeline(MoLEPipelineMixin, Flux2Pipeline):
-    """`diffusers.Flux2Pipeline` that draws with several LoRAs at once; see :class:`MoLEPipelineMixin`."""
+    """`diffusers.Flux2Pipeline` that draws with several LoRAs at once; see `MoLEPipelineMixin`."""
 
 
 class MoLEFlux2KleinPipeline(MoLEPipelineMixin, Flux2KleinPipeline):
-    """`diffusers.Flux2KleinPipeline` that draws with several LoRAs at once; see :class:`MoLEPipelineMixin`."""
+    """`diffusers.Flux2KleinPipeline` that draws with several LoRAs at once; see `MoLEPipelineMixin`."""
 
 
 class MoLEFlux2KleinInpaintPipeline(MoLEPipelineMixin, Flux2KleinInpaintPipeline):
-    """`diffusers.Flux2KleinInpaintPipeline` with several LoRAs at once; see :class:`MoLEPipelineMixin`."""
+    """`diffusers.Flux2KleinInpaintPipeline` with several LoRAs at once; see `MoLEPipelineMixin`."""
 
 
 # Both take pictures to look at, so that one pipeline is for text and for pictures, as in diffusers.

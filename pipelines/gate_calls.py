@@ -15,11 +15,11 @@ from .lora_calls import LoRACalls
 
 
 class GateCalls(LoRACalls):
-    """The part of :class:`~.mixin.MoLEPipelineMixin` about gates and methods."""
+    """The part of `MoLEPipelineMixin` about gates and methods."""
 
     @property
     def gates(self) -> MoLEModel | None:
-        """The gates, or ``None`` as long as none are loaded."""
+        """The gates, or `None` as long as none are loaded."""
         return self._loaded.gates
 
     @property
@@ -30,18 +30,18 @@ class GateCalls(LoRACalls):
     def init_gates(self, config: GateConfig | None = None) -> MoLEModel:
         """Hangs fresh, untrained gates on the loaded LoRAs and returns them.
 
-        The composition becomes ``"mole"``, or ``"masked_gates"`` for gates with ``residual=True``.
+        The composition becomes `"mole"`, or `"masked_gates"` for gates with `residual=True`.
         """
         return self._use_gates(MoLEModel.from_experts(self._need_experts("init_gates"), config))
 
     def load_gates(self, source: str | os.PathLike[str], **kwargs: Any) -> MoLEModel:
         """Loads trained gates from a folder or the Hub.
 
-        The composition becomes ``"mole"``, or ``"masked_gates"`` if they were trained to correct masks.
+        The composition becomes `"mole"`, or `"masked_gates"` if they were trained to correct masks.
 
         Args:
             source: Folder or Hub id.
-            **kwargs: Passed on to `MoLEModel.from_pretrained` (``revision``, ``token``, ``cache_dir``, …).
+            **kwargs: Passed on to `MoLEModel.from_pretrained` (`revision`, `token`, `cache_dir`, …).
 
         Raises:
             ValueError: No LoRAs are loaded, or they are not those the gates were trained with, in that order.
@@ -69,9 +69,9 @@ class GateCalls(LoRACalls):
         """Chooses how the LoRAs share the picture.
 
         Args:
-            method: A name in `mole_diffusion.composition.COMPOSITIONS`, or a method of your own. ``None`` leaves it to
-                each call: ``"masks"`` where several LoRAs take part whose trigger words are known (given, or told by
-                their files), and otherwise ``"budget"``.
+            method: A name in `mole_diffusion.composition.COMPOSITIONS`, or a method of your own. `None` leaves it to
+                each call: `"masks"` where several LoRAs take part whose trigger words are known (given, or told by
+                their files), and otherwise `"budget"`.
 
         Raises:
             ValueError: The name is unknown, or the method needs gates and none are loaded.

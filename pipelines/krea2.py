@@ -9,7 +9,7 @@ from .mixin import MoLEPipelineMixin
 
 
 class MoLEKrea2Pipeline(MoLEPipelineMixin, Krea2Pipeline):
-    """`diffusers.Krea2Pipeline` that draws with several LoRAs at once; see :class:`MoLEPipelineMixin`."""
+    """`diffusers.Krea2Pipeline` that draws with several LoRAs at once; see `MoLEPipelineMixin`."""
 
 
 register("mole-krea2", text_to_image=MoLEKrea2Pipeline)

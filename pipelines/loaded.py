@@ -26,7 +26,7 @@ class Loaded:
         loras: By name, in the order of the experts.
         experts: The same, on the models.
         gates: If any are loaded.
-        composition: What was chosen; ``None`` leaves it to each call.
+        composition: What was chosen; `None` leaves it to each call.
         triggers: The words that call each LoRA.
         called_by_name: The LoRAs whose triggers nobody told, so that their own name stands in for them.
         roles: Of each LoRA.

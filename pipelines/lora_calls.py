@@ -21,7 +21,7 @@ from .stock_lora import StockLoRACalls
 
 
 class LoRACalls(StockLoRACalls):
-    """The part of :class:`~.mixin.MoLEPipelineMixin` about loaded LoRAs."""
+    """The part of `MoLEPipelineMixin` about loaded LoRAs."""
 
     @property
     def family(self) -> Family:
@@ -40,7 +40,7 @@ class LoRACalls(StockLoRACalls):
 
     @property
     def experts(self) -> Experts | None:
-        """The loaded LoRAs as experts on the models, or ``None`` without LoRAs."""
+        """The loaded LoRAs as experts on the models, or `None` without LoRAs."""
         return self._loaded.experts
 
     @property
@@ -50,7 +50,7 @@ class LoRACalls(StockLoRACalls):
 
     @property
     def roles(self) -> dict[str, Role]:
-        """The role of each LoRA: ``"subject"``, ``"style"`` or ``"utility"``."""
+        """The role of each LoRA: `"subject"`, `"style"` or `"utility"`."""
         return dict(self._loaded.roles)
 
     @property
@@ -69,11 +69,11 @@ class LoRACalls(StockLoRACalls):
         """Loads LoRAs, in addition to those already loaded. If one is refused, nothing changes.
 
         Args:
-            loras: Name to file, state dict or :class:`LoRA`; or a list of files, named by their stems.
+            loras: Name to file, state dict or `LoRA`; or a list of files, named by their stems.
             triggers: Name to the words in a prompt that call the LoRA, one phrase or several. By default those that
                 its file tells (`mole train-lora` and kohya's trainers write them), else its name.
-            roles: Name to ``"subject"``, the default: a thing in the picture; ``"style"``: everywhere but on subjects'
-                words; or ``"utility"``, such as LCM: everywhere, at its own weight.
+            roles: Name to `"subject"`, the default: a thing in the picture; `"style"`: everywhere but on subjects'
+                words; or `"utility"`, such as LCM: everywhere, at its own weight.
 
         Raises:
             TypeError: `loras` or a name is of another type.
@@ -108,7 +108,7 @@ class LoRACalls(StockLoRACalls):
         """Takes the named LoRAs, or all, off the models. Without LoRAs the models are as before, bit for bit.
 
         Unloading all also removes the gates. With gates, single LoRAs are masked in a call instead:
-        ``pipe(prompt, loras=[...])``.
+        `pipe(prompt, loras=[...])`.
 
         Raises:
             ValueError: A name is not loaded, gates are loaded and not all LoRAs go, or a picture is being drawn.

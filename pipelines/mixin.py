@@ -47,8 +47,8 @@ class MoLEPipelineMixin(GateCalls):
 
     The LoRAs hang on the denoiser and the text encoders from `load_loras` to `unload_loras`, and every pipeline that
     has these models finds them. Whoever calls the models meanwhile composes too: a stock
-    ``StableDiffusionImg2ImgPipeline.from_pipe(pipe)`` draws with all loaded LoRAs at scale 1 in the present
-    composition, or with those of ``with pipe.composing([...])`` around the call.
+    `StableDiffusionImg2ImgPipeline.from_pipe(pipe)` draws with all loaded LoRAs at scale 1 in the present
+    composition, or with those of `with pipe.composing([...])` around the call.
 
     Calls from several threads wait for one another where they share a pipeline or a scheduler, and run side by side
     where they share models alone.
@@ -56,9 +56,9 @@ class MoLEPipelineMixin(GateCalls):
 
     @property
     def masks(self) -> RegionMap | None:
-        """Which pixels were whose in the latest call of this pipeline; ``None`` where its method made no difference.
+        """Which pixels were whose in the latest call of this pipeline; `None` where its method made no difference.
 
-        Look at it with ``pipe.masks.overlay(images)``, save it, change it, and give it again as ``regions=``.
+        Look at it with `pipe.masks.overlay(images)`, save it, change it, and give it again as `regions=`.
         """
         found: RegionMap | None = self.__dict__.get("_mole_masks")
         return found
@@ -67,11 +67,11 @@ class MoLEPipelineMixin(GateCalls):
     def composing(
         self, loras: Selection = None, *, scale: float = 1.0, regions: Regions | None = None, scheduler: Any = None
     ) -> Iterator[None]:
-        """Composes the chosen LoRAs in every call of the text encoders and the denoiser inside the ``with``.
+        """Composes the chosen LoRAs in every call of the text encoders and the denoiser inside the `with`.
 
         Args:
             loras: As in a call of the pipeline.
-            scale: Multiplies all weights, as ``cross_attention_kwargs={"scale": ...}`` does in diffusers.
+            scale: Multiplies all weights, as `cross_attention_kwargs={"scale": ...}` does in diffusers.
             regions: As in a call of the pipeline.
             scheduler: Of the pipeline that draws inside, if it is not this one's.
 
@@ -136,7 +136,7 @@ class MoLEPipelineMixin(GateCalls):
     def use_loras(self, loras: Selection) -> None:
         """Changes the choice of LoRAs until the end of the running call, or of the innermost `composing`.
 
-        For ``callback_on_step_end``: ``lambda pipe, step, timestep, tensors: pipe.use_loras(["cat"]) or {}`` changes
+        For `callback_on_step_end`: `lambda pipe, step, timestep, tensors: pipe.use_loras(["cat"]) or {}` changes
         it from the next step on.
 
         Args:
@@ -169,13 +169,13 @@ class MoLEPipelineMixin(GateCalls):
         """Draws. Every argument of the diffusers pipeline works as there.
 
         Args:
-            loras: ``None`` draws with all loaded LoRAs, a list with those named, a dict also scales each weight, and
-                ``[]`` is the bare base model, bit for bit. Text encoders use the same choice.
+            loras: `None` draws with all loaded LoRAs, a list with those named, a dict also scales each weight, and
+                `[]` is the bare base model, bit for bit. Text encoders use the same choice.
             regions: Where LoRAs act, for methods that bind them to their subjects: name to a box ``(left, top, right,
                 bottom)`` in fractions of the picture or pixels, a polygon, a painted mask, or several of these; or
-                ``{"region": box, "prompt": "a <v1> cat asleep"}`` for one with words of its own. LoRAs without a region
-                are found automatically. Or the :attr:`masks` of an earlier call.
-            spans: Beside ``prompt_embeds``, whose words nobody can read: name to the positions of its LoRA's tokens.
+                `{"region": box, "prompt": "a <v1> cat asleep"}` for one with words of its own. LoRAs without a region
+                are found automatically. Or the `masks` of an earlier call.
+            spans: Beside `prompt_embeds`, whose words nobody can read: name to the positions of its LoRA's tokens.
 
         Raises:
             TypeError: `loras` is of another type, or the pipeline has no such argument.

@@ -18,7 +18,7 @@ class _Seen(Exception):
 
 @contextmanager
 def drawing_prior(pipe: Any, method: Composition, call: Call, kwargs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Inside the ``with``, a call of the pipeline with the arguments handed out is the prior pass of a method.
+    """Inside the `with`, a call of the pipeline with the arguments handed out is the prior pass of a method.
 
     It ends as soon as the method has seen enough, and leaves all random numbers as they were, so that the picture
     begins from the same noise.

@@ -9,15 +9,15 @@ from .mixin import MoLEPipelineMixin
 
 
 class MoLEQwenImagePipeline(MoLEPipelineMixin, QwenImagePipeline):
-    """`diffusers.QwenImagePipeline` that draws with several LoRAs at once; see :class:`MoLEPipelineMixin`."""
+    """`diffusers.QwenImagePipeline` that draws with several LoRAs at once; see `MoLEPipelineMixin`."""
 
 
 class MoLEQwenImageImg2ImgPipeline(MoLEPipelineMixin, QwenImageImg2ImgPipeline):
-    """`diffusers.QwenImageImg2ImgPipeline` with several LoRAs at once; see :class:`MoLEPipelineMixin`."""
+    """`diffusers.QwenImageImg2ImgPipeline` with several LoRAs at once; see `MoLEPipelineMixin`."""
 
 
 class MoLEQwenImageInpaintPipeline(MoLEPipelineMixin, QwenImageInpaintPipeline):
-    """`diffusers.QwenImageInpaintPipeline` with several LoRAs at once; see :class:`MoLEPipelineMixin`."""
+    """`diffusers.QwenImageInpaintPipeline` with several LoRAs at once; see `MoLEPipelineMixin`."""
 
 
 register(

@@ -28,7 +28,7 @@ def prompt_words(
         prompt: The prompts.
         loaded: The LoRAs.
         call: The call.
-        others: Other arguments of ``encode_prompt``, such as ``prompt_2``, by name.
+        others: Other arguments of `encode_prompt`, such as `prompt_2`, by name.
 
     Raises:
         MoLEError: A subject that takes part, and has no region of its own, is not called by its words.
@@ -67,7 +67,7 @@ def prompt_words(
 
 
 def _joined(readings: Sequence[Reading], marks: Sequence[Tensor]) -> PromptWords:
-    """What every tokenizer marked, ``(prompts, N, tokens)`` each, as the denoiser is given it."""
+    """What every tokenizer marked, `(prompts, N, tokens)` each, as the denoiser is given it."""
     length = max(reading.place.stop for reading in readings if reading.place is not None)
     owned = torch.zeros(*marks[0].shape[:2], length, dtype=torch.bool)
     ends = torch.zeros(len(owned), length, dtype=torch.bool)
@@ -148,7 +148,7 @@ def with_region_prompts(encoded: Any, encode: Callable[[list[str]], Any], texts:
     be as long, are repeated: attention over the same tokens several times is attention over them once.
 
     Args:
-        encoded: What the pipeline's `encode_prompt` gave: prompt embeddings, negative ones or ``None``, and more.
+        encoded: What the pipeline's `encode_prompt` gave: prompt embeddings, negative ones or `None`, and more.
         encode: The same for other prompts, without guidance.
         texts: The regions' prompts.
     """

@@ -19,11 +19,11 @@ def read_selection(loras: Selection, names: Sequence[str]) -> tuple[Tensor, Tens
     """Turns a choice of LoRAs into a mask and scales.
 
     Args:
-        loras: ``None`` for all, a list of the names to keep, or a mapping of them to scales.
+        loras: `None` for all, a list of the names to keep, or a mapping of them to scales.
         names: The loaded LoRAs, in the order of the experts.
 
     Returns:
-        ``keep`` and ``scale``, both float32 ``(1, num_experts)``. ``keep`` is all zero for an empty choice.
+        `keep` and `scale`, both float32 `(1, num_experts)`. `keep` is all zero for an empty choice.
 
     Raises:
         TypeError: `loras` is of another type, a name is no string, or a scale is no number.
@@ -52,7 +52,7 @@ SCALE_ARGUMENTS = ("cross_attention_kwargs", "attention_kwargs", "joint_attentio
 
 
 def read_scale(kwargs: Mapping[str, Any]) -> float:
-    """The ``scale`` of all LoRAs in the arguments of a pipeline's call; 1 where none is given.
+    """The `scale` of all LoRAs in the arguments of a pipeline's call; 1 where none is given.
 
     Raises:
         MoLEError: It is not finite.

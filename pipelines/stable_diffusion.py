@@ -16,27 +16,27 @@ from .mixin import MoLEPipelineMixin
 
 
 class MoLEStableDiffusionPipeline(MoLEPipelineMixin, StableDiffusionPipeline):
-    """`diffusers.StableDiffusionPipeline` with LoRAs composed; see :class:`MoLEPipelineMixin`."""
+    """`diffusers.StableDiffusionPipeline` with LoRAs composed; see `MoLEPipelineMixin`."""
 
 
 class MoLEStableDiffusionImg2ImgPipeline(MoLEPipelineMixin, StableDiffusionImg2ImgPipeline):
-    """`diffusers.StableDiffusionImg2ImgPipeline` with LoRAs composed; see :class:`MoLEPipelineMixin`."""
+    """`diffusers.StableDiffusionImg2ImgPipeline` with LoRAs composed; see `MoLEPipelineMixin`."""
 
 
 class MoLEStableDiffusionInpaintPipeline(MoLEPipelineMixin, StableDiffusionInpaintPipeline):
-    """`diffusers.StableDiffusionInpaintPipeline` with LoRAs composed; see :class:`MoLEPipelineMixin`."""
+    """`diffusers.StableDiffusionInpaintPipeline` with LoRAs composed; see `MoLEPipelineMixin`."""
 
 
 class MoLEStableDiffusionControlNetPipeline(MoLEPipelineMixin, StableDiffusionControlNetPipeline):
-    """`diffusers.StableDiffusionControlNetPipeline` with LoRAs composed; see :class:`MoLEPipelineMixin`."""
+    """`diffusers.StableDiffusionControlNetPipeline` with LoRAs composed; see `MoLEPipelineMixin`."""
 
 
 class MoLEStableDiffusionControlNetImg2ImgPipeline(MoLEPipelineMixin, StableDiffusionControlNetImg2ImgPipeline):
-    """`diffusers.StableDiffusionControlNetImg2ImgPipeline` with LoRAs composed; see :class:`MoLEPipelineMixin`."""
+    """`diffusers.StableDiffusionControlNetImg2ImgPipeline` with LoRAs composed; see `MoLEPipelineMixin`."""
 
 
 class MoLEStableDiffusionControlNetInpaintPipeline(MoLEPipelineMixin, StableDiffusionControlNetInpaintPipeline):
-    """`diffusers.StableDiffusionControlNetInpaintPipeline` with LoRAs composed; see :class:`MoLEPipelineMixin`."""
+    """`diffusers.StableDiffusionControlNetInpaintPipeline` with LoRAs composed; see `MoLEPipelineMixin`."""
 
 
 register(

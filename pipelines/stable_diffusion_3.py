@@ -13,15 +13,15 @@ from .mixin import MoLEPipelineMixin
 
 
 class MoLEStableDiffusion3Pipeline(MoLEPipelineMixin, StableDiffusion3Pipeline):
-    """`diffusers.StableDiffusion3Pipeline` with LoRAs composed; see :class:`MoLEPipelineMixin`."""
+    """`diffusers.StableDiffusion3Pipeline` with LoRAs composed; see `MoLEPipelineMixin`."""
 
 
 class MoLEStableDiffusion3Img2ImgPipeline(MoLEPipelineMixin, StableDiffusion3Img2ImgPipeline):
-    """`diffusers.StableDiffusion3Img2ImgPipeline` with LoRAs composed; see :class:`MoLEPipelineMixin`."""
+    """`diffusers.StableDiffusion3Img2ImgPipeline` with LoRAs composed; see `MoLEPipelineMixin`."""
 
 
 class MoLEStableDiffusion3InpaintPipeline(MoLEPipelineMixin, StableDiffusion3InpaintPipeline):
-    """`diffusers.StableDiffusion3InpaintPipeline` with LoRAs composed; see :class:`MoLEPipelineMixin`."""
+    """`diffusers.StableDiffusion3InpaintPipeline` with LoRAs composed; see `MoLEPipelineMixin`."""
 
 
 register(

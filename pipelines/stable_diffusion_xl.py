@@ -16,27 +16,27 @@ from .mixin import MoLEPipelineMixin
 
 
 class MoLEStableDiffusionXLPipeline(MoLEPipelineMixin, StableDiffusionXLPipeline):
-    """`diffusers.StableDiffusionXLPipeline` with LoRAs composed; see :class:`MoLEPipelineMixin`."""
+    """`diffusers.StableDiffusionXLPipeline` with LoRAs composed; see `MoLEPipelineMixin`."""
 
 
 class MoLEStableDiffusionXLImg2ImgPipeline(MoLEPipelineMixin, StableDiffusionXLImg2ImgPipeline):
-    """`diffusers.StableDiffusionXLImg2ImgPipeline` with LoRAs composed; see :class:`MoLEPipelineMixin`."""
+    """`diffusers.StableDiffusionXLImg2ImgPipeline` with LoRAs composed; see `MoLEPipelineMixin`."""
 
 
 class MoLEStableDiffusionXLInpaintPipeline(MoLEPipelineMixin, StableDiffusionXLInpaintPipeline):
-    """`diffusers.StableDiffusionXLInpaintPipeline` with LoRAs composed; see :class:`MoLEPipelineMixin`."""
+    """`diffusers.StableDiffusionXLInpaintPipeline` with LoRAs composed; see `MoLEPipelineMixin`."""
 
 
 class MoLEStableDiffusionXLControlNetPipeline(MoLEPipelineMixin, StableDiffusionXLControlNetPipeline):
-    """`diffusers.StableDiffusionXLControlNetPipeline` with LoRAs composed; see :class:`MoLEPipelineMixin`."""
+    """`diffusers.StableDiffusionXLControlNetPipeline` with LoRAs composed; see `MoLEPipelineMixin`."""
 
 
 class MoLEStableDiffusionXLControlNetImg2ImgPipeline(MoLEPipelineMixin, StableDiffusionXLControlNetImg2ImgPipeline):
-    """`diffusers.StableDiffusionXLControlNetImg2ImgPipeline` with LoRAs composed; see :class:`MoLEPipelineMixin`."""
+    """`diffusers.StableDiffusionXLControlNetImg2ImgPipeline` with LoRAs composed; see `MoLEPipelineMixin`."""
 
 
 class MoLEStableDiffusionXLControlNetInpaintPipeline(MoLEPipelineMixin, StableDiffusionXLControlNetInpaintPipeline):
-    """`diffusers.StableDiffusionXLControlNetInpaintPipeline` with LoRAs composed; see :class:`MoLEPipelineMixin`."""
+    """`diffusers.StableDiffusionXLControlNetInpaintPipeline` with LoRAs composed; see `MoLEPipelineMixin`."""
 
 
 register(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class StockLoRACalls(DiffusersContract):
     """diffusers' calls about LoRAs know only the adapters of PEFT; without these they would return in silence.
 
-    ``load_lora_weights`` goes on working: its adapters act beside the LoRAs of ``load_loras``.
+    `load_lora_weights` goes on working: its adapters act beside the LoRAs of `load_loras`.
     """
 
     def load_lora_weights(self, *args: Any, **kwargs: Any) -> None:
@@ -30,7 +30,7 @@ class StockLoRACalls(DiffusersContract):
         super().load_lora_weights(*args, **kwargs)
 
     def get_active_adapters(self) -> list[str]:
-        """The names of what draws in a call with ``loras=None``, ours and PEFT's."""
+        """The names of what draws in a call with `loras=None`, ours and PEFT's."""
         if not self._loaded.loras:
             active: list[str] = super().get_active_adapters()
             return active

@@ -9,15 +9,15 @@ from .mixin import MoLEPipelineMixin
 
 
 class MoLEZImagePipeline(MoLEPipelineMixin, ZImagePipeline):
-    """`diffusers.ZImagePipeline` that draws with several LoRAs at once; see :class:`MoLEPipelineMixin`."""
+    """`diffusers.ZImagePipeline` that draws with several LoRAs at once; see `MoLEPipelineMixin`."""
 
 
 class MoLEZImageImg2ImgPipeline(MoLEPipelineMixin, ZImageImg2ImgPipeline):
-    """`diffusers.ZImageImg2ImgPipeline` with several LoRAs at once; see :class:`MoLEPipelineMixin`."""
+    """`diffusers.ZImageImg2ImgPipeline` with several LoRAs at once; see `MoLEPipelineMixin`."""
 
 
 class MoLEZImageInpaintPipeline(MoLEPipelineMixin, ZImageInpaintPipeline):
-    """`diffusers.ZImageInpaintPipeline` with several LoRAs at once; see :class:`MoLEPipelineMixin`."""
+    """`diffusers.ZImageInpaintPipeline` with several LoRAs at once; see `MoLEPipelineMixin`."""
 
 
 register(

@@ -1,7 +1,7 @@
 """The equations of "Mixture of LoRA Experts" (https://openreview.net/forum?id=uWvKBCYh4S), written down literally.
 
 Plain loops in float64 that import nothing of the library: slow, and meant to be compared with the paper line by line.
-Numbers in the names are the paper's. Shapes: x ``(L, d)``, an expert output ``E_i`` ``(L, d)``, N experts.
+Numbers in the names are the paper's. Shapes: x `(L, d)`, an expert output `E_i` `(L, d)`, N experts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 FACTORS = tuple[Tensor, Tensor, float]
-"""A LoRA at one weight: ``(down A, up B, scaling s)``; its change of the weight is ``s B A``."""
+"""A LoRA at one weight: `(down A, up B, scaling s)`; its change of the weight is `s B A`."""
 
 
 def delta(factors: FACTORS) -> Tensor:
@@ -120,7 +120,7 @@ def eq9_concatenate(expert_outputs: Sequence[Tensor], normalization: str) -> lis
 
 
 def eq10_logits(e_omega: Sequence[float], e: Tensor) -> list[float]:
-    """(10) epsilon = Flatten(E_Omega)^T e, with e of shape ``(N L d, N)``."""
+    """(10) epsilon = Flatten(E_Omega)^T e, with e of shape `(N L d, N)`."""
     logits = []
     for column in range(e.shape[1]):
         logits.append(math.fsum(v * w for v, w in zip(e_omega, e[:, column].tolist(), strict=True)))
@@ -273,7 +273,7 @@ def smooth_map(values: list[list[float]], side: int) -> list[list[float]]:
 
 
 def owner_of_pixels(maps: Tensor, background: float, side: int) -> list[list[int | None]]:
-    """argmax_i z_i(p), or nobody where the largest is not above the background. Maps ``(N, height, width)``."""
+    """argmax_i z_i(p), or nobody where the largest is not above the background. Maps `(N, height, width)`."""
     scores = [z_map(smooth_map(one.double().tolist(), side)) for one in maps]
     owners: list[list[int | None]] = []
     for y in range(maps.shape[1]):
@@ -297,7 +297,7 @@ def corrected_mask(
 ) -> list[float]:
     """gamma_i = m_i + tanh((<h / rms(h), e_i> + <m, c_i>) / tau), h the hidden state and m the masks at one token.
 
-    e ``(N, d)``, c ``(N, N)``.
+    e `(N, d)`, c `(N, N)`.
     """
     normal = normalize(list(hidden), "rms")
     weights = []
@@ -309,7 +309,7 @@ def corrected_mask(
 
 
 def norm_router(x: Tensor, loras: Sequence[FACTORS]) -> list[int]:
-    """For each token the LoRA with the largest |Delta W_i x_p| / mean_p |Delta W_i x_p|. x ``(L, d)``."""
+    """For each token the LoRA with the largest |Delta W_i x_p| / mean_p |Delta W_i x_p|. x `(L, d)`."""
     ratios = []
     for factors in loras:
         sizes = [math.sqrt(sum(float(v) ** 2 for v in delta(factors) @ row)) for row in x.double()]
@@ -321,11 +321,11 @@ def norm_router(x: Tensor, loras: Sequence[FACTORS]) -> list[int]:
 def freefuse_likeness(scores: Tensor, outputs: Tensor, core_share: float) -> list[list[float]]:
     """FreeFuse, before owners are named: z_p of the mean over the core of <h_u, h_p>.
 
-    The core of c: the pixels where ``d_c = N s_c - sum_{o != c} s_o`` is among the largest.
+    The core of c: the pixels where `d_c = N s_c - sum_{o != c} s_o` is among the largest.
 
     Args:
-        scores: s, ``(N, pixels)``.
-        outputs: h, ``(pixels, width)``.
+        scores: s, `(N, pixels)`.
+        outputs: h, `(pixels, width)`.
         core_share: Part of the pixels that is the core.
     """
     number, pixels = scores.shape
@@ -379,7 +379,7 @@ def kronecker(w1: Tensor, w2: Tensor) -> Tensor:
 def dora_weight(weight: Tensor, change: Tensor, magnitude: Tensor) -> Tensor:
     """(5) of DoRA (https://arxiv.org/abs/2402.09353): m (W + dW) / |W + dW|, the norm of every row, or every column.
 
-    ``magnitude`` is ``(d_out, 1)`` for rows or ``(1, d_in)`` for columns; a column of a convolution is a channel.
+    `magnitude` is `(d_out, 1)` for rows or `(1, d_in)` for columns; a column of a convolution is a channel.
     """
     changed = weight.double() + change
     result = torch.zeros_like(changed)

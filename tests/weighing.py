@@ -9,7 +9,7 @@ from mole_diffusion.experts import Projections, Run, Site
 
 
 class Numbers:
-    """Weights ``(N,)`` or ``(rows, N)`` for every module, if asked for divided by their sum over the kept LoRAs."""
+    """Weights `(N,)` or `(rows, N)` for every module, if asked for divided by their sum over the kept LoRAs."""
 
     def __init__(self, values: Tensor, renormalize: bool = False) -> None:
         self.values = values if values.ndim == 2 else values[None]

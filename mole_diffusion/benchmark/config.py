@@ -89,7 +89,7 @@ class BenchmarkConfig:
         base: "toybox", a folder or a Hub id.
         concepts: By name.
         compositions: Names of concepts, in the order in which their LoRAs are loaded.
-        methods: What is compared; see :func:`read_methods`. Gates that are missing are trained as `training` says.
+        methods: What is compared; see `read_methods`. Gates that are missing are trained as `training` says.
         keep: Which LoRAs of a composition draw: "all", or every choice of a number of them; the others are masked out.
         gates: "toybox", or a folder with a folder of gates per composition ("cat+boot"); `None`: gates are trained.
         train_prompts: Templates on which gates are trained, none of them among `prompts`.
@@ -101,10 +101,10 @@ class BenchmarkConfig:
         scale: Of every LoRA.
         steps: Denoising steps.
         guidance_scale: Of classifier-free guidance.
-        clip: As :func:`load_clip` takes it.
+        clip: As `load_clip` takes it.
         image_encoder: For image alignment, a vision model of transformers; `None`: CLIP.
         reference: Label of the method that the report compares the others with.
-        paper: YAML file with a table of the paper, to stand beside this one in the report; see :mod:`.paper`.
+        paper: YAML file with a table of the paper, to stand beside this one in the report; see `.paper`.
     """
 
     name: str
@@ -146,7 +146,7 @@ class BenchmarkConfig:
         """Reads plain values, as YAML gives them.
 
         Raises:
-            MoLEError: As :meth:`from_file`.
+            MoLEError: As `from_file`.
         """
         known = [*(field.name for field in fields(cls)), "training"]
         if not isinstance(given, dict):

@@ -70,7 +70,7 @@ class Drawer:
     def prepare(
         self, composition: str, method: Method, on_step_end: Callable[[int, Mapping[str, float]], None]
     ) -> None:
-        """Gets LoRAs and gates ready for :meth:`draw`; gates that are missing are trained first.
+        """Gets LoRAs and gates ready for `draw`; gates that are missing are trained first.
 
         Raises:
             ValueError, OSError: LoRAs or gates do not fit or are not there, or the training fails.

@@ -1,7 +1,7 @@
 """The gates a benchmark draws with: those that lie somewhere, or trained where there are none yet.
 
 A training goes on where it was killed, and its gates appear in one step when they are whole. Each belongs to one
-process, which draws with them too (see :mod:`.share`), so nobody waits and nothing is trained twice.
+process, which draws with them too (see `.share`), so nobody waits and nothing is trained twice.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Spearman's rho: Pearson's r of ranks, those that tie sharing their mean rank; `None` as :func:`correlation`."""
+    """Spearman's rho: Pearson's r of ranks, those that tie sharing their mean rank; `None` as `correlation`."""
     return None if _never_changes(x, y) else float(spearmanr(x, y).statistic)
 
 

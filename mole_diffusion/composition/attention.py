@@ -36,8 +36,8 @@ class WordMaps:
 
         Args:
             layer: The layer.
-            query: ``(batch, heads, pixels, d)``.
-            key: ``(batch, heads, words, d)``.
+            query: `(batch, heads, pixels, d)`.
+            key: `(batch, heads, words, d)`.
             run: The forward pass.
         """
         text = run.encoder_hidden_states
@@ -58,7 +58,7 @@ class WordMaps:
         self._sums[size] = maps if before is None else before + maps
 
     def mean(self) -> Tensor:
-        """``(pictures, N, height, width)`` in the sample's size, all levels alike; maps sum to about 1 over pixels."""
+        """`(pictures, N, height, width)` in the sample's size, all levels alike; maps sum to about 1 over pixels."""
         assert self._size is not None
         coarser = {size: maps for size, maps in self._sums.items() if size != self._size} or self._sums
         enlarged = []
@@ -69,13 +69,13 @@ class WordMaps:
 
 
 def attention_probabilities(query: Tensor, key: Tensor, scale: float, there: Tensor | None = None) -> Tensor:
-    """``softmax(q k^T s)`` over the words, averaged over heads: ``(batch, pixels, words)``, float32.
+    """`softmax(q k^T s)` over the words, averaged over heads: `(batch, pixels, words)`, float32.
 
     Args:
-        query: ``(batch, heads, pixels, d)``.
-        key: ``(batch, heads, words, d)``.
+        query: `(batch, heads, pixels, d)`.
+        key: `(batch, heads, words, d)`.
         scale: s.
-        there: ``(batch, words)`` bool: which words there are; the others get nothing. ``None``: all.
+        there: `(batch, words)` bool: which words there are; the others get nothing. `None`: all.
     """
     scores = (query.float() @ key.float().transpose(-1, -2)) * scale
     if there is not None:

@@ -20,20 +20,20 @@ class Composition(ABC):
     """How several LoRAs share one picture.
 
     A method *is* what weighs: it is asked for every adapted module of every forward pass. One that gives a number per
-    LoRA and step, alike in all modules, stands on :class:`~mole_diffusion.composition.StepComposition` instead, and one
-    that gives every LoRA its pixels and words on :class:`~mole_diffusion.composition.RegionalComposition`. Batching,
+    LoRA and step, alike in all modules, stands on `StepComposition` instead, and one
+    that gives every LoRA its pixels and words on `RegionalComposition`. Batching,
     guidance, seeds and the choice of LoRAs are done once, outside of methods.
 
     Nothing of a call is kept on the method: what it wants to remember until the call ends goes into
-    ``run.call.state``, for the rest of a forward pass into ``run.notes``.
+    `run.call.state`, for the rest of a forward pass into `run.notes`.
 
     Attributes:
-        name: The name in :data:`COMPOSITIONS`.
+        name: The name in `COMPOSITIONS`.
         source: Where the method comes from.
-        needs: What a pipeline must bring. ``"gates"``: trained gates, handed over in :attr:`gates`. ``"words"``: where
-            in the prompt each LoRA's trigger words stand (``run.call.words``). ``"attention"``: the attention of the
-            denoiser (``watches``, ``attended``). ``"prior"``: the first steps are drawn once without LoRAs before the
-            picture is begun, until :meth:`prior_done`.
+        needs: What a pipeline must bring. `"gates"`: trained gates, handed over in `gates`. `"words"`: where
+            in the prompt each LoRA's trigger words stand (`run.call.words`). `"attention"`: the attention of the
+            denoiser (`watches`, `attended`). `"prior"`: the first steps are drawn once without LoRAs before the
+            picture is begun, until `prior_done`.
         gates: Where it needs them.
         constant: Whether its weights are the same in every step and at every place, so that a cache of the denoiser
             keeps what it would keep of a model with the LoRAs merged into it.
@@ -47,19 +47,19 @@ class Composition(ABC):
 
     @abstractmethod
     def weigh(self, site: Site, projections: Projections, run: Run) -> Tensor | None:
-        """Weights of all LoRAs for one module in one forward pass, times ``run.keep`` and ``run.scale``.
+        """Weights of all LoRAs for one module in one forward pass, times `run.keep` and `run.scale`.
 
         Args:
             site: The module, and the LoRAs' factors there.
-            projections: ``A x`` of this module and of those that read the same tensor.
+            projections: `A x` of this module and of those that read the same tensor.
             run: The forward pass: component, keep, scale, timestep, prompt embeddings, and the call it belongs to.
 
         Returns:
-            ``(batch | 1, tokens | 1, num_experts)``, or ``None``: nothing is added here.
+            `(batch | 1, tokens | 1, num_experts)`, or `None`: nothing is added here.
         """
 
     def reads_left_out(self, site: Site) -> bool:
-        """Whether the method needs in ``projections`` what LoRAs that are left out would add at a module.
+        """Whether the method needs in `projections` what LoRAs that are left out would add at a module.
 
         By default it does not, and they are not computed.
         """
@@ -78,22 +78,22 @@ class Composition(ABC):
 
         Args:
             layer: Its name, and whether it attends to the prompt.
-            query: ``(batch, heads, pixels, d)``.
-            key: ``(batch, heads, pixels or words, d)``.
-            output: ``(batch, pixels, heads * d)``.
+            query: `(batch, heads, pixels, d)`.
+            key: `(batch, heads, pixels or words, d)`.
+            output: `(batch, pixels, heads * d)`.
             run: The forward pass.
         """
         return None  # a method that watches does something here
 
     def attention_bias(self, layer: LayerSeam, query: Tensor, key: Tensor, run: Run) -> Tensor | None:
-        """Added to the scores of an attention layer of the denoiser, ``(batch, 1, pixels, words)``; ``None``: nothing.
+        """Added to the scores of an attention layer of the denoiser, `(batch, 1, pixels, words)`; `None`: nothing.
 
-        Arguments as in :meth:`attended`.
+        Arguments as in `attended`.
         """
         return None
 
     def combine(self, predictions: Tensor, run: Run) -> Tensor:
-        """One prediction ``(batch, ...)`` from those of all passes ``(passes, batch, ...)``; by default their mean."""
+        """One prediction `(batch, ...)` from those of all passes `(passes, batch, ...)`; by default their mean."""
         return predictions.mean(dim=0)
 
     def evaluations(self, num_loras: int) -> float:

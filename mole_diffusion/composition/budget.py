@@ -23,11 +23,11 @@ class Budget(Wrapper):
     """The weights of another method, turned down at every module where the stack would be louder than its loudest LoRA.
 
     A plain sum of LoRAs burns, since changes add up; 1/N drowns every one of them, also where they do not add up. Here
-    each module is asked: all weights are scaled by :func:`stack_energy_scale`, which is 1 for LoRAs that cancel, 0.71
+    each module is asked: all weights are scaled by `stack_energy_scale`, which is 1 for LoRAs that cancel, 0.71
     for two equally loud ones in directions of their own, and 1/2 for two equal ones. Utilities are not counted.
 
     Args:
-        method: Whose weights; by default :class:`Linear`, every LoRA in full.
+        method: Whose weights; by default `Linear`, every LoRA in full.
 
     Raises:
         MoLEError: `method` is no method.
@@ -63,15 +63,17 @@ class Budget(Wrapper):
 
 
 def site_gram(site: Site) -> Tensor:
-    """:func:`stack_gram` with what LoRAs change beside their products of small rank, whose whole changes are made once.
+    """`stack_gram` with what LoRAs change beside their products of small rank, whose whole changes are made once.
 
     Returns:
-        float64 ``(N, N)``. Do not change it.
+        float64 `(N, N)`. Do not change it.
     """
     if site.beside is None:
         return stack_gram(site.stack)
     if site not in _WHOLE_GRAMS:
-        stack, device = site.stack, site.module.weight.device
+        stack, weight = site.stack, site.module.weight
+        assert isinstance(weight, torch.Tensor)
+        device = weight.device
         up, down = (x.double().to(device).flatten(1) for x in (stack.up_as(torch.float64), stack.down))
         owner = stack.expert_of_rank.to(device)
         terms = site.beside.changes(site.name)
@@ -85,13 +87,13 @@ def site_gram(site: Site) -> Tensor:
 
 
 def stack_gram(stack: ExpertStack) -> Tensor:
-    """Inner products of the LoRAs' weight changes at a module, ``<dW_i, dW_j>``, worked out once.
+    """Inner products of the LoRAs' weight changes at a module, `<dW_i, dW_j>`, worked out once.
 
-    Exact, and the changes are never made: with ``dW_i = B_i A_i``, ``<dW_i, dW_j> = <B_i^T B_j, A_i A_j^T>``, which is
+    Exact, and the changes are never made: with `dW_i = B_i A_i`, `<dW_i, dW_j> = <B_i^T B_j, A_i A_j^T>`, which is
     products of rank by rank.
 
     Returns:
-        float64 ``(N, N)`` on the stack's device; zero for a LoRA that does not touch the module. Do not change it.
+        float64 `(N, N)` on the stack's device; zero for a LoRA that does not touch the module. Do not change it.
     """
     if stack not in _GRAMS:
         up, down = stack.up_as(torch.float64), stack.down_as(torch.float64).flatten(1)  # (d_out, R), (R, d_in)
@@ -104,15 +106,15 @@ def stack_gram(stack: ExpertStack) -> Tensor:
 def stack_energy_scale(gram: Tensor, weights: Tensor) -> Tensor:
     """The factor for all weights that makes the stack no louder than its loudest LoRA would be alone.
 
-    ``min(1, max_i |w_i| ||dW_i|| / E)`` with ``E^2 = sum_ij w_i w_j <dW_i, dW_j>``, the squared norm of the summed
+    `min(1, max_i |w_i| ||dW_i|| / E)` with `E^2 = sum_ij w_i w_j <dW_i, dW_j>`, the squared norm of the summed
     change. Two equal LoRAs get 1/2, two orthogonal ones of one norm 0.71; one alone, or two that cancel, exactly 1.
 
     Args:
-        gram: ``(N, N)``, from :func:`stack_gram`.
-        weights: ``(..., N)``, e.g. one row for every token.
+        gram: `(N, N)`, from `stack_gram`.
+        weights: `(..., N)`, e.g. one row for every token.
 
     Returns:
-        ``(...)``, in (0, 1], float32 or wider.
+        `(...)`, in (0, 1], float32 or wider.
     """
     wide = torch.promote_types(weights.dtype, torch.float32)
     weights, gram = weights.to(wide), gram.to(weights.device, wide)

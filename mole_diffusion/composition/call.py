@@ -23,12 +23,12 @@ class Call:
 
     Attributes:
         names: The loaded LoRAs, in the order of the experts.
-        roles: One for each. A ``"subject"`` is a thing in the picture and acts where it is; a ``"style"`` acts
-            everywhere but on subjects' words; a ``"utility"`` (LCM, Lightning) acts everywhere and has no share.
+        roles: One for each. A `"subject"` is a thing in the picture and acts where it is; a `"style"` acts
+            everywhere but on subjects' words; a `"utility"` (LCM, Lightning) acts everywhere and has no share.
         scheduler: The scheduler that steps through this call.
-        words: Where in the prompts each LoRA's trigger words stand; ``None`` until the prompts are read, and where
+        words: Where in the prompts each LoRA's trigger words stand; `None` until the prompts are read, and where
             they never are (prompt embeddings of unknown words).
-        regions: The regions a user gave; ``regions.fixed`` names the LoRAs that have one. ``None`` without.
+        regions: The regions a user gave; `regions.fixed` names the LoRAs that have one. `None` without.
         region_prompts: What a user wants in a LoRA's region, by the LoRA.
         found: The regions a method found, for the pipeline to hand out afterwards.
         prior: Whether this is the pass without LoRAs that comes before the picture.
@@ -62,7 +62,7 @@ def current_call() -> Call | None:
 
 @contextmanager
 def running(call: Call | None) -> Iterator[None]:
-    """Makes `call` the current one inside the ``with``; ``None``: there is none there."""
+    """Makes `call` the current one inside the `with`; `None`: there is none there."""
     token = _CURRENT.set(call)
     try:
         yield

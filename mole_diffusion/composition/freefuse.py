@@ -27,7 +27,7 @@ class FreeFuse(Masks):
     """FreeFuse: pixels that attend to a subject's words most are its core, and what looks like the core is the subject.
 
     "FreeFuse: Multi-Subject LoRA Fusion via Auto Masking at Test Time" (https://arxiv.org/abs/2510.23515): one late
-    step of a prior pass without LoRAs is read; see :func:`freefuse_owners` for the rule. Its first phase is kept in
+    step of a prior pass without LoRAs is read; see `freefuse_owners` for the rule. Its first phase is kept in
     what it claims, and left out is what ties it to one model: areas need not be equal; every score is a z-score, so
     that no temperature depends on width or resolution; words of the negative prompt are nobody's; nothing outlives the
     call; and a subject's words count in keys and values too.
@@ -37,7 +37,7 @@ class FreeFuse(Masks):
         background: Factor on the map of the end of the text, which stands for the background.
         own_words: Added to the scores of a subject's pixels for its own words; the paper's gamma, 0 to 2.
         others_words: Taken from those for others' words; its beta, 0 to 4.
-        modulation: As in :class:`Masks`.
+        modulation: As in `Masks`.
 
     Raises:
         MoLEError: A setting is out of its range.
@@ -138,7 +138,7 @@ def freefuse_owners(
 ) -> Tensor:
     """FreeFuse's rule, in z-scores.
 
-    With ``s_c`` the attention of the pixels to concept c's words, softmax over pixels, N concepts::
+    With `s_c` the attention of the pixels to concept c's words, softmax over pixels, N concepts::
 
         d_c = N s_c - sum_{o != c} s_o         K_c = the tenth of the pixels where d_c is largest
         m_c(p) = z_p( mean_{u in K_c} <h_u, h_p> ), mean over layers, h the outputs of self-attention
@@ -146,14 +146,14 @@ def freefuse_owners(
         owner = argmax_c m_c + share of the 3x3 neighbours that are c's - squared distance to c's soft centroid, 5 times
 
     Args:
-        scores: s, ``(rows, N, height, width)``.
-        background: The map that stands for the background, ``(rows, 1, height, width)``; ``None``: there is none.
-        outputs: h of each layer, ``(rows, pixels, width)``.
-        taking_part: ``(rows | 1, N)`` bool.
+        scores: s, `(rows, N, height, width)`.
+        background: The map that stands for the background, `(rows, 1, height, width)`; `None`: there is none.
+        outputs: h of each layer, `(rows, pixels, width)`.
+        taking_part: `(rows | 1, N)` bool.
         factor: On the background.
 
     Returns:
-        ``(rows, N, height, width)`` of 0 and 1.
+        `(rows, N, height, width)` of 0 and 1.
 
     Raises:
         MoLEError: Nobody takes part.

@@ -9,7 +9,7 @@ from .steps import StepComposition
 
 
 class Linear(StepComposition):
-    """Linear arithmetic composition: ``W x + sum_i E_i(x)``, every LoRA at full weight.
+    """Linear arithmetic composition: `W x + sum_i E_i(x)`, every LoRA at full weight.
 
     Eq. 1 of "Mixture of LoRA Experts" (https://openreview.net/forum?id=uWvKBCYh4S). One LoRA is exactly that LoRA;
     with three or more the sum leaves the range the base was trained in, and pictures fall apart.

@@ -18,19 +18,19 @@ from .wrapper import Wrapper
 class MaskedGates(Wrapper):
     """A method that finds masks, and gates that were trained to correct its weights.
 
-    With ``m_i`` the weight that the method gives LoRA i at a place, 1 on its own pixels and words and 0 on others', a
+    With `m_i` the weight that the method gives LoRA i at a place, 1 on its own pixels and words and 0 on others', a
     gate reads the hidden state and the masks there and adds to them::
 
         gamma_i = m_i + tanh(<Norm(h), e_i> / tau + <m, c_i> / tau)
 
     e and c start at zero, so untrained gates are the method itself, bit for bit; trained, they may take a LoRA off
     where its mask is and put it where it is not, and no further. Gates of this kind are made with
-    ``GateConfig(residual=True)``, trained with ``train_gates`` (preset "masks"), and belong to one set of LoRAs.
+    `GateConfig(residual=True)`, trained with `train_gates` (preset "masks"), and belong to one set of LoRAs.
 
     A LoRA that is the only one in a call is that LoRA plainly, and where the method leaves all out, so do gates.
 
     Args:
-        method: Whose masks; by default :class:`Masks`.
+        method: Whose masks; by default `Masks`.
         gates: The gates; a pipeline hands over its own.
 
     Raises:

@@ -38,11 +38,11 @@ class Masks(RegionalComposition):
 
     The first steps are drawn without LoRAs; in some of them, when things have found their places, the attention of the
     pixels to each subject's words is read, and every pixel goes to the subject it attends to most, or to the background
-    (:func:`~mole_diffusion.composition.owners.owners`). Then the picture is begun again from the same noise, with LoRAs
+    (`owners`). Then the picture is begun again from the same noise, with LoRAs
     where they belong. No training, no pictures, LoRAs never seen before.
 
     The scheme of two phases is that of FreeFuse (https://arxiv.org/abs/2510.23515), whose masks come from another rule,
-    see :class:`~mole_diffusion.composition.FreeFuse`.
+    see `FreeFuse`.
 
     Regions that a user gave also draw the words of their subject to them, since a thing that the base puts elsewhere
     would be drawn by no LoRA at all.
@@ -57,12 +57,12 @@ class Masks(RegionalComposition):
         background: A pixel is a subject's if its attention to the words lies this many standard deviations above the
             mean of the picture.
         smoothing: Side of the square, in pixels of the latent, over which maps are averaged; odd.
-        neutral_words: Weight of a subject's LoRA on words that are nobody's; ``None`` is 1/N.
+        neutral_words: Weight of a subject's LoRA on words that are nobody's; `None` is 1/N.
         own_words: Added to the scores of a subject's pixels for the subject's own words (FreeFuse's gamma).
         others_words: Taken from the scores of all other pixels for these words (FreeFuse's beta).
         given_own_words: The same as `own_words`, for regions that a user gave.
         given_others_words: The same as `others_words`, for regions that a user gave.
-        modulation: What LoRAs do where no mask can act, as in :class:`RegionalComposition`.
+        modulation: What LoRAs do where no mask can act, as in `RegionalComposition`.
 
     Raises:
         MoLEError: A setting is out of its range.
@@ -152,7 +152,7 @@ class Masks(RegionalComposition):
             maps.add(layer, query, key, run)
 
     def own(self, maps: Any, taking_part: Tensor) -> Tensor:
-        """The rule: ``(pictures, N, height, width)`` of shares from what was read."""
+        """The rule: `(pictures, N, height, width)` of shares from what was read."""
         mean = maps.mean()
         return owners(mean, taking_part.to(mean.device), background=self.background, smoothing=self.smoothing)
 
@@ -203,7 +203,7 @@ class Masks(RegionalComposition):
         )
 
     def _bias(self, region_map: RegionMap, size: tuple[int, int], rows: int, text: Tensor, run: Run) -> Tensor:
-        """``(rows, 1, pixels, words)``: for the words of each subject, more where it is and less where it is not."""
+        """`(rows, 1, pixels, words)`: for the words of each subject, more where it is and less where it is not."""
         call, device = self.call(run), text.device
         owned = self.words(call).of_embeddings(text).float()  # (rows, N, words)
         shares = region_map.at(*size, device=device)

@@ -13,10 +13,10 @@ from .steps import StepComposition
 
 
 class Merge(StepComposition):
-    """LoRA Merge: ``W x + s sum_i E_i(x)``, one scale for every LoRA, however many there are.
+    """LoRA Merge: `W x + s sum_i E_i(x)`, one scale for every LoRA, however many there are.
 
     The baseline of "Multi-LoRA Composition for Image Generation" (https://arxiv.org/abs/2402.16843), which sets the
-    scale to 0.8. At 1 it is :class:`Linear`.
+    scale to 0.8. At 1 it is `Linear`.
 
     Args:
         scale: s.

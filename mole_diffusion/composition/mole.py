@@ -15,7 +15,7 @@ class MoLE(Composition):
     """Trained gates choose the weights anew in every layer, step and sample.
 
     Eqs. 5-13 of "Mixture of LoRA Experts" (https://openreview.net/forum?id=uWvKBCYh4S). The gates live in
-    :mod:`mole_diffusion.gating`; masking a LoRA renormalises the others in proportion.
+    `mole_diffusion.gating`; masking a LoRA renormalises the others in proportion.
 
     Args:
         gates: The gates; a pipeline hands over its own.

@@ -20,7 +20,7 @@ _ROOTS: WeakKeyDictionary[ExpertStack, Tensor] = WeakKeyDictionary()
 
 @dataclass(frozen=True, eq=False)
 class _Parts:
-    """Weights at the modules that the same LoRAs touch, before tokens are given away; each ``(rows, 1, N)``.
+    """Weights at the modules that the same LoRAs touch, before tokens are given away; each `(rows, 1, N)`.
 
     Attributes:
         made_of: What they were worked out from.
@@ -46,15 +46,15 @@ class _Parts:
 class NormRouter(Composition):
     """At every module, each token goes to the LoRA whose output there is largest for its kind.
 
-    With ``E_i(x_p) = s_i B_i A_i x_p`` the output of LoRA i at token p, LoRAs are compared by
-    ``rho_i(p) = |E_i(x_p)| / mean_p |E_i(x_p)|``: a LoRA that is strong everywhere wins nothing by it. Needs no words,
+    With `E_i(x_p) = s_i B_i A_i x_p` the output of LoRA i at token p, LoRAs are compared by
+    `rho_i(p) = |E_i(x_p)| / mean_p |E_i(x_p)|`: a LoRA that is strong everywhere wins nothing by it. Needs no words,
     no masks and no evaluation more. Norms of the full outputs, as SpectR takes them (https://arxiv.org/abs/2504.03454),
     come from the factors' r x r products, so that no output is ever made. Modules without tokens share one unit.
 
     Styles and utilities take no part and act in full.
 
     Args:
-        temperature: 0, the default: the largest takes all. Otherwise weights are ``softmax(rho_i / temperature)``.
+        temperature: 0, the default: the largest takes all. Otherwise weights are `softmax(rho_i / temperature)`.
 
     Raises:
         MoLEError: `temperature` is negative or not finite.
@@ -107,16 +107,16 @@ class NormRouter(Composition):
 
 
 def output_norms(stack: ExpertStack, projected: Tensor) -> Tensor:
-    """Size of every LoRA's output at every token, ``|E_i(x)|``, from its r coordinates.
+    """Size of every LoRA's output at every token, `|E_i(x)|`, from its r coordinates.
 
-    With ``s_i B_i = Q_i R_i`` and orthonormal columns of Q, ``|s_i B_i z| = |R_i z|``, so the outputs are never made.
+    With `s_i B_i = Q_i R_i` and orthonormal columns of Q, `|s_i B_i z| = |R_i z|`, so the outputs are never made.
 
     Args:
         stack: The LoRAs at a module.
-        projected: z = down x, ``(batch, tokens, R)``.
+        projected: z = down x, `(batch, tokens, R)`.
 
     Returns:
-        ``(batch, tokens, N)``, float32; 0 for a LoRA that does not touch the module.
+        `(batch, tokens, N)`, float32; 0 for a LoRA that does not touch the module.
     """
     root = _ROOTS.get(stack)
     if root is None or root.device != projected.device:
@@ -125,7 +125,7 @@ def output_norms(stack: ExpertStack, projected: Tensor) -> Tensor:
 
 
 def whole_norms(site: Site, projections: Projections) -> Tensor:
-    """:func:`output_norms` also of LoRAs that add more than a product of small rank, whose outputs are made."""
+    """`output_norms` also of LoRAs that add more than a product of small rank, whose outputs are made."""
     projected = projections.tensors[site.name]
     norms = output_norms(site.stack, projected)
     if site.beside is None or projections.base is None:
@@ -140,7 +140,7 @@ def whole_norms(site: Site, projections: Projections) -> Tensor:
 
 
 def _root(stack: ExpertStack) -> Tensor:
-    """R of each LoRA in rows of its own, all as many, ``(N * rows, R)``; zero elsewhere."""
+    """R of each LoRA in rows of its own, all as many, `(N * rows, R)`; zero elsewhere."""
     ups = stack.up_as(torch.float32).split([stack.ranks[expert] for expert in stack.experts], dim=1)
     triangles = [torch.linalg.qr(up, mode="r").R for up in ups]
     rows = max([1, *map(len, triangles)])

@@ -17,10 +17,10 @@ class PromptWords:
     words.
 
     Args:
-        owned: ``(prompts, N, tokens)`` bool: which of the tokens that the denoiser is given are words of which LoRA.
-        read: What each text encoder is given: the prompts' tokens ``(prompts, tokens)``, and whose words they are,
-            ``(prompts, N, tokens)`` bool. None where only embeddings are known.
-        ends: ``(prompts, tokens)`` bool: where the denoiser's tokens end a prompt, if that is known.
+        owned: `(prompts, N, tokens)` bool: which of the tokens that the denoiser is given are words of which LoRA.
+        read: What each text encoder is given: the prompts' tokens `(prompts, tokens)`, and whose words they are,
+            `(prompts, N, tokens)` bool. None where only embeddings are known.
+        ends: `(prompts, tokens)` bool: where the denoiser's tokens end a prompt, if that is known.
     """
 
     def __init__(self, owned: Tensor, read: Sequence[tuple[Tensor, Tensor]] = (), ends: Tensor | None = None) -> None:
@@ -41,7 +41,7 @@ class PromptWords:
         self._beside.append(words.owned)
 
     def encoded(self, embeddings: Tensor) -> None:
-        """Say what the prompts became: ``(prompts * pictures, tokens, width)``, pictures of a prompt side by side."""
+        """Say what the prompts became: `(prompts * pictures, tokens, width)`, pictures of a prompt side by side."""
         self._embeddings = embeddings
         self._latest = None
 
@@ -51,10 +51,10 @@ class PromptWords:
         return len(self.owned) if self._embeddings is None else len(self._embeddings)
 
     def of_tokens(self, input_ids: Tensor) -> Tensor:
-        """Which tokens of a text encoder's rows are whose, ``(rows, N, tokens)`` bool.
+        """Which tokens of a text encoder's rows are whose, `(rows, N, tokens)` bool.
 
         Args:
-            input_ids: ``(rows, tokens)``.
+            input_ids: `(rows, tokens)`.
         """
         rows = input_ids.cpu()
         found = torch.zeros(len(rows), self.owned.shape[1], rows.shape[1], dtype=torch.bool)
@@ -65,10 +65,10 @@ class PromptWords:
         return found.to(input_ids.device)
 
     def rows(self, embeddings: Tensor) -> Tensor:
-        """Which picture's prompt each of the denoiser's rows is given, ``(rows,)``; −1 where none (a negative prompt).
+        """Which picture's prompt each of the denoiser's rows is given, `(rows,)`; −1 where none (a negative prompt).
 
         Args:
-            embeddings: What the denoiser is given, ``(rows, tokens, width)``: one part of ``pictures`` rows after
+            embeddings: What the denoiser is given, `(rows, tokens, width)`: one part of `pictures` rows after
                 another.
         """
         if self._latest is not None and self._latest[0] is embeddings:
@@ -83,10 +83,10 @@ class PromptWords:
         return found
 
     def conditional(self, embeddings: Tensor) -> Tensor:
-        """The row of each picture that is given its prompt, ``(pictures,)``; empty in a pass of negative prompts only.
+        """The row of each picture that is given its prompt, `(pictures,)`; empty in a pass of negative prompts only.
 
         Args:
-            embeddings: What the denoiser is given, ``(rows, tokens, width)``.
+            embeddings: What the denoiser is given, `(rows, tokens, width)`.
         """
         rows = self.rows(embeddings)
         parts = rows.unflatten(0, (-1, self.pictures)) if len(rows) % self.pictures == 0 else rows[None, :0]
@@ -96,25 +96,25 @@ class PromptWords:
         return whole[-1] * self.pictures + torch.arange(self.pictures)
 
     def of_embeddings(self, embeddings: Tensor) -> Tensor:
-        """Which tokens of the denoiser's rows are whose, ``(rows, N, tokens)`` bool.
+        """Which tokens of the denoiser's rows are whose, `(rows, N, tokens)` bool.
 
         Args:
-            embeddings: What the denoiser is given, ``(rows, tokens, width)``.
+            embeddings: What the denoiser is given, `(rows, tokens, width)`.
         """
         beside = [owned.expand(len(self.owned), -1, -1) for owned in self._beside]
         return self._by_row(torch.cat([self.owned, *beside], dim=2), embeddings)
 
     def ends(self, embeddings: Tensor) -> Tensor:
-        """Where the denoiser's rows end their prompt, ``(rows, 1, tokens)`` bool; nowhere if only embeddings are known.
+        """Where the denoiser's rows end their prompt, `(rows, 1, tokens)` bool; nowhere if only embeddings are known.
 
         Args:
-            embeddings: What the denoiser is given, ``(rows, tokens, width)``.
+            embeddings: What the denoiser is given, `(rows, tokens, width)`.
         """
         ends = torch.zeros_like(self.owned[:, 0]) if self._ends is None else self._ends
         return self._by_row(ends[:, None], embeddings)
 
     def _by_row(self, by_prompt: Tensor, embeddings: Tensor) -> Tensor:
-        """``(prompts, k, tokens)`` to ``(rows, k, tokens)``."""
+        """`(prompts, k, tokens)` to `(rows, k, tokens)`."""
         rows = self.rows(embeddings)
         found = torch.zeros(len(rows), by_prompt.shape[1], embeddings.shape[1], dtype=torch.bool)
         pictures_each = self.pictures // len(by_prompt)

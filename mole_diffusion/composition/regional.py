@@ -33,10 +33,10 @@ class RegionalComposition(Composition):
     (https://arxiv.org/abs/2510.23515); words by owner are TARA's (AAAI 2026).
 
     Attributes:
-        neutral_words: Weight of a subject's LoRA on words that are nobody's; ``None`` is 1/N.
+        neutral_words: Weight of a subject's LoRA on words that are nobody's; `None` is 1/N.
         modulation: What subjects' LoRAs do to the one vector of a sample that tells the blocks of a transformer, or the
-            residual blocks of a UNet, how noisy it is. No mask can act there. ``"share"``: 1/N each; ``"first"``: the
-            first one in full; ``"off"``: nothing.
+            residual blocks of a UNet, how noisy it is. No mask can act there. `"share"`: 1/N each; `"first"`: the
+            first one in full; `"off"`: nothing.
     """
 
     neutral_words: float | None = None
@@ -44,7 +44,7 @@ class RegionalComposition(Composition):
 
     @abstractmethod
     def regions(self, run: Run) -> RegionMap | None:
-        """Whose pixels are whose in this forward pass of the denoiser; ``None`` while LoRAs are to be left out.
+        """Whose pixels are whose in this forward pass of the denoiser; `None` while LoRAs are to be left out.
 
         As long as nothing changes it is the same object, so that weights are worked out once.
         """
@@ -54,7 +54,7 @@ class RegionalComposition(Composition):
         return 0
 
     def weigh(self, site: Site, projections: Projections, run: Run) -> Tensor | None:
-        """``(batch | 1, tokens | 1, num_experts)``; the same tensor for all modules that see the same tokens."""
+        """`(batch | 1, tokens | 1, num_experts)`; the same tensor for all modules that see the same tokens."""
         call = self.call(run)
         if is_alone(call, run):
             return self._kept(run, "alone", (), lambda: (run.keep * run.scale)[:, None])
@@ -124,14 +124,14 @@ class RegionalComposition(Composition):
         return found[1]
 
     def _shares(self, run: Run) -> Tensor:
-        """``(rows, N)``: subjects share one unit, styles and utilities have one each."""
+        """`(rows, N)`: subjects share one unit, styles and utilities have one each."""
         subject = roles(run, "subject")
         kept = run.keep * subject
         share = kept / kept.sum(dim=-1, keepdim=True).clamp(min=1)
         return (share + run.keep * (1 - subject)) * run.scale
 
     def _vector(self, run: Run) -> Tensor:
-        """``(rows, N)``, where a sample has one vector and no mask can act."""
+        """`(rows, N)`, where a sample has one vector and no mask can act."""
         if self.modulation == "share":
             return self._shares(run)
         subject = roles(run, "subject")
@@ -140,14 +140,14 @@ class RegionalComposition(Composition):
         return (first + run.keep * (1 - subject)) * run.scale
 
     def _of_words(self, tokens: int, run: Run) -> Tensor:
-        """``(rows, tokens, N)`` for the prompt, of which a module may be given each word several times over."""
+        """`(rows, tokens, N)` for the prompt, of which a module may be given each word several times over."""
         text = run.encoder_hidden_states
         assert text is not None
         weights = self._words(self.words(self.call(run)).of_embeddings(text), run)
         return weights.repeat_interleave(tokens // weights.shape[1], dim=1)
 
     def _of_pixels(self, region_map: RegionMap, size: tuple[int, int], rows: int, tokens: int, run: Run) -> Tensor:
-        """``(rows | 1, tokens, N)`` for the picture; what comes behind it (pictures to look at) is shared."""
+        """`(rows | 1, tokens, N)` for the picture; what comes behind it (pictures to look at) is shared."""
         weights = self._pixels(region_map, *size, rows, run)
         behind = tokens - weights.shape[1]
         if not behind:
@@ -155,7 +155,7 @@ class RegionalComposition(Composition):
         return torch.cat([weights, self._shares(run)[:, None].expand(len(weights), behind, -1)], dim=1)
 
     def _of_both(self, region_map: RegionMap, size: tuple[int, int], tokens: int, run: Run) -> Tensor:
-        """``(rows, tokens, N)`` for words and pixels in one sequence; what is neither is shared."""
+        """`(rows, tokens, N)` for words and pixels in one sequence; what is neither is shared."""
         joint = run.told.joint
         assert joint is not None
         words = self._of_words(joint.text.stop - joint.text.start, run)
@@ -166,7 +166,7 @@ class RegionalComposition(Composition):
         return weights
 
     def _words(self, owned: Tensor, run: Run) -> Tensor:
-        """``(rows, tokens, N)`` from whose words they are, ``(rows, N, tokens)``."""
+        """`(rows, tokens, N)` from whose words they are, `(rows, N, tokens)`."""
         own = owned.transpose(1, 2).to(run.keep.dtype)  # (rows, tokens, N)
         subject, style = roles(run, "subject"), roles(run, "style")
         by_subject = (own * subject).amax(dim=-1, keepdim=True)  # also of one that is masked out
@@ -180,7 +180,7 @@ class RegionalComposition(Composition):
         return weights * (run.keep * run.scale)[:, None]
 
     def _pixels(self, region_map: RegionMap, height: int, width: int, rows: int, run: Run) -> Tensor:
-        """``(rows | 1, pixels, N)``: a region map has a row for each picture, a denoiser several for one."""
+        """`(rows | 1, pixels, N)`: a region map has a row for each picture, a denoiser several for one."""
         shares = region_map.at(height, width, device=run.keep.device)
         subject = roles(run, "subject")
         weights = shares * subject + (1 - subject)

@@ -10,6 +10,6 @@ from .call import Call, Role
 
 
 def roles(run: Run, role: Role) -> Tensor:
-    """``(N,)``: 1 for the LoRAs of that role. Outside of a pipeline's call all are subjects."""
+    """`(N,)`: 1 for the LoRAs of that role. Outside of a pipeline's call all are subjects."""
     of_all = run.call.roles if isinstance(run.call, Call) else ("subject",) * run.keep.shape[-1]
     return torch.tensor([float(own == role) for own in of_all], device=run.keep.device)

@@ -23,7 +23,7 @@ class Step:
     Args:
         timestep: The timestep the denoiser was given, a number or a tensor of one or more (equal) entries.
         timesteps: All timesteps of this sampling run, in the order in which they come.
-        order: How often the scheduler evaluates the denoiser for a step (diffusers' ``scheduler.order``). By default
+        order: How often the scheduler evaluates the denoiser for a step (diffusers' `scheduler.order`). By default
             that of the running call's scheduler where the timesteps are its, else 1.
     """
 
@@ -97,7 +97,7 @@ def _nearest(now: float, timesteps: Sequence[float] | Tensor) -> float:
 
 
 def _counted(scheduler: Any) -> float | None:
-    """The timestep that a scheduler is at; ``None`` where it does not count, or was not told where it begins."""
+    """The timestep that a scheduler is at; `None` where it does not count, or was not told where it begins."""
     index = getattr(scheduler, "step_index", None)
     index = getattr(scheduler, "begin_index", None) if index is None else index
     timesteps = getattr(scheduler, "timesteps", ())

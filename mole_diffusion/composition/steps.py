@@ -15,8 +15,8 @@ from .step import Step, step_of
 class StepComposition(Composition):
     """A method whose weights are numbers: one per LoRA, the same in every module and at every place, anew each step.
 
-    A method that runs the denoiser once a step implements :meth:`weights` and nothing else. One that runs it several
-    times says so with :meth:`weights_by_pass` and :meth:`evaluations`, and with :meth:`mix` unless predictions are
+    A method that runs the denoiser once a step implements `weights` and nothing else. One that runs it several
+    times says so with `weights_by_pass` and `evaluations`, and with `mix` unless predictions are
     averaged.
     """
 
@@ -25,22 +25,22 @@ class StepComposition(Composition):
         """Weight of every LoRA in this step, before the user's own scales.
 
         Args:
-            keep: ``(rows, num_experts)``, 1 for a LoRA that takes part and 0 for one masked out; ``rows`` is 1 or
+            keep: `(rows, num_experts)`, 1 for a LoRA that takes part and 0 for one masked out; `rows` is 1 or
                 the batch. Every row keeps at least one.
-            step: The denoising step, or ``None`` while a text encoder reads the prompt, so that a method declares
+            step: The denoising step, or `None` while a text encoder reads the prompt, so that a method declares
                 the state of the text encoder instead of inheriting what was active last.
 
         Returns:
-            ``(rows, num_experts)`` with zeros where ``keep`` is zero.
+            `(rows, num_experts)` with zeros where `keep` is zero.
         """
 
     def weights_by_pass(self, keep: Tensor, step: Step) -> Tensor:
-        """Weight of every LoRA in every pass of this step; by default one pass with :meth:`weights`.
+        """Weight of every LoRA in every pass of this step; by default one pass with `weights`.
 
         All passes get the same sample, timestep and prompt embeddings, and run as one widened batch.
 
         Returns:
-            ``(passes, rows, num_experts)``.
+            `(passes, rows, num_experts)`.
         """
         return self.weights(keep, step)[None]
 
@@ -48,16 +48,16 @@ class StepComposition(Composition):
         """One prediction from those of all passes, before guidance; by default their mean.
 
         Args:
-            predictions: ``(passes, batch, ...)``; with guidance the batch is the unconditional rows, then the others.
-            weights: What :meth:`weights_by_pass` returned; its rows are 1 or the batch.
+            predictions: `(passes, batch, ...)`; with guidance the batch is the unconditional rows, then the others.
+            weights: What `weights_by_pass` returned; its rows are 1 or the batch.
 
         Returns:
-            ``(batch, ...)``.
+            `(batch, ...)`.
         """
         return predictions.mean(dim=0)
 
     def weigh(self, site: Site, projections: Projections, run: Run) -> Tensor:
-        """``(rows, 1, num_experts)``: the method's numbers times the user's scales, worked out once a pass."""
+        """`(rows, 1, num_experts)`: the method's numbers times the user's scales, worked out once a pass."""
         if "weights" not in run.notes:
             weights = self._numbers(run) * run.scale  # (passes, rows, num_experts)
             if run.passes > 1:
@@ -85,7 +85,7 @@ class StepComposition(Composition):
         return self.mix(predictions, self._numbers(run))
 
     def _numbers(self, run: Run) -> Tensor:
-        """``(passes, rows, num_experts)``, asked of the method once a forward pass and not once a layer."""
+        """`(passes, rows, num_experts)`, asked of the method once a forward pass and not once a layer."""
         if "numbers" not in run.notes:
             if run.timestep is None:
                 numbers = self.weights(run.keep, None)[None]

@@ -14,7 +14,7 @@ class Switch(StepComposition):
     """LoRA Switch: in each step one LoRA alone at full weight, the next one after every few steps.
 
     "Multi-LoRA Composition for Image Generation" (https://arxiv.org/abs/2402.16843): step k, from 0, draws with the
-    ``floor(k / every) mod N``-th of the kept LoRAs, in the order in which they were loaded; the authors put characters
+    `floor(k / every) mod N`-th of the kept LoRAs, in the order in which they were loaded; the authors put characters
     first. The prompt is read once for all steps, so text encoders carry all LoRAs at full weight. (The authors' code
     reads it with whichever LoRA was active first, and lets that one draw a step longer.)
 

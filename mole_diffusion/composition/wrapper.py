@@ -12,7 +12,7 @@ from .base import Composition
 
 
 class Wrapper(Composition):
-    """Stands around another method and asks it everything; what it makes of the weights is its own :meth:`weigh`.
+    """Stands around another method and asks it everything; what it makes of the weights is its own `weigh`.
 
     Args:
         method: The other one.

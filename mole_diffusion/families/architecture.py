@@ -40,8 +40,8 @@ class Original(NamedTuple):
     """What one module of a model is in the code of the model's authors, or a part of it.
 
     Attributes:
-        module: Name as in ``named_modules()`` of the diffusers model.
-        rows: Which output rows of the authors' module it has, in its order; ``None``: all as they are. (A fused ``qkv``
+        module: Name as in `named_modules()` of the diffusers model.
+        rows: Which output rows of the authors' module it has, in its order; `None`: all as they are. (A fused `qkv`
             has three such parts.)
     """
 
@@ -55,14 +55,14 @@ class Told:
 
     Attributes:
         rows: Its batch.
-        timestep: Which step, in the units of the scheduler's ``timesteps``; ``None`` for a text encoder.
-        encoder_hidden_states: Prompt embeddings ``(rows, tokens, width)`` that a denoiser was given.
-        input_ids: Tokens that a text encoder was given, ``(rows, tokens)``.
-        sample_size: ``(height, width)`` of the picture in tokens, at the finest level of the denoiser.
-        joint: Where words and pixels stand in sequences of both; ``None`` where the model has none.
-        words: Which of the prompt's tokens are there, ``(rows, tokens)`` bool, and which fill up; ``None``: all are.
+        timestep: Which step, in the units of the scheduler's `timesteps`; `None` for a text encoder.
+        encoder_hidden_states: Prompt embeddings `(rows, tokens, width)` that a denoiser was given.
+        input_ids: Tokens that a text encoder was given, `(rows, tokens)`.
+        sample_size: `(height, width)` of the picture in tokens, at the finest level of the denoiser.
+        joint: Where words and pixels stand in sequences of both; `None` where the model has none.
+        words: Which of the prompt's tokens are there, `(rows, tokens)` bool, and which fill up; `None`: all are.
         prompt_lengths: How many are there in each row, where rows may differ and the model packs them.
-        cache: What keeps keys and values of an earlier pass, for an error; ``None``: nothing does.
+        cache: What keeps keys and values of an earlier pass, for an error; `None`: nothing does.
     """
 
     rows: int
@@ -76,7 +76,7 @@ class Told:
     cache: str | None = None
 
     def there(self, reads: Reads, tokens: int) -> Tensor | None:
-        """Which tokens of a sequence are there, ``(rows, tokens)`` bool, and which fill it up; ``None``: all are.
+        """Which tokens of a sequence are there, `(rows, tokens)` bool, and which fill it up; `None`: all are.
 
         Args:
             reads: Of the module that is given the sequence.
@@ -94,14 +94,14 @@ class Told:
 
 
 def unit(names: str) -> re.Pattern[str]:
-    """Matches a module's name up to the last of its parts that is one of ``names``, a regular expression."""
+    """Matches a module's name up to the last of its parts that is one of `names`, a regular expression."""
     return re.compile(rf"^(.*\b(?:{names}))(?:\.|$)")
 
 
 class Architecture:
     """One kind of model. A subclass sets what differs; an instance has no state.
 
-    Names of modules are given as in ``named_modules()``, less what :func:`~.names.canonical_name` takes off.
+    Names of modules are given as in `named_modules()`, less what `canonical_name` takes off.
 
     Attributes:
         classes: Names of the classes of such models. By name, since not every version of a library has them all.
@@ -113,13 +113,13 @@ class Architecture:
         blocks: What runs as a whole: transformer blocks, layers of a text encoder, residual blocks.
         layers: Attention and feed-forward layers.
         order: Parts of names in the order in which a forward pass reaches them.
-        siblings: Names, below one parent, of modules that are given the very same tensor: ``to_q, to_k, to_v``.
+        siblings: Names, below one parent, of modules that are given the very same tensor: `to_q, to_k, to_v`.
         targets: Last parts of the names of modules that a LoRA is trained on where nobody says otherwise.
         meeting: Attention layers in which words and pixels attend to each other, in one sequence.
         lists: Whether the model takes and returns lists with one tensor for each sample.
         originals: The authors' names of modules that have another here, to ours; several where one of theirs is fused
-            of ours, in the order of its rows. ``*`` is any one part of a name.
-        exchanged: Those of our names in ``originals`` whose two halves, scale and shift, are exchanged.
+            of ours, in the order of its rows. `*` is any one part of a name.
+        exchanged: Those of our names in `originals` whose two halves, scale and shift, are exchanged.
     """
 
     classes: ClassVar[tuple[str, ...]] = ()
@@ -157,7 +157,7 @@ class Architecture:
 
         Args:
             model: The model.
-            given: Its arguments by name, as from :func:`arguments`.
+            given: Its arguments by name, as from `arguments`.
         """
         ids = given.get("input_ids")
         embeds = given.get("inputs_embeds")
@@ -167,12 +167,12 @@ class Architecture:
     def lengths(self, module: str, told: Told) -> tuple[int, ...] | None:
         """How many tokens each sample has where a module is given those of all samples one after another.
 
-        ``None``: the first axis of what it is given are the samples.
+        `None`: the first axis of what it is given are the samples.
         """
         return None
 
     def network(self, module: str) -> str:
-        """Which of several networks in the model a module is in; ``""`` where there is one."""
+        """Which of several networks in the model a module is in; `""` where there is one."""
         return ""
 
     def block(self, module: str) -> str | None:
@@ -252,12 +252,12 @@ def _parameters(function: Any, bound: Any) -> tuple[str, ...]:
 
 
 def packed_grid(places: Any, first: int = 0) -> tuple[int, int] | None:
-    """``(height, width)`` of a picture from the place of each of its tokens, ``(tokens, axes)``.
+    """`(height, width)` of a picture from the place of each of its tokens, `(tokens, axes)`.
 
     Axes 1 and 2 are row and column. Pictures to look at may follow; they have another number on axis 0.
 
     Args:
-        places: Of one sample, or ``(rows, tokens, axes)`` of all, which are alike.
+        places: Of one sample, or `(rows, tokens, axes)` of all, which are alike.
         first: The picture's first token.
     """
     if not isinstance(places, Tensor):
@@ -272,6 +272,6 @@ def packed_grid(places: Any, first: int = 0) -> tuple[int, int] | None:
 
 
 def spatial_size(sample: Any) -> tuple[int, int] | None:
-    """``(height, width)`` of a sample ``(rows, channels, height, width)``; ``None`` of anything else."""
+    """`(height, width)` of a sample `(rows, channels, height, width)`; `None` of anything else."""
     is_picture = isinstance(sample, Tensor) and sample.ndim == 4
     return (sample.shape[-2], sample.shape[-1]) if is_picture else None

@@ -16,10 +16,10 @@ class Text(NamedTuple):
 
     Attributes:
         tokenizer: Its name among the components.
-        prompt: The argument of ``encode_prompt`` that it reads; where that is not given, it reads ``prompt``.
+        prompt: The argument of `encode_prompt` that it reads; where that is not given, it reads `prompt`.
         stretch: Which stretch of the denoiser's text its tokens are, from 0. Two tokenizers with the same stretch read
-            for two encoders whose embeddings are one beside the other. ``None``: the denoiser is not given its tokens.
-        limit: The argument of ``encode_prompt`` that says how many tokens are read, and how many by default; ``None``:
+            for two encoders whose embeddings are one beside the other. `None`: the denoiser is not given its tokens.
+        limit: The argument of `encode_prompt` that says how many tokens are read, and how many by default; `None`:
             as many as the tokenizer says.
     """
 
@@ -37,7 +37,7 @@ class Reading:
         tokenizer: The tokenizer.
         texts: The prompts, as they stand in what it is given.
         length: How many tokens are read, padding and all.
-        start: Where these tokens begin among those that the denoiser is given; ``None``: it is given none of them.
+        start: Where these tokens begin among those that the denoiser is given; `None`: it is given none of them.
         dropped: How many of the first tokens the denoiser is not given (a template's).
         before: What a chat's template puts before each prompt.
         after: What it puts behind.
@@ -67,7 +67,7 @@ class Conditions(NamedTuple):
     """What a denoiser is told of prompts.
 
     Attributes:
-        prompt_embeds: ``(rows, tokens, width)``.
+        prompt_embeds: `(rows, tokens, width)`.
         others: Its other arguments by name; tensors and dictionaries of tensors with a row for each prompt.
     """
 
@@ -112,7 +112,7 @@ class Family:
 
         Args:
             pipe: The pipeline.
-            given: The arguments of ``encode_prompt`` by name; ``prompt`` is among them.
+            given: The arguments of `encode_prompt` by name; `prompt` is among them.
         """
         readings: list[Reading] = []
         starts: dict[int, int] = {}
@@ -134,7 +134,7 @@ class Family:
         return readings
 
     def encode(self, pipe: Any, prompts: list[str], device: Any) -> Any:
-        """What ``encode_prompt`` gives for prompts without guidance.
+        """What `encode_prompt` gives for prompts without guidance.
 
         Args:
             pipe: The pipeline.
@@ -144,10 +144,10 @@ class Family:
         return pipe.encode_prompt(prompts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False)
 
     def embedded(self, encoded: Any, each: int) -> Tensor:
-        """Prompt embeddings, ``(pictures, tokens, width)``, as the denoiser will be given them in a call.
+        """Prompt embeddings, `(pictures, tokens, width)`, as the denoiser will be given them in a call.
 
         Args:
-            encoded: What ``encode_prompt`` gave.
+            encoded: What `encode_prompt` gave.
             each: Pictures of one prompt.
         """
         embeds: Tensor = encoded[0]
@@ -176,8 +176,8 @@ class Family:
 
         Args:
             pipe: The pipeline.
-            latents: ``(rows, *latent_shape)``.
-            timesteps: ``(rows,)``, in the scheduler's units.
+            latents: `(rows, *latent_shape)`.
+            timesteps: `(rows,)`, in the scheduler's units.
             conditions: Of as many rows.
         """
         denoiser = getattr(pipe, self.denoiser)
@@ -188,7 +188,7 @@ class Family:
         return prediction
 
     def picture(self, pipe: Any, latents: Tensor) -> Tensor:
-        """Pictures ``(rows, 3, height, width)`` from -1 to 1 of latents, with graph."""
+        """Pictures `(rows, 3, height, width)` from -1 to 1 of latents, with graph."""
         vae = pipe.vae
         latents = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
         decoded: Tensor = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
@@ -207,6 +207,6 @@ def is_a(model: nn.Module, architecture: Architecture) -> bool:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of what ``torch.compile`` returned."""
+    """The model inside of what `torch.compile` returned."""
     inner = getattr(model, "_orig_mod", model)
     return inner if isinstance(inner, nn.Module) else model

@@ -26,9 +26,9 @@ def chat_reading(
 
     Args:
         tokenizer: The tokenizer.
-        given: The arguments of ``encode_prompt`` by name.
-        rendered: The template around :data:`MARK`.
-        length, dropped, gathered, special, end: As in :class:`Reading`.
+        given: The arguments of `encode_prompt` by name.
+        rendered: The template around `MARK`.
+        length, dropped, gathered, special, end: As in `Reading`.
     """
     before, _, after = rendered.partition(MARK)
     prompts = given["prompt"]

@@ -6,7 +6,7 @@ from .architecture import Architecture, unit
 
 
 class CLIPText(Architecture):
-    """transformers' ``CLIPTextModel`` and ``CLIPTextModelWithProjection``."""
+    """transformers' `CLIPTextModel` and `CLIPTextModelWithProjection`."""
 
     classes = ("CLIPTextModel", "CLIPTextModelWithProjection")
     blocks = unit(r"layers\.\d+")

@@ -28,8 +28,8 @@ DOUBLE_ATTENTION = {
 
 
 class FluxTransformer(Architecture):
-    """diffusers' ``FluxTransformer2DModel``: blocks with Linears of their own for words and pixels, then blocks of one
-    sequence ``[words, pixels]``."""
+    """diffusers' `FluxTransformer2DModel`: blocks with Linears of their own for words and pixels, then blocks of one
+    sequence `[words, pixels]`."""
 
     classes = ("FluxTransformer2DModel",)
     denoiser = True
@@ -89,13 +89,13 @@ class FluxTransformer(Architecture):
 def words_then_pixels(
     given: Mapping[str, Any], grid: tuple[int, int] | None, words: Tensor | None = None, cache: str | None = None
 ) -> Told:
-    """Reads a call of a transformer that joins the prompt and the packed latents as ``[words, pixels]``.
+    """Reads a call of a transformer that joins the prompt and the packed latents as `[words, pixels]`.
 
     Args:
         given: Arguments by name, with diffusers' names for the latents, the prompt and the step.
         grid: Height and width of the picture in tokens. More tokens may follow: pictures to look at.
-        words: As in :class:`Told`.
-        cache: As in :class:`Told`.
+        words: As in `Told`.
+        cache: As in `Told`.
     """
     sample, text, timestep = (given.get(key) for key in ("hidden_states", "encoder_hidden_states", "timestep"))
     assert isinstance(sample, Tensor)

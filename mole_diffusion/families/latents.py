@@ -19,7 +19,7 @@ def latent_side(pipe: Any) -> int:
 def size_shift(pipe: Any, tokens: int) -> float | None:
     """The shift of the noise levels of a picture of so many tokens, as FLUX's pipeline and its kin work it out.
 
-    ``None`` where the scheduler has a shift of its own.
+    `None` where the scheduler has a shift of its own.
     """
     config = pipe.scheduler.config
     if not config.get("use_dynamic_shifting", False):
@@ -30,12 +30,12 @@ def size_shift(pipe: Any, tokens: int) -> float | None:
 
 
 def time_shift(config: Any, mu: float) -> float:
-    """The factor ``a`` of ``a s / (1 + (a - 1) s)`` that a scheduler makes of ``mu``."""
+    """The factor `a` of `a s / (1 + (a - 1) s)` that a scheduler makes of `mu`."""
     return math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else mu
 
 
 def from_patches(patches: Tensor) -> Tensor:
-    """``(rows, side * side, channels * 4)`` patches of 2 x 2 as latents ``(rows, channels, 2 * side, 2 * side)``."""
+    """`(rows, side * side, channels * 4)` patches of 2 x 2 as latents `(rows, channels, 2 * side, 2 * side)`."""
     rows, tokens, width = patches.shape
     side = math.isqrt(tokens)
     grid = patches.view(rows, side, side, width // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
@@ -43,7 +43,7 @@ def from_patches(patches: Tensor) -> Tensor:
 
 
 def places(rows: int, columns: int, axes: int, like: Tensor) -> Tensor:
-    """``(rows * columns, axes)``: row and column of every token on the axes 1 and 2, zeros on the others."""
+    """`(rows * columns, axes)`: row and column of every token on the axes 1 and 2, zeros on the others."""
     found = torch.zeros(rows, columns, axes, device=like.device, dtype=like.dtype)
     found[..., 1] = torch.arange(rows, device=like.device)[:, None]
     found[..., 2] = torch.arange(columns, device=like.device)

@@ -16,7 +16,7 @@ from .latents import from_patches, latent_side, size_shift
 
 
 class QwenImageTransformer(Architecture):
-    """diffusers' ``QwenImageTransformer2DModel``: words and pixels have Linears of their own in every block and meet in
+    """diffusers' `QwenImageTransformer2DModel`: words and pixels have Linears of their own in every block and meet in
     its attention."""
 
     classes = ("QwenImageTransformer2DModel",)
@@ -43,7 +43,7 @@ class QwenImageTransformer(Architecture):
 
 
 def _grid(shapes: Any) -> tuple[int, int] | None:
-    """Height and width in tokens, from ``(frames, height, width)`` of the pictures of each sample, its own first."""
+    """Height and width in tokens, from `(frames, height, width)` of the pictures of each sample, its own first."""
     while isinstance(shapes, list) and shapes:
         shapes = shapes[0]
     return (int(shapes[1]), int(shapes[2])) if shapes else None
@@ -96,7 +96,7 @@ class QwenImage(Family):
 
 
 def video_picture(pipe: Any, latents: Tensor) -> Tensor:
-    """Pictures of latents ``(rows, channels, height, width)``, by an autoencoder of videos: one frame."""
+    """Pictures of latents `(rows, channels, height, width)`, by an autoencoder of videos: one frame."""
     vae = pipe.vae
     mean, deviation = (
         latents.new_tensor(numbers).view(1, -1, 1, 1) for numbers in (vae.config.latents_mean, vae.config.latents_std)

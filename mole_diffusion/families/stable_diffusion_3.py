@@ -14,7 +14,7 @@ from .t5 import T5
 
 
 class SD3Transformer(Architecture):
-    """diffusers' ``SD3Transformer2DModel``: words and pixels have Linears of their own and meet in the attention."""
+    """diffusers' `SD3Transformer2DModel`: words and pixels have Linears of their own and meet in the attention."""
 
     classes = ("SD3Transformer2DModel",)
     denoiser = True
@@ -63,7 +63,8 @@ class SD3Transformer(Architecture):
     def told(self, model: nn.Module, given: Mapping[str, Any]) -> Told:
         sample = given["hidden_states"]
         text: Tensor = given["encoder_hidden_states"]
-        size, patch = spatial_size(sample), model.config.patch_size
+        config: Any = model.config
+        size, patch = spatial_size(sample), config.patch_size
         pixels = sample.shape[-2:].numel() // patch**2
         return Told(
             rows=len(sample),

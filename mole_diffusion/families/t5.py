@@ -8,7 +8,7 @@ from .architecture import Architecture, Reads, unit
 
 
 class T5(Architecture):
-    """transformers' ``T5EncoderModel`` and ``T5ForConditionalGeneration`` (T5, Flan-T5)."""
+    """transformers' `T5EncoderModel` and `T5ForConditionalGeneration` (T5, Flan-T5)."""
 
     classes = ("T5EncoderModel", "T5ForConditionalGeneration", "T5Model")
     blocks = unit(r"block\.\d+")

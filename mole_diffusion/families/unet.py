@@ -24,7 +24,7 @@ _TRANSFORMER = unit(r"attentions\.\d+")
 
 
 class UNet(Architecture):
-    """diffusers' ``UNet2DConditionModel``: residual blocks and spatial transformers on several levels."""
+    """diffusers' `UNet2DConditionModel`: residual blocks and spatial transformers on several levels."""
 
     classes = ("UNet2DConditionModel",)
     denoiser = True
@@ -59,7 +59,7 @@ class UNet(Architecture):
         )
 
     def original_names(self, model: nn.Module) -> dict[str, tuple[Original, ...]]:
-        """Those of CompVis' and Stability's code (``input_blocks.4.1.proj_in``), which counts blocks without levels."""
+        """Those of CompVis' and Stability's code (`input_blocks.4.1.proj_in`), which counts blocks without levels."""
         names = [name for name, _ in model.named_modules()]
         found = {theirs: ours for theirs, ours in _OUTSIDE.items() if ours in names}
         for theirs, ours in _original_blocks(names).items():
@@ -79,7 +79,7 @@ class UNet(Architecture):
         return found[1] if found else None
 
     def firing_order(self, module: str) -> tuple[int, ...]:
-        """Residual blocks and transformers alternate: ``resnets.0, attentions.0, resnets.1, attentions.1``."""
+        """Residual blocks and transformers alternate: `resnets.0, attentions.0, resnets.1, attentions.1`."""
         rank = {name: index for index, name in enumerate(self.order)}
         key: list[int] = []
         parts = module.split(".")

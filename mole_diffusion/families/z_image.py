@@ -20,8 +20,8 @@ MULTIPLE = 32  # the model fills words and pixels up to multiples of this many t
 
 
 class ZImageTransformer(Architecture):
-    """diffusers' ``ZImageTransformer2DModel``: refiners of the pixels, refiners of the words, then layers of one
-    sequence ``[pixels, words]``.
+    """diffusers' `ZImageTransformer2DModel`: refiners of the pixels, refiners of the words, then layers of one
+    sequence `[pixels, words]`.
 
     It takes lists, one tensor for each sample. Prompts are as long as they are; in one batch the shorter ones get zeros
     behind. Two embedders are given the tokens of all samples in one long row.
@@ -85,10 +85,10 @@ class ZImageTransformer(Architecture):
 
 
 def padded(prompts: Sequence[Tensor], tokens: int | None = None) -> Tensor:
-    """Prompt embeddings of different lengths as one tensor ``(rows, tokens, width)``, with zeros behind.
+    """Prompt embeddings of different lengths as one tensor `(rows, tokens, width)`, with zeros behind.
 
     Args:
-        prompts: ``(length, width)`` each.
+        prompts: `(length, width)` each.
         tokens: Of the result; as many as the longest has, if not given.
     """
     together = pad_sequence(list(prompts), batch_first=True)

@@ -9,15 +9,15 @@ from mole_diffusion.errors import MoLEError
 
 
 def balance_loss(gates: Tensor, present: Tensor | None = None) -> Tensor:
-    """Gating balance loss of MoLE: ``L = - sum_i log q_i``, q_i the mean gate of LoRA i over all gated places.
+    """Gating balance loss of MoLE: `L = - sum_i log q_i`, q_i the mean gate of LoRA i over all gated places.
 
     Eqs. 14-15 of "Mixture of LoRA Experts" (https://openreview.net/forum?id=uWvKBCYh4S). The smallest value is
-    ``N log N``, reached where all q_i are equal; there its gradient is zero.
+    `N log N`, reached where all q_i are equal; there its gradient is zero.
 
     Args:
-        gates: ``(places, N)`` or ``(batch, places, N)``, each row summing to one. Gradients flow to them.
-        present: ``(places, N)``, False where a LoRA does not touch a place. q_i is then the mean over the places
-            LoRA i does touch, and a LoRA that touches none is left out. ``None``: every LoRA is everywhere.
+        gates: `(places, N)` or `(batch, places, N)`, each row summing to one. Gradients flow to them.
+        present: `(places, N)`, False where a LoRA does not touch a place. q_i is then the mean over the places
+            LoRA i does touch, and a LoRA that touches none is left out. `None`: every LoRA is everywhere.
 
     Returns:
         A scalar; the mean over the batch.
@@ -31,15 +31,15 @@ def balance_loss(gates: Tensor, present: Tensor | None = None) -> Tensor:
 
 
 def floor_loss(gates: Tensor, floor: float, present: Tensor | None = None) -> Tensor:
-    """Lifts only what is neglected: ``L = - sum_i log min(q_i / floor, 1)``, q_i as in :func:`balance_loss`.
+    """Lifts only what is neglected: `L = - sum_i log min(q_i / floor, 1)`, q_i as in `balance_loss`.
 
-    Zero, with a zero gradient, as soon as every LoRA has at least the share ``floor``; below it, the gradient by q_i is
+    Zero, with a zero gradient, as soon as every LoRA has at least the share `floor`; below it, the gradient by q_i is
     that of the balance loss.
 
     Args:
-        gates: As in :func:`balance_loss`.
+        gates: As in `balance_loss`.
         floor: The least share of a LoRA; more than 0, and at most 1 / N to be within reach.
-        present: As in :func:`balance_loss`.
+        present: As in `balance_loss`.
 
     Returns:
         A scalar; the mean over the batch.
@@ -53,14 +53,14 @@ def floor_loss(gates: Tensor, floor: float, present: Tensor | None = None) -> Te
 
 
 def mean_usage(gates: Tensor, present: Tensor | None = None) -> Tensor:
-    """Eq. 15, ``q_i = 1/M sum_k G_i^k``: how much LoRA i is used over the places it touches.
+    """Eq. 15, `q_i = 1/M sum_k G_i^k`: how much LoRA i is used over the places it touches.
 
     Args:
-        gates: As in :func:`balance_loss`.
-        present: As in :func:`balance_loss`.
+        gates: As in `balance_loss`.
+        present: As in `balance_loss`.
 
     Returns:
-        ``(N,)`` or ``(batch, N)``, without the LoRAs that touch no place.
+        `(N,)` or `(batch, N)`, without the LoRAs that touch no place.
 
     Raises:
         ValueError: If shapes do not fit.

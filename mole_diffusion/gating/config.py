@@ -22,15 +22,15 @@ class GateConfig:
     """Shape of the gating function of MoLE, eqs. 9-11 of https://openreview.net/forum?id=uWvKBCYh4S.
 
     Attributes:
-        scope: How much of the model shares one gate. ``"matrix"``: an adapted weight. ``"layer"``: an attention or
-            feed-forward layer. ``"block"``: a transformer block. ``"transformer"``: a UNet's spatial transformer,
-            blocks and projections, as in the released code. ``"network"``: a whole UNet or text encoder.
-        input: What a gate reads. ``"experts"``: the expert outputs, as the paper writes it. ``"hidden"``: the hidden
-            state its first module is given, as the released code does. ``"none"``: nothing, so that a gate is one
-            learned number per LoRA (CAT, with ``scope="matrix"``): what it lacks is what a gate's input is worth.
-        token_axis: What becomes of the positions of an expert output. ``"pooled"``: their mean, any resolution. An
-            integer k: means over a k x k grid (k stretches of a text), any resolution. ``"flatten"``: every position
-            has its own parameters, as the paper writes it, so the gate fits one resolution only. ``"token"``: nothing;
+        scope: How much of the model shares one gate. `"matrix"`: an adapted weight. `"layer"`: an attention or
+            feed-forward layer. `"block"`: a transformer block. `"transformer"`: a UNet's spatial transformer,
+            blocks and projections, as in the released code. `"network"`: a whole UNet or text encoder.
+        input: What a gate reads. `"experts"`: the expert outputs, as the paper writes it. `"hidden"`: the hidden
+            state its first module is given, as the released code does. `"none"`: nothing, so that a gate is one
+            learned number per LoRA (CAT, with `scope="matrix"`): what it lacks is what a gate's input is worth.
+        token_axis: What becomes of the positions of an expert output. `"pooled"`: their mean, any resolution. An
+            integer k: means over a k x k grid (k stretches of a text), any resolution. `"flatten"`: every position
+            has its own parameters, as the paper writes it, so the gate fits one resolution only. `"token"`: nothing;
             the same parameters, as many as pooled, are asked at every position, which gets weights of its own: two
             LoRAs at full strength need not meet. Keys and values of the prompt, and projections of the time, which see
             other tokens, then have gates of their own in a scope.
@@ -38,17 +38,17 @@ class GateConfig:
             L2 norm, by the root mean square, or centre first (layer norm without affine parameters).
         temperature: Start value of tau. Positive.
         learn_temperature: Whether tau is trained (as its logarithm, so it stays positive).
-        experts: What an expert output is. ``"module"``: what the LoRA adds at the modules through which a scope is
-            entered; costs nothing extra. ``"block"``: how the output of the transformer block changes under that
-            LoRA alone; the block is run once more per LoRA. Needs ``scope="block"``.
+        experts: What an expert output is. `"module"`: what the LoRA adds at the modules through which a scope is
+            entered; costs nothing extra. `"block"`: how the output of the transformer block changes under that
+            LoRA alone; the block is run once more per LoRA. Needs `scope="block"`.
         gate_sum: What the weights of all N LoRAs add up to. 1 is the paper's softmax; N lets a LoRA weigh 1 on average,
             so that equal gates are the plain sum. Where only k LoRAs act, since the others are masked out or do not
-            touch the place, the sum is ``k ** (log(gate_sum) / log(N))``: one LoRA alone is always that LoRA.
+            touch the place, the sum is `k ** (log(gate_sum) / log(N))`: one LoRA alone is always that LoRA.
         null_expert: One more logit in every softmax, for an expert that adds nothing. It takes its share of the sum,
             also from a LoRA that acts alone.
         residual: Whether a gate corrects the masks of a rule instead of weighing alone: it reads the masks beside the
             hidden state and answers what is to be added to them, zero at the start. The composition is then
-            ``"masked_gates"``. Needs ``input="hidden"`` and ``token_axis="token"``, since masks have a value at every
+            `"masked_gates"`. Needs `input="hidden"` and `token_axis="token"`, since masks have a value at every
             token, and neither a sum nor a null expert, since nothing is shared out.
 
     Raises:

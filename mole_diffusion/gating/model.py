@@ -41,12 +41,12 @@ class MoLEModel(ModelMixin, ConfigMixin):
     parameters. They are no part of the UNet or the pipeline, stay fp32 whatever those are cast to, and compute where
     the hidden states are. Saved with them are the names, order, hashes and ranks of the LoRAs, and the table of gates.
 
-    Make one with :meth:`from_experts` or ``from_pretrained``, then set ``experts.weigher = model``.
+    Make one with `from_experts` or `from_pretrained`, then set `experts.weigher = model`.
 
     Args:
-        gate_config: As from ``GateConfig.to_dict()``.
-        loras: One dictionary per LoRA: ``name``, ``sha256``, ``ranks``.
-        gate_table: One ``GateSpec.to_dict()`` per gate.
+        gate_config: As from `GateConfig.to_dict()`.
+        loras: One dictionary per LoRA: `name`, `sha256`, `ranks`.
+        gate_table: One `GateSpec.to_dict()` per gate.
 
     Raises:
         MoLEError: If the configuration is not one this version knows.
@@ -77,7 +77,7 @@ class MoLEModel(ModelMixin, ConfigMixin):
         """Untrained gates (uniform) for attached experts.
 
         Raises:
-            MoLEError: If the experts are not attached, or ``token_axis="flatten"`` and the model was never run.
+            MoLEError: If the experts are not attached, or `token_axis="flatten"` and the model was never run.
         """
         config = config or GateConfig()
         _need_attached(experts)
@@ -108,7 +108,7 @@ class MoLEModel(ModelMixin, ConfigMixin):
         check_loras(self.config.loras, loras)
 
     def bind(self, experts: Experts) -> None:
-        """Get ready to weigh these experts; setting ``experts.weigher`` does it.
+        """Get ready to weigh these experts; setting `experts.weigher` does it.
 
         Raises:
             MoLEError: If they are not attached, are not those of the LoRAs the gates were made for, or sit in a model
@@ -150,16 +150,16 @@ class MoLEModel(ModelMixin, ConfigMixin):
         return spec.block is not None or site.name in spec.entry_sites
 
     def weigh(self, site: Site, projections: Projections, run: Run, masks: Tensor | None = None) -> Tensor | None:
-        """Final weights of one module, ``(batch, 1, N)``, or ``(batch, tokens, N)`` with ``token_axis="token"``.
+        """Final weights of one module, `(batch, 1, N)`, or `(batch, tokens, N)` with `token_axis="token"`.
 
         The first of a scope to run sets them for the whole scope.
 
         Args:
             site: The module.
-            projections: ``A x`` of this module and of those that read the same tensor.
+            projections: `A x` of this module and of those that read the same tensor.
             run: The forward pass.
-            masks: What ``residual`` gates correct: the weights of a rule here, ``(batch | 1, tokens | 1, N)``, with
-                ``run.keep`` worked in and ``run.scale`` not.
+            masks: What `residual` gates correct: the weights of a rule here, `(batch | 1, tokens | 1, N)`, with
+                `run.keep` worked in and `run.scale` not.
 
         Raises:
             MoLEError: If a module runs before those its gate reads, a flattened gate meets another resolution, or there
@@ -196,7 +196,7 @@ class MoLEModel(ModelMixin, ConfigMixin):
 
     @contextmanager
     def record(self, accumulate: bool = False) -> Iterator[GateRecord]:
-        """Note what the gates give inside a ``with`` block.
+        """Note what the gates give inside a `with` block.
 
         Args:
             accumulate: Keep all passes (denoising steps), not only the latest of each model.
@@ -208,12 +208,12 @@ class MoLEModel(ModelMixin, ConfigMixin):
             self._record = before
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Write ``config.json`` and the gates as safetensors into a folder.
+        """Write `config.json` and the gates as safetensors into a folder.
 
         Args:
             save_directory: Made if it does not exist. Each file is replaced in one step.
             push_to_hub: Also upload to the Hugging Face Hub.
-            kwargs: For :meth:`push_to_hub`: ``repo_id`` (else the folder's name), ``token``, ``private`` ...
+            kwargs: For `push_to_hub`: `repo_id` (else the folder's name), `token`, `private` ...
         """
         folder = Path(save_directory)
         with atomic_files(folder) as temporary:
@@ -232,7 +232,7 @@ class MoLEModel(ModelMixin, ConfigMixin):
     ) -> Any:
         """Upload the gates with their model card: the one they came with, or one of what they are made for.
 
-        Args are those of diffusers' ``push_to_hub``.
+        Args are those of diffusers' `push_to_hub`.
         """
         repo_id = hub_utils.create_repo(repo_id, exist_ok=True, private=private, token=token).repo_id
         with tempfile.TemporaryDirectory() as temporary:
@@ -249,11 +249,11 @@ class MoLEModel(ModelMixin, ConfigMixin):
 
         Args:
             pretrained_model_name_or_path: Folder or Hub id.
-            kwargs: ``subfolder``; of the Hub: ``revision``, ``token``, ``cache_dir``, ``force_download``,
-                ``local_files_only``.
+            kwargs: `subfolder`; of the Hub: `revision`, `token`, `cache_dir`, `force_download`,
+                `local_files_only`.
 
         Raises:
-            GatesError: If the folder holds something else than :meth:`save_pretrained` writes.
+            GatesError: If the folder holds something else than `save_pretrained` writes.
         """
         saved = read_gates(pretrained_model_name_or_path, **kwargs)
         model = cls(**saved.settings)
@@ -297,7 +297,7 @@ class MoLEModel(ModelMixin, ConfigMixin):
         run: Run,
         masks: Tensor | None = None,
     ) -> Tensor:
-        """Eqs. 9-11 and the mask: expert outputs or their coordinates to final weights ``(batch, tokens | 1, N)``."""
+        """Eqs. 9-11 and the mask: expert outputs or their coordinates to final weights `(batch, tokens | 1, N)`."""
         gate = self._gate(spec)
         if gate.weight.device != features.device:
             gate.to(features.device)
@@ -332,7 +332,7 @@ class MoLEModel(ModelMixin, ConfigMixin):
     ) -> tuple[Tensor | None, Tensor, Tensor]:
         """What the softmax over these LoRAs is masked with, multiplied by, and multiplied by with the user's scale.
 
-        The same in all scopes of a pass that the same LoRAs touch. ``(rows | 1, 1, n)`` each; no mask where every row
+        The same in all scopes of a pass that the same LoRAs touch. `(rows | 1, 1, n)` each; no mask where every row
         keeps all.
         """
         key = self, experts, device
@@ -382,7 +382,7 @@ def _need_attached(experts: Experts) -> None:
 
 
 def _read(spec: GateSpec, site: Site, projections: Projections, axis: TokenAxis) -> Tensor:
-    """What a gate is given, ``(batch, tokens, width)``: expert outputs in rank space, a hidden state, or a constant."""
+    """What a gate is given, `(batch, tokens, width)`: expert outputs in rank space, a hidden state, or a constant."""
     if spec.hidden_features is None:
         return torch.cat([projections.tensors[name] for name in spec.entry_sites], dim=-1)
     hidden_states = projections.hidden_states
@@ -394,7 +394,7 @@ def _read(spec: GateSpec, site: Site, projections: Projections, axis: TokenAxis)
 
 
 def _without_filling(features: Tensor, there: Tensor | None) -> Tensor:
-    """``(batch, tokens, width)`` whose mean over tokens is that over those which are there.
+    """`(batch, tokens, width)` whose mean over tokens is that over those which are there.
 
     A prompt must not look different in a batch with longer ones.
     """
@@ -405,7 +405,7 @@ def _without_filling(features: Tensor, there: Tensor | None) -> Tensor:
 
 
 def _grid(spec: GateSpec, site: Site, projections: Projections) -> tuple[int, int] | None:
-    """Height and width of what a gate reads at a convolution; ``None`` elsewhere."""
+    """Height and width of what a gate reads at a convolution; `None` elsewhere."""
     if spec.hidden_features is None or not site.stack.is_convolution:
         return projections.spatial
     height, width = projections.hidden_states.shape[-2:]

@@ -20,7 +20,7 @@ class GateTable(NamedTuple):
     Attributes:
         places: Names of the gates, in the order of a forward pass.
         loras: Names of the LoRAs.
-        values: ``(places, N)``, on the CPU and without graph; zero where a LoRA does not touch a place.
+        values: `(places, N)`, on the CPU and without graph; zero where a LoRA does not touch a place.
     """
 
     places: tuple[str, ...]
@@ -31,10 +31,10 @@ class GateTable(NamedTuple):
 class GateRecord:
     """The gates of one forward pass, or of all while recording.
 
-    Weights are those after masking and before the user's scale, so rows sum to ``gate_sum``, less what a null expert
+    Weights are those after masking and before the user's scale, so rows sum to `gate_sum`, less what a null expert
     took. A checkpoint's recomputation adds
     nothing: recording the same pass twice is recording it once. (With reentrant checkpointing the forward pass has no
-    graph, so neither have the recorded gates; use ``use_reentrant=False``, as diffusers does.)
+    graph, so neither have the recorded gates; use `use_reentrant=False`, as diffusers does.)
 
     Args:
         specs: The gates of the model.
@@ -42,9 +42,9 @@ class GateRecord:
         accumulate: Keep every pass (all denoising steps) instead of the latest one of each model.
 
     Attributes:
-        gates: Gate name to ``(batch, N)``, with graph, of the latest pass: means over the tokens, where these differ.
-        passes: Gate name to the list of all recorded passes, each ``(batch, N)``.
-        tokens: Gate name to ``(batch, tokens, N)`` of the latest pass, without graph; one token where all share a gate.
+        gates: Gate name to `(batch, N)`, with graph, of the latest pass: means over the tokens, where these differ.
+        passes: Gate name to the list of all recorded passes, each `(batch, N)`.
+        tokens: Gate name to `(batch, tokens, N)` of the latest pass, without graph; one token where all share a gate.
     """
 
     def __init__(self, specs: Sequence[GateSpec], lora_names: Sequence[str], accumulate: bool = False) -> None:
@@ -55,7 +55,7 @@ class GateRecord:
         self.tokens: dict[str, Tensor] = {}
 
     def add(self, name: str, run: Run, gates: Tensor) -> None:
-        """Note the gates ``(batch, tokens | 1, N)`` of one place in one pass."""
+        """Note the gates `(batch, tokens | 1, N)` of one place in one pass."""
         if in_backward():
             return
         self.tokens[name] = gates.detach()
@@ -75,11 +75,11 @@ class GateRecord:
         return tuple(name for name in self._specs if name in self.passes)
 
     def mean(self) -> dict[str, Tensor]:
-        """Gate name to ``(N,)``: the mean over the batch and the recorded passes, with graph."""
+        """Gate name to `(N,)`: the mean over the batch and the recorded passes, with graph."""
         return {name: torch.cat(self.passes[name]).mean(dim=0) for name in self.names}
 
     def places(self) -> Tensor:
-        """``(places, N)``, the means stacked, with graph: what :func:`balance_loss` takes.
+        """`(places, N)`, the means stacked, with graph: what `balance_loss` takes.
 
         Raises:
             ValueError: If nothing was recorded.
@@ -90,7 +90,7 @@ class GateRecord:
         return torch.stack([mean.to(means[-1].device) for mean in means])
 
     def rows(self) -> Tensor:
-        """``(batch, places, N)``, the latest pass with graph: what :func:`balance_loss` takes, sample by sample.
+        """`(batch, places, N)`, the latest pass with graph: what `balance_loss` takes, sample by sample.
 
         Raises:
             ValueError: If nothing was recorded, or places saw batches of different sizes.
@@ -105,7 +105,7 @@ class GateRecord:
         return torch.stack([weights.to(gates[-1].device) for weights in gates], dim=1)
 
     def present(self) -> Tensor:
-        """``(places, N)`` bool: which LoRA touches which of the recorded places."""
+        """`(places, N)` bool: which LoRA touches which of the recorded places."""
         present = torch.zeros(len(self.names), len(self.lora_names), dtype=torch.bool)
         for row, name in enumerate(self.names):
             present[row, list(self._specs[name].experts)] = True

@@ -7,17 +7,17 @@ from .config import Scope
 
 
 def gate_name(scope: Scope, component: str, module: str, architecture: Architecture) -> str:
-    """Name of the gate a module belongs to: a readable place, ``unet.mid_block.attentions.0.transformer_blocks.0``.
+    """Name of the gate a module belongs to: a readable place, `unet.mid_block.attentions.0.transformer_blocks.0`.
 
-    A module outside every transformer block, text encoder layer and residual block (a transformer's ``proj_in`` and
-    ``proj_out``, a sampling convolution) shares a gate with what has the same parent. Where there is no spatial
-    transformer around a module, scope ``"transformer"`` is scope ``"block"``. A model of several networks, an encoder
-    and a decoder, has a gate for each in scope ``"network"``.
+    A module outside every transformer block, text encoder layer and residual block (a transformer's `proj_in` and
+    `proj_out`, a sampling convolution) shares a gate with what has the same parent. Where there is no spatial
+    transformer around a module, scope `"transformer"` is scope `"block"`. A model of several networks, an encoder
+    and a decoder, has a gate for each in scope `"network"`.
 
     Args:
-        scope: As in :class:`GateConfig`.
+        scope: As in `GateConfig`.
         component: Name of the component.
-        module: Name of the module in it, as :func:`~mole_diffusion.families.canonical_name` gives it.
+        module: Name of the module in it, as `canonical_name` gives it.
         architecture: What is known of the component.
     """
     return ".".join(part for part in (component, _place(scope, module, architecture)) if part)

@@ -17,7 +17,7 @@ from .scopes import gate_name
 
 
 def canonical_place(component: str, place: str) -> str:
-    """Name of a gate, ``component.module`` or only the component, whatever the version of transformers."""
+    """Name of a gate, `component.module` or only the component, whatever the version of transformers."""
     module = place.removeprefix(component).removeprefix(".")
     return ".".join(part for part in (component, canonical_name(module)) if part)
 
@@ -42,15 +42,15 @@ class GateSpec:
     """One gate. With the table of all, gates are rebuilt without any LoRA at hand.
 
     Attributes:
-        name: Its place, ``component.module`` of what it covers.
+        name: Its place, `component.module` of what it covers.
         component: Name of the model it lies in.
         experts: Indices of the LoRAs that touch its scope; the others take no share of its softmax.
         modules: The adapted modules it weighs.
         entries: Where it reads: the first of them to run, with those that read the same tensor.
-        block: Name of the block it re-runs under each LoRA, or ``None`` where experts are those of modules.
+        block: Name of the block it re-runs under each LoRA, or `None` where experts are those of modules.
         spatial: Whether its tokens are the pixels of a picture (else a text, or one vector).
         positions: Length of the token axis the gate sees.
-        hidden_features: Size of the hidden state it reads there; 0 if it reads nothing, ``None`` if it reads what the
+        hidden_features: Size of the hidden state it reads there; 0 if it reads nothing, `None` if it reads what the
             experts add there.
     """
 
@@ -82,12 +82,12 @@ class GateSpec:
 
     @cached_property
     def sites(self) -> tuple[str, ...]:
-        """The modules it weighs, as ``component.module``."""
+        """The modules it weighs, as `component.module`."""
         return tuple(f"{self.component}.{module}" for module in self.modules)
 
     @cached_property
     def entry_sites(self) -> tuple[str, ...]:
-        """The modules it reads, as ``component.module``."""
+        """The modules it reads, as `component.module`."""
         return tuple(f"{self.component}.{entry.module}" for entry in self.entries)
 
     @property
@@ -113,7 +113,7 @@ class GateSpec:
 def plan_gates(experts: Experts, config: GateConfig) -> list[GateSpec]:
     """The gates that a configuration asks for on attached experts, in the order of a forward pass.
 
-    Positions are left at 1; they depend on the token axis, see :func:`with_positions`.
+    Positions are left at 1; they depend on the token axis, see `with_positions`.
     """
     specs = []
     for component in experts.components:
@@ -130,7 +130,7 @@ def with_positions(spec: GateSpec, config: GateConfig, experts: Experts) -> Gate
     """Complete a planned gate by the length of its token axis.
 
     Raises:
-        MoLEError: For ``token_axis="flatten"`` if the model was not run yet, so that nobody knows how many tokens
+        MoLEError: For `token_axis="flatten"` if the model was not run yet, so that nobody knows how many tokens
             there will be.
     """
     axis = config.token_axis

@@ -11,21 +11,21 @@ from .config import TokenAxis
 
 
 def reduce_tokens(features: Tensor, axis: TokenAxis, positions: int, size: tuple[int, int] | None, gate: str) -> Tensor:
-    """``(batch, tokens, features)`` to ``(batch, positions, features)``.
+    """`(batch, tokens, features)` to `(batch, positions, features)`.
 
-    All three readings are linear, so pooling ``A x`` and applying B is pooling ``B A x``.
+    All three readings are linear, so pooling `A x` and applying B is pooling `B A x`.
 
-    With ``"token"`` every position is a sample of its own, ``(batch * tokens, 1, features)``.
+    With `"token"` every position is a sample of its own, `(batch * tokens, 1, features)`.
 
     Args:
         features: Expert outputs, or their coordinates in rank space.
-        axis: As in :class:`GateConfig`.
+        axis: As in `GateConfig`.
         positions: What the gate was made for.
-        size: ``(height, width)`` of the tokens where they are the pixels of a picture.
+        size: `(height, width)` of the tokens where they are the pixels of a picture.
         gate: Name of the gate, for messages.
 
     Raises:
-        ValueError: If ``"flatten"`` meets another number of tokens.
+        ValueError: If `"flatten"` meets another number of tokens.
     """
     tokens = features.shape[1]
     if axis == "token":

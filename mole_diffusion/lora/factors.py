@@ -111,7 +111,7 @@ class LoRA:
         name: What the user calls it.
         source: Path as given, or `<state dict>`.
         layout: `"diffusers"`, `"diffusers-old"`, `"peft"`, `"kohya"` or `"original"`.
-        sha256: Of the file's bytes; of the sorted tensors for a state dict. What a LoRA *does* has :attr:`fingerprint`.
+        sha256: Of the file's bytes; of the sorted tensors for a state dict. What a LoRA *does* has `fingerprint`.
         factors: Component (`"unet"`, `"text_encoder"`, …) to module name, as in `named_modules()`, to factors.
             fp32, on the CPU.
         triggers: Words that call it in a prompt, as far as its file tells.

@@ -22,7 +22,7 @@ class Skeleton:
     Attributes:
         title: As people call it.
         marks: A name of a module, with underscores for dots, that only such models have.
-        make: Builds it; call :meth:`build`.
+        make: Builds it; call `build`.
     """
 
     title: str

@@ -73,7 +73,7 @@ def base_dir() -> Path:
 
 
 def clip_dir() -> Path:
-    """Folder of the toybox's CLIP: ``open_clip.create_model_and_transforms(f"local-dir:{clip_dir()}")`` opens it."""
+    """Folder of the toybox's CLIP: `open_clip.create_model_and_transforms(f"local-dir:{clip_dir()}")` opens it."""
     return _asset("clip")
 
 
@@ -83,7 +83,7 @@ def subjects() -> list[str]:
 
 
 def demo_subjects() -> list[str]:
-    """The three subjects of ``mole demo``."""
+    """The three subjects of `mole demo`."""
     return list(_DEMO)
 
 
@@ -114,7 +114,7 @@ def lora_path(name: str, layout: Literal["diffusers", "kohya"] = "diffusers") ->
 
 
 def gates_dir(names: str) -> Path:
-    """Folder of the gates for several subjects, such as ``"cat+boot+teapot"``; load the LoRAs in this order.
+    """Folder of the gates for several subjects, such as `"cat+boot+teapot"`; load the LoRAs in this order.
 
     Raises:
         ValueError: No gates ship for these subjects.

@@ -31,7 +31,7 @@ def draw_anonymous(count: int, seed: int = 0) -> list[Subject]:
     one token, which no subject with a name has: things of a scene differ in class, so they never meet.
 
     Raises:
-        AnonymousSubjectsError: ``count`` is less than 1 or more than there are looks to give away.
+        AnonymousSubjectsError: `count` is less than 1 or more than there are looks to give away.
     """
     most = 8 * 7 * 3 - len(SUBJECTS)
     if not 1 <= count <= most:
@@ -52,10 +52,10 @@ def draw_anonymous(count: int, seed: int = 0) -> list[Subject]:
 
 
 def anonymous_subjects(folder: str | os.PathLike[str]) -> dict[str, tuple[Subject, Path]]:
-    """The subjects that ``mole toybox anonymous --out FOLDER`` made, each with its LoRA file, by name.
+    """The subjects that `mole toybox anonymous --out FOLDER` made, each with its LoRA file, by name.
 
-    A subject may stand wherever the name of one may: ``toybox.subject_prompt([subject, "cat"], "snow")``,
-    ``toybox.Oracle()(image, [subject])``, ``toybox.references(subject)``, ``toybox.concept(subject)``.
+    A subject may stand wherever the name of one may: `toybox.subject_prompt([subject, "cat"], "snow")`,
+    `toybox.Oracle()(image, [subject])`, `toybox.references(subject)`, `toybox.concept(subject)`.
 
     Raises:
         AnonymousSubjectsError: No finished subject lies there.
@@ -72,11 +72,11 @@ def anonymous_subjects(folder: str | os.PathLike[str]) -> dict[str, tuple[Subjec
 
 
 def read_subject(file: Path) -> Subject:
-    """A subject from its ``subject.json``."""
+    """A subject from its `subject.json`."""
     entries = json.loads(file.read_text(encoding="utf-8"))
     return Subject(**{**entries, "look": Look(**entries["look"])})
 
 
 def subject_entries(item: Subject) -> dict[str, object]:
-    """The content of its ``subject.json``."""
+    """The content of its `subject.json`."""
     return dataclasses.asdict(item)

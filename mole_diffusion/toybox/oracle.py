@@ -55,9 +55,9 @@ class Finding:
 
     Attributes:
         present: An object of the subject's class wears the subject's look. box: Where, or where the object of its
-        class stands that wears another look; ``None`` if there is none. class_present: There is an object of the
+        class stands that wears another look; `None` if there is none. class_present: There is an object of the
         subject's class, in whatever look. wears: Name of the asked subject whose look that object wears, the subject
-        itself included; ``None`` for a stranger's. leaked_to: Classes of other objects that wear this subject's look.
+        itself included; `None` for a stranger's. leaked_to: Classes of other objects that wear this subject's look.
     """
 
     present: bool
@@ -132,9 +132,9 @@ class Oracle:
 class _Templates:
     """All drawings of one size, compared with a picture at every second pixel.
 
-    A drawing is ``T = w_0 c_0 + w_1 c_1 + w_2 c_2``: ink masks w, the outline's colour c_0 and two free colours. Its
-    mean squared difference to the picture I under pixel weights V is ``ΣV I² − 2 Σ_k c_k·(ΣV w_k I) + Σ_kl c_k·c_l (ΣV
-    w_k w_l)``, so two convolutions give it for every look at once. V covers the pixels the object hides fully, one
+    A drawing is `T = w_0 c_0 + w_1 c_1 + w_2 c_2`: ink masks w, the outline's colour c_0 and two free colours. Its
+    mean squared difference to the picture I under pixel weights V is `ΣV I² − 2 Σ_k c_k·(ΣV w_k I) + Σ_kl c_k·c_l (ΣV
+    w_k w_l)`, so two convolutions give it for every look at once. V covers the pixels the object hides fully, one
     half of it on the outline, for that is where classes differ.
     """
 
@@ -154,10 +154,10 @@ class _Templates:
         """Mean squared difference per class, pattern, primary and secondary colour and place.
 
         Args:
-            pixels: Shape ``(3, height, width)``.
+            pixels: Shape `(3, height, width)`.
 
         Returns:
-            Shape ``(classes, patterns, colours, colours, h, w)``; infinite where both colours are the same.
+            Shape `(classes, patterns, colours, colours, h, w)`; infinite where both colours are the same.
         """
         squares = F.conv2d(pixels.square().sum(0)[None, None], self._weights, stride=_STRIDE)[0]  # (classes, h, w)
         sums = F.conv2d(pixels.unsqueeze(1), self._inks, stride=_STRIDE)

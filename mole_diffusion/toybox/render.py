@@ -19,7 +19,7 @@ _GROUND_COLORS = {
 
 
 def _ground_pattern(ground: str, side: int, rng: np.random.Generator) -> np.ndarray:
-    """How much of the second ground colour each pixel takes, shape ``(side, side)``, 0 to 1."""
+    """How much of the second ground colour each pixel takes, shape `(side, side)`, 0 to 1."""
     y, x = np.mgrid[0:side, 0:side].astype(np.float32)
     dx, dy = (GRID * float(v) for v in rng.integers(0, 16, size=2))
     x, y = x + dx, y + dy
@@ -38,7 +38,7 @@ def _ground_pattern(ground: str, side: int, rng: np.random.Generator) -> np.ndar
 
 
 def render_array(scene: Scene) -> np.ndarray:
-    """The picture as float32 of shape ``(side, side, 3)``, values 0 to 1; later objects cover earlier ones."""
+    """The picture as float32 of shape `(side, side, 3)`, values 0 to 1; later objects cover earlier ones."""
     rng = np.random.default_rng(scene.seed)
     amount = _ground_pattern(scene.ground, scene.side, rng)[..., None]
     light, dark = (np.array(color, np.float32) for color in _GROUND_COLORS[scene.ground])
@@ -49,7 +49,7 @@ def render_array(scene: Scene) -> np.ndarray:
 
 
 def paint(picture: np.ndarray, item: SceneObject) -> None:
-    """Draw one object into a picture of shape ``(height, width, 3)``, in place."""
+    """Draw one object into a picture of shape `(height, width, 3)`, in place."""
     masks = ink_masks(item.class_name, item.look.pattern, item.size)
     inks = np.array([OUTLINE_COLOR, COLORS[item.look.primary], COLORS[item.look.secondary]], np.float32)
     left, top, right, bottom = item.box

@@ -222,12 +222,12 @@ def ink_masks(class_name: str, pattern: str, size: int) -> np.ndarray:
     """How much of each pixel of an object is outline, primary and secondary ink.
 
     Args:
-        class_name: One of ``CLASSES``.
-        pattern: One of ``PATTERNS``.
+        class_name: One of `CLASSES`.
+        pattern: One of `PATTERNS`.
         size: Side of the square box around the object, in pixels.
 
     Returns:
-        Shape ``(3, size, size)``, float32 from 0 to 1; the sum over inks is the object's opacity. Read-only.
+        Shape `(3, size, size)`, float32 from 0 to 1; the sum over inks is the object's opacity. Read-only.
     """
     if class_name not in _DRAWINGS:
         raise MoLEError(f"class {class_name!r} is not one of {list(CLASSES)}.")

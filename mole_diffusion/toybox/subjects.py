@@ -19,7 +19,7 @@ NUM_REFERENCES = 5
 
 @dataclass(frozen=True)
 class Subject:
-    """A particular object: "my cat", not any cat. ``seed`` draws the scenes that its LoRA learns from."""
+    """A particular object: "my cat", not any cat. `seed` draws the scenes that its LoRA learns from."""
 
     name: str
     class_name: str

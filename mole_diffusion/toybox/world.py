@@ -79,7 +79,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """Objects on a ground; ``seed`` draws the ground's texture, ``side`` is the picture's in pixels."""
+    """Objects on a ground; `seed` draws the ground's texture, `side` is the picture's in pixels."""
 
     ground: str
     objects: tuple[SceneObject, ...] = field(default=())
@@ -166,8 +166,8 @@ def caption(
     """Say what is in the scene, from left to right: classes and ground always, each look with the given probability.
 
     A look that is named may be named in part ("a red mug"), so the base learns to draw what it was not told. In place
-    of one object's look in five there stands one of ``odd_words``, which mean nothing: a base that has met them takes
-    a rare token without a LoRA for what it is. With ``full_probability`` the caption names all looks whole instead:
+    of one object's look in five there stands one of `odd_words`, which mean nothing: a base that has met them takes
+    a rare token without a LoRA for what it is. With `full_probability` the caption names all looks whole instead:
     left to chance, three whole looks would stand in one caption of twenty.
     """
     if full_probability and rng.random() < full_probability:

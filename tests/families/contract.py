@@ -1,6 +1,6 @@
 """What composing must keep on every family and pipeline: a config and mixins, as diffusers' newer tests are built.
 
-A family's test file has a class for each pipeline, with a :class:`Case` and the mixins that fit it::
+A family's test file has a class for each pipeline, with a `Case` and the mixins that fit it::
 
     class TestFlux(WholeContract):
         case = Case(MoLEFluxPipeline, FluxPipeline, flux, {"max_sequence_length": 32, "guidance_scale": 3.5})
@@ -48,7 +48,7 @@ class Case:
         components: Makes the components, the same at every call.
         call: What a call is given beside the prompt, the number of steps and the generator.
         beside: What the pipeline is made with beside the components.
-        scale: Name of the argument that has the ``scale`` of LoRAs.
+        scale: Name of the argument that has the `scale` of LoRAs.
     """
 
     ours: type
@@ -280,7 +280,7 @@ class TrainingContract(WithLoRAs):
 
     Attributes:
         descent: A scheduler, and what a call is given, so that it goes down the four steps of a walk.
-        guidance: Of the walk; ``None``: as the case's call says.
+        guidance: Of the walk; `None`: as the case's call says.
     """
 
     descent: ClassVar[tuple[Any, Mapping[str, Any]]]

@@ -63,7 +63,7 @@ class TestStableDiffusionXL(WholeContract):
 
 
 def last_words(method: Noting, component: str) -> torch.Tensor:
-    """What the words of the prompt were weighed by in a component, ``(rows, tokens, N)``."""
+    """What the words of the prompt were weighed by in a component, `(rows, tokens, N)`."""
     noted = [
         weights
         for site, run, weights in method.noted

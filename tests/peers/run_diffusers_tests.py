@@ -5,8 +5,8 @@ It needs a checkout of diffusers, of which nothing is copied here, at the tag of
     git clone --depth 1 --branch v0.42.1 https://github.com/huggingface/diffusers ../diffusers
     python tests/peers/run_diffusers_tests.py --checkout ../diffusers
 
-and ``pip install -e ".[dev]" parameterized``. With a network the tests fetch two tiny models from the Hub; with
-``--offline`` stand-ins of the same shape take their place, and the tests that compare with recorded pixels fail for
+and `pip install -e ".[dev]" parameterized`. With a network the tests fetch two tiny models from the Hub; with
+`--offline` stand-ins of the same shape take their place, and the tests that compare with recorded pixels fail for
 both.
 
 It prints how many passed, failed and were skipped, and which tests fail with our pipelines and pass with diffusers'.
@@ -62,7 +62,7 @@ def check(checkout: Path, *, other_version: bool) -> None:
 
 
 def run(checkout: Path, pipelines: str, tests: list[str], report: Path, environment: dict[str, str]) -> dict[str, str]:
-    """Runs the tests with ``"stock"`` or ``"our"`` pipelines. Returns test to outcome, one of `OUTCOMES`."""
+    """Runs the tests with `"stock"` or `"our"` pipelines. Returns test to outcome, one of `OUTCOMES`."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "our_pipelines", "-p", "no:cacheprovider"]
     command += ["--tb=short", f"--junitxml={report}", "-o", "junit_family=xunit1", *tests]
     path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])

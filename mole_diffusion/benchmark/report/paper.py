@@ -69,7 +69,7 @@ class Ordering(NamedTuple):
 
 
 def read_paper(path: str | os.PathLike[str]) -> PaperTable:
-    """Reads a YAML file of `title`, `note` and `rows`, a mapping of :class:`PaperRow` each.
+    """Reads a YAML file of `title`, `note` and `rows`, a mapping of `PaperRow` each.
 
     Raises:
         ValueError: It is no such file.

@@ -73,7 +73,7 @@ class Kind(ABC):
 
     @abstractmethod
     def fold(self, parts: Parts) -> Change:
-        """The change, without alpha. `(down, up)` have the sides of :class:`Form`."""
+        """The change, without alpha. `(down, up)` have the sides of `Form`."""
 
 
 def need(shapes: Mapping[str, Shape], *names: str) -> list[Shape]:

@@ -54,19 +54,19 @@ def build(
     """Train the toybox from nothing, or go on where an earlier run was interrupted.
 
     Args:
-        out: Folder for checkpoints; the result lies in its ``assets``.
+        out: Folder for checkpoints; the result lies in its `assets`.
         seed: Of everything random.
         device: Where to train.
         effort: How long.
         compile_model: Compile the base for training; a fifth faster on CPU, after two minutes of compiling.
-        reuse: Which of ``REUSABLE`` to take from the installed toybox instead of training it. "base" goes on from the
-            installed denoiser and text encoder for ``effort.base_steps`` more steps, with the installed autoencoder.
+        reuse: Which of `REUSABLE` to take from the installed toybox instead of training it. "base" goes on from the
+            installed denoiser and text encoder for `effort.base_steps` more steps, with the installed autoencoder.
 
     Returns:
-        The ``assets`` folder, laid out as inside the package.
+        The `assets` folder, laid out as inside the package.
 
     Raises:
-        ValueError: ``reuse`` names something else.
+        ValueError: `reuse` names something else.
     """
     unknown = sorted(set(reuse) - set(REUSABLE))
     if unknown:

@@ -25,13 +25,13 @@ def make_anonymous(
     device: torch.device,
     num_steps: int,
 ) -> list[Subject]:
-    """Write LoRA, reference pictures and ``subject.json`` of ``count`` anonymous subjects into folders of ``out``.
+    """Write LoRA, reference pictures and `subject.json` of `count` anonymous subjects into folders of `out`.
 
-    ``subject.json`` is written last: what has one is finished, and is left alone when the command is given again.
+    `subject.json` is written last: what has one is finished, and is left alone when the command is given again.
 
     Raises:
-        AnonymousSubjectsError: ``count`` is out of range.
-        ValueError: A half-trained LoRA in ``out`` is of another base or of other settings.
+        AnonymousSubjectsError: `count` is out of range.
+        ValueError: A half-trained LoRA in `out` is of another base or of other settings.
     """
     subjects = draw_anonymous(count, seed)
     for item in subjects:

@@ -88,7 +88,7 @@ def make_unet() -> UNet2DConditionModel:
 
 
 def load_base(folder: Path, tokenizer: CLIPTokenizer) -> tuple[UNet2DConditionModel, CLIPTextModel]:
-    """Trained denoiser and text encoder, without the trace of their folder that ``from_pretrained`` leaves in them."""
+    """Trained denoiser and text encoder, without the trace of their folder that `from_pretrained` leaves in them."""
     unet, text_encoder = make_unet(), make_text_encoder(tokenizer)
     unet.load_state_dict(UNet2DConditionModel.from_pretrained(folder / "unet").state_dict())
     text_encoder.load_state_dict(CLIPTextModel.from_pretrained(folder / "text_encoder").state_dict())
@@ -125,10 +125,10 @@ class _Trained(nn.Module):
 
 
 def layout(scene: Scene) -> np.ndarray:
-    """What stands in each cell of the grid, one plane per entry of ``_LAYOUT_LABELS``.
+    """What stands in each cell of the grid, one plane per entry of `_LAYOUT_LABELS`.
 
     Returns:
-        Shape ``(7, side / 8, side / 8)``, uint8.
+        Shape `(7, side / 8, side / 8)`, uint8.
     """
     cells = np.zeros((len(_LAYOUT_LABELS), scene.side // GRID, scene.side // GRID), np.uint8)
     cells[-1] = GROUNDS.index(scene.ground)
@@ -151,11 +151,11 @@ def layout(scene: Scene) -> np.ndarray:
 
 
 def layout_loss(answers: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy per cell, summed over the entries of ``_LAYOUT_LABELS``.
+    """Cross-entropy per cell, summed over the entries of `_LAYOUT_LABELS`.
 
     Args:
-        answers: Logits, ``(batch, all answers, cells, cells)``.
-        labels: ``(batch, 7, cells, cells)``.
+        answers: Logits, `(batch, all answers, cells, cells)`.
+        labels: `(batch, 7, cells, cells)`.
     """
     parts = answers.float().split(list(_LAYOUT_LABELS.values()), dim=1)
     return torch.stack([F.cross_entropy(part, labels[:, k].long()) for k, part in enumerate(parts)]).sum()
@@ -175,7 +175,7 @@ class _Scenes:
 def encode_scenes(
     vae: AutoencoderKL, scenes: Sequence[Scene], path: Path, *, seed: int, device: torch.device
 ) -> Tensor:
-    """Scaled latents of scenes of one side, ``(scenes, 8, side / 4, side / 4)``, fp16; kept in ``path`` for later."""
+    """Scaled latents of scenes of one side, `(scenes, 8, side / 4, side / 4)`, fp16; kept in `path` for later."""
     side = scenes[0].side * LATENT_SIZE // IMAGE_SIZE
     weights = content_hash(tensor for _, tensor in sorted(vae.state_dict().items()))
     made_of = {"seed": str(seed), "num_scenes": str(len(scenes)), "vae": weights}
@@ -217,12 +217,12 @@ def train_base(
     A batch holds pictures of one side, fewer of the larger. The text encoder, which can read already, is trained along.
 
     Args:
-        start: A trained denoiser to go on from, and ``text_encoder`` is the one that was trained with it. The learning
+        start: A trained denoiser to go on from, and `text_encoder` is the one that was trained with it. The learning
             rate then falls from the first step on, and the layout heads, which start from nothing, get a say slowly.
     """
     torch.manual_seed(seed + 1)
     # Channels last is a tenth faster in fp32 on a CPU, and what GPUs want in bfloat16.
-    module = _Trained(start or make_unet(), text_encoder).to(device, memory_format=torch.channels_last).train()
+    module = _Trained(start or make_unet(), text_encoder).to(device).to(memory_format=torch.channels_last).train()
     module.requires_grad_(True)
     # On CPU the backward pass of fused attention takes more time than all convolutions together.
     module.unet.set_attn_processor(AttnProcessor())

@@ -29,7 +29,7 @@ _WIDTH = 128
 
 
 def clip_config() -> dict[str, Any]:
-    """The content of ``open_clip_config.json``."""
+    """The content of `open_clip_config.json`."""
     tokenizer = make_tokenizer()
     return {
         "model_cfg": {
@@ -92,9 +92,9 @@ def wrong_scenes(scene: Scene, rng: np.random.Generator) -> list[Scene]:
 def train_clip(
     folder: Path, work_dir: Path, *, seed: int, device: torch.device, num_steps: int, batch_size: int
 ) -> None:
-    """Contrastive training on scenes, their full captions and hard negatives; saved into ``folder``.
+    """Contrastive training on scenes, their full captions and hard negatives; saved into `folder`.
 
-    A picture must find its caption among those of the batch and its own ``NUM_WRONG`` wrong ones.
+    A picture must find its caption among those of the batch and its own `NUM_WRONG` wrong ones.
     """
     torch.manual_seed(seed + 2)
     config = clip_config()

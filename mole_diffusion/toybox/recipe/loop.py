@@ -67,12 +67,12 @@ def run_stage(
     average: AveragedWeights,
     max_grad_norm: float = 1.0,
 ) -> None:
-    """Train until ``num_steps``, taking up the checkpoint in ``work_dir`` if there is one; leaves the averaged weights.
+    """Train until `num_steps`, taking up the checkpoint in `work_dir` if there is one; leaves the averaged weights.
 
     Args:
         stage: Name of the training, and of its folder of checkpoints.
         module: Everything that is trained.
-        step_fn: Step number in, loss terms out; ``"loss"`` is minimised.
+        step_fn: Step number in, loss terms out; `"loss"` is minimised.
         schedule: Step and number of steps in, factor on the learning rate out.
         seed: Of the run; a checkpoint of another seed is refused.
 

@@ -1,4 +1,4 @@
-"""One LoRA a subject, trained by ``train_lora`` from its five reference pictures and ten in company.
+"""One LoRA a subject, trained by `train_lora` from its five reference pictures and ten in company.
 
 Trained on pictures of the subject alone, a LoRA learns that there is nothing else in a picture, and its look fades as
 soon as a prompt names other things.

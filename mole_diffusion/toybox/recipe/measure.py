@@ -1,6 +1,6 @@
 """How good the toybox is, by its own oracle: the base, the subject LoRAs, its CLIP, and the oracle itself.
 
-Floors that the rows should reach stand in ``docs/toybox.md``.
+Floors that the rows should reach stand in `docs/toybox.md`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def draw(
     seed: int,
     side: int = IMAGE_SIZE,
 ) -> list[Image.Image]:
-    """One picture a prompt, ``side`` pixels wide; picture k has the noise of ``seed + k`` whatever the others are.
+    """One picture a prompt, `side` pixels wide; picture k has the noise of `seed + k` whatever the others are.
 
     The models run in bfloat16 where that is faster.
     """
@@ -144,9 +144,9 @@ def measure_oracle(vae: AutoencoderKL | None, *, num_scenes: int, seed: int = 0)
     """The oracle against rendered truth, straight or through the autoencoder.
 
     Returns:
-        ``hits``: share of drawn objects found with the right class at the right place; ``looks``: share of those
-        whose look is right too; ``false_alarms``: objects found where none stands, per picture; ``confusion``: pairs
-        (drawn class, found class) and how often; ``errors``: median, 95 %, 99 % and largest error of what was found.
+        `hits`: share of drawn objects found with the right class at the right place; `looks`: share of those
+        whose look is right too; `false_alarms`: objects found where none stands, per picture; `confusion`: pairs
+        (drawn class, found class) and how often; `errors`: median, 95 %, 99 % and largest error of what was found.
     """
     oracle = Oracle()
     rng = step_rng(seed, "measure-oracle", 0)
@@ -244,7 +244,7 @@ def measure_crops(clip: DifferentiableCLIP, *, num_scenes: int, seed: int = 0) -
 
 
 def _crop(scene: Scene, index: int) -> torch.Tensor:
-    """The object's box cut out of the picture, ``(3, size, size)``."""
+    """The object's box cut out of the picture, `(3, size, size)`."""
     left, top, right, bottom = scene.objects[index].box
     return torch.from_numpy(render_array(scene)[top:bottom, left:right]).permute(2, 0, 1)
 
@@ -264,9 +264,9 @@ def _round_trip(vae: AutoencoderKL, picture: Image.Image) -> Image.Image:
 
 
 def measure(assets: Path, *, seed: int, device: torch.device, num_pictures: int) -> dict:
-    """Everything that is said of the shipped toybox; the numbers of its ``report.json``.
+    """Everything that is said of the shipped toybox; the numbers of its `report.json`.
 
-    Rows of the base have ``num_pictures`` pictures each, the oracle and CLIP as many scenes, every subject a quarter of
+    Rows of the base have `num_pictures` pictures each, the oracle and CLIP as many scenes, every subject a quarter of
     that, alone and in prompts of three and of five things.
     """
     pipe = MoLEStableDiffusionPipeline.from_pretrained(assets / "base").to(device)

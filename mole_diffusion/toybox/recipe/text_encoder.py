@@ -51,13 +51,13 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def reading(text: str) -> Tensor:
-    """What each token of a caption must say: one row per entry of ``NOUN_LABELS``, then the ground.
+    """What each token of a caption must say: one row per entry of `NOUN_LABELS`, then the ground.
 
     Nouns speak for their object. The tokens after the caption, which are most of the text, say the ground and the
     objects in turn, so that a denoiser whose attention is still spread over all tokens hears of the objects at all.
 
     Returns:
-        Shape ``(6, MAX_TOKENS)``, int64, ``IGNORED`` where nothing is asked.
+        Shape `(6, MAX_TOKENS)`, int64, `IGNORED` where nothing is asked.
     """
     labels = torch.full((len(NOUN_LABELS) + 1, MAX_TOKENS), IGNORED)
     words = text.replace(",", " ,").split()

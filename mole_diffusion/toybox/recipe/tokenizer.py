@@ -15,7 +15,7 @@ _START, _END = "<|startoftext|>", "<|endoftext|>"
 
 
 def make_tokenizer() -> CLIPTokenizer:
-    """A stock CLIP tokenizer; words that are not in ``WORDS`` fall apart into letters."""
+    """A stock CLIP tokenizer; words that are not in `WORDS` fall apart into letters."""
     letters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
     vocabulary = letters + [letter + "</w>" for letter in letters] + [_START, _END]
     with tempfile.TemporaryDirectory() as folder:

@@ -33,7 +33,7 @@ def make_vae() -> AutoencoderKL:
 
 
 def load_vae(folder: Path) -> AutoencoderKL:
-    """A trained autoencoder, without the trace of its folder that ``from_pretrained`` leaves in the configuration."""
+    """A trained autoencoder, without the trace of its folder that `from_pretrained` leaves in the configuration."""
     trained = AutoencoderKL.from_pretrained(folder)
     vae = make_vae()
     vae.load_state_dict(trained.state_dict())
@@ -42,7 +42,7 @@ def load_vae(folder: Path) -> AutoencoderKL:
 
 
 def render_batch(rng_key: tuple[int, str, int], batch_size: int, device: torch.device) -> torch.Tensor:
-    """Random scenes of one side as pictures of shape ``(batch, 3, side, side)``, values −1 to 1."""
+    """Random scenes of one side as pictures of shape `(batch, 3, side, side)`, values −1 to 1."""
     rng = step_rng(*rng_key)
     pictures = torch.stack([torch.from_numpy(render_array(scene)) for scene in random_scenes(rng, batch_size)])
     return pictures.permute(0, 3, 1, 2).to(device) * 2 - 1

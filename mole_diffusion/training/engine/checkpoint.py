@@ -35,7 +35,7 @@ def content_hash(tensors: Iterable[Tensor], texts: Iterable[str] = ()) -> str:
         digest.update(b"\0" + text.encode(errors="surrogatepass"))
     for tensor in tensors:
         digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

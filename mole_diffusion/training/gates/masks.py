@@ -42,7 +42,7 @@ class WalkMasks:
 
     @contextmanager
     def known(self) -> Iterator[None]:
-        """Inside the ``with``, models are called as in this call."""
+        """Inside the `with`, models are called as in this call."""
         # Words were read above; the pipeline's own reading would look for them in empty prompts too.
         with running(None), self._pipe.experts.using(call=self.call):
             yield
@@ -78,7 +78,7 @@ class WalkMasks:
 
 
 class NoMasks:
-    """In the place of :class:`WalkMasks` for gates that weigh alone."""
+    """In the place of `WalkMasks` for gates that weigh alone."""
 
     def known(self) -> Any:
         """Nothing to know."""

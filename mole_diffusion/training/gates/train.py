@@ -6,27 +6,22 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mole_diffusion.clip import DifferentiableCLIP
 from mole_diffusion.errors import MoLEError
-from mole_diffusion.families.base import Conditions
 from mole_diffusion.files import in_use, try_folder
-from mole_diffusion.gating import GateTable, MoLEModel, balance_loss, floor_loss, mean_usage
+from mole_diffusion.gating import MoLEModel
 from mole_diffusion.training.engine.checkpoint import CheckpointFolder, base_tensors, base_texts, fingerprint
-from mole_diffusion.training.engine.history import History, gate_entropy
+from mole_diffusion.training.engine.history import History
 from mole_diffusion.training.engine.loop import (
     TrainingLoop,
     every,
-    learning_rate_factor,
     make_optimizer,
     peak_memory,
-    step_generator,
 )
 from mole_diffusion.training.engine.models import evaluating, gradient_checkpointing, without_gradients
 from mole_diffusion.training.engine.precision import Precision
@@ -36,11 +31,12 @@ from mole_diffusion.training.gates.checks import check_concepts, check_pipeline,
 from mole_diffusion.training.gates.concepts import Concept
 from mole_diffusion.training.gates.config import GateTrainingConfig
 from mole_diffusion.training.gates.guidance import Guidance, needs_references
-from mole_diffusion.training.gates.masks import NoMasks, WalkMasks, check_triggers
-from mole_diffusion.training.gates.objective import Drawn, Objective
+from mole_diffusion.training.gates.masks import check_triggers
+from mole_diffusion.training.gates.objective import Objective
 from mole_diffusion.training.gates.references import reference_features
 from mole_diffusion.training.gates.report import TrainingReport, check_out
-from mole_diffusion.training.gates.walk import Plan, Walker
+from mole_diffusion.training.gates.step import TrainingStep
+from mole_diffusion.training.gates.walk import Walker
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +126,7 @@ def train_gates(
         gates = _fresh_gates(pipe, walker, prompts)
         parameters = {name: value for name, value in gates.named_parameters() if value.requires_grad}
         optimizer = make_optimizer(list(parameters.values()), config.learning_rate, config.weight_decay)
-        training = _Training(config, prompts, parts, walker, objective, gates, optimizer, precision, processes)
+        training = TrainingStep(config, prompts, parts, walker, objective, gates, optimizer, precision, processes)
         report = TrainingReport(pipe, config, prompts, concepts, texts) if out is not None else None
 
         checkpoints = None
@@ -157,7 +153,7 @@ def train_gates(
             log = enter(tracking(log_with, Path(out or work or "."), enabled=processes.is_main))
 
             def take_step(step: int) -> dict[str, float]:
-                numbers, table = training.step(step)
+                numbers, table = training.take(step)
                 history.add(step + 1, numbers, table)
                 return numbers
 
@@ -187,132 +183,6 @@ def train_gates(
 
 
 _SHOWN = ("loss", "global", "local", "identity", "balance", "entropy")
-
-
-@dataclass(frozen=True)
-class _Training:
-    """Everything one step needs."""
-
-    config: GateTrainingConfig
-    prompts: list[str]
-    parts: list[slice]
-    walker: Walker
-    objective: Objective
-    gates: MoLEModel
-    optimizer: torch.optim.Optimizer
-    precision: Precision
-    processes: Processes
-
-    def learning_rate(self, step: int) -> float:
-        """Of one step."""
-        config = self.config
-        factor = learning_rate_factor(step, config.steps, config.warmup_steps, config.learning_rate_schedule)
-        return config.learning_rate * factor
-
-    def step(self, step: int) -> tuple[dict[str, float], GateTable]:
-        """One walk with its losses and updates: mean numbers of the whole batch, and mean gates."""
-        config, walker = self.config, self.walker
-        generator = step_generator(config.seed, step)
-        chosen = torch.randint(len(self.prompts), (config.batch_size,), generator=generator).tolist()
-        plan = walker.plan(generator)
-        choices = [chosen[rows] for rows in self.parts]
-        latents = [plan.noise[rows].to(self.processes.device) for rows in self.parts]
-        masks = [self._masks(plan, choice) for choice in choices]
-        embeds = []
-        for choice, rows, noise, found in zip(choices, self.parts, latents, masks, strict=True):
-            with found.known(), torch.no_grad(), self.precision.autocast():
-                embeds.append(self._encode(choice, found))
-                found.find(noise, rows, embeds[-1])
-        seen: list[tuple[dict[str, Tensor], GateTable]] = []
-        norms: list[float] = []
-        for index in range(plan.gradient_at[-1] + 1):
-            now, after = plan.timesteps[index : index + 2]
-            fresh = plan.fresh_noise(config.eta)
-            with_gradient = index in plan.gradient_at
-            for k, rows in enumerate(self.parts):
-                noise = None if fresh is None else fresh[rows]
-                with masks[k].known():
-                    if with_gradient:
-                        loss, numbers, table, latents[k] = self._loss(
-                            choices[k], masks[k], latents[k], now, after, noise
-                        )
-                        losses = plan.losses_in_update(index, config.update_every)
-                        self.precision.backward(loss / (losses * len(self.parts)))
-                        seen.append((numbers, table))
-                    else:
-                        masks[k].encoded(embeds[k])
-                        with torch.no_grad(), self.precision.autocast():
-                            prediction = walker.predict(latents[k], now, embeds[k])
-                        latents[k] = walker.advance(prediction, latents[k], now, after, noise)
-            if with_gradient and plan.ends_update(index, config.update_every):
-                norms.append(self._update())
-        return self._summary(seen, norms)
-
-    def _loss(
-        self,
-        chosen: list[int],
-        masks: WalkMasks | NoMasks,
-        noisy: Tensor,
-        now: float,
-        after: float,
-        noise: Tensor | None,
-    ) -> tuple[Tensor, dict[str, Tensor], GateTable, Tensor]:
-        """Eq. 16 on one part of the batch at one step: loss with graph, numbers, mean gates, detached next latents."""
-        config, walker = self.config, self.walker
-        with self.precision.autocast():
-            with self.gates.record() as record:
-                prediction = walker.predict(noisy, now, self._encode(chosen, masks))
-            latents = walker.advance(prediction, noisy, now, after, noise)
-            seen = walker.picture_latents(prediction, noisy, now, latents)
-            loss, said = self.objective.loss(Drawn(chosen, noisy, now, prediction, seen, walker.decode))
-        weights, present = record.rows(), record.present()
-        # Of what the LoRAs got: `gate_sum` and the null expert, which may have all of it, aside. What is added to masks
-        # may leave less than nothing.
-        weights = weights.clamp_min(0)
-        shares = weights / weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
-        numbers = dict(said)
-        if config.balance == "uniform":
-            numbers["balance"] = balance_loss(shares, present)
-        elif config.balance == "floor":
-            numbers["balance"] = floor_loss(shares, config.balance_floor, present)
-        if config.balance != "off":
-            loss = loss + config.balance_weight * numbers["balance"]
-        numbers = {"loss": loss, **numbers, "entropy": gate_entropy(shares, present)}
-        usage = mean_usage(weights.mean(dim=0), present).tolist()
-        numbers |= {f"weight/{name}": torch.tensor(q) for name, q in zip(self.gates.lora_names, usage, strict=True)}
-        return loss, {name: value.detach() for name, value in numbers.items()}, record.table(), latents.detach()
-
-    def _update(self) -> float:
-        """One optimiser step on the mean gradient of all processes; returns its norm."""
-        parameters = [parameter for parameter in self.gates.parameters() if parameter.requires_grad]
-        self.processes.average_gradients(parameters)
-        return self.precision.update(self.optimizer, parameters, self.config.max_grad_norm)
-
-    def _summary(
-        self, seen: list[tuple[dict[str, Tensor], GateTable]], norms: list[float]
-    ) -> tuple[dict[str, float], GateTable]:
-        """Means over the losses of one walk and over the processes."""
-        names = list(seen[0][0])
-        values = torch.tensor([[float(numbers[name]) for name in names] for numbers, _ in seen]).mean(dim=0)
-        numbers = dict(zip(names, self.processes.average(values).tolist(), strict=True))
-        temperatures = [gate.temperature.detach() for gate in self.gates.gates.values()]
-        numbers["temperature"] = float(torch.stack(temperatures).mean())
-        if self.config.mixed_precision != "fp16":  # there, an infinite gradient is the loss scale's business
-            numbers["gradient_norm"] = sum(norms) / len(norms)
-        table = seen[0][1]
-        means = self.processes.average(torch.stack([one.values for _, one in seen]).mean(dim=0))
-        return numbers, table._replace(values=means)
-
-    def _masks(self, plan: Plan, chosen: list[int]) -> WalkMasks | NoMasks:
-        """What one part of the batch knows of its masks."""
-        if not self.config.gates.residual:
-            return NoMasks()
-        return WalkMasks(self.walker, plan, [self.prompts[index] for index in chosen])
-
-    def _encode(self, chosen: list[int], masks: WalkMasks | NoMasks) -> Conditions:
-        conditions = self.walker.encode([self.prompts[index] for index in chosen])
-        masks.encoded(conditions)
-        return conditions
 
 
 def _fresh_gates(pipe: Any, walker: Walker, prompts: list[str]) -> MoLEModel:
