@@ -31,7 +31,7 @@ def text_alignment(image_features: Tensor, text_features: Tensor, scale: Scale =
         `(pictures,)`.
 
     Raises:
-        ValueError: The scale is unknown, or there are not as many prompts as pictures.
+        MoLEError: The scale is unknown, or there are not as many prompts as pictures.
     """
     check_scale(scale)
     if image_features.shape != text_features.shape:
@@ -61,7 +61,7 @@ def image_alignment(image_features: Tensor, reference_features: Tensor) -> Tenso
         `(pictures,)`.
 
     Raises:
-        ValueError: There is no reference.
+        MoLEError: There is no reference.
     """
     if not len(reference_features):
         raise MoLEError("a concept has no pictures to compare with. Give at least one reference.")
@@ -92,7 +92,7 @@ class TextAlignment(Averages):
         """The number of each picture, `(pictures, 1)`; counts nothing.
 
         Raises:
-            TypeError, ValueError: As `update`.
+            TypeError, MoLEError: As `update`.
         """
         if isinstance(prompts, str) and len(by_picture(images)) == 1:
             prompts = [prompts]
@@ -104,7 +104,7 @@ class TextAlignment(Averages):
         """Counts pictures with one prompt each; one picture may come with its prompt alone.
 
         Raises:
-            TypeError, ValueError: They are of another type or shape, or not as many.
+            TypeError, MoLEError: They are of another type or shape, or not as many.
         """
         self.add(self.measure(images, prompts))
 
@@ -119,7 +119,7 @@ class ImageAlignment(Averages):
         kwargs: As every metric of torchmetrics takes them.
 
     Raises:
-        ValueError: There is no concept, or one has no pictures.
+        MoLEError: There is no concept, or one has no pictures.
     """
 
     higher_is_better = True
@@ -148,7 +148,7 @@ class ImageAlignment(Averages):
         """The number of each picture and concept, `(pictures, concepts)`, NaN where a picture should not show it.
 
         Raises:
-            TypeError, ValueError: As `update`.
+            TypeError, MoLEError: As `update`.
         """
         features = embed_images(self.encoder, images, batch_size=self.batch_size)
         wanted = asked_for(concepts, self.names, len(features))
@@ -162,7 +162,7 @@ class ImageAlignment(Averages):
             concepts: Which concepts each picture should show; `None`: all of them.
 
         Raises:
-            TypeError, ValueError: They are of another type or shape, not as many, or a concept is unknown.
+            TypeError, MoLEError: They are of another type or shape, not as many, or a concept is unknown.
         """
         self.add(self.measure(images, concepts))
 
@@ -189,7 +189,7 @@ def check_scale(scale: str) -> None:
 
 
 def check_references(references: Mapping[str, Sequence[Image.Image]]) -> None:
-    """Raises: ValueError where there is no concept, or one has no pictures."""
+    """Raises: MoLEError where there is no concept, or one has no pictures."""
     if not references:
         raise MoLEError("there is no concept: `references` is empty. Give the pictures of at least one.")
     for name, pictures in references.items():
@@ -203,7 +203,7 @@ def asked_for(concepts: Sequence[Sequence[str]] | None, names: Sequence[str], co
     """`(count, len(names))` bool: which picture should show which concept.
 
     Raises:
-        ValueError: There are not as many entries as pictures, or an entry names no known concept.
+        MoLEError: There are not as many entries as pictures, or an entry names no known concept.
     """
     if concepts is None:
         return torch.ones(count, len(names), dtype=torch.bool)

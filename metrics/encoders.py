@@ -40,7 +40,7 @@ def load_clip(source: str) -> DifferentiableCLIP:
         source: "toybox", a folder in open_clip's format, or "architecture:weights", such as "ViT-B-32:openai".
 
     Raises:
-        ValueError: It is neither.
+        MoLEError: It is neither.
         OSError: Its weights cannot be loaded, say without a network.
     """
     if source == "toybox":

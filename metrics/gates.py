@@ -34,7 +34,7 @@ def gate_statistics(gates: Tensor) -> GateStatistics:
         gates: `(rows, num_loras)`. They sum to less than one where a null expert took the rest.
 
     Raises:
-        ValueError: The shape is another, or a gate is negative.
+        MoLEError: The shape is another, or a gate is negative.
     """
     gates = gates.detach().double().cpu()
     if gates.ndim != 2 or (gates < 0).any():
@@ -66,7 +66,7 @@ class GateReport(Averages):
         """Counts one call's record, taken with `gates.record(accumulate=True)`.
 
         Raises:
-            ValueError: The record is of other gates, LoRAs or another number of steps.
+            MoLEError: The record is of other gates, LoRAs or another number of steps.
         """
         if list(record.lora_names) != self.loras or not set(record.names) <= set(self.places) or not record.names:
             raise MoLEError(

@@ -30,7 +30,7 @@ def concept_presence(detections: Sequence[Detection], concepts: Sequence[str]) -
         "count error": difference between the number of objects and of concepts.
 
     Raises:
-        ValueError: There is no concept, or one is not a subject of the toybox.
+        MoLEError: There is no concept, or one is not a subject of the toybox.
     """
     if not concepts:
         raise MoLEError("there is no concept to look for: `concepts` is empty.")
@@ -59,7 +59,7 @@ class ConceptPresence(Averages):
         """The numbers of each picture, `(pictures, 5)` in the order of `names`; counts nothing.
 
         Raises:
-            ValueError: There are none, not as many lists of concepts, a subject is unknown, or a picture is not 64×64.
+            MoLEError: There are none, not as many lists of concepts, a subject is unknown, or a picture is not 64×64.
         """
         seen = as_images(images) if len(concepts) else []
         if not seen or len(seen) != len(concepts):

@@ -35,7 +35,7 @@ def reference_regions(detector: Detector, concept: str, references: Sequence[Ima
     cut-outs and -0.10 between a cut-out and a whole picture.)
 
     Raises:
-        ValueError: The detector does not find the concept in one of them.
+        MoLEError: The detector does not find the concept in one of them.
     """
     cut = []
     for index, picture in enumerate(references):
@@ -65,7 +65,7 @@ def region_alignment(
         method that draws a concept rarely but well.
 
     Raises:
-        ValueError: The box is empty or leaves the picture.
+        MoLEError: The box is empty or leaves the picture.
     """
     if box is None:
         return 0.0, False
@@ -90,7 +90,7 @@ class RegionAlignment(Averages):
         kwargs: As every metric of torchmetrics takes them.
 
     Raises:
-        ValueError: There is no concept, one has no pictures, or the detector does not find it in one of them.
+        MoLEError: There is no concept, one has no pictures, or the detector does not find it in one of them.
     """
 
     higher_is_better = True
@@ -118,7 +118,7 @@ class RegionAlignment(Averages):
         NaN where a picture should not show a concept.
 
         Raises:
-            ValueError: As `update`.
+            MoLEError: As `update`.
         """
         seen = as_images(images)
         wanted = asked_for(concepts, self.concepts, len(seen))
@@ -137,7 +137,7 @@ class RegionAlignment(Averages):
             concepts: Which concepts each should show; `None`: all.
 
         Raises:
-            ValueError: There are none, not as many lists of concepts, or a concept or box is wrong.
+            MoLEError: There are none, not as many lists of concepts, or a concept or box is wrong.
         """
         self.add(self.measure(images, concepts))
 

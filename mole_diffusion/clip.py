@@ -39,7 +39,7 @@ class DifferentiableCLIP(nn.Module):
             has it in its name, "ViT-B-32-quickgelu", where it should.
 
     Raises:
-        ValueError: The folder lacks one of its files; `pretrained` is missing, or given for a folder; open_clip does
+        MoLEError: The folder lacks one of its files; `pretrained` is missing, or given for a folder; open_clip does
             not know the name; or the model wants another preprocessing than the one above.
         LoadingError: The weights cannot be downloaded or read, or do not fit the architecture.
     """
@@ -136,7 +136,7 @@ def _quick_gelu(name: str, pretrained: str | None) -> bool:
 
 
 def _open_clip_name(name: str, pretrained: str | None) -> str:
-    """What open_clip calls this model; Raises: ValueError where it would go on with random weights."""
+    """What open_clip calls this model; Raises: MoLEError where it would go on with random weights."""
     folder = Path(name.removeprefix(_LOCAL))
     if name.startswith(_LOCAL) or folder.is_dir():
         missing = [file for file in ("open_clip_config.json", _WEIGHTS) if not (folder / file).is_file()]

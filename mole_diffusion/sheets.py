@@ -36,7 +36,7 @@ def picture_sheet(
             fits (64 to 128 or 192), so that every pixel stays visible; larger ones are reduced.
 
     Raises:
-        ValueError: There is no picture to show.
+        MoLEError: There is no picture to show.
     """
     if not any(pictures for _, pictures in rows):
         raise MoLEError("there is no picture to put on the sheet: every row is empty.")
@@ -76,7 +76,7 @@ def gate_heat_map(
         path: Where to; the suffix chooses the format.
 
     Raises:
-        ValueError: The names do not fit the shape of `weights`.
+        MoLEError: The names do not fit the shape of `weights`.
     """
     return gate_heat_maps({title: weights}, places, loras, path)
 
@@ -93,7 +93,7 @@ def gate_heat_maps(
         path: Where to; the suffix chooses the format.
 
     Raises:
-        ValueError: There is no table, or the names do not fit the shape of one.
+        MoLEError: There is no table, or the names do not fit the shape of one.
     """
     # The object-oriented half of matplotlib: pyplot would choose a window system and keep figures alive.
     from matplotlib.figure import Figure
@@ -140,7 +140,7 @@ def curves(
         title: A line above everything.
 
     Raises:
-        ValueError: There is nothing to draw.
+        MoLEError: There is nothing to draw.
     """
     from matplotlib.figure import Figure
 

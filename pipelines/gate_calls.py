@@ -44,7 +44,7 @@ class GateCalls(LoRACalls):
             **kwargs: Passed on to `MoLEModel.from_pretrained` (`revision`, `token`, `cache_dir`, …).
 
         Raises:
-            ValueError: No LoRAs are loaded, or they are not those the gates were trained with, in that order.
+            MoLEError: No LoRAs are loaded, or they are not those the gates were trained with, in that order.
         """
         self._need_experts("load_gates")
         return self._use_gates(MoLEModel.from_pretrained(source, **kwargs))
@@ -53,7 +53,7 @@ class GateCalls(LoRACalls):
         """Saves the gates, with names, hashes and ranks of their LoRAs, as a folder that `load_gates` reads.
 
         Raises:
-            ValueError: There are no gates.
+            MoLEError: There are no gates.
         """
         if self.gates is None:
             raise MoLEError("there are no gates to save. Load some with `load_gates`, or start with `init_gates`.")
@@ -74,7 +74,7 @@ class GateCalls(LoRACalls):
                 their files), and otherwise `"budget"`.
 
         Raises:
-            ValueError: The name is unknown, or the method needs gates and none are loaded.
+            MoLEError: The name is unknown, or the method needs gates and none are loaded.
         """
         if isinstance(method, str):
             if method not in COMPOSITIONS:

@@ -82,7 +82,7 @@ class Loaded:
         """Replaces the LoRAs on the models. Everything is checked first: if they are refused, nothing changes.
 
         Raises:
-            MoLEError, ValueError: They do not fit, or the models are compiled or fused.
+            MoLEError: They do not fit, or the models are compiled or fused.
         """
         experts = Experts(list(loras.values())) if loras else None
         if experts is not None:

@@ -77,7 +77,7 @@ class LoRACalls(StockLoRACalls):
 
         Raises:
             TypeError: `loras` or a name is of another type.
-            ValueError: A name is taken; a file does not fit (`LoRAError`); or gates are loaded, which know only the
+            MoLEError: A name is taken; a file does not fit (`LoRAError`); or gates are loaded, which know only the
                 LoRAs they were trained for.
         """
         sources = named_sources(loras)
@@ -111,7 +111,7 @@ class LoRACalls(StockLoRACalls):
         `pipe(prompt, loras=[...])`.
 
         Raises:
-            ValueError: A name is not loaded, gates are loaded and not all LoRAs go, or a picture is being drawn.
+            MoLEError: A name is not loaded, gates are loaded and not all LoRAs go, or a picture is being drawn.
         """
         loaded = self._loaded
         loaded.refuse_while_drawing("unload LoRAs")

@@ -76,7 +76,7 @@ class MoLEPipelineMixin(GateCalls):
             scheduler: Of the pipeline that draws inside, if it is not this one's.
 
         Raises:
-            TypeError, ValueError: As in a call of the pipeline, on entering.
+            TypeError, MoLEError: As in a call of the pipeline, on entering.
         """
         keep, _ = read_selection(loras, list(self._loaded.loras))
         taking_part = [name for name, kept in zip(self._loaded.loras, keep[0].tolist(), strict=True) if kept]
@@ -144,7 +144,7 @@ class MoLEPipelineMixin(GateCalls):
 
         Raises:
             RuntimeError: Nothing is running.
-            TypeError, ValueError: As in a call of the pipeline.
+            TypeError, MoLEError: As in a call of the pipeline.
         """
         loaded = self._loaded
         keep, scales = read_selection(loras, list(loaded.loras))
@@ -179,7 +179,7 @@ class MoLEPipelineMixin(GateCalls):
 
         Raises:
             TypeError: `loras` is of another type, or the pipeline has no such argument.
-            ValueError: A name is not loaded or is given twice; a subject's words are missing from a prompt.
+            MoLEError: A name is not loaded or is given twice; a subject's words are missing from a prompt.
         """
         self._refuse_unknown_arguments(kwargs)
         loaded = self._loaded

@@ -21,7 +21,7 @@ def named_sources(loras: object) -> dict[str, LoRASource]:
 
     Raises:
         TypeError: `loras` is neither, or a name is no string.
-        ValueError: It is empty, or two entries of the list have one name.
+        MoLEError: It is empty, or two entries of the list have one name.
     """
     if isinstance(loras, Mapping):
         sources = dict(loras)

@@ -27,7 +27,7 @@ def read_selection(loras: Selection, names: Sequence[str]) -> tuple[Tensor, Tens
 
     Raises:
         TypeError: `loras` is of another type, a name is no string, or a scale is no number.
-        ValueError: A name is not loaded or is given twice, or a scale is not finite.
+        MoLEError: A name is not loaded or is given twice, or a scale is not finite.
     """
     keep, scale = torch.ones(1, len(names)), torch.ones(1, len(names))
     if loras is None:
@@ -68,7 +68,7 @@ def read_scale(kwargs: Mapping[str, Any]) -> float:
 
 
 def check_names(given: Iterable[str], names: Sequence[str], argument: str) -> None:
-    """Raises TypeError or ValueError unless every entry of `given` is one of `names`, and none comes twice."""
+    """Raises TypeError or MoLEError unless every entry of `given` is one of `names`, and none comes twice."""
     seen: set[str] = set()
     for name in given:
         if not isinstance(name, str):

@@ -73,7 +73,7 @@ class Drawer:
         """Gets LoRAs and gates ready for `draw`; gates that are missing are trained first.
 
         Raises:
-            ValueError, OSError: LoRAs or gates do not fit or are not there, or the training fails.
+            MoLEError, OSError: LoRAs or gates do not fit or are not there, or the training fails.
         """
         pipe = self._pipe
         if self._composition != composition:

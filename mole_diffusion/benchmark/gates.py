@@ -31,7 +31,7 @@ def gates_folder(config: BenchmarkConfig, out: Path, composition: str, method: M
     """Where the gates of a composition and method lie, or will lie once they are trained.
 
     Raises:
-        ValueError: The toybox has none for this composition.
+        MoLEError: The toybox has none for this composition.
     """
     if method.training is not None:
         return out / GATES / file_name(method.label) / file_name(composition)
@@ -65,7 +65,7 @@ def train_missing_gates(
         on_step_end: As in `train_gates`.
 
     Raises:
-        ValueError: As in `train_gates`.
+        MoLEError: As in `train_gates`.
     """
     folder = gates_folder(config, out, composition, method)
     if method.training is None or folder.is_dir():

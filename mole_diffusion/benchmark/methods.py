@@ -53,7 +53,7 @@ def read_methods(given: Any, *, has_gates: bool, can_train: bool, training: Mapp
         training: Settings that all trainings share.
 
     Raises:
-        ValueError: A method is unknown, has an argument that is not allowed, or lacks gates; or a label comes twice.
+        MoLEError: A method is unknown, has an argument that is not allowed, or lacks gates; or a label comes twice.
     """
     every = [name for name in COMPOSITIONS if name not in TRAINED_METHODS]
     every = [name for name in every if has_gates or can_train or "gates" not in COMPOSITIONS[name].needs]

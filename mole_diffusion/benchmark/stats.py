@@ -33,7 +33,7 @@ def paired_bootstrap(
         Mean of `ours - theirs`, low end, high end.
 
     Raises:
-        ValueError: They have nothing in common.
+        MoLEError: They have nothing in common.
     """
     common = [key for key in ours if key in theirs]
     if not common:

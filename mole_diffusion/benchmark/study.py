@@ -54,7 +54,7 @@ def balance_study(
         tenth of training, the mean of every loss term and the mean weight of every LoRA in the last tenth.
 
     Raises:
-        ValueError: A temperature is not positive, or as in `train_gates`.
+        MoLEError: A temperature is not positive, or as in `train_gates`.
     """
     if config.balance == "off":
         config = dataclasses.replace(config, balance="uniform")

@@ -82,7 +82,7 @@ def read_chosen(only: str | None, strengths: Mapping[str, float]) -> dict[str, f
     """The `loras` of a call: the LoRAs that --only keeps, with their strengths.
 
     Raises:
-        MoLEError, ValueError: It names a LoRA that is not there, or one twice.
+        MoLEError: It names a LoRA that is not there, or one twice.
     """
     if only is None:
         return dict(strengths)

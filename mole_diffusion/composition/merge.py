@@ -22,7 +22,7 @@ class Merge(StepComposition):
         scale: s.
 
     Raises:
-        ValueError: `scale` is not finite.
+        MoLEError: `scale` is not finite.
     """
 
     name = "merge"

@@ -39,7 +39,7 @@ class Step:
         several times in a step, or enter the schedule in the middle (image to image).
 
         Raises:
-            ValueError: The timestep is none of this run's.
+            MoLEError: The timestep is none of this run's.
         """
         now, places = _first(self.timestep), self._places
         if now not in places:

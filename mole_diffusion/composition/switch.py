@@ -22,7 +22,7 @@ class Switch(StepComposition):
         every: Steps until the next LoRA's turn.
 
     Raises:
-        ValueError: `every` is below 1.
+        MoLEError: `every` is below 1.
     """
 
     name = "switch"

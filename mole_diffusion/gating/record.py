@@ -82,7 +82,7 @@ class GateRecord:
         """`(places, N)`, the means stacked, with graph: what `balance_loss` takes.
 
         Raises:
-            ValueError: If nothing was recorded.
+            MoLEError: If nothing was recorded.
         """
         means = list(self.mean().values())
         if not means:
@@ -93,7 +93,7 @@ class GateRecord:
         """`(batch, places, N)`, the latest pass with graph: what `balance_loss` takes, sample by sample.
 
         Raises:
-            ValueError: If nothing was recorded, or places saw batches of different sizes.
+            MoLEError: If nothing was recorded, or places saw batches of different sizes.
         """
         gates = list(self.gates.values())
         sizes = sorted({len(weights) for weights in gates})

@@ -45,7 +45,7 @@ def save_lora(
 
     Raises:
         LoRAError: If there are no factors, some are not plain, or the layout has no name for a component.
-        ValueError: If the layout is unknown, the path has another suffix, or a factor overflows in `dtype`.
+        MoLEError: If the layout is unknown, the path has another suffix, or a factor overflows in `dtype`.
     """
     target = Path(path)
     if target.suffix != ".safetensors":

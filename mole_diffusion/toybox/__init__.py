@@ -101,7 +101,7 @@ def lora_path(name: str, layout: Literal["diffusers", "kohya"] = "diffusers") ->
     """The subject's LoRA file. Two subjects have one in kohya's layout too.
 
     Raises:
-        ValueError: There is no such subject, or it has no file in that layout.
+        MoLEError: There is no such subject, or it has no file in that layout.
     """
     subject(name)
     if layout not in ("diffusers", "kohya"):
@@ -117,7 +117,7 @@ def gates_dir(names: str) -> Path:
     """Folder of the gates for several subjects, such as `"cat+boot+teapot"`; load the LoRAs in this order.
 
     Raises:
-        ValueError: No gates ship for these subjects.
+        MoLEError: No gates ship for these subjects.
     """
     path = _ASSETS / "gates" / names
     if not path.is_dir():

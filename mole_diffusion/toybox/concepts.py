@@ -11,7 +11,7 @@ def concept(name: str | Subject) -> Concept:
     """The subject's token, class, look in words that CLIP knows, and reference pictures.
 
     Raises:
-        ValueError: There is no such subject.
+        MoLEError: There is no such subject.
     """
     item = subject(name)
     return Concept(

@@ -89,7 +89,7 @@ class Oracle:
         """Which of these subjects are in the picture, where, and in whose look.
 
         Raises:
-            ValueError: The picture does not fit the grid, or a name is not a subject.
+            MoLEError: The picture does not fit the grid, or a name is not a subject.
         """
         return judge(self.detect([image])[0], names)
 
@@ -98,7 +98,7 @@ class Oracle:
         """All objects in each picture, surest first.
 
         Raises:
-            ValueError: A picture does not fit the grid.
+            MoLEError: A picture does not fit the grid.
         """
         return [list(self._remembered(image)) for image in images]
 

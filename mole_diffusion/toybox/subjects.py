@@ -57,7 +57,7 @@ def subject(name: str | Subject) -> Subject:
     """Look a subject up by name; a subject that is no name, such as an anonymous one, stands for itself.
 
     Raises:
-        ValueError: There is no such subject.
+        MoLEError: There is no such subject.
     """
     if isinstance(name, Subject):
         return name

@@ -72,7 +72,7 @@ def read_paper(path: str | os.PathLike[str]) -> PaperTable:
     """Reads a YAML file of `title`, `note` and `rows`, a mapping of `PaperRow` each.
 
     Raises:
-        ValueError: It is no such file.
+        MoLEError: It is no such file.
     """
     try:
         given = read_yaml(path)

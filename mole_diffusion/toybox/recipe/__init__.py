@@ -66,7 +66,7 @@ def build(
         The `assets` folder, laid out as inside the package.
 
     Raises:
-        ValueError: `reuse` names something else.
+        MoLEError: `reuse` names something else.
     """
     unknown = sorted(set(reuse) - set(REUSABLE))
     if unknown:

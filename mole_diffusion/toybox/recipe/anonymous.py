@@ -31,7 +31,7 @@ def make_anonymous(
 
     Raises:
         AnonymousSubjectsError: `count` is out of range.
-        ValueError: A half-trained LoRA in `out` is of another base or of other settings.
+        MoLEError: A half-trained LoRA in `out` is of another base or of other settings.
     """
     subjects = draw_anonymous(count, seed)
     for item in subjects:

@@ -78,7 +78,7 @@ def run_stage(
 
     Raises:
         TrainingDivergedError: The loss is not finite; the last checkpoint is kept.
-        ValueError: The checkpoint is of another run.
+        MoLEError: The checkpoint is of another run.
     """
     parameters = dict(module.named_parameters())
     checkpoints = CheckpointFolder(work_dir / stage, f"toybox {stage}, seed {seed}")

@@ -166,7 +166,7 @@ def check_finite(losses: Mapping[str, float], step: int, checkpoint: Path | None
 
 
 def check_step_settings(config: Any) -> None:
-    """Checks the fields that every training config has; Raises: ValueError with the field, its value and the remedy."""
+    """Checks the fields that every training config has; Raises: MoLEError with the field, its value and the remedy."""
     for field in ("steps", "batch_size"):
         if getattr(config, field) < 1:
             raise MoLEError(f"`{field}` must be at least 1, got {getattr(config, field)}.")

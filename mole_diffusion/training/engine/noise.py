@@ -32,7 +32,7 @@ class NoiseSchedule:
 
     @classmethod
     def from_scheduler(cls, scheduler: Any) -> NoiseSchedule:
-        """Reads any scheduler of the DDPM family; Raises: ValueError for flow matching and other predictions."""
+        """Reads any scheduler of the DDPM family; Raises: MoLEError for flow matching and other predictions."""
         name = type(scheduler).__name__
         alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
         if alphas_cumprod is None:
@@ -66,7 +66,7 @@ class NoiseSchedule:
         """`x_0` as the UNet's `prediction` at `noisy` = `x_t` means it.
 
         Raises:
-            ValueError: An epsilon prediction at a timestep without signal (`a_t` = 0) says nothing about `x_0`.
+            MoLEError: An epsilon prediction at a timestep without signal (`a_t` = 0) says nothing about `x_0`.
         """
         signal, sigma = self._scales(timesteps, noisy)
         if self.prediction_type == "v_prediction":

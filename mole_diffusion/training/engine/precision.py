@@ -22,7 +22,7 @@ class Precision:
     notebook may want another.
 
     Raises:
-        ValueError: fp16 was asked for on a CPU, which has no loss scaling in fp16 worth having.
+        MoLEError: fp16 was asked for on a CPU, which has no loss scaling in fp16 worth having.
     """
 
     def __init__(self, mode: MixedPrecision, device: torch.device) -> None:

@@ -41,7 +41,7 @@ class Processes:
         """The rows of a batch that this process runs, in `accumulation` equal parts.
 
         Raises:
-            ValueError: The batch cannot be cut into equal parts.
+            MoLEError: The batch cannot be cut into equal parts.
         """
         rows, rest = divmod(batch_size, self.num * accumulation)
         if rest:

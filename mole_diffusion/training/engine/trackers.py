@@ -43,7 +43,7 @@ def tracking(log_with: LogWith, folder: Path, *, enabled: bool = True) -> Iterat
 
 
 def check_log_with(log_with: str) -> None:
-    """Raises ValueError for a tracker that does not exist, or whose package is not installed."""
+    """Raises MoLEError for a tracker that does not exist, or whose package is not installed."""
     if log_with == "none":
         return
     if log_with not in ("tensorboard", "wandb"):

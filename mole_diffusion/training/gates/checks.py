@@ -12,7 +12,7 @@ from mole_diffusion.training.gates.guidance import needs_references
 
 
 def check_prompts(prompts: Sequence[str]) -> list[str]:
-    """Raises ValueError for no prompt, or one that comes twice."""
+    """Raises MoLEError for no prompt, or one that comes twice."""
     if isinstance(prompts, str) or not prompts:
         raise MoLEError(f"`prompts` must be a list of at least one prompt, got {prompts!r}.")
     if len(set(prompts)) < len(prompts):
@@ -21,7 +21,7 @@ def check_prompts(prompts: Sequence[str]) -> list[str]:
 
 
 def check_concepts(pipe: Any, config: GateTrainingConfig, concepts: Mapping[str, Concept]) -> dict[str, Concept]:
-    """Raises ValueError where concepts are missing, unknown, or share a token, or the floor is out of reach."""
+    """Raises MoLEError where concepts are missing, unknown, or share a token, or the floor is out of reach."""
     names = pipe.experts.names
     unknown = [name for name in concepts if name not in names]
     if unknown:
@@ -43,7 +43,7 @@ def check_concepts(pipe: Any, config: GateTrainingConfig, concepts: Mapping[str,
 
 
 def check_pipeline(pipe: Any) -> None:
-    """Raises ValueError for a pipeline without at least two LoRAs, or of another shape than Stable Diffusion."""
+    """Raises MoLEError for a pipeline without at least two LoRAs, or of another shape than Stable Diffusion."""
     name = type(pipe).__name__
     if not hasattr(pipe, "init_gates"):
         raise MoLEError(

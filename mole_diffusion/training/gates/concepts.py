@@ -26,7 +26,7 @@ class Concept:
         references: Pictures of it. Without any, those that its LoRA draws alone stand in where one is needed.
 
     Raises:
-        ValueError: A text is empty, or the token has a space in it.
+        MoLEError: A text is empty, or the token has a space in it.
     """
 
     token: str
@@ -78,7 +78,7 @@ def prompts_from_templates(templates: Sequence[str], concepts: Mapping[str, Conc
     With more than three concepts only the rotations of their order, since all orders would be too many.
 
     Raises:
-        ValueError: A template has no such place, or there are no concepts.
+        MoLEError: A template has no such place, or there are no concepts.
     """
     bad = [template for template in templates if template.count(PLACEHOLDER) != 1]
     if bad:

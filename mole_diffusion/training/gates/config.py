@@ -61,7 +61,7 @@ class GateTrainingConfig:
         seed: Of prompts, noise, walks and drawn references.
 
     Raises:
-        ValueError: A value is out of range.
+        MoLEError: A value is out of range.
     """
 
     gates: GateConfig = field(default_factory=lambda: GateConfig(**PRESETS["default"]["gates"]))
@@ -159,7 +159,7 @@ class GateTrainingConfig:
             preset: "default", "real", "masks", "paper" or "official"; an entry `preset` of `values` goes before it.
 
         Raises:
-            ValueError: The preset or a key is unknown, or a value is of another kind or out of range.
+            MoLEError: The preset or a key is unknown, or a value is of another kind or out of range.
         """
         preset = str(values.get("preset", preset))
         if preset not in PRESETS:
@@ -178,7 +178,7 @@ def read_fields(config: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     """`values` for a config dataclass: keys checked, and numbers of the kind of each field's default.
 
     Raises:
-        ValueError: A key is unknown, or a value is no such number.
+        MoLEError: A key is unknown, or a value is no such number.
     """
     fields: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(config)}
     unknown = sorted(set(values) - set(fields))

@@ -33,7 +33,7 @@ class Guidance:
         references: Name to CLIP features of the concept's pictures, (pictures, width); read by local and identity.
 
     Raises:
-        ValueError: A term needs concepts, and a prompt calls none.
+        MoLEError: A term needs concepts, and a prompt calls none.
     """
 
     def __init__(

@@ -88,9 +88,9 @@ def train_gates(
         The trained gates, which are `pipe.gates` too.
 
     Raises:
-        ValueError: Prompts or concepts do not fit, `clip` and `objective` are both given or both missing, the pipeline
+        MoLEError: Prompts or concepts do not fit, `clip` and `objective` are both given or both missing, the pipeline
             has fewer than two LoRAs or cannot be trained here, or `work` has the checkpoint of another training.
-            `TrainingDivergedError`, a ValueError, at a NaN.
+            `TrainingDivergedError` at a NaN.
         MoLEError: `out` holds files of somebody else, or another process works in `work`. `NotWrittenError` where they
             cannot be written, which is tried before the first step.
     """

@@ -59,7 +59,7 @@ class Walker:
         config: How to walk.
 
     Raises:
-        ValueError: The scheduler is neither of the DDPM family nor of flow matching.
+        MoLEError: The scheduler is neither of the DDPM family nor of flow matching.
         MoLEError: The model cannot be trained at another resolution than its own.
     """
 

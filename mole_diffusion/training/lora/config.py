@@ -45,7 +45,7 @@ class LoRATrainingConfig:
         seed: Of the starting factors and of every sample.
 
     Raises:
-        ValueError: A value is out of range, or captions and prompts are both given or both missing.
+        MoLEError: A value is out of range, or captions and prompts are both given or both missing.
         TypeError: Captions, prompts or targets are one string and not a sequence of them.
     """
 

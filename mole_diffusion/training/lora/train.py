@@ -143,7 +143,7 @@ def _denoising_loss(unet: Any, schedule: NoiseSchedule, data: TrainingData, gene
 
 
 def _check_pipeline(pipe: Any, config: LoRATrainingConfig) -> None:
-    """Raises ValueError for what would train something else than a LoRA on a bare Stable Diffusion."""
+    """Raises MoLEError for what would train something else than a LoRA on a bare Stable Diffusion."""
     name = type(pipe).__name__
     unet = getattr(pipe, "unet", None)
     if unet is None or unet.config.addition_embed_type is not None:

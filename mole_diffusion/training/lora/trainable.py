@@ -63,7 +63,7 @@ class TrainableLoRA:
         seed: Draws the starting factors.
 
     Raises:
-        ValueError: A target that names nothing, or something that is no Linear and no plain Conv2d.
+        MoLEError: A target that names nothing, or something that is no Linear and no plain Conv2d.
     """
 
     def __init__(
