@@ -14,6 +14,7 @@ from ..experts import Experts
 from ..experts.attach import refuse_adapters
 from ..families import COMPONENTS, Family, family_of
 from ..lora import LoRA, load_lora
+from .embeddings import add_embeddings, check_embeddings, remove_embeddings
 from .loaded import Loaded, loaded_into
 from .naming import LoRASource, named_sources, read_roles, read_triggers
 from .selection import check_names
@@ -68,6 +69,8 @@ class LoRACalls(StockLoRACalls):
     ) -> None:
         """Loads LoRAs, in addition to those already loaded. If one is refused, nothing changes.
 
+        Where a file brings embeddings of words of its own, these are loaded too, as textual inversion, and go with it.
+
         Args:
             loras: Name to file, state dict or `LoRA`; or a list of files, named by their stems.
             triggers: Name to the words in a prompt that call the LoRA, one phrase or several. By default those that
@@ -99,7 +102,9 @@ class LoRACalls(StockLoRACalls):
         }
         words, called_by_name = read_triggers(triggers, read)
         of_roles = read_roles(roles, read)
+        check_embeddings(self, read)
         loaded.hang(components, {**loaded.loras, **read})
+        add_embeddings(self, read)
         loaded.triggers |= words
         loaded.called_by_name |= called_by_name
         loaded.roles |= of_roles
@@ -125,6 +130,7 @@ class LoRACalls(StockLoRACalls):
             loaded.drop_gates()
         elif len(rest) < len(loaded.loras):
             self._refuse_under_gates("unload single LoRAs")
+        remove_embeddings(self, {name: loaded.loras[name] for name in names})
         loaded.hang(self.lora_components if rest else {}, rest)
         for name in names:
             del loaded.triggers[name], loaded.roles[name]

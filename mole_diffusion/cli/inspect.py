@@ -73,6 +73,9 @@ def _table(report: LoRAReport, verdicts: list[Verdict], with_base: bool) -> Any:
     table.add_row(
         "called by", _few([printable(trigger) for trigger in report.triggers]) or "no words named in the file"
     )
+    if report.embeddings:
+        brought = [f"{printable(word)} ({count} vectors)" for word, count in report.embeddings.items()]
+        table.add_row("embeddings", _few(brought))
     table.add_row("SHA-256", report.sha256)
     for verdict in verdicts:
         table.add_row("verdict", _said(verdict))

@@ -75,6 +75,8 @@ class FluxTransformer(Architecture):
         "single_blocks.*.linear1": tuple(
             f"single_transformer_blocks.*.{name}" for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
         ),
+        # XLabs' trainer has factors for this part of `linear1` alone.
+        "single_blocks.*.qkv": tuple(f"single_transformer_blocks.*.attn.{name}" for name in ("to_q", "to_k", "to_v")),
         "single_blocks.*.linear2": ("single_transformer_blocks.*.proj_out",),
         "single_blocks.*.modulation.lin": ("single_transformer_blocks.*.norm.linear",),
         "final_layer.linear": ("proj_out",),

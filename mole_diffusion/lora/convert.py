@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from mole_diffusion.errors import MoLEError
 from mole_diffusion.families.names import canonical_name
 from mole_diffusion.files import atomic_path
 from mole_diffusion.lora.adapter import DIFFUSERS_METADATA, read_settings, strength
+from mole_diffusion.lora.embeddings import is_embedding
 from mole_diffusion.lora.errors import refusal
 from mole_diffusion.lora.kinds import Change, dora
 from mole_diffusion.lora.kronecker import Kronecker, Rows
@@ -81,14 +83,22 @@ def convert_lora(
         raise MoLEError(f"{target} does not end in .safetensors, as a LoRA file does.")
     file = read_source(source)
     layout, pieces = find_pieces(file)
+    bundled = {key: file.tensors[key].contiguous() for key in file.entries if is_embedding(key)}
     if to == "kohya":
         modules = _untouched(file, layout, pieces, components)
+    elif bundled:
+        raise refusal(
+            file.source,
+            f"an embedding inside, which has no place in {to}'s layout",
+            "Convert it to `kohya`, or save the embedding by itself: `load_lora(...).embeddings` has it.",
+            keys=list(bundled),
+        )
     else:
         modules = _plain(file, layout, pieces, to, components)
     kept = {key: text for key, text in file.metadata.items() if key not in (DIFFUSERS_METADATA, PEFT_CONFIG)}
     if to == "peft":
         return _write_peft(file, target, modules, kept)
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = bundled
     several = any(component == "text_encoder_2" for component, _ in modules)
     for (component, name), module in modules.items():
         for part, tensor in module.tensors.items():
@@ -105,6 +115,14 @@ def _untouched(
     file: LoRAFile, layout: str, pieces: list[Piece], components: Mapping[str, nn.Module] | None
 ) -> dict[tuple[str, str], _Module]:
     """Every piece as it is, with alpha beside it."""
+    if of_parts := [p.key for p in pieces if layout == "xlabs" and re.fullmatch(r"single_blocks\.\d+\.qkv", p.module)]:
+        raise refusal(
+            file.source,
+            "factors of a part of `linear1`, which has no name in kohya's layout",
+            "Convert it to `diffusers`, which names queries, keys and values.",
+            layout=layout,
+            keys=of_parts,
+        )
     settings = read_settings(file, layout)
     nameless = any(piece.component is None for piece in pieces)
     indices = _indices(file, "kohya", components) if nameless else {}
@@ -119,9 +137,12 @@ def _untouched(
         if "magnitude" in tensors:
             given = tensors.pop("magnitude")
             tensors["dora_scale"] = given.reshape(-1, *[1] * (len(piece.shapes.get("down", (0, 0))) - 1))
-        if own is not None:
+        if piece.r is None:  # alpha counts for nothing there in other programs
+            for part in {"lokr_w1", "diff"} & set(tensors) if scaling != 1 else ():
+                tensors[part] = tensors[part].float() * scaling
+        elif own is not None and own == scaling * piece.r:
             tensors["alpha"] = file.tensors[piece.keys["alpha"]]
-        elif alpha is not None and piece.r is not None:
+        elif alpha is not None:
             tensors["alpha"] = torch.tensor(scaling * piece.r)
         component = piece.component or _places(file, layout, piece, indices)[0]
         found[component, piece.module] = _Module({k: v.contiguous() for k, v in tensors.items()}, piece.r, alpha)
@@ -144,12 +165,17 @@ def _plain(
         if change is None or isinstance(change, Kronecker):
             raise refusal(file.source, f"{piece.title} has no small rank", "Use `kohya`.", keys=[piece.key])
         down, up = change
-        if piece.kind and piece.kind.takes == {"down", "up"}:  # untouched, whatever their number format is
+        scaled = any(part.startswith("scale_of_") for part in piece.keys)
+        if piece.kind and piece.kind.takes == {"down", "up"} and not scaled:  # untouched, whatever their number format
             down, up = (file.tensors[piece.keys[part]] for part in ("down", "up"))
         r = len(down)
         if alpha is not None and (piece.r != r or (config is not None and config.rslora)):
             alpha = scaling * r  # of which this is the scaling again
         component, targets = _places(file, layout, piece, indices)
+        inputs = tuple(down.shape[1:])
+        if indices:  # as the module has its weight: kernels of a LoHa are hidden in its factors
+            inputs = indices[component].shape(indices[component].find(piece.module))[1:]
+        down, up = down.reshape(r, *inputs), up.reshape(len(up), r, *[1] * len(inputs[1:]))
         for name, rows in targets:
             tensors = {"down": down, "up": up if rows is None else torch.cat([up[part] for part in rows])}
             if piece.magnitude:
@@ -184,7 +210,8 @@ def _refuse_kinds(file: LoRAFile, layout: str, piece: Piece, to: Target) -> None
 
 def _indices(file: LoRAFile, layout: str, components: Mapping[str, nn.Module] | None) -> dict[str, ModuleIndex]:
     _, pieces = find_pieces(file)
-    if components is None and layout in _DOTTED and all(piece.component for piece in pieces):
+    hidden = any(piece.form and piece.form.flat and piece.r is not None for piece in pieces)
+    if components is None and layout in _DOTTED and all(piece.component for piece in pieces) and not hidden:
         return {}
     if components is None:
         fits = [verdict for verdict in fitting(file.source) if verdict.refusal is None]

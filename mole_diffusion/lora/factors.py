@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.families.names import canonical_name
+from mole_diffusion.lora.embeddings import Embeddings
 from mole_diffusion.lora.kinds import dora
 from mole_diffusion.lora.kronecker import Kronecker
 
@@ -110,11 +111,13 @@ class LoRA:
     Attributes:
         name: What the user calls it.
         source: Path as given, or `<state dict>`.
-        layout: `"diffusers"`, `"diffusers-old"`, `"peft"`, `"kohya"` or `"original"`.
+        layout: `"diffusers"`, `"diffusers-old"`, `"peft"`, `"kohya"`, `"original"` or `"xlabs"`.
         sha256: Of the file's bytes; of the sorted tensors for a state dict. What a LoRA *does* has `fingerprint`.
         factors: Component (`"unet"`, `"text_encoder"`, …) to module name, as in `named_modules()`, to factors.
             fp32, on the CPU.
         triggers: Words that call it in a prompt, as far as its file tells.
+        embeddings: Of words of its own, word to component to vectors `(n, width)`, for a text encoder that is to know
+            them: `pipe.load_textual_inversion(vectors, token=word)`, which `pipe.load_loras` does.
     """
 
     name: str
@@ -123,6 +126,7 @@ class LoRA:
     sha256: str
     factors: dict[str, dict[str, LoRAFactors]]
     triggers: tuple[str, ...] = ()
+    embeddings: Embeddings = field(default_factory=dict)
 
     @property
     def ranks(self) -> tuple[int, int]:
@@ -132,7 +136,8 @@ class LoRA:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over what it does: `down` and `scaling * up` of every module, by name, and what is beside them.
+        """SHA-256 over what it does: `down` and `scaling * up` of every module, by name, and what is beside them; then
+        over its embeddings.
 
         The same in every layout, whatever the file is called and says of itself, and wherever the scaling is kept:
         as alpha in a kohya file, in `up` in diffusers'. Values count exactly, as fp32.
@@ -151,4 +156,8 @@ class LoRA:
                 if what not in ("down", "up"):
                     digest.update(f"{what} {tuple(tensor.shape)}\n".encode())
                 digest.update(tensor.detach().cpu().contiguous().numpy().astype("<f4").tobytes())
+        for word, by_component in sorted(self.embeddings.items()):
+            for component, vectors in sorted(by_component.items()):
+                digest.update(f"{word} {component} {tuple(vectors.shape)}\n".encode())
+                digest.update(vectors.float().cpu().contiguous().numpy().astype("<f4").tobytes())
         return digest.hexdigest()

@@ -10,10 +10,12 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from mole_diffusion.families import Original
 from mole_diffusion.lora.adapter import read_settings, strength
 from mole_diffusion.lora.effect import changes_nothing, overflows
+from mole_diffusion.lora.embeddings import Embeddings, read_embeddings
 from mole_diffusion.lora.errors import refusal
 from mole_diffusion.lora.factors import LoRA, LoRAFactors
 from mole_diffusion.lora.families import family_hint, text_width
@@ -25,6 +27,7 @@ from mole_diffusion.lora.skeletons import names_of
 from mole_diffusion.lora.sources import LoRAFile, read_source
 from mole_diffusion.lora.trainers import trainer_of
 from mole_diffusion.lora.triggers import read_triggers
+from mole_diffusion.lora.unsupported import NO_NORMS
 
 
 def load_lora(
@@ -91,8 +94,31 @@ class _Reader:
                 "nothing",
                 "Train it, use another checkpoint, or load the base in a higher precision.",
             )
-        triggers = read_triggers(self.file.metadata)
-        return LoRA(name or self.file.name, self.file.source, self.layout, self.file.sha256, factors, triggers)
+        embeddings = self._embeddings()
+        return LoRA(
+            name or self.file.name,
+            self.file.source,
+            self.layout,
+            self.file.sha256,
+            factors,
+            read_triggers(self.file.metadata) or tuple(embeddings),
+            embeddings,
+        )
+
+    def _embeddings(self) -> Embeddings:
+        """Those of words of its own, checked against the text encoders."""
+        found = read_embeddings(self.file)
+        for word, by_component in found.items():
+            for component, vectors in by_component.items():
+                model = self.models.get(component)
+                width = model.get_input_embeddings().weight.shape[1] if isinstance(model, PreTrainedModel) else None
+                if vectors.shape[1] != width:
+                    fits = f"{component}'s have {width}" if width else f"there is no {component}"
+                    self._refuse(
+                        f"its embedding of {word!r} has vectors of width {vectors.shape[1]}, and {fits}",
+                        f"{self._hint()}Use a LoRA for this kind of model.",
+                    )
+        return found
 
     def _homes(self) -> list[str]:
         """The component of each piece; pieces that do not say all go to the one model that has modules for all."""
@@ -141,6 +167,16 @@ class _Reader:
             for piece, component in zip(self.pieces, homes, strict=True)
             if not self.indices[component].find(piece.module)
         ]
+        others = [(piece, component) for piece, component in lost if self.indices[component].other_kind(piece.module)]
+        if others:
+            kinds = {str(self.indices[component].other_kind(piece.module)) for piece, component in others}
+            self._refuse(
+                f"{len(others)} of {len(self.pieces)} modules are {' and '.join(sorted(kinds))}, of which no change is "
+                "read",
+                NO_NORMS,
+                [piece for piece, _ in others],
+                *{component for _, component in others},
+            )
         if lost:
             self._refuse(
                 f"{len(lost)} of {len(self.pieces)} modules find no place in the model",

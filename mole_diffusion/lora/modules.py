@@ -26,6 +26,7 @@ class ModuleIndex:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.grouped: set[str] = set()
         self._names: dict[str, set[str]] = defaultdict(set)
+        self._others: dict[str, str] = {}
         for name, module in model.named_modules():
             # Sizes come from the attributes: a quantised layer's weight has another shape.
             if isinstance(module, nn.Linear):
@@ -35,6 +36,8 @@ class ModuleIndex:
                 if module.groups > 1:
                     self.grouped.add(name)
             else:
+                if next(module.children(), None) is None and next(module.parameters(), None) is not None:
+                    self._others[_normal(name)] = type(module).__name__
                 continue
             self._names[_normal(name)].add(name)
         known = next((known for known in ARCHITECTURES if is_a(model, known)), None)
@@ -54,6 +57,10 @@ class ModuleIndex:
             names = self._names[name]
             return (Original(next(iter(names))),) if len(names) == 1 else ()
         return self._original.get(name, ())
+
+    def other_kind(self, spelling: str) -> str | None:
+        """The class of a module that has weights and is neither Linear nor Conv2d: a norm, an embedding."""
+        return self._others.get(_normal(spelling))
 
     def shape(self, targets: tuple[Original, ...]) -> tuple[int, ...]:
         """The weight's shape of what a file has as one module."""

@@ -14,6 +14,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from mole_diffusion.lora.embeddings import find_embeddings, is_embedding
 from mole_diffusion.lora.errors import LoRAError, refusal
 from mole_diffusion.lora.kinds import Change, Form, Kind, KindError, Shape, dora, kind_of
 from mole_diffusion.lora.layouts import LAYOUTS, read_layout
@@ -84,7 +85,9 @@ def find_pieces(file: LoRAFile) -> tuple[str, list[Piece]]:
     if found := find_unsupported(file.entries):
         kind, keys, remedy = found
         raise refusal(file.source, f"{kind} is not supported, {len(keys)} keys", remedy, keys=keys)
-    layout, placed, unplaced = read_layout({k: entry for k, entry in file.entries.items() if k != SCALES_MARKER})
+    find_embeddings(file)  # for its checks
+    factors = {k: entry for k, entry in file.entries.items() if k != SCALES_MARKER and not is_embedding(k)}
+    layout, placed, unplaced = read_layout(factors)
     if layout is None:
         raise refusal(
             file.source,

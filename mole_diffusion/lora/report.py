@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from mole_diffusion.families import COMPONENTS
 from mole_diffusion.lora.adapter import read_settings, strength
+from mole_diffusion.lora.embeddings import read_embeddings
 from mole_diffusion.lora.families import family, text_width
 from mole_diffusion.lora.pieces import Piece, find_pieces, read_alpha, read_parts
 from mole_diffusion.lora.skeletons import names_of
@@ -26,7 +27,7 @@ class LoRAReport:
     Attributes:
         source: Path as given.
         sha256: Of the file's bytes.
-        layout: `"diffusers"`, `"diffusers-old"`, `"peft"`, `"kohya"` or `"original"`.
+        layout: `"diffusers"`, `"diffusers-old"`, `"peft"`, `"kohya"`, `"original"` or `"xlabs"`.
         trainer: Program that wrote it, or `"unknown"`.
         modules: Number of modules by component; `"unstated"` where the keys name none.
         kinds: How many modules have which kind of adapter, by kind.
@@ -36,6 +37,7 @@ class LoRAReport:
         family: Base models it was made for, guessed from the width of its cross-attention, else from its names, or
             `"unknown"`. Which it fits, `fitting` tells.
         triggers: Phrases that call it in a prompt, as the file names them; empty where it names none.
+        embeddings: How many vectors it brings for which word of its own.
     """
 
     source: str
@@ -49,6 +51,7 @@ class LoRAReport:
     scalings: tuple[float, ...]
     family: str
     triggers: tuple[str, ...]
+    embeddings: dict[str, int]
 
 
 def inspect_lora(path: str | os.PathLike[str]) -> LoRAReport:
@@ -60,6 +63,7 @@ def inspect_lora(path: str | os.PathLike[str]) -> LoRAReport:
     file = read_source(path)
     layout, pieces = find_pieces(file)
     settings = read_settings(file, layout)
+    embeddings = read_embeddings(file)
     counts = Counter(piece.component or UNSTATED for piece in pieces)
     ranks = Counter(piece.r for piece in pieces if piece.r is not None)
     alphas: set[float] = set()
@@ -82,7 +86,8 @@ def inspect_lora(path: str | os.PathLike[str]) -> LoRAReport:
         alphas=tuple(sorted(alphas)),
         scalings=tuple(sorted(scalings)),
         family=_family(pieces),
-        triggers=read_triggers(file.metadata),
+        triggers=read_triggers(file.metadata) or tuple(embeddings),
+        embeddings={word: len(next(iter(found.values()))) for word, found in embeddings.items()},
     )
 
 

@@ -8,15 +8,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+NO_NORMS = "Merge it into its base and draw with that, or train it on Linear and Conv2d modules only."
 _CONVERT = "Convert it to a plain LoRA (extract one from the merged model by SVD), or train one."
+_WHOLE = "Merge the adapter into its base with PEFT and draw with that, or train one without."
 _REMEDIES = {
     "GLoRA (factors that read the weight)": (r"\.[ab][12]\.weight$", _CONVERT),
     "(IA)³, IA3 (a factor for every feature)": (r"\.on_input$|\bia3_l\b", _CONVERT),
     "AdaLoRA (singular values between the factors)": (r"\.(lora_E|ranknum)\b", _CONVERT),
     "VeRA (shared random factors)": (r"\bvera_(lambda|A|B)", _CONVERT),
     "OFT or BOFT (orthogonal factors)": (r"\.(oft_|boft_)", _CONVERT),
-    "a change of normalisation layers": (r"\.(w_norm|b_norm)$", _CONVERT),
+    "a change of normalisation layers": (r"\.(w_norm|b_norm)$", NO_NORMS),
     "weights that replace those of the base": (r"\.(set_weight|reshape_weight)$", _CONVERT),
+    "trainable tokens, embeddings trained beside the LoRA": (r"\.trainable_tokens_", _CONVERT),
     "a sparse difference beside the factors": (r"\.bias_(values|size|indices)$", _CONVERT),
     "LoRA of an embedding": (r"\.lora_embedding_[AB]", "Train it on Linear and Conv2d modules only."),
     "LoRA in quantised numbers with a scale of their own": (
@@ -25,8 +28,8 @@ _REMEDIES = {
         "Save it in floating point, such as bfloat16, with the program that wrote it.",
     ),
     "a textual-inversion embedding": (
-        r"^(bundle_emb\.|emb_params$|string_to_param)",
-        "Load the embedding with `pipe.load_textual_inversion`, and save the LoRA without it.",
+        r"^(emb_params$|string_to_param)",
+        "Load it with `pipe.load_textual_inversion`; a LoRA it is not.",
     ),
 }
 
@@ -42,6 +45,8 @@ def find_unsupported(keys: Iterable[str]) -> tuple[str, list[str], str] | None:
 
 def explain_unplaced(keys: Sequence[str]) -> tuple[str, str]:
     """What keys beside those of a LoRA are, and a remedy."""
+    if all(re.search(r"\.bias$", key) and "lora" not in key for key in keys):
+        return 'are whole biases (PEFT\'s `bias="all"` or "lora_only")', _WHOLE
     if all(re.search(r"\.(weight|bias|running_mean|running_var)$", key) and "lora" not in key for key in keys):
-        return "are full weights of whole modules (PEFT's modules_to_save)", _CONVERT
+        return "are full weights of whole modules (PEFT's modules_to_save)", _WHOLE
     return "do not belong to this layout", "They may change what it does: save the LoRA again, all in one layout."

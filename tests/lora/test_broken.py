@@ -74,7 +74,8 @@ UNSUPPORTED = [
     (f"{QUERY}.lora_E", "AdaLoRA"),
     (f"{QUERY}.lora_embedding_A", "LoRA of an embedding"),
     (f"{QUERY}.scale_weight", "LoRA in quantised numbers with a scale of their own"),
-    ("bundle_emb.cat.string_to_param.*", "a textual-inversion embedding"),
+    ("string_to_param", "a textual-inversion embedding"),
+    ("base_model.model.x.token_adapter.trainable_tokens_delta", "trainable tokens"),
 ]
 A = ".lora_A.weight"
 B = ".lora_B.weight"
@@ -177,7 +178,7 @@ STATES: list[tuple[str, Callable[[State], State], str]] = [
         "a full model",
         lambda state: {"conv_in.weight": ONE, "conv_in.bias": ONE},
         "no LoRA keys in it: 'conv_in.bias', 'conv_in.weight'. Give a LoRA in one of the layouts "
-        "diffusers, peft, diffusers-old, kohya, original; a full model",
+        "diffusers, peft, xlabs, diffusers-old, kohya, original; a full model",
     ),
     (
         "never trained",
@@ -250,6 +251,26 @@ STATES: list[tuple[str, Callable[[State], State], str]] = [
         "a bias of another module",
         with_({f"{QUERY}.diff_b": torch.ones(63)}),
         f"diff_b has shape (63,), expected (64,): '{QUERY}.diff_b'",
+    ),
+    (
+        "a norm, as a difference",
+        with_({"unet.mid_block.attentions.0.norm.diff": torch.ones(64)}),
+        "diff (64,) is not the weight of a Linear or Conv2d, but of a normalisation layer or the like",
+    ),
+    (
+        "the bias of a norm",
+        with_({"unet.mid_block.attentions.0.norm.diff_b": torch.ones(64)}),
+        "component unet): 1 of 5 modules are GroupNorm, of which no change is read",
+    ),
+    (
+        "an embedding as if it were a Linear",
+        with_(
+            {
+                f"text_encoder.embeddings.token_embedding{A}": torch.ones(1, 9),
+                f"text_encoder.embeddings.token_embedding{B}": torch.ones(9, 1),
+            }
+        ),
+        "component text_encoder): 1 of 5 modules are Embedding, of which no change is read",
     ),
     (
         "scales of nothing",

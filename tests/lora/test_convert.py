@@ -136,6 +136,61 @@ def test_kohya_takes_every_kind_as_it_is(models: Any, tmp_path: Path) -> None:
         assert not (tmp_path / f"{to}.safetensors").exists()
 
 
+CONV = "lora_unet_mid_block_resnets_0_conv1"
+
+
+def foldable() -> dict[str, dict[str, Tensor]]:
+    """Kinds that become plain factors, at a convolution, and numbers with scales of their own."""
+    torch.manual_seed(0)
+    factors = {f"{CONV}.lora_down.weight": torch.randn(2, 64, 3, 3), f"{CONV}.lora_up.weight": torch.randn(64, 2, 1, 1)}
+    eighths = {key: value.to(torch.float8_e4m3fn) for key, value in factors.items()}
+    scales = {f"{CONV}.lora_down.scale_weight": torch.tensor(0.3), f"{CONV}.lora_up.scale_weight": torch.rand(64)}
+    core = torch.randn(2, 2, 3, 3)
+    hada = {f"{CONV}.hada_w{i}_{n}": torch.randn(*((64, 2) if n == "a" else (2, 576))) for i in (1, 2) for n in "ab"}
+    return {
+        "float8 with scales": {**eighths, **scales, f"{CONV}.alpha": torch.tensor(3.0)},
+        "Tucker": {
+            f"{CONV}.lora_down.weight": torch.randn(2, 64, 1, 1),
+            f"{CONV}.lora_mid.weight": core,
+            f"{CONV}.lora_up.weight": torch.randn(64, 2, 1, 1),
+        },
+        "LoHa": {**hada, f"{CONV}.alpha": torch.tensor(1.0)},
+    }
+
+
+@pytest.mark.parametrize("kind", foldable())
+@pytest.mark.parametrize("to", ["kohya", "diffusers", "peft"])
+def test_a_convolution_of_any_kind_stays_what_it_does(kind: str, to: Any, models: Any, tmp_path: Path) -> None:
+    state = foldable()[kind]
+    save_file(state, tmp_path / "it.safetensors")
+    out = convert_lora(
+        tmp_path / "it.safetensors", tmp_path / ("it" if to == "peft" else "out.safetensors"), to, models
+    )
+    (before,), (after,) = (load_lora(source, models).factors["unet"].values() for source in (state, out))
+    torch.testing.assert_close(after.delta(), before.delta(), atol=1e-5, rtol=1e-5)
+    if to == "peft":
+        from peft import PeftModel
+
+        theirs = PeftModel.from_pretrained(tiny_components()["unet"], out).base_model.model
+        layer: Any = theirs.get_submodule("mid_block.resnets.0.conv1")
+        torch.testing.assert_close(layer.get_delta_weight("default"), before.delta(), atol=1e-4, rtol=1e-4)
+
+
+def test_a_config_s_scaling_of_whole_kronecker_factors_is_kept(models: Any, tmp_path: Path) -> None:
+    """PEFT scales them by alpha / r; other programs scale them by nothing, so w1 takes it up."""
+    name = "base_model.model.conv_in"
+    (tmp_path / "it").mkdir()
+    save_file({f"{name}.lokr_w1": torch.randn(2, 2), f"{name}.lokr_w2": torch.randn(16, 2, 3, 3)},
+              tmp_path / "it" / "adapter_model.safetensors")  # fmt: skip
+    (tmp_path / "it" / "adapter_config.json").write_text(json.dumps({"peft_type": "LOKR", "r": 4, "alpha": 8}))
+    only = {"unet": models["unet"]}
+    (before,) = load_lora(tmp_path / "it", only).factors["unet"].values()
+    assert before.scaling == 2
+    out = convert_lora(tmp_path / "it", tmp_path / "out.safetensors", "kohya", only)
+    (after,) = load_lora(out, only).factors["unet"].values()
+    torch.testing.assert_close(after.delta(), before.delta())
+
+
 def test_a_loha_becomes_a_plain_lora(models: Any, tmp_path: Path) -> None:
     parts = {f"hada_w{i}_{n}": torch.randn(*((64, 2) if n == "a" else (2, 64))) for i in (1, 2) for n in "ab"}
     save_file({f"{FIRST}.{name}": v for name, v in parts.items()} | {f"{FIRST}.alpha": torch.tensor(1.0)},

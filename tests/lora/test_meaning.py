@@ -1,4 +1,4 @@
-"""What changes the meaning of a file's factors: configs and header entries, for loading and inspecting alike."""
+"""What changes the meaning of a file's factors: configs and header entries, for loading, inspecting and converting."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mole_diffusion.lora import LoRAError, inspect_lora, load_lora
+from mole_diffusion.lora import LoRAError, convert_lora, inspect_lora, load_lora
 from mole_diffusion.lora.patterns import PatternError, Patterns
 from tests.lora_files import to_kohya, to_peft
 from tests.tiny import random_lora, tiny_components
@@ -79,7 +79,12 @@ def test_what_would_act_otherwise_is_refused_by_name_wherever_it_is_said(
     config: dict[str, Any], message: str, state: dict[str, Tensor], models: Any, tmp_path: Path
 ) -> None:
     for path in (adapter(tmp_path / "cat", state, **config), in_header(tmp_path / "cat.safetensors", state, **config)):
-        for read in (lambda path=path: load_lora(path, models), lambda path=path: inspect_lora(path)):
+        readers = (
+            lambda path=path: load_lora(path, models),
+            lambda path=path: inspect_lora(path),
+            lambda path=path: convert_lora(path, path.with_name("out.safetensors"), "kohya", models),
+        )
+        for read in readers:
             with pytest.raises(LoRAError, match=re.escape(message)) as error:
                 read()
             assert "emove these" not in str(error.value)
@@ -113,6 +118,37 @@ def test_the_remedy_for_moved_bases_gives_a_plain_lora(start: Any, tmp_path: Pat
         a, b = (f"base_model.model.{name}.lora_{kind}.default.weight" for kind in "AB")
         change = trained[b] @ trained[a] - before[b] @ before[a]
         assert torch.allclose(pair.delta(), change, atol=1e-5)
+
+
+WHOLE = {
+    "all biases": ({"bias": "all"}, r"are whole biases \(PEFT's `bias="),
+    "biases of its own modules": ({"bias": "lora_only"}, r"are whole biases \(PEFT's `bias="),
+    "whole modules": (
+        {"modules_to_save": ["conv_in"]},
+        r"are full weights of whole modules \(PEFT's modules_to_save\)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("settings", "message"), WHOLE.values(), ids=WHOLE)
+@pytest.mark.parametrize("with_config", [True, False])
+def test_what_peft_trains_whole_is_refused_by_name(
+    settings: Any, message: str, with_config: bool, models: Any, tmp_path: Path
+) -> None:
+    """Such a value replaces that of the base it was trained on; on another base it would be another change."""
+    config = LoraConfig(r=4, target_modules=["to_out.0"], init_lora_weights=False, **settings)
+    get_peft_model(tiny_components()["unet"], config).save_pretrained(tmp_path / "cat")
+    if not with_config:
+        (tmp_path / "cat" / "adapter_config.json").unlink()
+    readers: list[Any] = [
+        lambda: load_lora(tmp_path / "cat", models),
+        lambda: inspect_lora(tmp_path / "cat"),
+        lambda: convert_lora(tmp_path / "cat", tmp_path / "out.safetensors", "kohya", models),
+    ]
+    for read in readers:
+        with pytest.raises(LoRAError, match=message):
+            read()
+    assert not (tmp_path / "out.safetensors").exists()
 
 
 def test_inspecting_says_the_scaling_that_loading_uses(state: dict[str, Tensor], models: Any, tmp_path: Path) -> None:

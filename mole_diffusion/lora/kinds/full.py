@@ -20,7 +20,10 @@ class Full(Kind):
     def form(self, shapes: Mapping[str, Shape]) -> Form:
         (diff,) = need(shapes, "diff")
         if len(diff) not in (2, 4):
-            raise KindError(f"diff {diff} is not the weight of a Linear or Conv2d")
+            raise KindError(
+                f"diff {diff} is not the weight of a Linear or Conv2d, but of a normalisation layer or the like",
+                "Merge it into its base and draw with that, or train it on Linear and Conv2d modules only.",
+            )
         return Form(diff[0], diff[1:], None, 0)
 
     def fold(self, parts: Parts) -> Change:

@@ -14,12 +14,14 @@ from .kohya import kohya
 from .original import original
 from .peft import peft
 from .place import Place
+from .xlabs import xlabs
 
 __all__ = ["LAYOUTS", "Place", "read_layout"]
 
 LAYOUTS: dict[str, Callable[[str], Place | None]] = {
     "diffusers": diffusers,
     "peft": peft,
+    "xlabs": xlabs,
     "diffusers-old": diffusers_old,
     "kohya": kohya,
     "original": original,

@@ -64,5 +64,8 @@ KOHYA_ENDINGS = {
     "down": "lora_down.weight",
     "up": "lora_up.weight",
     "mid": "lora_mid.weight",
+    "scale_of_down": "lora_down.scale_weight",
+    "scale_of_up": "lora_up.scale_weight",
+    "scale_of_mid": "lora_mid.scale_weight",
 }
 """Endings by part, for writing; a part that is not there is its own ending."""
