@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from ..pictures import picture_files, read_picture
 from .alignment import ImageAlignment, TextAlignment, image_alignment, text_alignment
-from .encoders import ImageEncoder, TextImageEncoder, VisionBackbone, embed_images, load_clip
+from .encoders import ImageEncoder, TextImageEncoder, VisionBackbone, load_clip
+from .features import embed_images
 from .folder import Evaluation, evaluate_folder
 from .gates import GateReport, GateStatistics, gate_statistics
 from .pictures import Pictures

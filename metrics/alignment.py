@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..errors import MoLEError
 from .averages import Averages
-from .encoders import ImageEncoder, TextCache, TextImageEncoder, embed_images
+from .encoders import ImageEncoder, TextImageEncoder
+from .features import TextCache, embed_images
 from .pictures import Pictures, by_picture
 
 Scale = Literal["cosine", "clipscore"]

@@ -15,7 +15,8 @@ from ..pictures import picture_files, read_picture, read_pictures
 from ..progress import progress_bar
 from ..prompts import read_prompts
 from .alignment import SCALES, ImageAlignment, TextAlignment, on_scale, text_name
-from .encoders import ImageEncoder, SharedEncoder, TextImageEncoder
+from .encoders import ImageEncoder, TextImageEncoder
+from .features import SharedEncoder
 
 
 @dataclass

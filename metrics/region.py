@@ -13,7 +13,8 @@ from ..errors import MoLEError
 from ..toybox.oracle import Oracle
 from .alignment import asked_for, check_references, image_alignment
 from .averages import Averages
-from .encoders import ImageEncoder, embed_images
+from .encoders import ImageEncoder
+from .features import embed_images
 from .pictures import Pictures, as_images
 
 Box: TypeAlias = tuple[int, int, int, int]

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 
 from mole_diffusion.benchmark.config import BenchmarkConfig
-from mole_diffusion.cli.gate_inputs import read_config
+from mole_diffusion.cli.gate_settings import read_config
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.experts import Experts
 from mole_diffusion.gating import GateConfig, MoLEModel

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from mole_diffusion.benchmark.config import BenchmarkConfig
-from mole_diffusion.benchmark.report.paper import read_paper
-from mole_diffusion.cli.gate_inputs import read_config
+from mole_diffusion.benchmark.report.paper_table import read_paper
+from mole_diffusion.cli.gate_settings import read_config
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.yaml_files import parse_yaml, read_yaml
 

@@ -9,9 +9,10 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from mole_diffusion.benchmark.cell import Cell
+from mole_diffusion.benchmark.concepts import ConceptFiles, read_concepts
 from mole_diffusion.benchmark.methods import Method, read_methods
 from mole_diffusion.errors import MoLEError
-from mole_diffusion.files import file_name
 from mole_diffusion.yaml_files import read_yaml
 
 MOST_SEEDS = 100_000
@@ -29,55 +30,6 @@ _DEFAULTS: dict[str, Any] = {
     "reference": None,
     "paper": None,
 }
-
-
-@dataclass(frozen=True)
-class ConceptFiles:
-    """Where one LoRA and pictures of what it draws lie, and what it is called.
-
-    Attributes:
-        lora: Its file.
-        phrase: What a prompt calls it, its rare token first: "<v1> cat".
-        description: What CLIP, which does not know rare words, reads instead, such as "striped orange cat".
-        references: Folder with its pictures, or "toybox".
-    """
-
-    lora: str
-    phrase: str
-    description: str
-    references: str
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One picture of a benchmark: which LoRAs, composed how, for which prompt and seed.
-
-    Attributes:
-        composition: Names of its LoRAs, "cat+boot+teapot".
-        method: How they are composed.
-        kept: Those that are not masked out. The prompt names only these.
-        prompt: Index of the prompt.
-        seed: Of the starting noise.
-    """
-
-    composition: str
-    method: Method
-    kept: tuple[str, ...]
-    prompt: int
-    seed: int
-
-    @property
-    def loras(self) -> list[str]:
-        """Names of all its LoRAs."""
-        return self.composition.split("+")
-
-    @property
-    def path(self) -> Path:
-        """Where its picture and its row lie, without suffix, below their folders."""
-        folder = Path(file_name(self.composition)) / file_name(self.method.label)
-        if len(self.kept) < len(self.loras):
-            folder /= file_name("+".join(self.kept))
-        return folder / f"p{self.prompt:02d}-s{self.seed:04d}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +108,7 @@ class BenchmarkConfig:
         if unknown or missing:
             what = f"unknown key {unknown[0]!r}" if unknown else f"missing key {missing[0]!r}"
             raise MoLEError(f"{what}. A benchmark has {', '.join(known)}.")
-        values["concepts"] = _concepts(values["concepts"])
+        values["concepts"] = read_concepts(values["concepts"])
         values["compositions"] = [_composition(entry, values["concepts"]) for entry in _list(values, "compositions")]
         _no_repeats("compositions", ["+".join(names) for names in values["compositions"]])
         values["keep"] = _keep(values["keep"], values["compositions"])
@@ -237,30 +189,6 @@ class BenchmarkConfig:
         phrases = [f"a {phrase}" for phrase in said]
         together = phrases[0] if len(phrases) == 1 else ", ".join(phrases[:-1]) + f" and {phrases[-1]}"
         return template.replace("{concepts}", together)
-
-
-def _concepts(given: Any) -> dict[str, ConceptFiles]:
-    if given == "toybox":
-        from mole_diffusion import toybox
-
-        return {
-            name: ConceptFiles(
-                lora=str(toybox.lora_path(name)),
-                phrase=f"{toybox.token(name)} {toybox.class_name(name)}",
-                description=f"{toybox.subject(name).look} {toybox.class_name(name)}",
-                references="toybox",
-            )
-            for name in toybox.subjects()
-        }
-    keys = [field.name for field in fields(ConceptFiles)]
-    if not isinstance(given, dict) or not given:
-        raise MoLEError(f'`concepts` must be "toybox" or a mapping of name to {", ".join(keys)}, got {given!r}.')
-    for name, value in given.items():
-        if not str(name).strip() or "+" in str(name) or not str(name).isprintable():
-            raise MoLEError(f"concept {name!r}: a name is one line without a plus, which joins the names of several.")
-        if not isinstance(value, dict) or set(value) != set(keys):
-            raise MoLEError(f"concept {name!r} must have exactly {', '.join(keys)}, got {value!r}.")
-    return {str(name): ConceptFiles(**{key: str(value[key]) for key in keys}) for name, value in given.items()}
 
 
 def _composition(entry: Any, concepts: Mapping[str, ConceptFiles]) -> list[str]:

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from mole_diffusion.benchmark.config import BenchmarkConfig, Cell
+from mole_diffusion.benchmark.cell import Cell
+from mole_diffusion.benchmark.config import BenchmarkConfig
 from mole_diffusion.benchmark.gates import gates_folder, train_missing_gates
 from mole_diffusion.benchmark.memory import call_memory
 from mole_diffusion.benchmark.methods import Method

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
-from mole_diffusion.benchmark.config import BenchmarkConfig, Cell
+from mole_diffusion.benchmark.cell import Cell
+from mole_diffusion.benchmark.config import BenchmarkConfig
 from mole_diffusion.benchmark.measures import (
     ALL_PRESENT,
     CONFUSION,
@@ -23,7 +24,8 @@ from mole_diffusion.benchmark.measures import (
 )
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.metrics.alignment import ImageAlignment, TextAlignment, on_scale
-from mole_diffusion.metrics.encoders import ImageEncoder, SharedEncoder, VisionBackbone, load_clip
+from mole_diffusion.metrics.encoders import ImageEncoder, VisionBackbone, load_clip
+from mole_diffusion.metrics.features import SharedEncoder
 from mole_diffusion.metrics.presence import ConceptPresence
 from mole_diffusion.metrics.region import RegionAlignment, oracle_detector
 from mole_diffusion.pictures import read_pictures

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mole_diffusion.benchmark.config import Cell
+from mole_diffusion.benchmark.cell import Cell
 from mole_diffusion.benchmark.measures import IMAGE, MEASURES, TEXT
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.files import write_json

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from mole_diffusion.benchmark.config import BenchmarkConfig, Cell
+from mole_diffusion.benchmark.cell import Cell
+from mole_diffusion.benchmark.config import BenchmarkConfig
 from mole_diffusion.benchmark.draw import Cost, Drawer
 from mole_diffusion.benchmark.inputs import LORAS, METHODS, SHA256, made_of
 from mole_diffusion.benchmark.judge import Judge

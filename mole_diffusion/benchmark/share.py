@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from itertools import count, groupby
 
-from mole_diffusion.benchmark.config import BenchmarkConfig, Cell
+from mole_diffusion.benchmark.cell import Cell
+from mole_diffusion.benchmark.config import BenchmarkConfig
 
 
 def process_share() -> tuple[int, int]:

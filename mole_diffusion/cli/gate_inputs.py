@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from mole_diffusion.errors import MoLEError
 
@@ -17,48 +15,6 @@ from .inputs import read_pairs, read_pictures
 if TYPE_CHECKING:
     from mole_diffusion.clip import DifferentiableCLIP
     from mole_diffusion.training import Concept, GateTrainingConfig
-
-Lora = Annotated[
-    list[str],
-    typer.Option(metavar="NAME=FILE", help="A LoRA; once for each, two at least. A toybox subject needs only NAME."),
-]
-Token = Annotated[
-    list[str] | None,
-    typer.Option(metavar="NAME=TOKEN", help="Rare token of a LoRA, which CLIP must not read; once for each."),
-]
-ClassName = Annotated[
-    list[str] | None,
-    typer.Option("--class", metavar="NAME=CLASS", help="What kind of thing a LoRA draws; read in the token's place."),
-]
-Description = Annotated[
-    list[str] | None,
-    typer.Option(metavar="NAME=TEXT", help='What CLIP reads instead of the class: cat="orange striped cat".'),
-]
-References = Annotated[
-    list[str] | None,
-    typer.Option(metavar="NAME=FOLDER", help="Pictures of a concept for local and identity terms [default: drawn]."),
-]
-Prompt = Annotated[list[str] | None, typer.Option(help="A prompt to train on; once for each.")]
-Prompts = Annotated[Path | None, typer.Option(help="Text file with a prompt in every line; # starts a comment line.")]
-Template = Annotated[
-    list[str] | None,
-    typer.Option(help='A prompt with the place {concepts}, filled in every order: "a photo of {concepts} on grass".'),
-]
-Clip = Annotated[
-    str | None,
-    typer.Option(help="CLIP that guides: an open_clip folder or architecture [default with the toybox: its own]."),
-]
-ClipPretrained = Annotated[str | None, typer.Option(help="Weights of that architecture, such as laion2b_s34b_b79k.")]
-Preset = Annotated[str | None, typer.Option(help="default, masks, paper or official.")]
-ConfigFile = Annotated[Path | None, typer.Option(help="YAML with settings, such as `gates: {scope: layer}`.")]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Any setting: local_weight=0.5, gates.scope=layer …"),
-]
-Steps = Annotated[int | None, typer.Option(help="Training steps [default: the preset's].")]
-BatchSize = Annotated[int | None, typer.Option(help="Pictures a step [default: the preset's].")]
-LearningRate = Annotated[float | None, typer.Option(help="Peak of the learning rate [default: the preset's].")]
-Seed = Annotated[int | None, typer.Option(help="Of everything random.")]
 
 
 @dataclass(frozen=True)
@@ -189,45 +145,3 @@ def read_prompts(
     if not texts:
         raise MoLEError('no prompts: give --prompt, --prompts FILE or --template "a photo of {concepts}".')
     return texts
-
-
-def read_config(
-    preset: str | None, file: Path | None, settings: Sequence[str] | None, options: Mapping[str, Any]
-) -> GateTrainingConfig:
-    """Preset, then YAML file, then --set, then options of their own; the later goes before the earlier.
-
-    Raises:
-        MoLEError: A setting is unknown or its value is not allowed; the file is missing or no YAML dictionary.
-    """
-    from mole_diffusion.training import GateTrainingConfig
-    from mole_diffusion.yaml_files import parse_yaml, read_yaml
-
-    values: dict[str, Any] = {}
-    if file is not None:
-        try:
-            values = read_yaml(file) or {}
-        except MoLEError as error:
-            raise MoLEError(f"--config {error}") from None
-        if not isinstance(values, dict):
-            raise MoLEError(f"--config {file} must be a dictionary of settings, got {type(values).__name__}.")
-    for key, text in read_pairs("--set", settings or [], "gates.scope=layer").items():
-        try:
-            value = parse_yaml(text)
-        except MoLEError as error:
-            raise MoLEError(f"--set {key}={text}: {error}") from None
-        if key.startswith("gates."):
-            gates = values.get("gates") or {}
-            if not isinstance(gates, dict):
-                raise MoLEError(f"`gates` must be a dictionary of settings, got {gates!r}.")
-            values["gates"] = {**gates, key.removeprefix("gates."): value}
-        else:
-            values[key] = value
-    values |= {name: value for name, value in options.items() if value is not None}
-    if preset is not None:
-        values["preset"] = preset
-    chosen = GateTrainingConfig.from_dict({**values, "warmup_steps": values.get("warmup_steps", 0)})
-    if "warmup_steps" in values:
-        return chosen
-    # Few steps, say for a trial, should not ask for a shorter warm-up too.
-    own = GateTrainingConfig.from_dict({"preset": values.get("preset", "default")}).warmup_steps
-    return GateTrainingConfig.from_dict({**values, "warmup_steps": min(own, chosen.steps // 4)})

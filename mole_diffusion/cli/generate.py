@@ -23,8 +23,11 @@ from ..drawing.opening import (
 )
 from ..drawing.settings import LARGEST_SEED
 from ..errors import MoLEError
-from . import generate_inputs as given
+from .generate_inputs import picture_files, read_prompt, read_size
 from .inputs import Device
+from .lora_entries import read_chosen, read_loras, read_roles, read_triggers, toybox_name
+from .method_entries import check_places, read_composition, read_composition_options
+from .region_entries import read_regions
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -124,27 +127,27 @@ def generate(
       mole generate --base ./my-model.safetensors --lora cat=cat.safetensors --lora boot=boot.safetensors \\
           --gates ./cat+boot --only cat --prompt "a <cat> on grass"
     """
-    given.read_prompt(prompt)
-    files, strengths = given.read_loras(lora or [], with_toybox=base == "toybox")
+    read_prompt(prompt)
+    files, strengths = read_loras(lora or [], with_toybox=base == "toybox")
     if gates is not None and not files:
-        raise given.MoLEError("--gates weigh LoRAs, and there is no --lora. Give those they were trained for.")
-    pictures = given.picture_files(out, num_images)
+        raise MoLEError("--gates weigh LoRAs, and there is no --lora. Give those they were trained for.")
+    pictures = picture_files(out, num_images)
     for file in pictures:
         try_file(file)
     if save_masks is not None:
         try_folder(save_masks)
-    given.read_size(height, width)
+    read_size(height, width)
     from mole_diffusion.lora import inspect_lora
 
     found = {name: inspect_lora(file) for name, file in files.items()}
     written = {name: report.triggers for name, report in found.items()}
-    chosen = given.read_chosen(only, strengths)
-    triggers = given.read_triggers(trigger or [], files)
-    roles = given.read_roles(role or [], files)
-    regions = given.read_regions(region or [], files, height, width)
-    options = given.read_composition_options(composition_option or [], composition)
-    method = given.read_composition(composition, options, gates=gates is not None)
-    given.check_places(
+    chosen = read_chosen(only, strengths)
+    triggers = read_triggers(trigger or [], files)
+    roles = read_roles(role or [], files)
+    regions = read_regions(region or [], files, height, width)
+    options = read_composition_options(composition_option or [], composition)
+    method = read_composition(composition, options, gates=gates is not None)
+    check_places(
         method,
         gates=gates is not None,
         regions=regions,
@@ -170,7 +173,7 @@ def generate(
         loras=tuple(
             settings.LoRASettings(
                 name=name,
-                file=given.toybox_name(file) or file,
+                file=toybox_name(file) or file,
                 on=name in chosen,
                 strength=strengths[name],
                 triggers=tuple(triggers.get(name, ())),

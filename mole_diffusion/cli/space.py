@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from . import generate_inputs as given
+from .generate_inputs import read_prompt
+from .lora_entries import read_loras, read_triggers
 
 
 def space(
@@ -37,13 +38,13 @@ def space(
       hf upload me/cat-and-boot my-space/model
       hf upload me/cat-and-boot my-space --repo-type space
     """
-    files, strengths = given.read_loras(lora, with_toybox=base == "toybox")
-    triggers = given.read_triggers(trigger or [], files)
+    files, strengths = read_loras(lora, with_toybox=base == "toybox")
+    triggers = read_triggers(trigger or [], files)
     from mole_diffusion.app.space import write_space
     from mole_diffusion.drawing.settings import LoRASettings, PictureSettings
 
     settings = PictureSettings(
-        prompt=given.read_prompt(prompt),
+        prompt=read_prompt(prompt),
         base=base,
         loras=tuple(
             LoRASettings(name, file, strength=strengths[name], triggers=tuple(triggers.get(name, ())))

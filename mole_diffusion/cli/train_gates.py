@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-from . import gate_inputs as given
+from . import gate_options as given
+from .gate_inputs import read_gate_training
+from .gate_settings import read_config
 from .inputs import Base, Device
 
 
@@ -59,8 +61,8 @@ def train_gates(
 
     try_folder(out)
     options = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
-    chosen = given.read_config(preset, config, settings, options)
-    inputs = given.read_gate_training(
+    chosen = read_config(preset, config, settings, options)
+    inputs = read_gate_training(
         base=base,
         lora=lora,
         token=token,

@@ -1,14 +1,13 @@
-"""The gates of a model: made for some LoRAs, trained, saved, loaded, and asked for weights."""
+"""The gates of a model: made for some LoRAs, bound to them, asked for weights, saved and loaded."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import hub_utils
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.files import atomic_files
@@ -26,12 +24,16 @@ from ..experts import Experts, Projections, Run, Site
 from ..lora import LoRA
 from .binding import Binding, Current, up_blocks
 from .block import BlockExperts
-from .config import GateConfig, TokenAxis
-from .gate import Gate, masked_softmax
+from .card import CARD, card_of, own_card
+from .config import GateConfig
+from .features import feature_grid, read_features, without_filling
+from .folder import key_of, read_gates
+from .gate import Gate
+from .identity import check_loras, fingerprint
 from .record import GateRecord
-from .saving import CARD, card_of, check_loras, fingerprint, key_of, own_card, read_gates
+from .routing import Routing
 from .spec import GateSpec, plan_gates, with_positions
-from .tokens import reduce_tokens, token_grid
+from .tokens import token_grid
 
 
 class MoLEModel(ModelMixin, ConfigMixin):
@@ -66,8 +68,7 @@ class MoLEModel(ModelMixin, ConfigMixin):
         self.specs = tuple(GateSpec.from_dict(spec) for spec in gate_table)
         self.lora_names = tuple(lora["name"] for lora in loras)
         self.gates = nn.ModuleDict({key_of(spec.name): self._make_gate(spec) for spec in self.specs})
-        many = self.num_experts > 1
-        self._sum_exponent = math.log(self.gate_config.gate_sum) / math.log(self.num_experts) if many else 0.0
+        self._routing = Routing(self.gate_config, self.num_experts)
         self._binding: Binding | None = None
         self._record: GateRecord | None = None
         self._card: str | None = None
@@ -179,13 +180,16 @@ class MoLEModel(ModelMixin, ConfigMixin):
             return binding.blocks[spec.name].weights(run)
         current: Current | None = run.notes.get(spec.name)
         if site.name in spec.entry_sites and not (current is not None and current.source() is projections):
-            features = _read(spec, site, projections, self.gate_config.token_axis)
+            features = read_features(spec, site, projections, self.gate_config.token_axis)
             if self.gate_config.token_axis == "pooled":
-                features = _without_filling(features, run.told.there(site.reads, features.shape[1]))
+                features = without_filling(features, run.told.there(site.reads, features.shape[1]))
             size = None
             if spec.spatial and isinstance(self.gate_config.token_axis, int):
-                size = _grid(spec, site, projections) or token_grid(features.shape[1], run.sample_size, spec.name)
-            current = Current(weakref.ref(projections), self._weigh(spec, features, size, run, masks))
+                size = feature_grid(spec, site, projections) or token_grid(
+                    features.shape[1], run.sample_size, spec.name
+                )
+            weights = self._routing.weigh(self._gate(spec), spec, features, size, run, masks, self._record)
+            current = Current(weakref.ref(projections), weights)
             run.notes[spec.name] = current
         elif current is None:
             raise MoLEError(
@@ -289,74 +293,6 @@ class MoLEModel(ModelMixin, ConfigMixin):
         assert isinstance(gate, Gate)
         return gate
 
-    def _weigh(
-        self,
-        spec: GateSpec,
-        features: Tensor,
-        size: tuple[int, int] | None,
-        run: Run,
-        masks: Tensor | None = None,
-    ) -> Tensor:
-        """Eqs. 9-11 and the mask: expert outputs or their coordinates to final weights `(batch, tokens | 1, N)`."""
-        gate = self._gate(spec)
-        if gate.weight.device != features.device:
-            gate.to(features.device)
-        device = features.device.type
-        cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        with torch.autocast(device, enabled=False) if cast else nullcontext():
-            features = features.to(gate.weight.dtype)
-            reduced = reduce_tokens(features, self.gate_config.token_axis, spec.positions, size, spec.name)
-            keep, shares, final = self._factors(spec.experts, features.device, run)
-            if masks is not None:
-                index = list(spec.experts)
-                gates = masks.to(features.device, features.dtype).expand(*features.shape[:2], -1)
-                beside = gates[..., index].flatten(0, 1)[:, None]
-                logits = gate(reduced, beside).unflatten(0, (len(features), -1))
-                added = logits.tanh() * run.keep.to(features.device)[:, None, index]
-                gates = gates.index_add(-1, torch.tensor(index, device=gates.device), added)
-                if self._record is not None:
-                    self._record.add(spec.name, run, gates)
-                return gates * run.scale.to(gates.device)[:, None]
-            logits = gate(reduced).unflatten(0, (len(features), -1))  # (batch, tokens | 1, experts here)
-            kept = masked_softmax(logits, keep, self.gate_config.null_expert)
-            # With a graph also where nobody records: a checkpoint's recomputation, which may come when the recording is
-            # over, must keep as many tensors as the pass it repeats.
-            if self._record is not None or torch.is_grad_enabled():
-                shown = self._spread(kept * shares, spec.experts)
-                if self._record is not None:
-                    self._record.add(spec.name, run, shown)
-            return self._spread(kept * final, spec.experts)
-
-    def _factors(
-        self, experts: tuple[int, ...], device: torch.device, run: Run
-    ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """What the softmax over these LoRAs is masked with, multiplied by, and multiplied by with the user's scale.
-
-        The same in all scopes of a pass that the same LoRAs touch. `(rows | 1, 1, n)` each; no mask where every row
-        keeps all.
-        """
-        key = self, experts, device
-        if key not in run.notes:
-            index = slice(None) if len(experts) == self.num_experts else list(experts)
-            keep = run.keep.to(device)[:, None, index]
-            shares = keep * keep.sum(dim=-1, keepdim=True).clamp_min(1) ** self._sum_exponent
-            everybody = run.kept is None and len(keep) == 1
-            run.notes[key] = (
-                None if everybody else keep,
-                shares,
-                shares * run.scale.to(device)[:, None, index],
-            )
-        factors: tuple[Tensor | None, Tensor, Tensor] = run.notes[key]
-        return factors
-
-    def _spread(self, gates: Tensor, experts: tuple[int, ...]) -> Tensor:
-        """Gates of some LoRAs as those of all: one that does not touch a scope has no share there."""
-        if len(experts) == self.num_experts:
-            return gates
-        spread = gates.new_zeros(*gates.shape[:2], self.num_experts)
-        spread[..., list(experts)] = gates
-        return spread
-
     def _hook_block(self, binding: Binding, spec: GateSpec, experts: Experts) -> None:
         """Have a block run once more under each LoRA whenever these gates weigh it."""
         binding.blocks[spec.name] = mixer = BlockExperts(spec.experts, self.num_experts)
@@ -367,7 +303,8 @@ class MoLEModel(ModelMixin, ConfigMixin):
                 return output
 
             def weigh(expert_outputs: Tensor) -> Tensor:
-                weights = self._weigh(spec, expert_outputs.flatten(2), None, run)
+                features = expert_outputs.flatten(2)
+                weights = self._routing.weigh(self._gate(spec), spec, features, None, run, None, self._record)
                 return weights[:, 0, list(spec.experts)]
 
             return mixer.mix(run, block, args, kwargs, output, weigh)
@@ -379,34 +316,3 @@ class MoLEModel(ModelMixin, ConfigMixin):
 def _need_attached(experts: Experts) -> None:
     if not experts.attached:
         raise MoLEError("These experts hang on no model; call `experts.attach(components)` first.")
-
-
-def _read(spec: GateSpec, site: Site, projections: Projections, axis: TokenAxis) -> Tensor:
-    """What a gate is given, `(batch, tokens, width)`: expert outputs in rank space, a hidden state, or a constant."""
-    if spec.hidden_features is None:
-        return torch.cat([projections.tensors[name] for name in spec.entry_sites], dim=-1)
-    hidden_states = projections.hidden_states
-    if spec.hidden_features == 0:
-        return torch.ones(len(hidden_states), 1, 1, device=hidden_states.device)
-    if axis == "token" and site.stack.is_convolution:  # a stride leaves fewer positions to weigh than there are to read
-        hidden_states = F.adaptive_avg_pool2d(hidden_states, projections.spatial)
-    return site.positions(hidden_states)
-
-
-def _without_filling(features: Tensor, there: Tensor | None) -> Tensor:
-    """`(batch, tokens, width)` whose mean over tokens is that over those which are there.
-
-    A prompt must not look different in a batch with longer ones.
-    """
-    if there is None or len(there) != len(features):
-        return features
-    there = there.to(features.device, features.dtype)
-    return features * (there * (there.shape[1] / there.sum(dim=1, keepdim=True)))[..., None]
-
-
-def _grid(spec: GateSpec, site: Site, projections: Projections) -> tuple[int, int] | None:
-    """Height and width of what a gate reads at a convolution; `None` elsewhere."""
-    if spec.hidden_features is None or not site.stack.is_convolution:
-        return projections.spatial
-    height, width = projections.hidden_states.shape[-2:]
-    return height, width

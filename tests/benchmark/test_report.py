@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from mole_diffusion.benchmark import BenchmarkConfig, write_report
-from mole_diffusion.benchmark.config import Cell
-from mole_diffusion.benchmark.report.paper import read_paper
+from mole_diffusion.benchmark.cell import Cell
+from mole_diffusion.benchmark.report.paper_table import read_paper
 from mole_diffusion.benchmark.row import Row, cell_names, write_row
 from mole_diffusion.benchmark.run import picture_path
 from mole_diffusion.files import write_json

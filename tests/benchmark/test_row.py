@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mole_diffusion.benchmark import BenchmarkConfig
-from mole_diffusion.benchmark.config import Cell
+from mole_diffusion.benchmark.cell import Cell
 from mole_diffusion.benchmark.measures import MEASURES
 from mole_diffusion.benchmark.row import Row, cell_names, read_row, write_row
 from mole_diffusion.errors import MoLEError

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from mole_diffusion import MoLEStableDiffusionPipeline, toybox
 from mole_diffusion.benchmark import BenchmarkConfig, run_benchmark, write_report
 from mole_diffusion.benchmark.judge import Judge
-from mole_diffusion.benchmark.report.paper import read_paper
+from mole_diffusion.benchmark.report.paper_table import read_paper
 from mole_diffusion.benchmark.row import Row
 from mole_diffusion.benchmark.run import read_rows
 from mole_diffusion.benchmark.stats import correlation, paired_bootstrap, rank_correlation, wins

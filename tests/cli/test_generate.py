@@ -11,7 +11,7 @@ import torch
 from diffusers import DDPMScheduler
 from PIL import Image
 
-from mole_diffusion.cli.generate_inputs import read_loras
+from mole_diffusion.cli.lora_entries import read_loras
 from mole_diffusion.composition import RegionMap
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.loading import LoadingError

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from mole_diffusion import toybox
-from mole_diffusion.cli.gate_inputs import read_concepts, read_config, read_prompts, toybox_loras
+from mole_diffusion.cli.gate_inputs import read_concepts, read_prompts, toybox_loras
+from mole_diffusion.cli.gate_settings import read_config
 from mole_diffusion.gating import GateConfig
 from mole_diffusion.lora import load_lora, save_lora
 from mole_diffusion.training import GateTrainingConfig

@@ -18,7 +18,7 @@ from torch import nn
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.experts import Experts
 from mole_diffusion.gating import GateConfig, MoLEModel
-from mole_diffusion.gating.saving import GatesError
+from mole_diffusion.gating.identity import GatesError
 from mole_diffusion.lora import LoRA, load_lora, save_lora
 from tests.running import make_lora, models, run_text, run_unet
 from tests.tiny import ATTENTION, TEXT_ENCODER, tiny_components

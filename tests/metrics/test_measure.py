@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mole_diffusion import toybox
 from mole_diffusion.metrics import ConceptPresence, ImageAlignment, RegionAlignment, oracle_detector
-from mole_diffusion.metrics.encoders import SharedEncoder, embed_images
+from mole_diffusion.metrics.features import SharedEncoder, embed_images
 from mole_diffusion.toybox.oracle import Oracle
 
 SUBJECTS = ("cat", "boot")

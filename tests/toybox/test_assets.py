@@ -16,7 +16,7 @@ from mole_diffusion.clip import DifferentiableCLIP
 from mole_diffusion.lora import inspect_lora, load_lora
 from mole_diffusion.toybox.recipe.clip import wrong_scenes
 from mole_diffusion.toybox.recipe.loras import IN_KOHYA_LAYOUT, RANKS, WITH_TEXT_ENCODER
-from mole_diffusion.toybox.recipe.measure import measure_clip, measure_crops
+from mole_diffusion.toybox.recipe.measure_clip import measure_clip, measure_crops
 from mole_diffusion.toybox.shapes import CLASSES
 from mole_diffusion.toybox.world import COLORS, article, full_caption, random_scene
 

@@ -18,7 +18,7 @@ from diffusers import StableDiffusionPipeline
 from mole_diffusion.clip import DifferentiableCLIP
 from mole_diffusion.gating import GateConfig
 from mole_diffusion.training import PRESETS, Concept, GateTrainingConfig, TrainingDivergedError
-from mole_diffusion.training.engine.loop import step_generator
+from mole_diffusion.training.engine.randomness import step_generator
 from mole_diffusion.training.gates.guidance import Guidance
 from mole_diffusion.training.gates.walk import Walker
 from tests.gate_training import CONCEPTS, PROMPTS, config, make_clip, mole_pipeline, train

@@ -16,7 +16,7 @@ from mole_diffusion.errors import MoLEError
 from mole_diffusion.files import NotWrittenError, in_use
 from mole_diffusion.lora import load_lora
 from mole_diffusion.training import Concept, prompts_from_templates
-from mole_diffusion.training.engine.loop import peak_memory
+from mole_diffusion.training.engine.memory import peak_memory
 from mole_diffusion.training.gates.concepts import text_for_clip
 from mole_diffusion.training.gates.report import _base_model, check_out
 from tests.tiny import tiny_pipeline

@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from mole_diffusion.gating import GateConfig
 from mole_diffusion.pipelines import MoLEStableDiffusionPipeline
-from mole_diffusion.training.engine.loop import step_generator
+from mole_diffusion.training.engine.randomness import step_generator
 from mole_diffusion.training.gates.walk import Walker
 from tests import reference
 from tests.gate_training import config, make_clip, train

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from mole_diffusion.lora import inspect_lora
 from mole_diffusion.training import TEXT_ENCODER_TARGETS, LoRATrainingConfig, TrainingDivergedError, train_lora
-from mole_diffusion.training.engine.loop import step_generator
 from mole_diffusion.training.engine.noise import NoiseSchedule
+from mole_diffusion.training.engine.randomness import step_generator
 from mole_diffusion.training.lora.data import TrainingData, groups_by_size
 from mole_diffusion.training.lora.trainable import TrainableLoRA
 from tests.tiny import tiny_pipeline

@@ -15,7 +15,7 @@ from mole_diffusion.composition import MaskedGates, Masks
 from mole_diffusion.gating import GateConfig
 from mole_diffusion.pipelines import MoLEStableDiffusionPipeline
 from mole_diffusion.training import GateTrainingConfig
-from mole_diffusion.training.engine.loop import step_generator
+from mole_diffusion.training.engine.randomness import step_generator
 from mole_diffusion.training.gates.masks import WalkMasks
 from mole_diffusion.training.gates.walk import Walker
 from tests.gate_training import make_clip, train

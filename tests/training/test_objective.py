@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.training import train_gates
-from mole_diffusion.training.engine.loop import learning_rate_factor
+from mole_diffusion.training.engine.optimizer import learning_rate_factor
 from mole_diffusion.training.gates.objective import Drawn
 from tests.gate_training import PROMPTS, config, mole_pipeline
 

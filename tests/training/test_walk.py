@@ -10,8 +10,10 @@ from diffusers import CMStochasticIterativeScheduler, DDIMScheduler, FlowMatchEu
 from torch import Tensor
 
 from mole_diffusion.errors import MoLEError
-from mole_diffusion.training.engine.loop import step_generator
-from mole_diffusion.training.engine.noise import FlowSchedule, NoiseSchedule, schedule_of
+from mole_diffusion.training.engine.flow import FlowSchedule
+from mole_diffusion.training.engine.noise import NoiseSchedule
+from mole_diffusion.training.engine.randomness import step_generator
+from mole_diffusion.training.engine.schedule import schedule_of
 from mole_diffusion.training.gates.walk import Walker
 from tests import reference
 from tests.gate_training import PROMPTS, config, mole_pipeline

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from mole_diffusion.benchmark.config import BenchmarkConfig, Cell
+from mole_diffusion.benchmark.cell import Cell
+from mole_diffusion.benchmark.config import BenchmarkConfig
 from mole_diffusion.benchmark.measures import IMAGE, TEXT
 from mole_diffusion.benchmark.report.groups import means_by_loras, of_method
 from mole_diffusion.benchmark.row import Row

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mole_diffusion.files import write_json, write_safetensors
-from mole_diffusion.training.engine.loop import learning_rate_factor
+from mole_diffusion.training.engine.optimizer import learning_rate_factor
 
 from ..render import render_array
 from ..shapes import CLASSES

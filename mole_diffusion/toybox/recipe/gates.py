@@ -14,7 +14,7 @@ from mole_diffusion.training import GateTrainingConfig, train_gates
 from ..concepts import concept
 from ..subjects import subject_prompt
 from ..world import GROUNDS
-from .measure import GUIDANCE_SCALE
+from .draw import GUIDANCE_SCALE
 
 SETS = ("cat+boot+teapot", "mug+house+clock", "boot+fish+flower", "teapot+mug+car", "robot+clock+boat")
 TRAINED_ON = GROUNDS[:4]  # the other two are for measuring

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from mole_diffusion.training.engine.loop import learning_rate_factor
+from mole_diffusion.training.engine.optimizer import learning_rate_factor
 
 from ..shapes import CLASSES, PATTERNS
 from ..vocabulary import MAX_TOKENS, RARE_TOKENS

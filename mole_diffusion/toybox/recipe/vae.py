@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 
-from mole_diffusion.training.engine.loop import learning_rate_factor
+from mole_diffusion.training.engine.optimizer import learning_rate_factor
 
 from ..render import render_array
 from ..world import IMAGE_SIZE, random_scenes

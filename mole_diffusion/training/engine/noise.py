@@ -32,7 +32,11 @@ class NoiseSchedule:
 
     @classmethod
     def from_scheduler(cls, scheduler: Any) -> NoiseSchedule:
-        """Reads any scheduler of the DDPM family; Raises: MoLEError for flow matching and other predictions."""
+        """Reads any scheduler of the DDPM family.
+
+        Raises:
+            MoLEError: It is of flow matching, or its model predicts something else than noise or v.
+        """
         name = type(scheduler).__name__
         alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
         if alphas_cumprod is None:
@@ -91,16 +95,7 @@ class NoiseSchedule:
         fresh_noise: Tensor | None = None,
         eta: float = 0.0,
     ) -> Tensor:
-        """`x` at `next_timesteps` from `noisy` at `timesteps`: eqs. 12 and 16 of DDIM (arXiv 2010.02502).
-
-        Args:
-            prediction: The UNet's.
-            noisy: `x_t`.
-            timesteps: t, (batch,).
-            next_timesteps: Where to, (batch,); -1 is the clean picture.
-            fresh_noise: Mixed in as `eta` says, shaped like `noisy`.
-            eta: 0 is deterministic, 1 is DDPM's ancestral step.
-        """
+        """`Schedule.step` by eqs. 12 and 16 of DDIM (arXiv 2010.02502); `eta` = 1 is DDPM's ancestral step."""
         clean = self.predict_clean(prediction, noisy, timesteps)
         signal, sigma = self._scales(timesteps, noisy)
         next_signal, next_sigma = self._scales(next_timesteps, noisy)
@@ -116,79 +111,3 @@ class NoiseSchedule:
         alphas = torch.cat([self.alphas_cumprod, without_noise])[timesteps.cpu()].view(-1, *[1] * (like.ndim - 1))
         scales = torch.stack([alphas.sqrt(), (1 - alphas).sqrt()]).to(like.device, like.dtype)
         return scales[0], scales[1]
-
-
-@dataclass(frozen=True)
-class FlowSchedule:
-    """`x_s = (1 - s) x_0 + s eps` for s from 0 (clean) to 1 (noise), read from a flow-matching scheduler.
-
-    "Flow Matching for Generative Modeling" (arXiv 2210.02747) with straight paths; the model predicts `eps - x_0`. A
-    timestep is `1000 s` for a scheduler of 1000 training timesteps.
-
-    Args:
-        num_timesteps: T.
-        shift: By which noise levels are moved towards noise, `shift s / (1 + (shift - 1) s)`.
-    """
-
-    num_timesteps: int
-    shift: float
-    clean: ClassVar[float] = 0.0
-    """The timestep of a picture without noise."""
-
-    def trailing_timesteps(self, steps: int) -> list[float]:
-        """`steps` timesteps from T downwards: evenly spaced noise levels, shifted."""
-        levels = [1 - k / steps for k in range(steps)]
-        return [self.num_timesteps * self.shift * s / (1 + (self.shift - 1) * s) for s in levels]
-
-    def predict_clean(self, prediction: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
-        """`x_0` as the model's `prediction` at `noisy` means it."""
-        return noisy - self._level(timesteps, noisy) * prediction
-
-    def step(
-        self,
-        prediction: Tensor,
-        noisy: Tensor,
-        timesteps: Tensor,
-        next_timesteps: Tensor,
-        fresh_noise: Tensor | None = None,
-        eta: float = 0.0,
-    ) -> Tensor:
-        """`x` at `next_timesteps` from `noisy` at `timesteps`, one Euler step.
-
-        With `eta` the path is not followed but left for a new one: `x_0` as predicted, and noise of which a part `eta`
-        is fresh, as in `NoiseSchedule.step`.
-
-        Args:
-            prediction: The model's.
-            noisy: `x_s`.
-            timesteps: 1000 s, (batch,).
-            next_timesteps: Where to, (batch,); 0 is the clean picture.
-            fresh_noise: Shaped like `noisy`.
-            eta: 0 is deterministic.
-        """
-        level, after = self._level(timesteps, noisy), self._level(next_timesteps, noisy)
-        if fresh_noise is None or eta == 0:
-            return noisy + (after - level) * prediction
-        clean = self.predict_clean(prediction, noisy, timesteps)
-        noise = (1 - eta**2) ** 0.5 * (clean + prediction) + eta * fresh_noise
-        return (1 - after) * clean + after * noise
-
-    def _level(self, timesteps: Tensor, like: Tensor) -> Tensor:
-        level = timesteps.to(like.device, torch.float32) / self.num_timesteps
-        return level.view(-1, *[1] * (like.ndim - 1)).to(like.dtype)
-
-
-def schedule_of(scheduler: Any, shift: float | None = None) -> NoiseSchedule | FlowSchedule:
-    """What a scheduler does to pictures.
-
-    Args:
-        scheduler: Of diffusers.
-        shift: Where a flow-matching scheduler takes its shift from the size of the picture: that of a call.
-
-    Raises:
-        MoLEError: It is of neither kind.
-    """
-    config = scheduler.config
-    if "shift" in config and hasattr(scheduler, "scale_noise"):
-        return FlowSchedule(config.num_train_timesteps, config.shift if shift is None else shift)
-    return NoiseSchedule.from_scheduler(scheduler)

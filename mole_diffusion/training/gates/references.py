@@ -16,7 +16,7 @@ from mole_diffusion.errors import MoLEError
 from mole_diffusion.files import atomic_path, file_name
 from mole_diffusion.pictures import as_seen, read_picture
 from mole_diffusion.training.engine.checkpoint import base_tensors, base_texts, content_hash
-from mole_diffusion.training.engine.loop import step_generator
+from mole_diffusion.training.engine.randomness import step_generator
 from mole_diffusion.training.gates.concepts import Concept
 from mole_diffusion.training.gates.config import GateTrainingConfig
 

@@ -11,9 +11,10 @@ from mole_diffusion.families.base import Conditions
 from mole_diffusion.gating import GateTable, MoLEModel, balance_loss, floor_loss, mean_usage
 from mole_diffusion.gating.gate import Gate
 from mole_diffusion.training.engine.history import gate_entropy
-from mole_diffusion.training.engine.loop import learning_rate_factor, step_generator
+from mole_diffusion.training.engine.optimizer import learning_rate_factor
 from mole_diffusion.training.engine.precision import Precision
 from mole_diffusion.training.engine.processes import Processes
+from mole_diffusion.training.engine.randomness import step_generator
 from mole_diffusion.training.gates.config import GateTrainingConfig
 from mole_diffusion.training.gates.masks import NoMasks, WalkMasks
 from mole_diffusion.training.gates.objective import Drawn, Objective

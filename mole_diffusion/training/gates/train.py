@@ -17,13 +17,10 @@ from mole_diffusion.files import in_use, try_folder
 from mole_diffusion.gating import MoLEModel
 from mole_diffusion.training.engine.checkpoint import CheckpointFolder, base_tensors, base_texts, fingerprint
 from mole_diffusion.training.engine.history import History
-from mole_diffusion.training.engine.loop import (
-    TrainingLoop,
-    every,
-    make_optimizer,
-    peak_memory,
-)
+from mole_diffusion.training.engine.loop import TrainingLoop, every
+from mole_diffusion.training.engine.memory import peak_memory
 from mole_diffusion.training.engine.models import evaluating, gradient_checkpointing, without_gradients
+from mole_diffusion.training.engine.optimizer import make_optimizer
 from mole_diffusion.training.engine.precision import Precision
 from mole_diffusion.training.engine.processes import Processes
 from mole_diffusion.training.engine.trackers import LogWith, check_log_with, tracking

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.families.base import Conditions, Family
-from mole_diffusion.training.engine.noise import schedule_of
+from mole_diffusion.training.engine.schedule import schedule_of
 from mole_diffusion.training.gates.config import GateTrainingConfig
 
 

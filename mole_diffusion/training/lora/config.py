@@ -10,8 +10,8 @@ from typing import Literal
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.families.clip import CLIPText
 from mole_diffusion.families.unet import UNet
-from mole_diffusion.training.engine.loop import check_step_settings
 from mole_diffusion.training.engine.precision import MixedPrecision
+from mole_diffusion.training.engine.settings import check_step_settings
 
 UNET_TARGETS, TEXT_ENCODER_TARGETS = UNet.targets, CLIPText.targets
 

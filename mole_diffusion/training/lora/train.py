@@ -20,15 +20,11 @@ from mole_diffusion.files import in_use, try_file, try_folder, write_last
 from mole_diffusion.lora import LoRAFactors, save_lora
 from mole_diffusion.lora.triggers import write_triggers
 from mole_diffusion.training.engine.checkpoint import CheckpointFolder, base_tensors, base_texts, fingerprint
-from mole_diffusion.training.engine.loop import (
-    TrainingLoop,
-    every,
-    learning_rate_factor,
-    make_optimizer,
-    step_generator,
-)
+from mole_diffusion.training.engine.loop import TrainingLoop, every
 from mole_diffusion.training.engine.noise import NoiseSchedule
+from mole_diffusion.training.engine.optimizer import learning_rate_factor, make_optimizer
 from mole_diffusion.training.engine.precision import Precision
+from mole_diffusion.training.engine.randomness import step_generator
 from mole_diffusion.training.lora.config import LoRATrainingConfig
 from mole_diffusion.training.lora.data import TrainingData, groups_by_size
 from mole_diffusion.training.lora.trainable import TrainableLoRA

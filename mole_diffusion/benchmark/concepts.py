@@ -1,0 +1,54 @@
+"""The concepts of a benchmark: their LoRAs, words and pictures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from mole_diffusion.errors import MoLEError
+
+
+@dataclass(frozen=True)
+class ConceptFiles:
+    """Where one LoRA and pictures of what it draws lie, and what it is called.
+
+    Attributes:
+        lora: Its file.
+        phrase: What a prompt calls it, its rare token first: "<v1> cat".
+        description: What CLIP, which does not know rare words, reads instead, such as "striped orange cat".
+        references: Folder with its pictures, or "toybox".
+    """
+
+    lora: str
+    phrase: str
+    description: str
+    references: str
+
+
+def read_concepts(given: Any) -> dict[str, ConceptFiles]:
+    """Reads the concepts of a study by name: those of the toybox, or a mapping of each to the fields of `ConceptFiles`.
+
+    Raises:
+        MoLEError: It is something else, a name is none, or a field is missing or unknown.
+    """
+    if given == "toybox":
+        from mole_diffusion import toybox
+
+        return {
+            name: ConceptFiles(
+                lora=str(toybox.lora_path(name)),
+                phrase=f"{toybox.token(name)} {toybox.class_name(name)}",
+                description=f"{toybox.subject(name).look} {toybox.class_name(name)}",
+                references="toybox",
+            )
+            for name in toybox.subjects()
+        }
+    keys = [field.name for field in fields(ConceptFiles)]
+    if not isinstance(given, dict) or not given:
+        raise MoLEError(f'`concepts` must be "toybox" or a mapping of name to {", ".join(keys)}, got {given!r}.')
+    for name, value in given.items():
+        if not str(name).strip() or "+" in str(name) or not str(name).isprintable():
+            raise MoLEError(f"concept {name!r}: a name is one line without a plus, which joins the names of several.")
+        if not isinstance(value, dict) or set(value) != set(keys):
+            raise MoLEError(f"concept {name!r} must have exactly {', '.join(keys)}, got {value!r}.")
+    return {str(name): ConceptFiles(**{key: str(value[key]) for key in keys}) for name, value in given.items()}

@@ -1,0 +1,116 @@
+"""From what a gate reads to the final weights of the LoRAs: the gate, the masks, and the scales of the user."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from ..experts import Run
+from .config import GateConfig
+from .gate import Gate, masked_softmax
+from .record import GateRecord
+from .spec import GateSpec
+from .tokens import reduce_tokens
+
+
+class Routing:
+    """Eqs. 9-11 of "Mixture of LoRA Experts" (https://openreview.net/forum?id=uWvKBCYh4S), with LoRAs left out.
+
+    Args:
+        config: Of the gates.
+        num_experts: N, the number of LoRAs.
+    """
+
+    def __init__(self, config: GateConfig, num_experts: int) -> None:
+        self._config = config
+        self._num_experts = num_experts
+        many = num_experts > 1
+        self._sum_exponent = math.log(config.gate_sum) / math.log(num_experts) if many else 0.0
+
+    def weigh(
+        self,
+        gate: Gate,
+        spec: GateSpec,
+        features: Tensor,
+        size: tuple[int, int] | None,
+        run: Run,
+        masks: Tensor | None,
+        record: GateRecord | None,
+    ) -> Tensor:
+        """Final weights of one scope, `(batch, tokens | 1, N)`.
+
+        Args:
+            gate: The gate; it is moved to where the features are.
+            spec: What it stands for.
+            features: What it reads, `(batch, tokens, width)`.
+            size: `(height, width)` of the tokens where they are the pixels of a picture.
+            run: The forward pass.
+            masks: What `residual` gates correct, as in `MoLEModel.weigh`.
+            record: Where to note what the gate gives.
+        """
+        if gate.weight.device != features.device:
+            gate.to(features.device)
+        device = features.device.type
+        cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if cast else nullcontext():
+            features = features.to(gate.weight.dtype)
+            reduced = reduce_tokens(features, self._config.token_axis, spec.positions, size, spec.name)
+            if masks is not None:
+                gates = masks.to(features.device, features.dtype).expand(*features.shape[:2], -1)
+                return self._correct(gate, spec, reduced, gates, run, record)
+            keep, shares, final = self._factors(spec.experts, features.device, run)
+            logits = gate(reduced).unflatten(0, (len(features), -1))  # (batch, tokens | 1, experts here)
+            kept = masked_softmax(logits, keep, self._config.null_expert)
+            # With a graph also where nobody records: a checkpoint's recomputation, which may come when the recording is
+            # over, must keep as many tensors as the pass it repeats.
+            if record is not None or torch.is_grad_enabled():
+                shown = self._spread(kept * shares, spec.experts)
+                if record is not None:
+                    record.add(spec.name, run, shown)
+            return self._spread(kept * final, spec.experts)
+
+    def _correct(
+        self, gate: Gate, spec: GateSpec, reduced: Tensor, masks: Tensor, run: Run, record: GateRecord | None
+    ) -> Tensor:
+        """What a `residual` gate adds to masks, at most 1 either way, and nothing for LoRAs that are left out."""
+        index = list(spec.experts)
+        beside = masks[..., index].flatten(0, 1)[:, None]
+        logits = gate(reduced, beside).unflatten(0, (len(masks), -1))
+        added = logits.tanh() * run.keep.to(masks.device)[:, None, index]
+        gates = masks.index_add(-1, torch.tensor(index, device=masks.device), added)
+        if record is not None:
+            record.add(spec.name, run, gates)
+        return gates * run.scale.to(gates.device)[:, None]
+
+    def _factors(
+        self, experts: tuple[int, ...], device: torch.device, run: Run
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        """What the softmax over these LoRAs is masked with, multiplied by, and multiplied by with the user's scale.
+
+        The same in all scopes of a pass that the same LoRAs touch. `(rows | 1, 1, n)` each; no mask where every row
+        keeps all.
+        """
+        key = self, experts, device
+        if key not in run.notes:
+            index = slice(None) if len(experts) == self._num_experts else list(experts)
+            keep = run.keep.to(device)[:, None, index]
+            shares = keep * keep.sum(dim=-1, keepdim=True).clamp_min(1) ** self._sum_exponent
+            everybody = run.kept is None and len(keep) == 1
+            run.notes[key] = (
+                None if everybody else keep,
+                shares,
+                shares * run.scale.to(device)[:, None, index],
+            )
+        factors: tuple[Tensor | None, Tensor, Tensor] = run.notes[key]
+        return factors
+
+    def _spread(self, gates: Tensor, experts: tuple[int, ...]) -> Tensor:
+        """Gates of some LoRAs as those of all: one that does not touch a scope has no share there."""
+        if len(experts) == self._num_experts:
+            return gates
+        spread = gates.new_zeros(*gates.shape[:2], self._num_experts)
+        spread[..., list(experts)] = gates
+        return spread

@@ -1,0 +1,69 @@
+"""What a scheduler of diffusers does to pictures, as every training here asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from mole_diffusion.training.engine.flow import FlowSchedule
+from mole_diffusion.training.engine.noise import NoiseSchedule
+
+
+class Schedule(Protocol):
+    """How pictures become noise, and how a model's prediction leads back.
+
+    `NoiseSchedule` is that of the DDPM family, `FlowSchedule` that of flow matching. Latents are (batch, ...), and
+    timesteps are in the scheduler's units, (batch,).
+    """
+
+    @property
+    def clean(self) -> float:
+        """The timestep of a picture without noise."""
+        ...
+
+    def trailing_timesteps(self, steps: int) -> Sequence[float]:
+        """That many timesteps from the noisiest downwards, as diffusers' `timestep_spacing="trailing"`."""
+        ...
+
+    def predict_clean(self, prediction: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
+        """The clean latents `x_0` as the model's `prediction` at `noisy` means them."""
+        ...
+
+    def step(
+        self,
+        prediction: Tensor,
+        noisy: Tensor,
+        timesteps: Tensor,
+        next_timesteps: Tensor,
+        fresh_noise: Tensor | None = None,
+        eta: float = 0.0,
+    ) -> Tensor:
+        """The latents at `next_timesteps` from `noisy` at `timesteps`.
+
+        Args:
+            prediction: The model's, at `noisy`.
+            noisy: The latents now.
+            timesteps: Theirs.
+            next_timesteps: Where to go; `clean` is the finished picture.
+            fresh_noise: Mixed in as `eta` says, shaped like `noisy`.
+            eta: 0 is deterministic, 1 draws all noise anew.
+        """
+        ...
+
+
+def schedule_of(scheduler: Any, shift: float | None = None) -> Schedule:
+    """The schedule of a scheduler.
+
+    Args:
+        scheduler: Of diffusers.
+        shift: Where a flow-matching scheduler takes its shift from the size of the picture: that of a call.
+
+    Raises:
+        MoLEError: It is of neither kind.
+    """
+    config = scheduler.config
+    if "shift" in config and hasattr(scheduler, "scale_noise"):
+        return FlowSchedule(config.num_train_timesteps, config.shift if shift is None else shift)
+    return NoiseSchedule.from_scheduler(scheduler)
