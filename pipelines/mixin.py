@@ -133,6 +133,35 @@ class MoLEPipelineMixin(GateCalls):
                 stack.enter_context(loaded.experts.using(keep=keep, scale=scales * scale, weigher=method, call=call))
             yield call
 
+    def _chosen(
+        self, loras: Selection, regions: Regions | None, given: Mapping[str, Any], *, has_prompt: bool
+    ) -> tuple[Selection, list[str], Composition]:
+        """What a call with these arguments draws with: the choice of LoRAs, their names, and the method.
+
+        Raises:
+            MoLEError: The picture would not be what the arguments say.
+        """
+        loaded = self._loaded
+        loras = [] if loaded.disabled and loras is None else loras
+        keep, _ = read_selection(loras, list(loaded.loras))
+        taking_part = [name for name, kept in zip(loaded.loras, keep[0].tolist(), strict=True) if kept]
+        refuse_half_measures(self, loras, taking_part, given)
+        method = loaded.composition or self._default(taking_part, has_prompt=has_prompt, regions=regions is not None)
+        if regions is not None and "words" not in method.needs:
+            raise MoLEError(
+                f"composition {method.name!r} weighs every pixel alike, so `regions` would do nothing. Call "
+                '`set_composition("masks")` first, or draw without regions.'
+            )
+        return loras, taking_part, method
+
+    def _looks_first(self, method: Composition, call: Call, taking_part: Sequence[str]) -> bool:
+        """Whether the picture is begun once without LoRAs, to see where its subjects will stand."""
+        loaded = self._loaded
+        several = sum(loaded.roles[name] != "utility" for name in taking_part) > 1
+        fixed = () if call.regions is None else call.regions.fixed
+        all_given = all(name in fixed for name in taking_part if loaded.roles[name] == "subject")
+        return "prior" in method.needs and several and not all_given
+
     def use_loras(self, loras: Selection) -> None:
         """Changes the choice of LoRAs until the end of the running call, or of the innermost `composing`.
 
@@ -182,20 +211,10 @@ class MoLEPipelineMixin(GateCalls):
             MoLEError: A name is not loaded or is given twice; a subject's words are missing from a prompt.
         """
         self._refuse_unknown_arguments(kwargs)
-        loaded = self._loaded
         scale = read_scale(kwargs)
         refuse_not_finite(kwargs)
-        loras = [] if loaded.disabled and loras is None else loras
-        keep, _ = read_selection(loras, list(loaded.loras))
-        taking_part = [name for name, kept in zip(loaded.loras, keep[0].tolist(), strict=True) if kept]
-        refuse_half_measures(self, loras, taking_part, kwargs)
         has_prompt = kwargs.get("prompt_embeds") is None or spans is not None
-        method = loaded.composition or self._default(taking_part, has_prompt=has_prompt, regions=regions is not None)
-        if regions is not None and "words" not in method.needs:
-            raise MoLEError(
-                f"composition {method.name!r} weighs every pixel alike, so `regions` would do nothing. Call "
-                '`set_composition("masks")` first, or draw without regions.'
-            )
+        loras, taking_part, method = self._chosen(loras, regions, kwargs, has_prompt=has_prompt)
         settings: dict[str, Any] = {"scale": scale, "regions": regions, "scheduler": None}
         given = self._named(args, kwargs)
         settings["size"] = picture_size(self, given) if regions is not None else None
@@ -212,8 +231,7 @@ class MoLEPipelineMixin(GateCalls):
                 call.words = given_words(spans, call.names, embeds[::each] if listed else embeds)
                 if listed:
                     call.words.encoded(embeds)
-            several = sum(loaded.roles[name] != "utility" for name in taking_part) > 1
-            if "prior" in method.needs and several and not _all_given(call, taking_part, loaded):
+            if self._looks_first(method, call, taking_part):
                 with drawing_prior(self, method, call, kwargs) as prior_kwargs:
                     super().__call__(*args, **prior_kwargs)
             output = super().__call__(*args, **kwargs)
@@ -260,9 +278,3 @@ class MoLEPipelineMixin(GateCalls):
 def _finish(loaded: Loaded) -> None:
     with loaded.lock:
         loaded.running -= 1
-
-
-def _all_given(call: Call, taking_part: Sequence[str], loaded: Loaded) -> bool:
-    """Whether every subject that takes part was given its region, so that there is nothing to look for."""
-    fixed = () if call.regions is None else call.regions.fixed
-    return all(name in fixed for name in taking_part if loaded.roles[name] == "subject")

@@ -12,8 +12,8 @@ from torch import Generator
 from ..composition import Call, Composition
 
 
-class _Seen(Exception):
-    """Enough was seen; ends the pass."""
+class _Seen(BaseException):
+    """Enough was seen; ends the pass. No error, so that nobody on the way out takes it for one and logs it."""
 
 
 @contextmanager

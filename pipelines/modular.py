@@ -1,0 +1,357 @@
+"""Composing in diffusers' modular pipelines: blocks that load LoRAs and gates, and blocks of a family with them inside.
+
+::
+
+    pipe = MoLEStableDiffusionXLBlocks().init_pipeline("stabilityai/stable-diffusion-xl-base-1.0")
+    pipe.load_components()
+    files = {"cat": "cat.safetensors", "boot": "boot.safetensors"}
+    state = pipe(prompt="a <v1> cat in a boot", lora_files=files, triggers={"cat": "<v1> cat", "boot": "boot"})
+    state.get("images")[0], state.get("masks")
+
+Everything else is that of the modular pipeline: `MoLEStableDiffusionXLBlocks().sub_blocks` may be exchanged, and
+``pipe.blocks.doc`` tells all inputs.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import (
+    Flux2AutoBlocks,
+    Flux2KleinAutoBlocks,
+    Flux2KleinBaseAutoBlocks,
+    FluxAutoBlocks,
+    Krea2AutoBlocks,
+    ModularPipelineBlocks,
+    QwenImageAutoBlocks,
+    SequentialPipelineBlocks,
+    StableDiffusion3AutoBlocks,
+    StableDiffusionXLAutoBlocks,
+    ZImageAutoBlocks,
+)
+from diffusers.modular_pipelines.flux2.encoders import Flux2TextEncoderStep
+from diffusers.modular_pipelines.modular_pipeline import PipelineState
+from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, InsertableDict, OutputParam
+
+from ..composition import Call
+from ..errors import MoLEError
+from ..files import atomic_path
+from ..lora import LoRA, load_lora
+from .flux import MoLEFluxPipeline
+from .flux2 import MoLEFlux2KleinPipeline, MoLEFlux2Pipeline
+from .krea2 import MoLEKrea2Pipeline
+from .mixin import MoLEPipelineMixin
+from .naming import named_sources, read_roles, read_triggers
+from .prior import drawing_prior
+from .qwen_image import MoLEQwenImagePipeline
+from .reading import prompt_words, split_prompts
+from .refusals import refuse_not_finite
+from .selection import read_scale
+from .size import picture_count, picture_size
+from .stable_diffusion_3 import MoLEStableDiffusion3Pipeline
+from .stable_diffusion_xl import MoLEStableDiffusionXLPipeline
+from .turns import turn
+from .z_image import MoLEZImagePipeline
+
+PUBLISHED = '''"""LoRAs composed in diffusers' modular pipelines, by the installed mole_diffusion."""
+
+from mole_diffusion.pipelines.modular import {name}
+'''
+
+
+class LoadLoRAs(ModularPipelineBlocks):
+    """Loads LoRAs as experts. They stay on the models until a call names other files.
+
+    Args:
+        task: The pipeline of ours for the same models.
+    """
+
+    def __init__(self, task: type[MoLEPipelineMixin]) -> None:
+        super().__init__()
+        self._task = task
+
+    @property
+    def description(self) -> str:
+        """What the block is for."""
+        return "Loads LoRAs as experts beside the layers; they stay until a call names other files, {} for none."
+
+    @property
+    def inputs(self) -> list[InputParam]:
+        """As `load_loras` takes them."""
+        return [
+            InputParam("lora_files", description="Name to file, state dict or LoRA; {} takes all off"),
+            InputParam("triggers", type_hint=dict, description="Name to the words that call the LoRA"),
+            InputParam("roles", type_hint=dict, description='Name to "subject", "style" or "utility"'),
+        ]
+
+    def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
+        """Replaces what is loaded, if a call names files.
+
+        Raises:
+            MoLEError: A file does not fit; or words or roles are given without files.
+        """
+        given = self.get_block_state(state)
+        if given.lora_files is None:
+            if given.triggers or given.roles:
+                raise MoLEError("`triggers` and `roles` belong to `lora_files`, and none are given. Give all of them.")
+            return components, state
+        pipe: Any = on_models(self._task, components)
+        read: dict[str, LoRA] = {}
+        if given.lora_files:
+            for name, source in named_sources(given.lora_files).items():
+                read[name] = source if isinstance(source, LoRA) else load_lora(source, pipe.lora_components, name=name)
+        read_triggers(given.triggers, read)  # so that nothing is taken off for what will be refused
+        read_roles(given.roles, read)
+        pipe.unload_loras()
+        if read:
+            pipe.load_loras(read, triggers=given.triggers, roles=given.roles)
+        return components, state
+
+
+class LoadGates(ModularPipelineBlocks):
+    """Loads trained gates, and chooses how LoRAs share the picture. Both stay until a call names others.
+
+    Args:
+        task: The pipeline of ours for the same models.
+    """
+
+    def __init__(self, task: type[MoLEPipelineMixin]) -> None:
+        super().__init__()
+        self._task = task
+
+    @property
+    def description(self) -> str:
+        """What the block is for."""
+        return "Loads gates for the loaded LoRAs and chooses how these share the picture; both stay."
+
+    @property
+    def inputs(self) -> list[InputParam]:
+        """As `load_gates` and `set_composition` take them."""
+        return [
+            InputParam("gates", type_hint=str, description="Folder or Hub id of gates for these LoRAs"),
+            InputParam("composition", description="A method or its name: masks, budget, mole …"),
+        ]
+
+    def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
+        """Loads and chooses what a call names.
+
+        Raises:
+            MoLEError: The gates are for other LoRAs, or there is no such method.
+        """
+        given = self.get_block_state(state)
+        pipe: Any = on_models(self._task, components)
+        if given.gates is not None:
+            pipe.load_gates(given.gates)
+        if given.composition is not None:
+            pipe._need_experts("composition")
+            pipe.set_composition(given.composition)
+        return components, state
+
+
+class MoLEBlocks(SequentialPipelineBlocks):
+    """Blocks of diffusers for one family, inside of which LoRAs are composed.
+
+    The blocks are `loras` (:class:`LoadLoRAs`), `gates` (:class:`LoadGates`) and then those of diffusers; words are
+    looked for where `text_encoder` encodes them, and where a method finds masks first, `denoise` runs its first steps
+    without LoRAs. A call also takes ``loras`` and ``regions``, as a call of our pipelines does, and its state has
+    ``masks``: which pixels were whose.
+
+    `save_pretrained` writes what ``ModularPipeline.from_pretrained(folder, trust_remote_code=True)`` reads, also into
+    the folder of a base model.
+
+    Attributes:
+        stock: The blocks of diffusers.
+        task: The pipeline of ours for the same models.
+    """
+
+    stock: ClassVar[type[SequentialPipelineBlocks]]
+    task: ClassVar[type[MoLEPipelineMixin]]
+
+    def __init__(self) -> None:
+        super().__init__()
+        blocks = {"loras": LoadLoRAs(self.task), "gates": LoadGates(self.task), **self.stock().sub_blocks}
+        self.sub_blocks = InsertableDict(blocks)
+
+    @property
+    def description(self) -> str:
+        """What the blocks are for."""
+        return f"{self.stock.__name__} with several LoRAs composed in one picture."
+
+    @property
+    def inputs(self) -> list[InputParam]:
+        """Those of all blocks, and what a call of our pipelines takes."""
+        return [
+            *super().inputs,
+            InputParam("loras", description="Of the loaded ones: a list of names, or name to strength; [] is the base"),
+            InputParam("regions", description="Name to a box, polygon or painted mask; or the masks of a call before"),
+        ]
+
+    @property
+    def intermediate_outputs(self) -> list[OutputParam]:
+        """Those of all blocks, and the masks."""
+        return [*super().intermediate_outputs, OutputParam("masks", description="Which pixels were whose")]
+
+    @torch.no_grad()
+    def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
+        """Runs the blocks.
+
+        Raises:
+            MoLEError: As a call of our pipelines; or a region has a prompt of its own, for which there is no block.
+        """
+        blocks = dict(self.sub_blocks)
+        for name in ("loras", "gates"):
+            components, state = blocks.pop(name)(components, state)
+        given: Mapping[str, Any] = state.values
+        pipe = self.on(components)
+        refuse_not_finite(given)
+        regions = given.get("regions")
+        _, prompts = split_prompts(regions)
+        if prompts:
+            raise MoLEError(
+                f"regions of {', '.join(prompts)} have prompts of their own, which no block here reads. Write all "
+                f"words into the one prompt, or draw with {self.task.__name__}."
+            )
+        loras, taking_part, method = pipe._chosen(given.get("loras"), regions, given, has_prompt=True)
+        settings = {
+            "scale": read_scale(given),
+            "regions": regions,
+            "scheduler": components.scheduler,
+            "size": None if regions is None else picture_size(pipe, given),
+            "count": picture_count(given),
+        }
+        with turn(components, components.scheduler), pipe._composing(loras, method, **settings) as call:
+            for name, block in blocks.items():
+                if name == "text_encoder" and "words" in method.needs and pipe.experts is not None:
+                    call.words = prompt_words(pipe, given["prompt"], pipe._loaded, call, given)
+                if name == "denoise" and pipe._looks_first(method, call, taking_part):
+                    with drawing_prior(pipe, method, call, {"generator": given.get("generator")}):
+                        block(components, _copied(state))
+                components, state = block(components, state)
+                if name == "text_encoder":
+                    _tell_embeddings(pipe, call, given)
+            state.set("masks", call.found or call.regions)
+        return components, state
+
+    def on(self, components: Any) -> Any:
+        """The pipeline of ours that reads prompts as the blocks do, on the same models.
+
+        Args:
+            components: The modular pipeline.
+        """
+        return on_models(self.task, components)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Writes ``modular_config.json`` and ``block.py``, which takes the blocks from the installed package.
+
+        Args:
+            save_directory: A folder, of its own or of a base model.
+            push_to_hub: Whether to upload it, as in diffusers.
+            kwargs: As in diffusers.
+        """
+        name = type(self).__name__
+        with atomic_path(Path(save_directory) / "block.py") as path:
+            path.write_text(PUBLISHED.format(name=name), encoding="utf-8")
+        self.register_to_config(auto_map={"ModularPipelineBlocks": f"block.{name}"})
+        self.save_config(save_directory=save_directory, push_to_hub=push_to_hub, **kwargs)
+
+
+def on_models(task: type[MoLEPipelineMixin], components: Any) -> MoLEPipelineMixin:
+    """A pipeline of ours on the models of a modular one, with the LoRAs that hang there.
+
+    Args:
+        task: Its class.
+        components: The modular pipeline.
+    """
+    parts: dict[str, Any] = {}
+    for one in list(inspect.signature(task.__init__).parameters.values())[1:]:
+        part = components.components.get(one.name)
+        if part is not None or one.default is one.empty:
+            parts[one.name] = part
+    return task(**parts)
+
+
+def _tell_embeddings(pipe: MoLEPipelineMixin, call: Call, given: Mapping[str, Any]) -> None:
+    """Says what the prompts became, so that the denoiser's rows are known."""
+    if call.words is not None:
+        embeds = pipe.family.embedded((given["prompt_embeds"],), 1)
+        call.words.encoded(embeds.repeat_interleave(int(given.get("num_images_per_prompt") or 1), dim=0))
+
+
+def _copied(state: PipelineState) -> PipelineState:
+    """A state whose changes are not the other's; tensors are shared."""
+    return PipelineState(dict(state.values), {kind: list(names) for kind, names in state.kwargs_mapping.items()})
+
+
+class MoLEStableDiffusionXLBlocks(MoLEBlocks):
+    """Stable Diffusion XL: `diffusers.StableDiffusionXLAutoBlocks` with LoRAs composed."""
+
+    stock = StableDiffusionXLAutoBlocks
+    task = MoLEStableDiffusionXLPipeline
+
+
+class MoLEStableDiffusion3Blocks(MoLEBlocks):
+    """Stable Diffusion 3 and 3.5: `diffusers.StableDiffusion3AutoBlocks` with LoRAs composed."""
+
+    stock = StableDiffusion3AutoBlocks
+    task = MoLEStableDiffusion3Pipeline
+
+
+class MoLEFluxBlocks(MoLEBlocks):
+    """FLUX.1: `diffusers.FluxAutoBlocks` with LoRAs composed."""
+
+    stock = FluxAutoBlocks
+    task = MoLEFluxPipeline
+
+
+class MoLEFlux2Blocks(MoLEBlocks):
+    """FLUX.2 dev: `diffusers.Flux2AutoBlocks` with LoRAs composed."""
+
+    stock = Flux2AutoBlocks
+    task = MoLEFlux2Pipeline
+
+    def on(self, components: Any) -> Any:
+        """As for the others; diffusers' block has another line break in its system message than its pipeline."""
+        pipe = super().on(components)
+        encode = inspect.signature(Flux2TextEncoderStep._get_mistral_3_prompt_embeds)
+        pipe.system_message = encode.parameters["system_message"].default
+        return pipe
+
+
+class MoLEFlux2KleinBlocks(MoLEBlocks):
+    """FLUX.2 klein, distilled: `diffusers.Flux2KleinAutoBlocks` with LoRAs composed."""
+
+    stock = Flux2KleinAutoBlocks
+    task = MoLEFlux2KleinPipeline
+
+
+class MoLEFlux2KleinBaseBlocks(MoLEBlocks):
+    """FLUX.2 klein, not distilled: `diffusers.Flux2KleinBaseAutoBlocks` with LoRAs composed."""
+
+    stock = Flux2KleinBaseAutoBlocks
+    task = MoLEFlux2KleinPipeline
+
+
+class MoLEZImageBlocks(MoLEBlocks):
+    """Z-Image: `diffusers.ZImageAutoBlocks` with LoRAs composed."""
+
+    stock = ZImageAutoBlocks
+    task = MoLEZImagePipeline
+
+
+class MoLEKrea2Blocks(MoLEBlocks):
+    """Krea 2: `diffusers.Krea2AutoBlocks` with LoRAs composed."""
+
+    stock = Krea2AutoBlocks
+    task = MoLEKrea2Pipeline
+
+
+class MoLEQwenImageBlocks(MoLEBlocks):
+    """Qwen-Image: `diffusers.QwenImageAutoBlocks` with LoRAs composed."""
+
+    stock = QwenImageAutoBlocks
+    task = MoLEQwenImagePipeline
