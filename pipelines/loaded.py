@@ -99,6 +99,7 @@ class Loaded:
         if experts is not None:
             experts.attach(components)
         self.loras, self.experts = loras, experts
+        self.disabled = self.disabled and bool(loras)
         for model in [model for model, record in _RECORDS.items() if record is self]:
             del _RECORDS[model]
         if experts is not None:
@@ -116,7 +117,12 @@ class Loaded:
     def set_weigher(self) -> None:
         """Who weighs outside of a pipeline's call: the chosen method, or the one that needs no words."""
         if self.experts is not None:
-            self.experts.weigher = self.composition or Budget()
+            self.experts.weigher = None if self.disabled else self.composition or Budget()
+
+    def disable(self, disabled: bool) -> None:
+        """Draws without the LoRAs, also in calls of other pipelines on these models, or with them again."""
+        self.disabled = disabled and bool(self.loras)
+        self.set_weigher()
 
 
 _RECORDS: WeakKeyDictionary[nn.Module, Loaded] = WeakKeyDictionary()

@@ -78,6 +78,7 @@ class MoLEPipelineMixin(GateCalls):
         Raises:
             TypeError, MoLEError: As in a call of the pipeline, on entering.
         """
+        loras = [] if self._loaded.disabled and loras is None else loras
         keep, _ = read_selection(loras, list(self._loaded.loras))
         taking_part = [name for name, kept in zip(self._loaded.loras, keep[0].tolist(), strict=True) if kept]
         # Nobody says that a prior pass comes first, or that the prompt is told: a default cannot count on either.

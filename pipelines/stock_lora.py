@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..errors import MoLEError
+from ..experts.adapter_calls import CHOOSE, FUSE, HOTSWAP, UNFUSE, UNLOAD, answered, refuse
 from .contract import DiffusersContract
 
 if TYPE_CHECKING:
@@ -21,12 +21,9 @@ class StockLoRACalls(DiffusersContract):
 
     def load_lora_weights(self, *args: Any, **kwargs: Any) -> None:
         """As in diffusers: an adapter of PEFT, beside ours and under a name that none of them has."""
-        name = args[1] if len(args) > 1 else kwargs.get("adapter_name")
+        name: Any = args[1] if len(args) > 1 else kwargs.get("adapter_name")
         if name in self._loaded.loras:
-            raise MoLEError(
-                f"`adapter_name={name!r}` is the name of a LoRA that `load_loras` loaded. Choose another, or call "
-                f"`unload_loras([{name!r}])` first."
-            )
+            refuse("load_lora_weights", [name], f"choose another name, or call `unload_loras([{name!r}])` first")
         super().load_lora_weights(*args, **kwargs)
 
     def get_active_adapters(self) -> list[str]:
@@ -46,63 +43,81 @@ class StockLoRACalls(DiffusersContract):
 
     def set_lora_device(self, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> None:
         """Moves PEFT's adapters; ours are where the model is."""
-        if any(name in self._loaded.loras for name in adapter_names):
-            self._refuse("set_lora_device", "they are where the model is; `unload_loras` frees their memory")
+        self._refuse_ours("set_lora_device", adapter_names, "they are where the model is; `unload_loras` frees memory")
         super().set_lora_device(adapter_names, *args, **kwargs)
+
+    def enable_lora_hotswap(self, **kwargs: Any) -> None:
+        """Prepares for adapters of PEFT; ours need none of it."""
+        if self._loaded.loras:
+            refuse("enable_lora_hotswap", list(self._loaded.loras), HOTSWAP)
+        super().enable_lora_hotswap(**kwargs)
 
     def disable_lora(self) -> None:
         """Draws without LoRAs, ours and PEFT's, until `enable_lora`."""
-        self._loaded.disabled = True
+        self._loaded.disable(True)
         if self._adapters():
-            super().disable_lora()
+            with answered():
+                super().disable_lora()
 
     def enable_lora(self) -> None:
         """Undoes `disable_lora`."""
-        self._loaded.disabled = False
+        self._loaded.disable(False)
         if self._adapters():
-            super().enable_lora()
+            with answered():
+                super().enable_lora()
 
     def unload_lora_weights(self, *args: Any, **kwargs: Any) -> None:
         """Takes off the adapters that `load_lora_weights` loaded; where there are none, ours."""
         if self._adapters() or not self._loaded.loras:
-            super().unload_lora_weights(*args, **kwargs)
+            with answered():
+                super().unload_lora_weights(*args, **kwargs)
         else:
             self.unload_loras()
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
         """Unloads the named ones, ours or PEFT's."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        names = _listed(adapter_names)
         ours = [name for name in names if name in self._loaded.loras]
         theirs = [name for name in names if name not in ours]
+        if theirs:
+            self._refuse_unknown("delete_adapters", theirs, UNLOAD)
         if ours:
             self.unload_loras(ours)
         if theirs:
-            super().delete_adapters(theirs)
+            with answered():
+                super().delete_adapters(theirs)
 
     def set_adapters(self, adapter_names: str | Sequence[str], *args: Any, **kwargs: Any) -> None:
         """Of PEFT's adapters; ours are chosen and weighed in each call."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        if any(name in self._loaded.loras for name in names):
-            self._refuse("set_adapters", 'choose and weigh them in each call: `pipe(prompt, loras={"cat": 0.8})`')
-        super().set_adapters(adapter_names, *args, **kwargs)
+        self._refuse_ours("set_adapters", adapter_names, CHOOSE)
+        with answered():
+            super().set_adapters(adapter_names, *args, **kwargs)
 
     def fuse_lora(self, *args: Any, **kwargs: Any) -> None:
         """Merges PEFT's adapters into the weights; ours stay beside them."""
-        if self._loaded.loras and not self._adapters():
-            self._refuse("fuse_lora", "they draw as fast beside the weights; to merge a file, `load_lora_weights` it")
-        super().fuse_lora(*args, **kwargs)
+        self._refuse_ours("fuse_lora", kwargs.get("adapter_names") or self._adapters(), FUSE)
+        with answered():
+            super().fuse_lora(*args, **kwargs)
 
     def unfuse_lora(self, *args: Any, **kwargs: Any) -> None:
         """Undoes `fuse_lora`."""
         if self._loaded.loras and not self._adapters() and not self.num_fused_loras:
-            self._refuse("unfuse_lora", "nothing of them was merged; `unload_loras` takes them off")
-        super().unfuse_lora(*args, **kwargs)
+            refuse("unfuse_lora", list(self._loaded.loras), UNFUSE)
+        with answered():
+            super().unfuse_lora(*args, **kwargs)
 
-    def _refuse(self, call: str, instead: str) -> NoReturn:
-        raise MoLEError(
-            f"`{call}` is about adapters of `load_lora_weights`, and the LoRAs {', '.join(self._loaded.loras)} were "
-            f"loaded by `load_loras`: {instead}."
-        )
+    def _refuse_ours(self, call: str, given: str | Sequence[str], instead: str) -> None:
+        """Raises MoLEError where a call of diffusers would not do for ours what it says."""
+        names = _listed(given)
+        ours = [name for name in names if name in self._loaded.loras]
+        if ours or (self._loaded.loras and not names):
+            refuse(call, ours or list(self._loaded.loras), instead)
+        self._refuse_unknown(call, names, instead)
+
+    def _refuse_unknown(self, call: str, names: Sequence[str], instead: str) -> None:
+        """Raises MoLEError where nothing has one of these names, and ours would go on drawing."""
+        if self._loaded.loras and set(names) - set(self._adapters()):
+            refuse(call, list(self._loaded.loras), instead)
 
     def _adapters(self) -> list[str]:
         """The adapters that `load_lora_weights` left on the models."""
@@ -119,6 +134,10 @@ class StockLoRACalls(DiffusersContract):
                 if _is_adapter(module) and not module.disable_adapters and not module.merged:
                     active |= dict.fromkeys(module.active_adapters)
         return list(active)
+
+
+def _listed(names: str | Sequence[str]) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
 
 
 def _is_adapter(module: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from mole_diffusion.errors import MoLEError
 
 from ..families import Told, architecture_of, arguments, is_denoiser
 from ..lora import LoRA, LoRAFactors
+from . import adapter_calls
 from .attach import ENGINES, AttachError, Attachment, Engine, refuse_compiled, refuse_unfit
 from .beside import settle
 from .caches import refuse_caches
@@ -441,6 +442,8 @@ class Experts:
             functools.partial(self._tell, component),
             self._serve,
         )
+        adapter_calls.guard(model, self.names)
+        self.on_detach(functools.partial(adapter_calls.release, model, self.names))
         self._sites.update({site.name: site for site in sites})
 
     def _begin(self, component: str, device: torch.device | None, told: Told) -> Run:

@@ -25,6 +25,7 @@ from mole_diffusion.lora.modules import ModuleIndex
 from mole_diffusion.lora.pieces import Piece, find_pieces, fold, read_alpha, read_parts
 from mole_diffusion.lora.skeletons import names_of
 from mole_diffusion.lora.sources import LoRAFile, read_source
+from mole_diffusion.lora.spoken import spoken
 from mole_diffusion.lora.trainers import trainer_of
 from mole_diffusion.lora.triggers import read_triggers
 from mole_diffusion.lora.unsupported import NO_NORMS
@@ -193,7 +194,8 @@ class _Reader:
             self._refuse(f"{grouped[0]} is a grouped convolution", "Train without it.", [piece], component)
         if any(index.shapes[target.module][1:] != tuple(rest) for target in targets) or not _fits(piece, out, rest):
             if piece.form and piece.kind and {"down", "up"} == set(piece.kind.takes):
-                what = f"down {piece.shapes['down']} and up {piece.shapes['up']} do"
+                parts = f"<down> {piece.shapes['down']} and <up> {piece.shapes['up']} do"
+                what = spoken(parts, piece.keys, self.layout)
             else:
                 made = (piece.out, *piece.form.inputs) if piece.form else (piece.out,)
                 what = f"{piece.title} of {made} does"

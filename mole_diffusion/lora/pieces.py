@@ -19,6 +19,7 @@ from mole_diffusion.lora.errors import LoRAError, refusal
 from mole_diffusion.lora.kinds import Change, Form, Kind, KindError, Shape, dora, kind_of
 from mole_diffusion.lora.layouts import LAYOUTS, read_layout
 from mole_diffusion.lora.sources import LoRAFile
+from mole_diffusion.lora.spoken import spoken
 from mole_diffusion.lora.unsupported import explain_unplaced, find_unsupported
 
 # More rank than twice the larger side adds nothing, and a gate keeps r x r numbers of a module. Small modules get some
@@ -104,7 +105,7 @@ def find_pieces(file: LoRAFile) -> tuple[str, list[Piece]]:
         if place.part in owner:
             raise refusal(
                 file.source,
-                f"two keys for the {place.part} of one module",
+                spoken(f"two keys for the <{place.part}> of one module", {"": key}, layout),
                 "Keep one adapter per file.",
                 layout=layout,
                 components=_said(place.component),
@@ -165,7 +166,9 @@ class _Checker:
             self._refuse(f"alpha has shape {shapes['alpha']}, expected one number", "Save the LoRA again.", "alpha")
         for part in ("up_bias", "diff_b"):
             if part in shapes and shapes[part] != (piece.out,):
-                self._refuse(f"{part} has shape {shapes[part]}, expected ({piece.out},)", "Save the LoRA again.", part)
+                self._refuse(
+                    f"<{part}> has shape {shapes[part]}, expected ({piece.out},)", "Save the LoRA again.", part
+                )
         if form is None:
             return piece
         side = math.prod(form.inputs)
@@ -181,9 +184,9 @@ class _Checker:
         try:
             kind = kind_of(self.keys)
             if kind is None and "diff_b" not in self.keys:
-                raise KindError("no down and no up factor", incomplete=True)
+                raise KindError("no <down> and no <up>", incomplete=True)
             if kind is None and (beside := sorted(set(self.keys) - {"diff_b", "alpha"})):
-                raise KindError(f"a bias beside {', '.join(beside)}")
+                raise KindError(f"a bias beside {', '.join(f'<{part}>' for part in beside)}")
             return kind, kind.form(shapes) if kind else None
         except KindError as error:
             if error.incomplete:
@@ -199,7 +202,7 @@ class _Checker:
             if part == name:
                 continue
             if part not in shapes or math.prod(shape) not in (1, shapes[part][0]):
-                self._refuse(f"scales {shape} of {part} {shapes.get(part)}", "Save the LoRA again.", name)
+                self._refuse(f"scales {shape} of <{part}> {shapes.get(part, '')}", "Save the LoRA again.", name)
 
     def _shape(self, part: str, key: str) -> Shape:
         entry, problem = self.file.entries[key], None
@@ -216,6 +219,7 @@ class _Checker:
     def _refusal(self, problem: str, remedy: str, *parts: str) -> LoRAError:
         keys = sorted(self.keys[part] for part in parts)
         components = _said(self.component)
+        problem = spoken(problem, self.keys, self.layout)
         return refusal(self.file.source, problem, remedy, layout=self.layout, components=components, keys=keys)
 
     def _refuse(self, problem: str, remedy: str, *parts: str) -> NoReturn:

@@ -116,28 +116,29 @@ STATES: list[tuple[str, Callable[[State], State], str]] = [
     (
         "down without up",
         without(QUERY + B),
-        "(diffusers layout, component unet): no up factor for mid_block.attentions.0.transformer_blocks.0.attn2.to_q, "
-        f"only: '{QUERY}{A}'. The file is incomplete",
+        "(diffusers layout, component unet): no lora_B.weight for mid_block.attentions.0.transformer_blocks.0.attn2."
+        f"to_q, only: '{QUERY}{A}'. The file is incomplete",
     ),
     ("up without down", without(QUERY + A), f"to_q, only: '{QUERY}{B}'. The file is incomplete"),
     (
         "alpha alone",
         with_({"unet.conv_in.alpha": ONE}),
-        "no down and no up factor for conv_in, only: 'unet.conv_in.alpha'",
+        "no lora_A.weight and no lora_B.weight for conv_in, only: 'unet.conv_in.alpha'",
     ),
     (
         "ranks disagree",
         changed(down=lambda t: t[:3]),
-        f"down (3, 64) and up (64, 4) are not factors of one module: '{QUERY}{A}', '{QUERY}{B}'. Expected (r, d_in)",
+        "lora_A.weight (3, 64) and lora_B.weight (64, 4) are not factors of one module: "
+        f"'{QUERY}{A}', '{QUERY}{B}'. Expected (r, d_in)",
     ),
     (
         "too wide",
         changed(down=lambda t: torch.ones(4, 65)),
-        "(diffusers layout, component unet): down (4, 65) and up (64, 4) do not fit "
+        "(diffusers layout, component unet): lora_A.weight (4, 65) and lora_B.weight (64, 4) do not fit "
         f"mid_block.attentions.0.transformer_blocks.0.attn2.to_q with weight (64, 64): '{QUERY}{A}'. "
         "It was written by diffusers. ",
     ),
-    ("too tall", changed(up=lambda t: torch.ones(32, 4)), "down (4, 64) and up (32, 4) do not fit"),
+    ("too tall", changed(up=lambda t: torch.ones(32, 4)), "lora_A.weight (4, 64) and lora_B.weight (32, 4) do not fit"),
     (
         "another base model",
         as_sdxl,
@@ -147,14 +148,18 @@ STATES: list[tuple[str, Callable[[State], State], str]] = [
     (
         "linear factors for a 3x3 convolution",
         lambda state: state | {f"{CONV}{A}": torch.ones(4, 64), f"{CONV}{B}": torch.ones(64, 4)},
-        "down (4, 64) and up (64, 4) do not fit mid_block.resnets.0.conv1 with weight (64, 64, 3, 3)",
+        "lora_A.weight (4, 64) and lora_B.weight (64, 4) do not fit mid_block.resnets.0.conv1 with weight (64,",
     ),
     (
         "a kernel in a linear factor",
         changed(down=lambda t: torch.ones(4, 64, 3, 3), up=lambda t: t[:, :, None, None]),
-        "down (4, 64, 3, 3) and up (64, 4, 1, 1) do not fit",
+        "lora_A.weight (4, 64, 3, 3) and lora_B.weight (64, 4, 1, 1) do not fit",
     ),
-    ("a vector", changed(down=lambda t: t[0]), "down (64,) and up (64, 4) are not factors of one module"),
+    (
+        "a vector",
+        changed(down=lambda t: t[0]),
+        "lora_A.weight (64,) and lora_B.weight (64, 4) are not factors of one module",
+    ),
     ("rank 0", changed(down=lambda t: t[:0], up=lambda t: t[:, :0]), f"an empty tensor (0, 64): '{QUERY}{A}'"),
     (
         "NaN",
@@ -193,7 +198,7 @@ STATES: list[tuple[str, Callable[[State], State], str]] = [
     (
         "two adapters",
         lambda state: {k.replace(".weight", f".{name}.weight"): v for k, v in state.items() for name in ("a", "b")},
-        "two keys for the down of one module: ",
+        "two keys for the lora_A.weight of one module: ",
     ),
     (
         "one module spelt twice",
@@ -214,12 +219,12 @@ STATES: list[tuple[str, Callable[[State], State], str]] = [
     (
         "magnitudes alone",
         with_({"unet.conv_in.lora_magnitude_vector": torch.ones(32)}),
-        "no down and no up factor for conv_in, only: 'unet.conv_in.lora_magnitude_vector'",
+        "no lora_A.weight and no lora_B.weight for conv_in, only: 'unet.conv_in.lora_magnitude_vector'",
     ),
     (
         "half a LoHa",
         with_({"unet.conv_in.hada_w1_a": torch.ones(4, 2)}),
-        "no hada_w1_b and no hada_w2_a and no hada_w2_b factor for conv_in, only",
+        "no hada_w1_b and no hada_w2_a and no hada_w2_b for conv_in, only",
     ),
     (
         "a LoHa of two modules",
@@ -240,12 +245,12 @@ STATES: list[tuple[str, Callable[[State], State], str]] = [
                 "unet.conv_in.lora_up.weight": torch.ones(32, 3, 1, 1),
             }
         ),
-        "down (2, 4, 1, 1), mid (3, 3, 3, 3) and up (32, 3, 1, 1) are not factors of one module",
+        "lora_down.weight (2, 4, 1, 1), lora_mid.weight (3, 3, 3, 3) and lora_up.weight (32, 3, 1, 1) are not",
     ),
     (
         "two kinds at one module",
         with_({f"{QUERY}.diff": torch.ones(64, 64)}),
-        "factors of full difference together with down, up",
+        "factors of full difference together with lora_A.weight, lora_B.weight",
     ),
     (
         "a bias of another module",
@@ -273,9 +278,34 @@ STATES: list[tuple[str, Callable[[State], State], str]] = [
         "component text_encoder): 1 of 5 modules are Embedding, of which no change is read",
     ),
     (
+        "a bias of PEFT's of another module",
+        with_({f"{QUERY}.lora_B.bias": torch.ones(63)}),
+        f"lora_B.bias has shape (63,), expected (64,): '{QUERY}.lora_B.bias'",
+    ),
+    (
+        "half a pair as diffusers once wrote it",
+        lambda state: {"unet.conv_in.lora.down.weight": torch.ones(2, 4, 3, 3)},
+        "(diffusers-old layout, component unet): no up.weight for conv_in, only",
+    ),
+    (
+        "half a pair of kohya's",
+        lambda state: {"lora_unet_conv_in.lora_up.weight": torch.ones(32, 2, 1, 1)},
+        "(kohya layout, component unet): no lora_down.weight for conv_in, only",
+    ),
+    (
+        "half a pair with kohya's module and PEFT's ending",
+        lambda state: {"lora_unet_conv_in.lora_B.weight": torch.ones(32, 2, 1, 1)},
+        "(kohya layout, component unet): no lora_A.weight for conv_in, only",
+    ),
+    (
+        "scales of another shape",
+        with_({f"{QUERY}.lora_A.scale_weight": torch.ones(3)}),
+        f"scales (3,) of lora_A.weight (4, 64): '{QUERY}.lora_A.scale_weight'",
+    ),
+    (
         "scales of nothing",
         with_({"unet.conv_in.lora_down.scale_weight": ONE}),
-        "no down and no up factor for conv_in, only",
+        "no lora_down.weight and no lora_up.weight for conv_in, only",
     ),
     (
         "float8 whose scales are missing",

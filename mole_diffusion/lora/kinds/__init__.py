@@ -27,6 +27,6 @@ def kind_of(parts: Iterable[str]) -> Kind | None:
         if names & kind.marks:
             every = {mark for other in KINDS for mark in other.marks}
             if beyond := sorted((names & every) - kind.takes):
-                raise KindError(f"factors of {kind.name} together with {', '.join(beyond)}")
+                raise KindError(f"factors of {kind.name} together with {', '.join(f'<{part}>' for part in beyond)}")
             return kind
     return None

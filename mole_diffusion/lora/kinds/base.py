@@ -18,7 +18,7 @@ Change = tuple[Tensor, Tensor] | Kronecker
 
 
 class KindError(ValueError):
-    """The parts are not those of one module.
+    """The parts are not those of one module. In the message they stand as ``<down>``, for each file has its own words.
 
     Attributes:
         remedy: What was expected.
@@ -83,5 +83,5 @@ def need(shapes: Mapping[str, Shape], *names: str) -> list[Shape]:
         KindError: One is not.
     """
     if missing := [name for name in names if name not in shapes]:
-        raise KindError(f"no {' and no '.join(missing)} factor", incomplete=True)
+        raise KindError("no " + " and no ".join(f"<{name}>" for name in missing), incomplete=True)
     return [shapes[name] for name in names]

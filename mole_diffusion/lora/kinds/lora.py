@@ -19,7 +19,7 @@ class PlainLoRA(Kind):
         down, up = need(shapes, "down", "up")
         if len(down) not in (2, 4) or len(up) not in (2, 4) or up[1] != down[0] or math.prod(up[2:]) != 1:
             raise KindError(
-                f"down {down} and up {up} are not factors of one module",
+                f"<down> {down} and <up> {up} are not factors of one module",
                 "Expected (r, d_in) and (d_out, r), or (r, c_in, kh, kw) and (d_out, r, 1, 1); save it again.",
             )
         return Form(up[0], down[1:], down[0], down[0])

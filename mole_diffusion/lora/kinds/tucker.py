@@ -22,7 +22,7 @@ class Tucker(Kind):
         kernels = math.prod(down[2:]) == math.prod(up[2:]) == 1 and len(mid) == 4
         if not kernels or len(down) < 2 or len(up) < 2 or mid[1] != down[0] or up[1] != mid[0]:
             raise KindError(
-                f"down {down}, mid {mid} and up {up} are not factors of one module",
+                f"<down> {down}, <mid> {mid} and <up> {up} are not factors of one module",
                 "Expected (r, c_in, 1, 1), (r, r, kh, kw) and (d_out, r, 1, 1); save it again.",
             )
         return Form(up[0], (down[1], *mid[2:]), down[0], mid[0])
