@@ -1,4 +1,4 @@
-"""How well a composition did: the numbers of the paper, and those that tell the truth.
+"""How well a composition did: the numbers of the paper, and those of the toybox, where the truth is known.
 
 Each metric is a pure function and a `torchmetrics.Metric`, whose result is the same in one process and in several.
 """

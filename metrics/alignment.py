@@ -78,7 +78,7 @@ class TextAlignment(Averages):
         clip: Any open_clip model as a `DifferentiableCLIP`.
         scale: As in `text_alignment`.
         batch_size: Pictures at a time.
-        kwargs: As every metric of torchmetrics takes them.
+        kwargs: What every `torchmetrics.Metric` takes.
     """
 
     higher_is_better = True
@@ -117,7 +117,7 @@ class ImageAlignment(Averages):
         encoder: CLIP, or a `VisionBackbone` such as DINOv2.
         references: Concept to its pictures.
         batch_size: Pictures at a time.
-        kwargs: As every metric of torchmetrics takes them.
+        kwargs: What every `torchmetrics.Metric` takes.
 
     Raises:
         MoLEError: There is no concept, or one has no pictures.
@@ -181,16 +181,18 @@ def text_name(scale: str) -> str:
 
 
 def with_mean(by_concept: Mapping[str, float]) -> dict[str, Any]:
+    """The numbers by concept, and under "mean" their mean."""
     return {**by_concept, "mean": sum(by_concept.values()) / len(by_concept)}
 
 
 def check_scale(scale: str) -> None:
+    """Raises MoLEError for a scale that is not known."""
     if scale not in SCALES:
         raise MoLEError(f"`scale` must be one of {list(SCALES)}, got {scale!r}.")
 
 
 def check_references(references: Mapping[str, Sequence[Image.Image]]) -> None:
-    """Raises: MoLEError where there is no concept, or one has no pictures."""
+    """Raises MoLEError where there is no concept, or one has no pictures."""
     if not references:
         raise MoLEError("there is no concept: `references` is empty. Give the pictures of at least one.")
     for name, pictures in references.items():

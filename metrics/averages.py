@@ -23,7 +23,7 @@ class Averages(Metric):
     digit. A picture's own number may differ in its last digits with the pictures that it was embedded beside.
 
     Args:
-        names: Of the numbers.
+        names: Names of the numbers.
         kwargs: What every `torchmetrics.Metric` takes: `dist_sync_on_step`, `sync_on_compute` ...
     """
 
@@ -79,7 +79,7 @@ class Averages(Metric):
         """This metric with one of its numbers as its result, for wrappers such as `MinMaxMetric` that take no dict.
 
         Args:
-            name: Of the number; `None` where there is one only.
+            name: Name of the number; `None` where there is one only.
         """
         return OneNumber(self, name)
 
@@ -87,8 +87,8 @@ class Averages(Metric):
         """Draws results, as every metric of torchmetrics does.
 
         Args:
-            val: One result or several; `None`: that of now.
-            ax: Where to; `None`: a new figure.
+            val: One result or several; `None` for the present one.
+            ax: The axes to draw into; `None` for a new figure.
         """
         return self._plot(val, ax)
 
@@ -114,8 +114,8 @@ class OneNumber(WrapperMetric):
     """One of the numbers of a metric, as a tensor without dimensions.
 
     Args:
-        metric: Gives several.
-        name: Which; `None` where it gives one only.
+        metric: A metric that gives several numbers.
+        name: Name of the number; `None` where it gives one only.
     """
 
     def __init__(self, metric: Averages, name: str | None = None) -> None:

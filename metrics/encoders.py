@@ -38,7 +38,7 @@ def load_clip(source: str) -> DifferentiableCLIP:
         source: "toybox", a folder in open_clip's format, or "architecture:weights", such as "ViT-B-32:openai".
 
     Raises:
-        MoLEError: It is neither.
+        MoLEError: It is none of these.
         OSError: Its weights cannot be loaded, say without a network.
     """
     if source == "toybox":
@@ -64,7 +64,7 @@ class VisionBackbone(nn.Module):
 
     Args:
         model: A vision model whose output has `last_hidden_state`, of `(batch, tokens, width)`.
-        processor: Its image processor.
+        processor: The image processor of that model.
     """
 
     def __init__(self, model: nn.Module, processor: Any) -> None:

@@ -18,8 +18,8 @@ class SharedEncoder:
     """An encoder for several metrics that look at the same pictures: each picture is encoded once.
 
     Args:
-        encoder: Does the work.
-        remembers: Features of so many pictures are kept, then all are let go.
+        encoder: The encoder that is asked about new pictures.
+        remembers: How many pictures' features are kept; beyond that, all are forgotten.
     """
 
     def __init__(self, encoder: Any, remembers: int = 1024) -> None:

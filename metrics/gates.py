@@ -53,7 +53,7 @@ class GateReport(Averages):
         places: Names of the gates, as in `GateRecord.names`.
         loras: Names of the LoRAs.
         steps: Number of denoiser passes of a call.
-        kwargs: As every metric of torchmetrics takes them.
+        kwargs: What every `torchmetrics.Metric` takes.
     """
 
     def __init__(self, places: Sequence[str], loras: Sequence[str], steps: int, **kwargs: Any) -> None:

@@ -47,8 +47,8 @@ class ConceptPresence(Averages):
     """Presence, omission, confusion, all-present rate and count error, averaged over pictures of the toybox.
 
     Args:
-        oracle: Another one than the default.
-        kwargs: As every metric of torchmetrics takes them.
+        oracle: The oracle that looks at pictures; by default a new one.
+        kwargs: What every `torchmetrics.Metric` takes.
     """
 
     def __init__(self, oracle: Oracle | None = None, **kwargs: Any) -> None:
@@ -69,5 +69,5 @@ class ConceptPresence(Averages):
         return torch.tensor(rows, dtype=torch.float64)
 
     def update(self, images: Pictures, concepts: Sequence[Sequence[str]]) -> None:
-        """Counts pictures, with the subjects each should show. Raises: as `measure`."""
+        """Counts pictures, with the subjects each should show. Raises as `measure`."""
         self.add(self.measure(images, concepts))

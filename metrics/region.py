@@ -58,7 +58,7 @@ def region_alignment(
     Args:
         encoder: CLIP or another backbone.
         image: The whole picture.
-        box: As a detector gave it.
+        box: What a `Detector` gave.
         reference_features: `(references, width)`, of `reference_regions`.
 
     Returns:
@@ -88,7 +88,7 @@ class RegionAlignment(Averages):
         encoder: CLIP, or a `VisionBackbone` such as DINOv2.
         references: Concept to its pictures; what the detector finds in them is compared.
         detector: Finds a concept in a picture; on the toybox `oracle_detector`.
-        kwargs: As every metric of torchmetrics takes them.
+        kwargs: What every `torchmetrics.Metric` takes.
 
     Raises:
         MoLEError: There is no concept, one has no pictures, or the detector does not find it in one of them.

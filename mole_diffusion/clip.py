@@ -136,7 +136,7 @@ def _quick_gelu(name: str, pretrained: str | None) -> bool:
 
 
 def _open_clip_name(name: str, pretrained: str | None) -> str:
-    """What open_clip calls this model; Raises: MoLEError where it would go on with random weights."""
+    """What open_clip calls this model. Raises MoLEError where it would go on with random weights."""
     folder = Path(name.removeprefix(_LOCAL))
     if name.startswith(_LOCAL) or folder.is_dir():
         missing = [file for file in ("open_clip_config.json", _WEIGHTS) if not (folder / file).is_file()]

@@ -162,7 +162,7 @@ def in_use(folder: str | os.PathLike[str], part: str = "") -> Iterator[None]:
 
     Args:
         folder: Made if it is missing.
-        part: Which part of it, where several processes share one.
+        part: The number of this process, where several share a folder.
 
     Raises:
         MoLEError: Another process is at work in it.

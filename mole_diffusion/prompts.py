@@ -77,7 +77,7 @@ def read_prompts(file: str | os.PathLike[str], names: Sequence[str]) -> list[str
     Args:
         file: A prompt a line, in the order of the pictures; or one line for all; or, in `.json`, an object of the
             pictures' names to prompts.
-        names: Of the pictures.
+        names: Names of the pictures.
 
     Raises:
         MoLEError: As `read_text`; or there are not as many prompts as pictures, or a picture has none.

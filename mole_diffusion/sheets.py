@@ -29,7 +29,7 @@ def picture_sheet(
 
     Args:
         rows: Label and pictures of each row; rows may differ in length. A label may have several lines.
-        path: Where to; the suffix chooses the format.
+        path: The file to write; its suffix chooses the format.
         title: A line above everything.
         columns: Captions above the columns.
         cell: Side of a picture on the sheet, in pixels. Smaller pictures are enlarged by a whole factor where one
@@ -73,7 +73,7 @@ def gate_heat_map(
         weights: `(places, num_experts)`; NaN where a LoRA has nothing at a place, shown as an empty cell.
         places: Names of the rows, from the model's input to its output.
         loras: Names of the columns.
-        path: Where to; the suffix chooses the format.
+        path: The file to write; its suffix chooses the format.
 
     Raises:
         MoLEError: The names do not fit the shape of `weights`.
@@ -90,7 +90,7 @@ def gate_heat_maps(
         tables: Title to weights, as in `gate_heat_map`.
         places: Names of the rows.
         loras: Names of the columns.
-        path: Where to; the suffix chooses the format.
+        path: The file to write; its suffix chooses the format.
 
     Raises:
         MoLEError: There is no table, or the names do not fit the shape of one.
@@ -136,7 +136,7 @@ def curves(
     Args:
         panels: Label of a panel to its curves; name of a curve to one number per step. Each is drawn faintly, and its
             running mean over a twentieth of the steps in full.
-        path: Where to; the suffix chooses the format.
+        path: The file to write; its suffix chooses the format.
         title: A line above everything.
 
     Raises:

@@ -11,8 +11,10 @@ def register(
     """Tells diffusers which pipelines of ours are one model's, so that it finds the one for another task.
 
     Args:
-        name: Of the model, as nobody else calls it.
-        text_to_image, image_to_image, inpainting: The pipelines; `None` where diffusers has none.
+        name: A name for the model that diffusers does not use itself.
+        text_to_image: The pipeline that draws from a prompt.
+        image_to_image: The one that begins with a picture; `None` where diffusers has none.
+        inpainting: The one that draws into a picture; `None` where diffusers has none.
     """
     for mapping, pipeline in (
         (auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING, text_to_image),

@@ -23,13 +23,13 @@ class Loaded:
     """LoRAs, and how they share a picture.
 
     Attributes:
-        loras: By name, in the order of the experts.
-        experts: The same, on the models.
+        loras: The LoRAs by name, in the order of the experts.
+        experts: The LoRAs as they hang on the models.
         gates: If any are loaded.
         composition: What was chosen; `None` leaves it to each call.
         triggers: The words that call each LoRA.
         called_by_name: The LoRAs whose triggers nobody told, so that their own name stands in for them.
-        roles: Of each LoRA.
+        roles: The role of each LoRA.
         disabled: Whether diffusers' `disable_lora` was called.
         running: How many calls draw now.
     """

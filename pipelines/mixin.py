@@ -34,8 +34,10 @@ _OPEN: ContextVar[tuple[tuple[Loaded, ExitStack, float], ...]] = ContextVar("mol
 
 
 class MoLEPipelineMixin(GateCalls):
-    """Draws with several LoRAs at once. Stands before a diffusers pipeline in a class statement, and has no state of
-    its own in the pipeline's components: loading, saving, devices and offloading stay as they are.
+    """Draws with several LoRAs at once.
+
+    Stands before a diffusers pipeline in a class statement, and has no state of its own in the pipeline's components:
+    loading, saving, devices and offloading stay as they are.
 
     ::
 

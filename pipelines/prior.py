@@ -27,7 +27,7 @@ def drawing_prior(pipe: Any, method: Composition, call: Call, kwargs: Mapping[st
         pipe: The pipeline.
         method: It says when it is done.
         call: The call the pass belongs to.
-        kwargs: Of the pipeline's call.
+        kwargs: The arguments of the pipeline's call.
     """
     denoiser = getattr(pipe, pipe.family.denoiser)
 

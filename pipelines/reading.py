@@ -149,7 +149,7 @@ def with_region_prompts(encoded: Any, encode: Callable[[list[str]], Any], texts:
 
     Args:
         encoded: What the pipeline's `encode_prompt` gave: prompt embeddings, negative ones or `None`, and more.
-        encode: The same for other prompts, without guidance.
+        encode: Encodes other prompts in the same way, without guidance.
         texts: The regions' prompts.
     """
     embeds, negative, *rest = encoded

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mole_diffusion.pipelines import MoLEStableDiffusionPipeline
 from tests.tiny import ATTENTION, FEED_FORWARD, TEXT_ENCODER, random_lora, tiny_pipeline
@@ -36,20 +36,6 @@ def draw(pipe: Any, prompt: str | list[str] | None = PROMPT, *, seed: int = 0, *
     """Latents of a two-step run."""
     kwargs = {"num_inference_steps": 2, "output_type": "latent", "generator": torch.manual_seed(seed)} | kwargs
     return pipe(prompt, **kwargs).images
-
-
-def merge(pipe: Any, state: dict[str, Tensor], scale: float = 1.0) -> None:
-    """Adds a LoRA in diffusers' layout to the weights of a pipeline, by the definition `W + alpha / r * B A`."""
-    for key, down in state.items():
-        if not key.endswith(".lora_A.weight"):
-            continue
-        path = key.removesuffix(".lora_A.weight")
-        component, _, name = path.partition(".")
-        module: nn.Module = getattr(pipe, component).get_submodule(name)
-        up, rank = state[f"{path}.lora_B.weight"], len(down)
-        alpha = float(state.get(f"{path}.alpha", torch.tensor(rank)))
-        with torch.no_grad():
-            module.weight += scale * alpha / rank * (up.flatten(1) @ down.flatten(1)).view_as(module.weight)
 
 
 def assert_close(actual: Tensor, expected: Tensor, atol: float = 1e-4) -> None:

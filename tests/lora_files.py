@@ -1,9 +1,8 @@
-"""LoRA files of every layout made from one state dict, and a LoRA merged into weights by hand: shared by LoRA tests."""
+"""LoRA files of every layout made from one state dict: shared by LoRA tests."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,14 +57,6 @@ def to_peft(state: Mapping[str, Tensor], component: str, prefix: str = "base_mod
     return {
         prefix + key.removeprefix(f"{component}."): v for key, v in state.items() if key.startswith(f"{component}.")
     }
-
-
-@torch.no_grad()
-def merge(models: Mapping[str, Any], lora: LoRA) -> None:
-    """Adds every change of weight to the models' own weights."""
-    for component, modules in lora.factors.items():
-        for name, factors in modules.items():
-            models[component].get_submodule(name).weight += factors.delta()
 
 
 def same_factors(one: LoRA, other: LoRA) -> None:

@@ -22,13 +22,6 @@ def models(components: dict[str, Any]) -> dict[str, nn.Module]:
     return {name: components[name] for name in ("unet", "text_encoder")}
 
 
-def merge(components: dict[str, Any], lora: LoRA, weight: float = 1.0) -> None:
-    for component, modules in lora.factors.items():
-        for name, factors in modules.items():
-            target = components[component].get_submodule(name).weight
-            target.data += weight * factors.delta().reshape(target.shape).to(target.dtype)
-
-
 def unet_inputs(batch: int = 2, size: int = 16, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(7)
     return {

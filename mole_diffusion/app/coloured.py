@@ -26,7 +26,7 @@ def coloured(prompt: str, triggers: Mapping[str, Sequence[str]]) -> str:
     """Marks the phrases of each LoRA; where several overlap, the longest has the words.
 
     Args:
-        prompt: As it was typed.
+        prompt: The prompt as it was typed.
         triggers: LoRA to its phrases, in the order of the colours; none for one that takes no part.
     """
     found = [

@@ -112,7 +112,7 @@ def find_again(
     One whose bytes were dropped on the page is taken, wherever it lay when the picture was drawn.
 
     Args:
-        settings: Of a picture.
+        settings: The settings of a picture.
         dropped: What lies on the page.
         places: What else may be read.
     """

@@ -19,8 +19,9 @@ def by_layer_and_step(
 
     Args:
         weights: `(places, N, steps)`; NaN where a LoRA has nothing.
-        places, loras: Their names.
-        path: Where to.
+        places: Names of the places.
+        loras: Names of the LoRAs.
+        path: The file to write.
     """
     from matplotlib.figure import Figure
 

@@ -20,7 +20,7 @@ def progress(now: Progress) -> str:
 
 
 def done(text: str) -> str:
-    """That it is done."""
+    """A line that says what is done."""
     return f'<div class="mole-said" role="status">{html.escape(text)}</div>'
 
 

@@ -41,10 +41,10 @@ class Session:
     Attributes:
         rows: The LoRAs, in the order of their colours.
         refused: Lines on files that were dropped and cannot be used.
-        ticket: Of the job that runs or waits.
+        ticket: The ticket of the job that runs or waits.
         drawn: The latest pictures.
-        files: Where each of these lies.
-        folder: Of this visitor's pictures; it goes with the session.
+        files: The file of each picture in `drawn`.
+        folder: Where this visitor's pictures lie; it is deleted with the session.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -120,7 +120,7 @@ class Session:
         picture_sheet([row], path, title=settings.prompt, columns=labels, cell=192)
 
     def place(self, name: str) -> Path:
-        """A file of this visitor's."""
+        """A path in this visitor's folder."""
         return self.folder / name
 
     def restore(self, file: str, places: Places) -> PictureSettings:

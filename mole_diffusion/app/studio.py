@@ -23,7 +23,7 @@ PREVIEW_EVERY = 0.7  # seconds; decoding takes time from drawing
 
 
 class Cancelled(Exception):
-    """The visitor does not want it any more."""
+    """The visitor cancelled the job."""
 
 
 class Ticket:
@@ -47,7 +47,7 @@ class Progress:
     """How far a job is.
 
     Attributes:
-        done: From 0 to 1.
+        done: The part that is done, from 0 to 1.
         left: Seconds that are left, as far as known.
         doing: In words.
         preview: The picture so far, in some of these.
@@ -64,9 +64,9 @@ class Drawn:
     """A picture that is ready.
 
     Attributes:
-        picture: As the pipeline gave it.
+        picture: The picture as the pipeline gave it.
         settings: What draws it again.
-        masks: What was whose, where the method knows.
+        masks: Which pixels were whose, where the method knows.
         gates: What the gates gave by place and LoRA and step, `(places, N, steps)`, with the names; where there are.
     """
 

@@ -1,4 +1,4 @@
-"""One picture of a benchmark."""
+"""What identifies one picture of a benchmark."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Cell:
         method: How they are composed.
         kept: Those that are not masked out. The prompt names only these.
         prompt: Index of the prompt.
-        seed: Of the starting noise.
+        seed: Seed of the starting noise.
     """
 
     composition: str

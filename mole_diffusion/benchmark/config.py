@@ -37,26 +37,26 @@ class BenchmarkConfig:
     """A benchmark: every composition by every method, with the same prompts, seeds, scheduler and scale.
 
     Attributes:
-        name: For titles.
+        name: Its title in reports.
         base: "toybox", a folder or a Hub id.
-        concepts: By name.
+        concepts: Each concept's files and words, by name.
         compositions: Names of concepts, in the order in which their LoRAs are loaded.
         methods: What is compared; see `read_methods`. Gates that are missing are trained as `training` says.
         keep: Which LoRAs of a composition draw: "all", or every choice of a number of them; the others are masked out.
         gates: "toybox", or a folder with a folder of gates per composition ("cat+boot"); `None`: gates are trained.
         train_prompts: Templates on which gates are trained, none of them among `prompts`.
         prompts: Templates; "{concepts}" becomes "a <v1> cat, a <v2> boot and a …".
-        seeds: Of the starting noise.
+        seeds: Seeds of the starting noise.
         batch: Seeds of one prompt that are drawn in one call. A picture does not depend on those beside it, but for
             the last digits of floating-point numbers; and it always has the same beside it, so that a benchmark
             comes out the same however often it is interrupted.
-        scale: Of every LoRA.
+        scale: The scale of every LoRA.
         steps: Denoising steps.
-        guidance_scale: Of classifier-free guidance.
-        clip: As `load_clip` takes it.
+        guidance_scale: Scale of classifier-free guidance.
+        clip: The CLIP that measures and guides, as `load_clip` takes it.
         image_encoder: For image alignment, a vision model of transformers; `None`: CLIP.
         reference: Label of the method that the report compares the others with.
-        paper: YAML file with a table of the paper, to stand beside this one in the report; see `.paper`.
+        paper: YAML file with a table of the paper, to stand beside this one in the report; see `read_paper`.
     """
 
     name: str
@@ -155,7 +155,7 @@ class BenchmarkConfig:
 
     @property
     def labels(self) -> list[str]:
-        """Of the methods, in their order."""
+        """Labels of the methods, in their order."""
         return [method.label for method in self.methods]
 
     def batches(self) -> list[list[Cell]]:

@@ -26,7 +26,7 @@ class Cost(NamedTuple):
 
     Attributes:
         evaluations: UNet evaluations.
-        seconds: Its part of the call's.
+        seconds: Its share of the time of the call.
         memory: MiB that a call takes at its peak beyond the weights; `None` where that cannot be told.
         gates: Place to the mean weight of each LoRA over the steps, empty without gates.
     """
@@ -42,9 +42,9 @@ class Drawer:
 
     Args:
         config: The benchmark.
-        out: Its folder.
+        out: The benchmark's folder.
         device: Where to compute.
-        clip: Guides where gates are trained.
+        clip: The CLIP that guides where gates are trained.
         references: Pictures of a concept, for trainings that compare with them.
     """
 

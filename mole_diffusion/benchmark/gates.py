@@ -57,11 +57,12 @@ def train_missing_gates(
 
     Args:
         config: The benchmark.
-        out: Its folder.
+        out: The benchmark's folder.
         pipe: A pipeline with the LoRAs of the composition, and without gates; left without.
-        composition, method: Which.
-        clip: Guides.
-        references: Pictures of a concept.
+        composition: Name of the composition whose gates are missing.
+        method: The method that draws with them.
+        clip: The CLIP that guides the training.
+        references: The pictures of a concept.
         on_step_end: As in `train_gates`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What the rows of a benchmark were made of, by its bytes and not by where it lies."""
+"""What the rows of a benchmark depend on, by content: files count by their bytes, not by their paths."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def made_of(config: BenchmarkConfig) -> dict[str, Any]:
 
 
 def shown(source: str) -> str:
-    """The name of a base or a CLIP for others to read: of what lies here, not where it lies."""
+    """The name of a base or a CLIP without the folder it lies in, for reports that others read."""
     return without_paths(str(Path(source).absolute())) if Path(source).exists() else without_paths(source)
 
 

@@ -38,7 +38,7 @@ class Scores(NamedTuple):
     """What was measured of one picture.
 
     Attributes:
-        numbers: By `Measure.key`; those of the truth only where it is known.
+        numbers: What was measured, by `Measure.key`; the toybox's truths only for pictures of the toybox.
         image_by_concept: Image alignment with each concept.
     """
 
@@ -62,7 +62,7 @@ class Judge:
         self._image = ImageAlignment(encoder, references)
         self._presence: ConceptPresence | None = None
         if all(config.concepts[name].references == "toybox" for name in self._names):
-            # Those with a truth.
+            # Only of the toybox's subjects does an oracle know the truth.
             oracle = Oracle()
             self._presence = ConceptPresence(oracle)
             self._region = RegionAlignment(encoder, references, oracle_detector(oracle))

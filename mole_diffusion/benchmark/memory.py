@@ -18,8 +18,8 @@ def call_memory(call: Callable[[], object], device: torch.device) -> float | Non
     Call it once before, so that nothing is counted that is made once and stays.
 
     Args:
-        call: What to measure.
-        device: Where it computes.
+        call: The call to measure.
+        device: Where the call computes.
 
     Returns:
         On a GPU as its allocator says, on the CPU the highest running sum of all allocations that torch's profiler

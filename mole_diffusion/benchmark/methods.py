@@ -25,11 +25,11 @@ class Method:
     """A way to compose, as a benchmark compares it.
 
     Attributes:
-        name: Of the composition.
-        label: Its name in tables, and of its folders.
-        arguments: Of the composition.
-        training: How its gates are trained where there are none yet; `None`: it has none, or they lie where the
-            benchmark says.
+        name: Name of the composition, as in `COMPOSITIONS`.
+        label: Its name in tables, and the name of its folders.
+        arguments: Arguments of the composition.
+        training: How its gates are trained where there are none yet; `None` where it has no gates, or they lie where
+            the benchmark says.
     """
 
     name: str

@@ -25,11 +25,11 @@ class Row:
         method: Label of the method.
         kept: The LoRAs that were not masked out, "cat+boot".
         prompt: Index of the prompt.
-        seed: Of the starting noise.
-        numbers: By `Measure.key`; those of the truth only where it is known.
+        seed: Seed of the starting noise.
+        numbers: What was measured, by `Measure.key`; the toybox's truths only for pictures of the toybox.
         image_by_concept: Image alignment with each concept.
         evaluations: UNet evaluations of the picture.
-        seconds: That drawing it took.
+        seconds: How long drawing it took.
         memory: MiB that a call takes at its peak beyond the weights; `None` where that cannot be told.
         gates: Place to the mean weight of each LoRA over the steps, `None` where a LoRA does not touch the place.
         error: Why there is no picture; all numbers are missing then.

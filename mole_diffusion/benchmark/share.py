@@ -1,4 +1,4 @@
-"""How several processes share a benchmark without a word between them."""
+"""Which pictures of a benchmark each of several processes draws: every one works it out by itself, and all agree."""
 
 from __future__ import annotations
 

@@ -25,9 +25,9 @@ def paired_bootstrap(
     the 97.5th percentile (Efron & Tibshirani, An Introduction to the Bootstrap, 1993).
 
     Args:
-        ours: What was drawn to its number.
-        theirs: The same of the other method.
-        seed: Of the draws, so that a report comes out the same again.
+        ours: The number of each picture, by what it shows; see `Row.picture`.
+        theirs: The same for the other method.
+        seed: Seed of the draws, so that a report comes out the same again.
 
     Returns:
         Mean of `ours - theirs`, low end, high end.
@@ -56,7 +56,8 @@ def wins(means: Mapping[str, Mapping[str, float]], *, higher_is_better: bool = T
     """In how many compositions each method is best; those who tie share the point.
 
     Args:
-        means: Composition to method to mean.
+        means: The mean of each method, by composition.
+        higher_is_better: Whether the highest mean is the best.
     """
     points: dict[str, float] = {}
     for by_method in means.values():

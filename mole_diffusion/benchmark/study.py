@@ -42,8 +42,11 @@ def balance_study(
 
     Args:
         pipe: A MoLE pipeline with the LoRAs loaded.
-        config: Of every training, but for balance and temperature. Where it has no balance loss, the paper's is taken.
-        prompts, clip, concepts: As in `train_gates`.
+        config: The settings of every training, but for balance and temperature. Where it has no balance loss, the
+            paper's is taken.
+        prompts: The prompts to train on, as in `train_gates`.
+        clip: The CLIP that guides.
+        concepts: What each LoRA stands for, as in `train_gates`.
         temperatures: Raised ones, fixed in training, each without the balance loss.
         out: Folder for study.json, study.csv, study.md, entropy.png, weights.png and, in a folder each, the gates. Run
             again, what is finished is kept and an interrupted training goes on.

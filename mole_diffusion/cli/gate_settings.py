@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def read_config(
     preset: str | None, file: Path | None, settings: Sequence[str] | None, options: Mapping[str, Any]
 ) -> GateTrainingConfig:
-    """Preset, then YAML file, then --set, then options of their own; the later goes before the earlier.
+    """The settings of a preset, changed by a YAML file, then by --set, then by options such as --steps.
 
     Raises:
         MoLEError: A setting is unknown or its value is not allowed; the file is missing or no YAML dictionary.

@@ -24,7 +24,7 @@ def read_loras(entries: Sequence[str], *, with_toybox: bool) -> tuple[dict[str, 
     Only a number after the last colon is a strength, so that C:\\cat.safetensors is a file.
 
     Args:
-        entries: Of the command line.
+        entries: What was given, one text for each `--lora`.
         with_toybox: Whether a subject of the toybox may stand there by its name alone, "cat" or "cat:0.8".
 
     Raises:

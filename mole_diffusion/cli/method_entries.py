@@ -64,7 +64,7 @@ def check_places(
         regions: The LoRAs that have one.
         save_masks: Whether masks are wanted.
         chosen: The LoRAs that draw, with their strengths.
-        roles: Of those that have one other than "subject".
+        roles: The roles of LoRAs that have another than "subject".
         told: The LoRAs whose trigger words are known.
 
     Raises:

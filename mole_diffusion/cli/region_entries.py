@@ -23,10 +23,10 @@ def read_regions(
     """Where each LoRA belongs: boxes "cat=0,0,0.5,1" and painted pictures "cat=mask.png"; `None` without any.
 
     Args:
-        entries: Of the command line.
+        entries: What was given, one text for each `--region`.
         names: The LoRAs.
-        height: Of the picture to draw, where it was said.
-        width: Likewise.
+        height: Height of the picture in pixels; `None` where the command line does not say.
+        width: Width of the picture in pixels; `None` likewise.
 
     Raises:
         MoLEError: An entry is malformed, names no LoRA, is an empty or reversed box, or a file that is no picture.

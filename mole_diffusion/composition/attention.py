@@ -29,7 +29,7 @@ class WordMaps:
         return not self._sums
 
     def add(self, layer: LayerSeam, query: Tensor, key: Tensor, run: Run) -> None:
-        """Take in one cross-attention layer in one pass; only the rows that are given the prompt count.
+        """Takes in one cross-attention layer in one pass; only the rows that are given the prompt count.
 
         The layers of the finest level, where a pixel is one of the sample's, are left out where there are coarser ones:
         their maps follow edges and noise more than things.

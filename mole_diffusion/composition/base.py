@@ -34,7 +34,7 @@ class Composition(ABC):
             in the prompt each LoRA's trigger words stand (`run.call.words`). `"attention"`: the attention of the
             denoiser (`watches`, `attended`). `"prior"`: the first steps are drawn once without LoRAs before the
             picture is begun, until `prior_done`.
-        gates: Where it needs them.
+        gates: The gates, where the method needs them.
         constant: Whether its weights are the same in every step and at every place, so that a cache of the denoiser
             keeps what it would keep of a model with the LoRAs merged into it.
     """
@@ -77,7 +77,7 @@ class Composition(ABC):
         """Shown what an attention layer of the denoiser computed, before its output projection.
 
         Args:
-            layer: Its name, and whether it attends to the prompt.
+            layer: The layer: its name, and whether it attends to the prompt.
             query: `(batch, heads, pixels, d)`.
             key: `(batch, heads, pixels or words, d)`.
             output: `(batch, pixels, heads * d)`.

@@ -23,7 +23,7 @@ class Call:
 
     Attributes:
         names: The loaded LoRAs, in the order of the experts.
-        roles: One for each. A `"subject"` is a thing in the picture and acts where it is; a `"style"` acts
+        roles: The role of each. A `"subject"` is a thing in the picture and acts where it is; a `"style"` acts
             everywhere but on subjects' words; a `"utility"` (LCM, Lightning) acts everywhere and has no share.
         scheduler: The scheduler that steps through this call.
         words: Where in the prompts each LoRA's trigger words stand; `None` until the prompts are read, and where
@@ -32,7 +32,7 @@ class Call:
         region_prompts: What a user wants in a LoRA's region, by the LoRA.
         found: The regions a method found, for the pipeline to hand out afterwards.
         prior: Whether this is the pass without LoRAs that comes before the picture.
-        state: What a method remembers from step to step, by itself.
+        state: What a method remembers from step to step; a method uses itself as the key.
     """
 
     names: tuple[str, ...]

@@ -37,7 +37,7 @@ class FreeFuse(Masks):
         background: Factor on the map of the end of the text, which stands for the background.
         own_words: Added to the scores of a subject's pixels for its own words; the paper's gamma, 0 to 2.
         others_words: Taken from those for others' words; its beta, 0 to 4.
-        modulation: As in `Masks`.
+        modulation: As in `RegionalComposition`.
 
     Raises:
         MoLEError: A setting is out of its range.
@@ -97,7 +97,7 @@ class _Likeness:
         return not self._levels
 
     def add(self, layer: LayerSeam, query: Tensor, key: Tensor, output: Tensor, run: Run) -> None:
-        """Take in one layer; the self-attention of a block comes before its cross-attention."""
+        """Takes in one layer; the self-attention of a block comes before its cross-attention."""
         text = run.encoder_hidden_states
         if text is None or run.sample_size is None or output.ndim != 3:
             return
@@ -150,13 +150,13 @@ def freefuse_owners(
         background: The map that stands for the background, `(rows, 1, height, width)`; `None`: there is none.
         outputs: h of each layer, `(rows, pixels, width)`.
         taking_part: `(rows | 1, N)` bool.
-        factor: On the background.
+        factor: Factor on the background's map.
 
     Returns:
         `(rows, N, height, width)` of 0 and 1.
 
     Raises:
-        MoLEError: Nobody takes part.
+        MoLEError: No LoRA takes part.
     """
     if not taking_part.any():
         raise MoLEError("no LoRA takes part that masks could be found for. Name at least one in `loras=[...]`.")

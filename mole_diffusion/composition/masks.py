@@ -34,7 +34,7 @@ class _Found:
 
 
 class Masks(RegionalComposition):
-    """Every LoRA acts on its own subject, at full strength; where that is, the base model says before LoRAs change it.
+    """Every LoRA acts on its own subject, at full strength; where that is, the base model tells without LoRAs.
 
     The first steps are drawn without LoRAs; in some of them, when things have found their places, the attention of the
     pixels to each subject's words is read, and every pixel goes to the subject it attends to most, or to the background
@@ -147,7 +147,7 @@ class Masks(RegionalComposition):
         return WordMaps(self.words(call))
 
     def read(self, maps: Any, layer: LayerSeam, query: Tensor, key: Tensor, output: Tensor, run: Run) -> None:
-        """Take in one layer."""
+        """Takes in one layer."""
         with torch.no_grad():
             maps.add(layer, query, key, run)
 

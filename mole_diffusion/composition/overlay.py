@@ -21,7 +21,7 @@ def overlay(picture: Image.Image, planes: Tensor, names: Sequence[str]) -> Image
     """`picture` with each LoRA's region tinted and outlined in a colour of its own, and a legend of names below.
 
     Args:
-        picture: Of any size; a small one is enlarged by a whole factor.
+        picture: A picture of any size; a small one is enlarged by a whole factor.
         planes: `(N, h, w)` in [0, 1].
         names: The N names.
     """

@@ -1,4 +1,4 @@
-"""Whose words stand where in the prompts of a call, for text encoders by tokens and for the denoiser by embeddings."""
+"""Which tokens of a call's prompts call which LoRA, in the rows of text encoders and of the denoiser."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ class PromptWords:
         """A prompt of one LoRA's region, whose tokens come after those of every prompt.
 
         Args:
-            words: Of that prompt alone.
+            words: The words of that prompt alone.
         """
         self._read += words._read
         self._beside.append(words.owned)
 
     def encoded(self, embeddings: Tensor) -> None:
-        """Say what the prompts became: `(prompts * pictures, tokens, width)`, pictures of a prompt side by side."""
+        """Says what the prompts became: `(prompts * pictures, tokens, width)`, pictures of a prompt side by side."""
         self._embeddings = embeddings
         self._latest = None
 

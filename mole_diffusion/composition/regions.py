@@ -80,9 +80,10 @@ class RegionMap:
         """The shares on another grid, by area.
 
         Args:
-            height, width: Of the grid.
-            device: Of the result; default that of the map.
-            dtype: Of the result.
+            height: Height of the grid.
+            width: Width of the grid.
+            device: Device of the result; by default that of the map.
+            dtype: Number format of the result.
 
         Returns:
             `(rows, height * width, N)`, row after row of the grid. The same tensor at every call: do not change it.
@@ -118,7 +119,7 @@ class RegionMap:
             names: The LoRAs of the map, in order.
             image_size: Height and width of the picture in pixels.
             grid: Height and width of the map; the latent's size is a good choice.
-            rows: Of the map; all alike, unless a `RegionMap` with as many was given.
+            rows: Rows of the map; all alike, unless a `RegionMap` with as many was given.
             feather: By how many grid cells edges are softened, by a mean over `2 * feather + 1` cells; 0: hard edges.
 
         Raises:
@@ -168,7 +169,7 @@ class RegionMap:
             pictures: As many as the map has rows; any number where it has one. Small ones are enlarged.
 
         Raises:
-            MoLEError: Another number of pictures.
+            MoLEError: There is another number of pictures.
         """
         if self.rows not in (1, len(pictures)):
             raise MoLEError(

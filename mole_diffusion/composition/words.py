@@ -35,11 +35,12 @@ def trigger_tokens(
     tokens: "<v1> cat" before "cat".
 
     Args:
-        tokenizer: Of the text encoder, fast or slow. Prompts are padded on the side that it pads on.
-        prompts: As the text encoder gets them.
+        tokenizer: The text encoder's, fast or slow. Prompts are padded on the side that it pads on.
+        prompts: The prompts as the text encoder gets them.
         triggers: LoRA to its phrases, in the order of the result; no phrases for a LoRA that has none.
         max_length: Tokens the text encoder reads; default `tokenizer.model_max_length`.
-        before, after: What a template puts around each prompt; its own words are nobody's.
+        before: What a template puts before each prompt; its words are nobody's.
+        after: What it puts behind.
         special: Whether the tokenizer adds tokens of its own to such a text.
         padding_side: `"left"` or `"right"`; default the tokenizer's.
 
@@ -106,7 +107,7 @@ def require_triggers(
 
     Args:
         spans: `(prompts, N, tokens)`, from `trigger_tokens`.
-        prompts: Of `spans`.
+        prompts: The prompts that `spans` was made of.
         names: The N LoRAs.
         triggers: LoRA to its phrases.
         roles: LoRA to `"subject"` (where it is not named), `"style"` or `"utility"`; only subjects must be called.
@@ -201,7 +202,7 @@ def _by_parts(tokenizer: Any, prompt: str, ids: list[int], start: int, end: int)
 
 
 def _common(some: Sequence[int], other: Sequence[int]) -> int:
-    """Length of the common beginning."""
+    """How many of the first ids two lists have in common."""
     length = 0
     while length < min(len(some), len(other)) and some[length] == other[length]:
         length += 1

@@ -15,7 +15,7 @@ class Wrapper(Composition):
     """Stands around another method and asks it everything; what it makes of the weights is its own `weigh`.
 
     Args:
-        method: The other one.
+        method: The method that is asked.
 
     Raises:
         MoLEError: `method` is no method.

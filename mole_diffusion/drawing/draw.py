@@ -61,8 +61,8 @@ def draw(pipe: Any, settings: PictureSettings, on_step_end: Callable[..., Any] |
     """The pictures of one call of a prepared pipeline: `num_images` of them, whatever `index` says.
 
     Args:
-        pipe: From `prepare`.
-        settings: The same, `sized`.
+        pipe: The pipeline that `prepare` made ready.
+        settings: The settings given to `prepare`, after `sized`.
         on_step_end: Passed on as `callback_on_step_end`.
 
     Raises:

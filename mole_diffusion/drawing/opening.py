@@ -40,11 +40,11 @@ def find_base(base: str, *, single_file: bool = False) -> str:
     """The folder or Hub id of a base model.
 
     Args:
-        base: Of the command line.
+        base: What was given: "toybox", a folder, a Hub id or a file.
         single_file: Whether it may be a .safetensors file as well.
 
     Raises:
-        MoLEError: It is none of these.
+        MoLEError: It is neither a folder nor a Hub id, nor such a file.
     """
     if base == "toybox":
         from mole_diffusion import toybox

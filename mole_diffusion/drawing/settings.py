@@ -27,13 +27,13 @@ class LoRASettings:
     """One LoRA of a picture.
 
     Attributes:
-        name: As it is called in the pipeline.
+        name: Its name in the pipeline.
         file: Path, or `"toybox:cat"` for a subject of the toybox.
         on: Whether it takes part.
-        strength: By which its change is multiplied.
+        strength: The number that its change is multiplied by.
         triggers: Words that call it in the prompt; empty: those its file tells, else its name.
         role: `"subject"`, `"style"` or `"utility"`.
-        sha256: Of the file, where it was looked at.
+        sha256: SHA-256 of the file, where it was looked at.
     """
 
     name: str
@@ -66,7 +66,7 @@ class PictureSettings:
         regions: By the LoRA: boxes and painted masks, united.
         composition_options: Arguments of the composition's class.
         num_images: How many were drawn in one call, with `seed` and those after it.
-        index: Which of them this is.
+        index: The place of this picture among them.
         guidance_scale: `None` for what the base's pipeline takes by default: 7.5, and less for most transformers.
         device, dtype: What it was computed on, and in which format: other ones round otherwise.
     """

@@ -51,10 +51,10 @@ __all__ = [
 
 
 def architecture_of(model: nn.Module) -> Architecture:
-    """What is known of a model.
+    """The architecture of a model.
 
     Raises:
-        MoLEError: Nothing is.
+        MoLEError: No architecture here describes the model.
     """
     for known in ARCHITECTURES:
         if is_a(model, known):
@@ -76,10 +76,10 @@ def family_of(components: Mapping[str, Any]) -> Family:
     """The family that a pipeline is of.
 
     Args:
-        components: Of the pipeline, by name.
+        components: The components of the pipeline, by name.
 
     Raises:
-        MoLEError: It is of none that is known.
+        MoLEError: The pipeline is of none that is known.
     """
     for family in FAMILIES:
         if family.fits(components):

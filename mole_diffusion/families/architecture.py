@@ -54,7 +54,7 @@ class Told:
     """What a model was told when it was called.
 
     Attributes:
-        rows: Its batch.
+        rows: Size of the batch.
         timestep: Which step, in the units of the scheduler's `timesteps`; `None` for a text encoder.
         encoder_hidden_states: Prompt embeddings `(rows, tokens, width)` that a denoiser was given.
         input_ids: Tokens that a text encoder was given, `(rows, tokens)`.
@@ -79,7 +79,7 @@ class Told:
         """Which tokens of a sequence are there, `(rows, tokens)` bool, and which fill it up; `None`: all are.
 
         Args:
-            reads: Of the module that is given the sequence.
+            reads: What the module that is given the sequence reads.
             tokens: How many it has.
         """
         if self.words is None or tokens < self.words.shape[1]:
@@ -157,7 +157,7 @@ class Architecture:
 
         Args:
             model: The model.
-            given: Its arguments by name, as from `arguments`.
+            given: The arguments of the call by name, as from `arguments`.
         """
         ids = given.get("input_ids")
         embeds = given.get("inputs_embeds")
@@ -235,7 +235,7 @@ def _fill(pattern: str, parts: Sequence[str]) -> str:
 
 
 def arguments(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call of a model by their names."""
+    """The arguments of a call by the names they have in `forward`."""
     forward: Any = model.forward
     return {**dict(zip(_parameters(getattr(forward, "__func__", forward), forward), args, strict=False)), **kwargs}
 

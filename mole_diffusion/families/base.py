@@ -15,7 +15,7 @@ class Text(NamedTuple):
     """One tokenizer of a family.
 
     Attributes:
-        tokenizer: Its name among the components.
+        tokenizer: Name of the tokenizer among the components.
         prompt: The argument of `encode_prompt` that it reads; where that is not given, it reads `prompt`.
         stretch: Which stretch of the denoiser's text its tokens are, from 0. Two tokenizers with the same stretch read
             for two encoders whose embeddings are one beside the other. `None`: the denoiser is not given its tokens.
@@ -79,11 +79,11 @@ class Family:
     """One family of base models. A subclass sets what differs; an instance has no state.
 
     Attributes:
-        name: As files and settings call it.
-        title: As people call it.
+        name: Its name in files and settings.
+        title: The name that people know it by.
         denoiser: The component that predicts noise.
         architectures: The components that can take LoRAs, and what they are. The denoiser is among them.
-        texts: Its tokenizers.
+        texts: The tokenizers of the family.
         crossed: Whether pixels attend to words alone, as in a cross-attention, so that further texts can stand behind
             a prompt without taking attention from pixels.
     """
@@ -99,7 +99,7 @@ class Family:
         """Whether the components of a pipeline are of this family.
 
         Args:
-            components: By name. Those that are no models are passed over.
+            components: The components by name. Those that are no models are passed over.
         """
         model = components.get(self.denoiser)
         return isinstance(model, nn.Module) and is_a(model, self.architectures[self.denoiser])
@@ -139,7 +139,7 @@ class Family:
         Args:
             pipe: The pipeline.
             prompts: The prompts, for all its tokenizers.
-            device: Where to.
+            device: Where the embeddings go.
         """
         return pipe.encode_prompt(prompts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False)
 
@@ -148,7 +148,7 @@ class Family:
 
         Args:
             encoded: What `encode_prompt` gave.
-            each: Pictures of one prompt.
+            each: How many pictures there are of one prompt.
         """
         embeds: Tensor = encoded[0]
         return embeds
@@ -168,7 +168,7 @@ class Family:
         return (config.in_channels, config.sample_size, config.sample_size)
 
     def shift(self, pipe: Any) -> float | None:
-        """Of the noise levels, where a pipeline works it out from the size of the picture, for the base's own size."""
+        """The shift of the noise levels at the base's own size, where it depends on the size of the picture."""
         return None
 
     def predict(self, pipe: Any, latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
@@ -178,7 +178,7 @@ class Family:
             pipe: The pipeline.
             latents: `(rows, *latent_shape)`.
             timesteps: `(rows,)`, in the scheduler's units.
-            conditions: Of as many rows.
+            conditions: What the denoiser is told, with as many rows.
         """
         denoiser = getattr(pipe, self.denoiser)
         prediction: Tensor = denoiser(

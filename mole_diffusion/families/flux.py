@@ -28,8 +28,10 @@ DOUBLE_ATTENTION = {
 
 
 class FluxTransformer(Architecture):
-    """diffusers' `FluxTransformer2DModel`: blocks with Linears of their own for words and pixels, then blocks of one
-    sequence `[words, pixels]`."""
+    """diffusers' `FluxTransformer2DModel`.
+
+    Blocks with Linears of their own for words and pixels, then blocks of one sequence `[words, pixels]`.
+    """
 
     classes = ("FluxTransformer2DModel",)
     denoiser = True

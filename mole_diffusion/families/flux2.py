@@ -17,8 +17,10 @@ from .latents import from_patches, latent_side, places, time_shift
 
 
 class Flux2Transformer(Architecture):
-    """diffusers' `Flux2Transformer2DModel`: blocks with Linears of their own for words and pixels, then blocks of one
-    sequence `[words, pixels]` whose attention and feed-forward share one Linear in and one out.
+    """diffusers' `Flux2Transformer2DModel`.
+
+    Blocks with Linears of their own for words and pixels, then blocks of one sequence `[words, pixels]` whose attention
+    and feed-forward share one Linear in and one out.
 
     What changes with the step comes from three Linears for the whole model, not from one in each block.
     """

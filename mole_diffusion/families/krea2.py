@@ -17,8 +17,11 @@ from .qwen_image import video_picture
 
 
 class Krea2Transformer(Architecture):
-    """diffusers' `Krea2Transformer2DModel`: several layers of the text encoder are fused into one text, then words
-    and pixels are one sequence `[words, pixels]`. Several heads share their keys and values."""
+    """diffusers' `Krea2Transformer2DModel`.
+
+    Several layers of the text encoder are fused into one text, then words and pixels are one sequence
+    `[words, pixels]`. Several heads share their keys and values.
+    """
 
     classes = ("Krea2Transformer2DModel",)
     denoiser = True

@@ -16,8 +16,10 @@ from .latents import from_patches, latent_side, size_shift
 
 
 class QwenImageTransformer(Architecture):
-    """diffusers' `QwenImageTransformer2DModel`: words and pixels have Linears of their own in every block and meet in
-    its attention."""
+    """diffusers' `QwenImageTransformer2DModel`.
+
+    Words and pixels have Linears of their own in every block and meet in its attention.
+    """
 
     classes = ("QwenImageTransformer2DModel",)
     denoiser = True

@@ -20,11 +20,11 @@ MULTIPLE = 32  # the model fills words and pixels up to multiples of this many t
 
 
 class ZImageTransformer(Architecture):
-    """diffusers' `ZImageTransformer2DModel`: refiners of the pixels, refiners of the words, then layers of one
-    sequence `[pixels, words]`.
+    """diffusers' `ZImageTransformer2DModel`.
 
-    It takes lists, one tensor for each sample. Prompts are as long as they are; in one batch the shorter ones get zeros
-    behind. Two embedders are given the tokens of all samples in one long row.
+    Refiners of the pixels, refiners of the words, then layers of one sequence `[pixels, words]`. It takes lists,
+    one tensor for each sample. Prompts are as long as they are; in one batch the shorter ones get zeros behind. Two
+    embedders are given the tokens of all samples in one long row.
     """
 
     classes = ("ZImageTransformer2DModel",)
@@ -89,7 +89,7 @@ def padded(prompts: Sequence[Tensor], tokens: int | None = None) -> Tensor:
 
     Args:
         prompts: `(length, width)` each.
-        tokens: Of the result; as many as the longest has, if not given.
+        tokens: Tokens of the result; by default as many as the longest prompt has.
     """
     together = pad_sequence(list(prompts), batch_first=True)
     return together if tokens is None else nn.functional.pad(together, (0, 0, 0, tokens - together.shape[1]))

@@ -23,7 +23,7 @@ def balance_loss(gates: Tensor, present: Tensor | None = None) -> Tensor:
         A scalar; the mean over the batch.
 
     Raises:
-        MoLEError: If shapes do not fit.
+        MoLEError: Shapes do not fit.
     """
     # A softmax can underflow to an exact zero; the loss then is large but finite.
     usage = mean_usage(gates, present)
@@ -45,7 +45,7 @@ def floor_loss(gates: Tensor, floor: float, present: Tensor | None = None) -> Te
         A scalar; the mean over the batch.
 
     Raises:
-        MoLEError: If shapes do not fit.
+        MoLEError: Shapes do not fit.
     """
     usage = mean_usage(gates, present)
     share = (usage / floor).clamp(torch.finfo(usage.dtype).tiny, 1)
@@ -63,7 +63,7 @@ def mean_usage(gates: Tensor, present: Tensor | None = None) -> Tensor:
         `(N,)` or `(batch, N)`, without the LoRAs that touch no place.
 
     Raises:
-        MoLEError: If shapes do not fit.
+        MoLEError: Shapes do not fit.
     """
     if gates.ndim not in (2, 3) or 0 in gates.shape:
         raise MoLEError(f"`gates` must be (places, N) or (batch, places, N), got {tuple(gates.shape)}.")

@@ -112,7 +112,7 @@ class GateConfig:
         """From a saved configuration.
 
         Raises:
-            MoLEError: If a key is unknown, say because a newer version wrote it, or a value is not allowed.
+            MoLEError: A key is unknown, say because a newer version wrote it, or a value is not allowed.
         """
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)

@@ -20,7 +20,7 @@ def fingerprint(lora: LoRA) -> dict[str, Any]:
 
 
 def check_loras(expected: Sequence[Mapping[str, Any]], loras: Sequence[LoRA]) -> None:
-    """Check that these are the LoRAs that gates were made for, in their order.
+    """Checks that these are the LoRAs that gates were made for, in their order.
 
     Raises:
         GatesError: Naming every difference in number, names, order, ranks and factors.

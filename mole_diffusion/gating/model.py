@@ -46,12 +46,12 @@ class MoLEModel(ModelMixin, ConfigMixin):
     Make one with `from_experts` or `from_pretrained`, then set `experts.weigher = model`.
 
     Args:
-        gate_config: As from `GateConfig.to_dict()`.
+        gate_config: What `GateConfig.to_dict()` gives.
         loras: One dictionary per LoRA: `name`, `sha256`, `ranks`.
         gate_table: One `GateSpec.to_dict()` per gate.
 
     Raises:
-        MoLEError: If the configuration is not one this version knows.
+        MoLEError: The configuration is not one this version knows.
     """
 
     config_name = "config.json"
@@ -78,7 +78,7 @@ class MoLEModel(ModelMixin, ConfigMixin):
         """Untrained gates (uniform) for attached experts.
 
         Raises:
-            MoLEError: If the experts are not attached, or `token_axis="flatten"` and the model was never run.
+            MoLEError: The experts are not attached, or `token_axis="flatten"` and the model was never run.
         """
         config = config or GateConfig()
         _need_attached(experts)
@@ -93,7 +93,7 @@ class MoLEModel(ModelMixin, ConfigMixin):
 
     @property
     def num_experts(self) -> int:
-        """N."""
+        """How many LoRAs the gates weigh, N."""
         return len(self.lora_names)
 
     def gate_parameters(self) -> Iterator[nn.Parameter]:
@@ -101,7 +101,7 @@ class MoLEModel(ModelMixin, ConfigMixin):
         return (parameter for parameter in self.parameters() if parameter.requires_grad)
 
     def check_loras(self, loras: Sequence[LoRA]) -> None:
-        """Check that these are the LoRAs the gates were made for, in their order.
+        """Checks that these are the LoRAs the gates were made for, in their order.
 
         Raises:
             GatesError: Naming every difference in number, names, order, ranks and factors.
@@ -109,10 +109,10 @@ class MoLEModel(ModelMixin, ConfigMixin):
         check_loras(self.config.loras, loras)
 
     def bind(self, experts: Experts) -> None:
-        """Get ready to weigh these experts; setting `experts.weigher` does it.
+        """Gets ready to weigh these experts; setting `experts.weigher` does it.
 
         Raises:
-            MoLEError: If they are not attached, are not those of the LoRAs the gates were made for, or sit in a model
+            MoLEError: They are not attached, are not those of the LoRAs the gates were made for, or sit in a model
                 with other modules.
         """
         if self._binding is not None and self._binding.sites is experts.sites:
@@ -163,7 +163,7 @@ class MoLEModel(ModelMixin, ConfigMixin):
                 `run.keep` worked in and `run.scale` not.
 
         Raises:
-            MoLEError: If a module runs before those its gate reads, a flattened gate meets another resolution, or there
+            MoLEError: A module runs before those its gate reads, a flattened gate meets another resolution, or there
                 are masks for gates that correct none, or none for gates that do.
         """
         if (masks is not None) != self.gate_config.residual:
@@ -200,7 +200,7 @@ class MoLEModel(ModelMixin, ConfigMixin):
 
     @contextmanager
     def record(self, accumulate: bool = False) -> Iterator[GateRecord]:
-        """Note what the gates give inside a `with` block.
+        """Notes what the gates give inside a `with` block.
 
         Args:
             accumulate: Keep all passes (denoising steps), not only the latest of each model.
@@ -212,7 +212,7 @@ class MoLEModel(ModelMixin, ConfigMixin):
             self._record = before
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Write `config.json` and the gates as safetensors into a folder.
+        """Writes `config.json` and the gates as safetensors into a folder.
 
         Args:
             save_directory: Made if it does not exist. Each file is replaced in one step.
@@ -234,7 +234,7 @@ class MoLEModel(ModelMixin, ConfigMixin):
         token: str | None = None,
         create_pr: bool = False,
     ) -> Any:
-        """Upload the gates with their model card: the one they came with, or one of what they are made for.
+        """Uploads the gates with their model card: the one they came with, or one of what they are made for.
 
         Args are those of diffusers' `push_to_hub`.
         """
@@ -257,7 +257,7 @@ class MoLEModel(ModelMixin, ConfigMixin):
                 `local_files_only`.
 
         Raises:
-            GatesError: If the folder holds something else than `save_pretrained` writes.
+            GatesError: The folder holds something else than `save_pretrained` writes.
         """
         saved = read_gates(pretrained_model_name_or_path, **kwargs)
         model = cls(**saved.settings)
@@ -294,7 +294,7 @@ class MoLEModel(ModelMixin, ConfigMixin):
         return gate
 
     def _hook_block(self, binding: Binding, spec: GateSpec, experts: Experts) -> None:
-        """Have a block run once more under each LoRA whenever these gates weigh it."""
+        """Makes a block run once more under each LoRA whenever these gates weigh it."""
         binding.blocks[spec.name] = mixer = BlockExperts(spec.experts, self.num_experts)
 
         def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ class GateRecord:
         self.tokens: dict[str, Tensor] = {}
 
     def add(self, name: str, run: Run, gates: Tensor) -> None:
-        """Note the gates `(batch, tokens | 1, N)` of one place in one pass."""
+        """Notes the gates `(batch, tokens | 1, N)` of one place in one pass."""
         if in_backward():
             return
         self.tokens[name] = gates.detach()
@@ -82,7 +82,7 @@ class GateRecord:
         """`(places, N)`, the means stacked, with graph: what `balance_loss` takes.
 
         Raises:
-            MoLEError: If nothing was recorded.
+            MoLEError: Nothing was recorded.
         """
         means = list(self.mean().values())
         if not means:
@@ -93,7 +93,7 @@ class GateRecord:
         """`(batch, places, N)`, the latest pass with graph: what `balance_loss` takes, sample by sample.
 
         Raises:
-            MoLEError: If nothing was recorded, or places saw batches of different sizes.
+            MoLEError: Nothing was recorded, or places saw batches of different sizes.
         """
         gates = list(self.gates.values())
         sizes = sorted({len(weights) for weights in gates})

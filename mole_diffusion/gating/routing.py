@@ -1,4 +1,4 @@
-"""From what a gate reads to the final weights of the LoRAs: the gate, the masks, and the scales of the user."""
+"""Final weights of the LoRAs from what a gate reads: softmax, LoRAs that are left out, and the user's scales."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Routing:
     """Eqs. 9-11 of "Mixture of LoRA Experts" (https://openreview.net/forum?id=uWvKBCYh4S), with LoRAs left out.
 
     Args:
-        config: Of the gates.
+        config: The configuration of the gates.
         num_experts: N, the number of LoRAs.
     """
 

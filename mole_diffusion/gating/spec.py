@@ -27,8 +27,8 @@ class Entry:
     """A module through which a scope is entered.
 
     Attributes:
-        module: Its name in the component.
-        ranks: r of every LoRA there, 0 where it has no factors.
+        module: The module's name in the component.
+        ranks: Rank of every LoRA there, 0 where it has no factors.
         features: Size of its output, d.
     """
 

@@ -25,7 +25,7 @@ def reduce_tokens(features: Tensor, axis: TokenAxis, positions: int, size: tuple
         gate: Name of the gate, for messages.
 
     Raises:
-        MoLEError: If `"flatten"` meets another number of tokens.
+        MoLEError: `"flatten"` meets another number of tokens.
     """
     tokens = features.shape[1]
     if axis == "token":
@@ -50,7 +50,7 @@ def token_grid(tokens: int, sample_size: tuple[int, int] | None, gate: str) -> t
     """Height and width of a UNet layer's tokens: the sample's, halved (rounding up) until the number fits.
 
     Raises:
-        MoLEError: If no halving gives that many tokens, or the sample has no height and width.
+        MoLEError: No halving gives that many tokens, or the sample has no height and width.
     """
     if sample_size is not None:
         height, width = sample_size

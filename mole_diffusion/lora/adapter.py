@@ -76,7 +76,7 @@ def read_settings(file: LoRAFile, layout: str) -> dict[str | None, AdapterSettin
     header, whose names are `unet.r`, `unet.lora_alpha`, `text_encoder.r` and so on.
 
     Raises:
-        LoRAError: If they cannot be read, or make the file something else than plain LoRA on the whole base.
+        LoRAError: They cannot be read, or make the file something else than plain LoRA on the whole base.
     """
     if file.metadata.get(QUANTISED):
         raise refusal(
@@ -98,14 +98,14 @@ def strength(
 
     Args:
         file: It comes from, for messages.
-        layout: Of the file, for messages.
+        layout: The layout of the file, for messages.
         piece: The piece.
         alpha: Of the piece's own, which goes before the config's; None where it has none. It counts for nothing where
             no factor has a rank (LoKr of whole matrices); PEFT's config counts there too.
-        settings: Of the piece's component.
+        settings: The settings of the piece's component.
 
     Raises:
-        LoRAError: If the config's rank is not the piece's, so that it belongs to another file, or a number is none.
+        LoRAError: The config's rank is not the piece's, so that it belongs to another file, or a number is none.
     """
 
     def refuse(problem: str, remedy: str) -> LoRAError:

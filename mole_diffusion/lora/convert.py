@@ -53,7 +53,7 @@ def convert_lora(
     to: Target,
     components: Mapping[str, nn.Module] | None = None,
 ) -> Path:
-    """Write a LoRA file in another layout. What it does stays the same, to the last bit of every factor.
+    """Writes a LoRA file in another layout. What it does stays the same, to the last bit of every factor.
 
     `"kohya"` takes every kind, with `alpha` beside each module, and keeps names that are the authors'. `"diffusers"`
     and `"peft"` have diffusers' names: fused modules are taken apart, LoHa and Tucker cores fold into plain factors,

@@ -31,7 +31,7 @@ class LoRAFactors:
         bias: By how much the module's bias changes, `(d_out,)`.
 
     Raises:
-        MoLEError: If the two factors do not belong together, or the scaling is not finite.
+        MoLEError: The two factors do not belong together, or the scaling is not finite.
     """
 
     down: Tensor
@@ -136,10 +136,10 @@ class LoRA:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over what it does: `down` and `scaling * up` of every module, by name, and what is beside them; then
-        over its embeddings.
+        """SHA-256 over what the LoRA does.
 
-        The same in every layout, whatever the file is called and says of itself, and wherever the scaling is kept:
+        That is `down` and `scaling * up` of every module, by name, and what is beside them; then its embeddings. The
+        same in every layout, whatever the file is called and says of itself, and wherever the scaling is kept:
         as alpha in a kohya file, in `up` in diffusers'. Values count exactly, as fp32.
         """
         digest = hashlib.sha256()

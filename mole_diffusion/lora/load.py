@@ -37,7 +37,7 @@ def load_lora(
     *,
     name: str | None = None,
 ) -> LoRA:
-    """Read a LoRA in any known layout for the given models.
+    """Reads a LoRA in any known layout for the given models.
 
     Args:
         source: A `.safetensors` file, a folder that holds one, or a state dict.
@@ -49,7 +49,7 @@ def load_lora(
         Factors in fp32 on the CPU for every module the file has, in the order of the models' modules.
 
     Raises:
-        LoRAError: If the file cannot be read, is not plain LoRA on the whole base, has a key that finds no place, a
+        LoRAError: The file cannot be read, is not plain LoRA on the whole base, has a key that finds no place, a
             shape that does not fit, a value that is not finite, or would change nothing in the base's precision.
     """
     return _Reader(read_source(source), components).lora(name)

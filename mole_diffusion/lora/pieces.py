@@ -80,7 +80,7 @@ def find_pieces(file: LoRAFile) -> tuple[str, list[Piece]]:
     """Layout of the file and its pieces, in the order of their keys.
 
     Raises:
-        LoRAError: If a kind of adapter is not read, a key has no place, a piece is incomplete, its ranks disagree
+        LoRAError: A kind of adapter is not read, a key has no place, a piece is incomplete, its ranks disagree
             or are larger than any LoRA's, or it holds no floating-point numbers.
     """
     if found := find_unsupported(file.entries):
@@ -127,7 +127,7 @@ def read_alpha(file: LoRAFile, layout: str, piece: Piece) -> float | None:
     """The piece's own alpha; None where the file has none.
 
     Raises:
-        LoRAError: If it is not finite.
+        LoRAError: It is not finite.
     """
     return float(_values(file, layout, piece, "alpha")) if "alpha" in piece.keys else None
 
@@ -136,7 +136,7 @@ def read_parts(file: LoRAFile, layout: str, piece: Piece) -> dict[str, Tensor]:
     """Its tensors by part, in fp32 on the CPU, with scales of their own worked in.
 
     Raises:
-        LoRAError: If a value is not finite.
+        LoRAError: A value is not finite.
     """
     parts = {part: _values(file, layout, piece, part) for part in piece.keys}
     for name in [part for part in parts if part.startswith("scale_of_")]:

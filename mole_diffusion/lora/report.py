@@ -26,7 +26,7 @@ class LoRAReport:
 
     Attributes:
         source: Path as given.
-        sha256: Of the file's bytes.
+        sha256: SHA-256 of the file's bytes.
         layout: `"diffusers"`, `"diffusers-old"`, `"peft"`, `"kohya"`, `"original"` or `"xlabs"`.
         trainer: Program that wrote it, or `"unknown"`.
         modules: Number of modules by component; `"unstated"` where the keys name none.
@@ -55,10 +55,10 @@ class LoRAReport:
 
 
 def inspect_lora(path: str | os.PathLike[str]) -> LoRAReport:
-    """Look into a LoRA file.
+    """Looks into a LoRA file.
 
     Raises:
-        LoRAError: If the file cannot be read, or is of a kind that is not; whether it fits a model `judge` tells.
+        LoRAError: The file cannot be read, or is of a kind that is not; whether it fits a model `judge` tells.
     """
     file = read_source(path)
     layout, pieces = find_pieces(file)

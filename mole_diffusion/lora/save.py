@@ -30,7 +30,7 @@ def save_lora(
     metadata: Mapping[str, str] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Path:
-    """Write a LoRA; the same factors and metadata give the same bytes.
+    """Writes a LoRA; the same factors and metadata give the same bytes.
 
     Args:
         lora: A LoRA, whose triggers go into the file too, or its factors: component to module name to factors.
@@ -44,8 +44,8 @@ def save_lora(
         The path.
 
     Raises:
-        LoRAError: If there are no factors, some are not plain, or the layout has no name for a component.
-        MoLEError: If the layout is unknown, the path has another suffix, or a factor overflows in `dtype`.
+        LoRAError: There are no factors, some are not plain, or the layout has no name for a component.
+        MoLEError: The layout is unknown, the path has another suffix, or a factor overflows in `dtype`.
     """
     target = Path(path)
     if target.suffix != ".safetensors":

@@ -20,7 +20,7 @@ class Skeleton:
     """One published base model.
 
     Attributes:
-        title: As people call it.
+        title: The name that people know it by.
         marks: A name of a module, with underscores for dots, that only such models have.
         make: Builds it; call `build`.
     """

@@ -70,7 +70,7 @@ def read_source(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> LoRAFi
     """The header of a safetensors file, or of one in a folder; or a state dict.
 
     Raises:
-        LoRAError: If there is no such file, it is a pickle, truncated, not safetensors, or has no tensors.
+        LoRAError: There is no such file, it is a pickle, truncated, not safetensors, or has no tensors.
     """
     file = _from_state_dict(source) if isinstance(source, Mapping) else _from_path(os.fspath(source))
     if not file.entries:

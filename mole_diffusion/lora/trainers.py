@@ -34,8 +34,8 @@ def trainer_of(metadata: Mapping[str, str], keys: Iterable[str]) -> str | None:
     """The program as people call it; None where nothing tells.
 
     Args:
-        metadata: Of the file's header.
-        keys: Of its tensors.
+        metadata: The metadata in the file's header.
+        keys: The names of its tensors.
     """
     for entry, text, name in _HEADERS:
         if entry in metadata and text in metadata[entry]:

@@ -22,7 +22,9 @@ NEARLY_ALL = 0.9  # of the captions must have a tag that is taken for a trigger
 
 
 def read_triggers(metadata: Mapping[str, str]) -> tuple[str, ...]:
-    """The phrases that call a LoRA, from the metadata of its safetensors file; the first of these that names any:
+    """The phrases that call a LoRA, from the metadata of its safetensors file.
+
+    The first of these that names any is taken:
 
     - `mole_diffusion.triggers`, which `save_lora` and `train_lora` write;
     - `modelspec.trigger_phrase`, phrases between commas;

@@ -178,7 +178,7 @@ class _Templates:
 
 
 def judge(detections: Sequence[Detection], names: Sequence[str | Subject]) -> dict[str, Finding]:
-    """Turn the objects found in one picture into a finding for each asked subject."""
+    """Turns the objects found in one picture into a finding for each asked subject."""
     asked = [subject(name) for name in names]
     findings = {}
     for item in asked:

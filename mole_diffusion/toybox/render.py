@@ -49,7 +49,7 @@ def render_array(scene: Scene) -> np.ndarray:
 
 
 def paint(picture: np.ndarray, item: SceneObject) -> None:
-    """Draw one object into a picture of shape `(height, width, 3)`, in place."""
+    """Draws one object into a picture of shape `(height, width, 3)`, in place."""
     masks = ink_masks(item.class_name, item.look.pattern, item.size)
     inks = np.array([OUTLINE_COLOR, COLORS[item.look.primary], COLORS[item.look.secondary]], np.float32)
     left, top, right, bottom = item.box

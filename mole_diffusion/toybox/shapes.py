@@ -202,7 +202,7 @@ CLASSES = tuple(_DRAWINGS)
 
 
 def _put_pattern(labels: np.ndarray, pattern: str) -> None:
-    """Give part of the primary area to the secondary colour."""
+    """Gives part of the primary area to the secondary colour."""
     y, x = np.mgrid[0 : labels.shape[0], 0 : labels.shape[1]] / labels.shape[0]
     if pattern == "plain":
         return

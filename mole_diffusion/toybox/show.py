@@ -15,7 +15,7 @@ from .world import MAX_OBJECTS, random_scene
 
 
 def show(out: str | os.PathLike[str], *, seed: int = 0) -> Path:
-    """Write a PNG with every subject's reference pictures, then random scenes of 1 to 6 objects; return its path."""
+    """Writes a PNG with every subject's reference pictures, then random scenes of 1 to 6 objects; returns its path."""
     rows = [(f"{item.token}\n{item.class_name}", references(name)) for name, item in SUBJECTS.items()]
     rng = np.random.default_rng(seed)
     for number in range(1, MAX_OBJECTS + 1):

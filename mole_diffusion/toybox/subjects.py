@@ -54,7 +54,7 @@ SUBJECTS = {
 
 
 def subject(name: str | Subject) -> Subject:
-    """Look a subject up by name; a subject that is no name, such as an anonymous one, stands for itself.
+    """Looks a subject up by name; a subject that is no name, such as an anonymous one, stands for itself.
 
     Raises:
         MoLEError: There is no such subject.

@@ -147,7 +147,7 @@ def random_scenes(rng: np.random.Generator, count: int) -> list[Scene]:
 
 
 def compose_scene(names: list[str], looks: list[Look], ground: str, rng: np.random.Generator) -> Scene:
-    """Put the named objects somewhere on the ground, without overlap."""
+    """Puts the named objects somewhere on the ground, without overlap."""
     side = picture_side(len(names))
     corners = place(len(names), side, rng)
     objects = tuple(
@@ -163,7 +163,7 @@ def caption(
     odd_words: tuple[str, ...] = (),
     full_probability: float = 0.0,
 ) -> str:
-    """Say what is in the scene, from left to right: classes and ground always, each look with the given probability.
+    """Says what is in the scene, from left to right: classes and ground always, each look with the given probability.
 
     A look that is named may be named in part ("a red mug"), so the base learns to draw what it was not told. In place
     of one object's look in five there stands one of `odd_words`, which mean nothing: a base that has met them takes
@@ -190,10 +190,11 @@ def full_caption(scene: Scene) -> str:
 
 
 def phrase_caption(phrases: list[str], ground: str) -> str:
-    """ "a photo of a mug, a cat and a boat on sand"."""
+    """A caption of phrases and a ground, such as "a photo of a mug, a cat and a boat on sand"."""
     things = phrases[0] if len(phrases) == 1 else ", ".join(phrases[:-1]) + f" and {phrases[-1]}"
     return f"a photo of {things} on {ground}"
 
 
 def article(following: str) -> str:
+    """The indefinite article before a word."""
     return "an" if following[0] in "aeiou" else "a"

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from mole_diffusion.composition import COMPOSITIONS, Masks, RegionalComposition, RegionMap
 from mole_diffusion.pipelines import MoLEStableDiffusionImg2ImgPipeline, MoLEStableDiffusionInpaintPipeline
-from tests.composing import assert_close, composing_pipeline, draw, lora_states, merge
+from tests.composing import assert_close, composing_pipeline, draw, lora_states
+from tests.merging import merge_state
 
 PROMPT = "a photo of a cat, a dog and a mug"
 BINDING = ["masks", "freefuse", "norm_router"]
@@ -39,7 +40,7 @@ def four(pipe: Any, prompt: Any = PROMPT, **kwargs: Any) -> Tensor:
 def test_one_lora_is_that_lora_and_none_is_the_base(pipe: Any, name: str) -> None:
     merged = composing_pipeline()
     base = four(merged, "a dog")
-    merge(merged, lora_states(merged)["cat"], 0.7)
+    merge_state(merged, lora_states(merged)["cat"], 0.7)
     pipe.set_composition(name)
     # Alone it needs no word in the prompt: there is nothing to tell it from.
     assert_close(four(pipe, "a dog", loras={"cat": 0.7}), four(merged, "a dog"))

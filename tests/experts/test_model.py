@@ -14,7 +14,8 @@ from torch import nn
 
 from mole_diffusion.experts import AttachError, Experts, MoLEAttnProcessor
 from mole_diffusion.lora import LoRA
-from tests.running import in_float64, make_lora, merge, models, run_text, run_unet, unet_inputs
+from tests.merging import merge
+from tests.running import in_float64, make_lora, models, run_text, run_unet, unet_inputs
 from tests.tiny import ATTENTION, FEED_FORWARD, tiny_components
 from tests.weighing import Numbers
 

@@ -28,8 +28,8 @@ from mole_diffusion.experts import Run, Site
 from mole_diffusion.gating import GateConfig
 from mole_diffusion.training import GateTrainingConfig, train_gates
 from mole_diffusion.training.gates.walk import Walker
-from tests.composing import merge
 from tests.gate_training import make_clip
+from tests.merging import merge_state
 
 PROMPT = "a cat and a dog"
 PICTURE = Image.fromarray(np.arange(32 * 32 * 3, dtype=np.uint8).reshape(32, 32, 3))
@@ -127,7 +127,7 @@ class PipelineContract(WithLoRAs):
     def test_one_lora_is_its_weights_merged(self, pipe: Any) -> None:
         stock = self.case.pipe(stock=True)
         base = draw(self.case, stock)
-        merge(stock, lora_state(pipe, 0))
+        merge_state(stock, lora_state(pipe, 0))
         merged = draw(self.case, stock)
         assert_other(merged, base)
         assert_same(draw(self.case, pipe, loras=["cat"]), merged)

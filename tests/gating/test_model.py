@@ -12,7 +12,8 @@ from torch import Tensor
 from mole_diffusion.experts import Experts
 from mole_diffusion.gating import GateConfig, MoLEModel, balance_loss
 from mole_diffusion.lora import LoRA
-from tests.running import EVERYTHING, in_float64, make_lora, merge, models, run_text, run_unet, unet_inputs
+from tests.merging import merge
+from tests.running import EVERYTHING, in_float64, make_lora, models, run_text, run_unet, unet_inputs
 from tests.tiny import ATTENTION, FEED_FORWARD, TEXT_ENCODER, tiny_components
 from tests.weighing import Numbers
 

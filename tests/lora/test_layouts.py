@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from mole_diffusion.lora import LoRA, LoRAFactors, inspect_lora, load_lora
-from tests.lora_files import merge, same_factors, to_kohya, to_old, to_peft
+from tests.lora_files import same_factors, to_kohya, to_old, to_peft
+from tests.merging import merge
 from tests.tiny import (
     ATTENTION,
     CONVOLUTIONS,

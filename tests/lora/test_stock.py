@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mole_diffusion.lora import load_lora, save_lora
-from tests.lora_files import merge, stock_deltas, to_kohya, to_old
+from tests.lora_files import stock_deltas, to_kohya, to_old
+from tests.merging import merge
 from tests.tiny import ATTENTION, CONVOLUTIONS, FEED_FORWARD, PROJECTIONS, TEXT_ENCODER, random_lora, tiny_pipeline
 
 EVERYTHING = (ATTENTION, FEED_FORWARD, PROJECTIONS, CONVOLUTIONS, TEXT_ENCODER)

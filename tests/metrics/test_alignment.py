@@ -38,11 +38,6 @@ CONCEPTS = ["cat", "boot"]
 PROMPTS = ["a photo of a cat on grass", "a photo of a red boot on snow", "a photo of a cat on grass"]
 
 
-@pytest.fixture(scope="module")
-def clip() -> DifferentiableCLIP:
-    return DifferentiableCLIP(toybox.clip_dir())
-
-
 def pictures() -> list[Image.Image]:
     """Three pictures of two sizes."""
     return [

@@ -36,11 +36,6 @@ REFERENCES = {"cat": toybox.references("cat"), "boot": toybox.references("boot")
 PICTURES = [*REFERENCES["cat"][:1], *REFERENCES["boot"][:1], *REFERENCES["cat"][1:2]]
 
 
-@pytest.fixture(scope="module")
-def clip() -> DifferentiableCLIP:
-    return DifferentiableCLIP(toybox.clip_dir())
-
-
 def batch(kind: torch.dtype = torch.uint8) -> Tensor:
     pixels = torch.from_numpy(np.stack([np.array(picture) for picture in PICTURES])).permute(0, 3, 1, 2)
     return pixels if kind == torch.uint8 else (pixels / 255).to(kind)

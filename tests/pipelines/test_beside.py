@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mole_diffusion.composition import RegionMap
 from mole_diffusion.pipelines import MoLEPipelineMixin
-from tests.composing import NAMES, assert_close, composing_pipeline, draw, lora_states, merge
+from tests.composing import NAMES, assert_close, composing_pipeline, draw, lora_states
+from tests.merging import merge_state
 
 PROMPT = "a photo of a cat, a dog and a mug"
 
@@ -70,7 +71,7 @@ def options(kind: str) -> dict[str, Any]:
 def pipeline(kind: str, *, loras: bool, merged: str | None = None) -> Any:
     pipe = composing_pipeline()
     if merged is not None:
-        merge(pipe, lora_states(pipe)[merged])
+        merge_state(pipe, lora_states(pipe)[merged])
     made = with_adapter(pipe) if kind == "adapter" else controlled(pipe, Controlled)
     if loras:
         made.load_loras({name: lora_states(made)[name] for name in NAMES})

@@ -19,7 +19,8 @@ from diffusers import (
 from PIL import Image
 
 from mole_diffusion.pipelines import MoLEPipelineMixin, MoLEStableDiffusionPipeline
-from tests.composing import NAMES, PROMPT, assert_close, composing_pipeline, draw, lora_states, merge
+from tests.composing import NAMES, PROMPT, assert_close, composing_pipeline, draw, lora_states
+from tests.merging import merge_state
 from tests.tiny import tiny_pipeline
 
 # In one order everywhere: processes that share the tests must agree on it, and diffusers gives a set.
@@ -98,7 +99,7 @@ def test_the_same_seed_draws_the_same(pipe: Any) -> None:
 
 def test_without_guidance(pipe: Any) -> None:
     merged = composing_pipeline()
-    merge(merged, lora_states(merged)["cat"])
+    merge_state(merged, lora_states(merged)["cat"])
     assert_close(draw(pipe, loras=["cat"], guidance_scale=1.0), draw(merged, guidance_scale=1.0))
 
 
@@ -143,7 +144,7 @@ def test_the_progress_bar_stays(pipe: Any, capfd: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize("scheduler", SCHEDULERS, ids=lambda scheduler: scheduler.__name__)
 def test_every_scheduler(pipe: Any, scheduler: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     merged = composing_pipeline()
-    merge(merged, lora_states(merged)["cat"])
+    merge_state(merged, lora_states(merged)["cat"])
     settings = {**merged.scheduler.config, "skip_prk_steps": True}  # as Stable Diffusion's own PNDM has it
     monkeypatch.setattr(pipe, "scheduler", scheduler.from_config(settings))
     merged.scheduler = scheduler.from_config(settings)

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.composing import NAMES, PROMPT, assert_close, composing_pipeline, draw, lora_states, merge
+from tests.composing import NAMES, PROMPT, assert_close, composing_pipeline, draw, lora_states
+from tests.merging import merge_state
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +45,8 @@ def test_a_dict_keeps_and_scales(pipe: Any) -> None:
     pipe.set_composition("linear")
     merged = composing_pipeline()
     states = lora_states(merged)
-    merge(merged, states["cat"], 0.8)
-    merge(merged, states["mug"], -0.5)
+    merge_state(merged, states["cat"], 0.8)
+    merge_state(merged, states["mug"], -0.5)
     assert_close(draw(pipe, loras={"cat": 0.8, "mug": -0.5}), draw(merged))
 
 
@@ -53,14 +54,14 @@ def test_a_plain_sum_equals_merged_weights(pipe: Any) -> None:
     pipe.set_composition("linear")
     merged = composing_pipeline()
     for state in lora_states(merged).values():
-        merge(merged, state)
+        merge_state(merged, state)
     assert_close(draw(pipe), draw(merged))
 
 
 def test_a_normalised_sum_equals_averaged_weights(pipe: Any) -> None:
     merged = composing_pipeline()
     for state in lora_states(merged).values():
-        merge(merged, state, 1 / 3)
+        merge_state(merged, state, 1 / 3)
     assert_close(draw(pipe), draw(merged))
 
 
@@ -71,7 +72,7 @@ def test_text_encoders_read_the_prompt_with_the_same_choice(pipe: Any) -> None:
 
     merged = composing_pipeline()
     base = merged.encode_prompt(PROMPT, "cpu", 1, False)[0]
-    merge(merged, lora_states(merged)["cat"])
+    merge_state(merged, lora_states(merged)["cat"])
     assert torch.equal(read([]), base)
     assert torch.equal(read(["mug"]), base)  # has nothing for the text encoder
     assert_close(read(["cat"]), merged.encode_prompt(PROMPT, "cpu", 1, False)[0])

@@ -62,6 +62,22 @@ def _join(pieces: list[str], pair: tuple[str, str]) -> list[str]:
     return joined
 
 
+def text_config(tokenizer: CLIPTokenizer, width: int) -> CLIPTextConfig:
+    """Of a CLIP text encoder of two layers that reads what the tokenizer writes."""
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
 def tiny_components(seed: int = 0) -> dict[str, Any]:
     """A random Stable Diffusion of 32x32 pixels: `vae`, `text_encoder`, `tokenizer`, `unet`, `scheduler`.
 
@@ -82,20 +98,7 @@ def tiny_components(seed: int = 0) -> dict[str, Any]:
             cross_attention_dim=HIDDEN,
             attention_head_dim=8,
         )
-        text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=HIDDEN,
-                intermediate_size=2 * HIDDEN,
-                projection_dim=HIDDEN,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                max_position_embeddings=MAX_TOKENS,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        )
+        text_encoder = CLIPTextModel(text_config(tokenizer, HIDDEN))
         vae = AutoencoderKL(
             sample_size=32,
             block_out_channels=(16, 32),

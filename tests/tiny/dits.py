@@ -34,7 +34,6 @@ from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from transformers import (
-    CLIPTextConfig,
     CLIPTextModel,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
@@ -57,7 +56,7 @@ from transformers import (
 )
 
 from mole_diffusion.families import arguments
-from tests.tiny import WORDS, learn_merges, tiny_tokenizer
+from tests.tiny import WORDS, learn_merges, text_config, tiny_tokenizer
 
 SIZE = 32  # pixels to a side; 8 x 8 tokens in every family
 WIDTH = 16  # of text encoders
@@ -123,7 +122,8 @@ def _scheduler() -> FlowMatchEulerDiscreteScheduler:
     return FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
 
 
-def _vae(latent_channels: int = 4) -> AutoencoderKL:
+def tiny_vae(latent_channels: int = 4) -> AutoencoderKL:
+    """Of two levels, with a shift and a scale of its latents."""
     return AutoencoderKL(
         sample_size=SIZE,
         block_out_channels=(8, 8),
@@ -168,22 +168,9 @@ def flux() -> dict[str, Any]:
     clip, t5 = tiny_tokenizer(), t5_tokenizer()
     return {
         "scheduler": _scheduler(),
-        "vae": _vae(),
+        "vae": tiny_vae(),
         "tokenizer": clip,
-        "text_encoder": CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(clip),
-                hidden_size=WIDTH,
-                intermediate_size=2 * WIDTH,
-                projection_dim=WIDTH,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                max_position_embeddings=clip.model_max_length,
-                bos_token_id=clip.bos_token_id,
-                eos_token_id=clip.eos_token_id,
-                pad_token_id=clip.pad_token_id,
-            )
-        ),
+        "text_encoder": CLIPTextModel(text_config(clip, WIDTH)),
         "tokenizer_2": t5,
         "text_encoder_2": T5EncoderModel(
             T5Config(vocab_size=len(t5), d_model=WIDTH, d_ff=2 * WIDTH, d_kv=8, num_layers=2, num_heads=2)
@@ -255,7 +242,7 @@ def z_image() -> dict[str, Any]:
     tokenizer = qwen_tokenizer()
     return {
         "scheduler": _scheduler(),
-        "vae": _vae(),
+        "vae": tiny_vae(),
         "tokenizer": tokenizer,
         "text_encoder": Qwen3Model(Qwen3Config(**_sizes(2, len(tokenizer)))),
         "transformer": ZImageTransformer2DModel(

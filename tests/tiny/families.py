@@ -6,51 +6,22 @@ from typing import Any
 
 import torch
 from diffusers import (
-    AutoencoderKL,
     ControlNetModel,
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from tests.tiny import tiny_components, tiny_tokenizer
-from tests.tiny.dits import t5_tokenizer
+from tests.tiny import text_config, tiny_components, tiny_tokenizer
+from tests.tiny.dits import t5_tokenizer, tiny_vae
 
 WIDTH = 16  # of text encoders
 
 
 def _clip() -> CLIPTextModelWithProjection:
-    tokenizer = tiny_tokenizer()
-    return CLIPTextModelWithProjection(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=WIDTH,
-            intermediate_size=2 * WIDTH,
-            projection_dim=WIDTH,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=tokenizer.model_max_length,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-
-
-def _vae() -> AutoencoderKL:
-    return AutoencoderKL(
-        sample_size=32,
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=16,  # as diffusers' inpainting wants them
-        norm_num_groups=4,
-        layers_per_block=1,
-        shift_factor=0.1,
-        scaling_factor=0.4,
-    )
+    return CLIPTextModelWithProjection(text_config(tiny_tokenizer(), WIDTH))
 
 
 def sdxl(seed: int = 0) -> dict[str, Any]:
@@ -92,7 +63,7 @@ def sd3(seed: int = 0) -> dict[str, Any]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         parts: dict[str, Any] = {
-            "vae": _vae(),
+            "vae": tiny_vae(16),  # as diffusers' inpainting wants them
             "text_encoder": _clip(),
             "text_encoder_2": _clip(),
             "text_encoder_3": T5EncoderModel(

@@ -21,15 +21,10 @@ from mole_diffusion.training import PRESETS, Concept, GateTrainingConfig, Traini
 from mole_diffusion.training.engine.randomness import step_generator
 from mole_diffusion.training.gates.guidance import Guidance
 from mole_diffusion.training.gates.walk import Walker
-from tests.gate_training import CONCEPTS, PROMPTS, config, make_clip, mole_pipeline, train
+from tests.gate_training import CONCEPTS, PROMPTS, config, mole_pipeline, train
 from tests.tiny import tiny_pipeline
 
 pytestmark = pytest.mark.usefixtures("few_steps")
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> DifferentiableCLIP:
-    return make_clip(tmp_path_factory.mktemp("clip"))
 
 
 def test_what_cannot_be_trained_says_why(clip: DifferentiableCLIP) -> None:

@@ -17,15 +17,10 @@ from mole_diffusion.training.gates.concepts import text_for_clip
 from mole_diffusion.training.gates.guidance import Guidance, crop_grid
 from mole_diffusion.training.gates.references import reference_features
 from tests import reference
-from tests.gate_training import CONCEPTS, config, make_clip, mole_pipeline
+from tests.gate_training import CONCEPTS, config, mole_pipeline
 
 TEXTS = ("a <v1> cat and a <v2> dog", "a <v2> dog on grass")
 ALL = {"global_weight": 0.5, "local_weight": 2.0, "identity_weight": 3.0}
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> DifferentiableCLIP:
-    return make_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.mark.parametrize(

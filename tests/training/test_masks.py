@@ -18,7 +18,7 @@ from mole_diffusion.training import GateTrainingConfig
 from mole_diffusion.training.engine.randomness import step_generator
 from mole_diffusion.training.gates.masks import WalkMasks
 from mole_diffusion.training.gates.walk import Walker
-from tests.gate_training import make_clip, train
+from tests.gate_training import train
 from tests.tiny import ATTENTION, TEXT_ENCODER, random_lora, tiny_pipeline
 
 PROMPTS = ["a cat and a dog on grass", "a dog and a cat in the sand"]
@@ -35,11 +35,6 @@ def bound_pipeline() -> Any:
     states = {name: random_lora(pipe.components, targets=targets, seed=k) for k, name in enumerate(("cat", "dog"))}
     pipe.load_loras(states, triggers={"cat": "cat", "dog": "dog"})
     return pipe
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> DifferentiableCLIP:
-    return make_clip(tmp_path_factory.mktemp("clip"))
 
 
 @torch.no_grad()

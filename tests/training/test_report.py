@@ -17,17 +17,12 @@ from mole_diffusion.clip import DifferentiableCLIP
 from mole_diffusion.gating import GateConfig, GateTable
 from mole_diffusion.training.engine.history import History, gate_entropy
 from tests import reference
-from tests.gate_training import CONCEPTS, PROMPTS, config, make_clip, mole_pipeline, train
+from tests.gate_training import CONCEPTS, PROMPTS, config, mole_pipeline, train
 
 pytestmark = pytest.mark.usefixtures("few_steps")
 LEFT = (
     "README.md config.json curves.png diffusion_pytorch_model.safetensors gates.png samples.png training.json".split()
 )
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> DifferentiableCLIP:
-    return make_clip(tmp_path_factory.mktemp("clip"))
 
 
 def size(path: Path) -> tuple[int, int]:

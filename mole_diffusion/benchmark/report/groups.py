@@ -20,7 +20,7 @@ def of_method(rows: Sequence[Row], label: str) -> list[Row]:
 
 
 def mean(values: Iterable[float | None]) -> float | None:
-    """Of the numbers that are there; None without any."""
+    """Mean of the numbers that are not None; None where there is none."""
     there = [value for value in values if value is not None]
     return sum(there) / len(there) if there else None
 
@@ -31,7 +31,7 @@ def mean_of(rows: Sequence[Row], measure: Measure) -> float | None:
 
 
 def by_picture(rows: Sequence[Row], label: str, measure: Measure) -> dict[tuple[str, str, int, int], float]:
-    """What every method draws, to one method's number there: what a comparison pairs."""
+    """One method's number for each picture that it has in common with the others, which a comparison pairs."""
     return {row.picture: row.numbers[measure.key] for row in of_method(rows, label) if measure.key in row.numbers}
 
 

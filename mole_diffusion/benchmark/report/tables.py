@@ -112,7 +112,7 @@ def cost_table(config: BenchmarkConfig, rows: Sequence[Row], training: Mapping[s
 
 
 def correlation_table(config: BenchmarkConfig, rows: Sequence[Row]) -> str:
-    """How far the alignments tell the truth, where it is known; else empty."""
+    """How well the alignments predict the oracle's truth; empty where there is none."""
     truths = [measure for measure in TRUTHS if measure in measured(rows)]
     if not truths:
         return ""

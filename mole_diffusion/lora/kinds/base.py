@@ -54,7 +54,7 @@ class Kind(ABC):
     """One way of writing a change of weight. An instance has no state.
 
     Attributes:
-        name: As people call it.
+        name: The name that people know it by.
         marks: Parts by which it is known, any of them.
         takes: All parts it may have, beside `alpha`.
     """

@@ -39,7 +39,7 @@ def scale(magnitude: Tensor, weight: Tensor, delta: Tensor) -> Tensor:
 
     Args:
         magnitude: `(d_out, 1)` or `(1, d_in)`.
-        weight: Of the module, `(d_out, d_in, …)`.
+        weight: The weight of the module, `(d_out, d_in, …)`.
         delta: Change of it before the magnitude, of this LoRA alone.
 
     Returns:

@@ -34,7 +34,7 @@ def write(place: Place, first_of_several: bool = False) -> str:
     """The key.
 
     Args:
-        place: Its component is named.
+        place: What to write; its component must be known.
         first_of_several: Whether the file has a second text encoder, so that the first is `te1`.
     """
     component = str(place.component)

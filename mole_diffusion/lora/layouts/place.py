@@ -12,7 +12,7 @@ class Place:
 
     Attributes:
         component: Model; None where the key does not say.
-        module: As the file spells it: dotted, or with underscores for dots.
+        module: The module's name as the file spells it: with dots, or with underscores in their place.
         part: What the tensor is: `"down"`, `"up"`, `"mid"`, `"alpha"`, `"magnitude"` (DoRA in PEFT's words),
             `"dora_scale"` (in kohya's), `"up_bias"`, `"diff"`, `"diff_b"`, `"w_norm"`, `"b_norm"`, `"hada_…"`,
             `"lokr_…"`, or `"scale_of_down"` and the like: what the numbers of another part are to be multiplied by.

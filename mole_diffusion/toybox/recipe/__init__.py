@@ -51,7 +51,7 @@ def build(
     compile_model: bool = False,
     reuse: Collection[str] = (),
 ) -> Path:
-    """Train the toybox from nothing, or go on where an earlier run was interrupted.
+    """Trains the toybox from nothing, or goes on where an earlier run was interrupted.
 
     Args:
         out: Folder for checkpoints; the result lies in its `assets`.
@@ -125,7 +125,7 @@ def save_base(
     text_encoder: CLIPTextModel,
     tokenizer: CLIPTokenizer,
 ) -> None:
-    """Write a stock Stable Diffusion folder; weights in half precision."""
+    """Writes a stock Stable Diffusion folder; weights in half precision."""
     pipe = StableDiffusionPipeline(
         vae=autoencoder.half(),
         text_encoder=text_encoder,  # transformers would run it in the precision of the file

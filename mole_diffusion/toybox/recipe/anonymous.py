@@ -25,7 +25,7 @@ def make_anonymous(
     device: torch.device,
     num_steps: int,
 ) -> list[Subject]:
-    """Write LoRA, reference pictures and `subject.json` of `count` anonymous subjects into folders of `out`.
+    """Writes LoRA, reference pictures and `subject.json` of `count` anonymous subjects into folders of `out`.
 
     `subject.json` is written last: what has one is finished, and is left alone when the command is given again.
 

@@ -66,6 +66,7 @@ def make_scheduler() -> DDIMScheduler:
 
 
 def make_unet() -> UNet2DConditionModel:
+    """An untrained denoiser of the toybox."""
     unet = UNet2DConditionModel(
         sample_size=LATENT_SIZE,
         in_channels=LATENT_CHANNELS,

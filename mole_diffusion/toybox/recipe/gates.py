@@ -21,6 +21,7 @@ TRAINED_ON = GROUNDS[:4]  # the other two are for measuring
 
 
 def gate_training(*, seed: int, num_steps: int) -> GateTrainingConfig:
+    """The settings by which the shipped gates are trained."""
     return GateTrainingConfig(
         steps=num_steps,
         warmup_steps=min(10, num_steps // 5),
@@ -30,7 +31,7 @@ def gate_training(*, seed: int, num_steps: int) -> GateTrainingConfig:
 
 
 def train_set(names: str, assets: Path, work_dir: Path, *, seed: int, device: torch.device, num_steps: int) -> None:
-    """Train and save the gates of one set of subjects; CLIP reads looks where the prompts have tokens."""
+    """Trains and saves the gates of one set of subjects; CLIP reads looks where the prompts have tokens."""
     pipe = MoLEStableDiffusionPipeline.from_pretrained(assets / "base").to(device)
     pipe.load_loras({name: assets / "loras" / f"{name}.safetensors" for name in names.split("+")})
     train_gates(

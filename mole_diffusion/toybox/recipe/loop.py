@@ -43,13 +43,13 @@ class AveragedWeights:
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
-        """Take in the parameters after a step; early on the average follows closely."""
+        """Takes in the parameters after a step; early on the average follows closely."""
         decay = min(self.decay, (step + 1) / (step + 10))
         torch._foreach_lerp_(list(self.tensors.values()), [p.detach() for p in module.parameters()], 1 - decay)
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:
-        """Put the average in the module's place."""
+        """Puts the average in the module's place."""
         for p, average in zip(module.parameters(), self.tensors.values(), strict=True):
             p.copy_(average)
 
@@ -67,7 +67,7 @@ def run_stage(
     average: AveragedWeights,
     max_grad_norm: float = 1.0,
 ) -> None:
-    """Train until `num_steps`, taking up the checkpoint in `work_dir` if there is one; leaves the averaged weights.
+    """Trains until `num_steps`, taking up the checkpoint in `work_dir` if there is one; leaves the averaged weights.
 
     Args:
         stage: Name of the training, and of its folder of checkpoints.

@@ -54,6 +54,7 @@ def company_caption(name: str | Subject, scene: Scene) -> str:
 
 
 def lora_config(name: str | Subject, *, seed: int, num_steps: int, half: bool = False) -> LoRATrainingConfig:
+    """The settings by which the LoRA of a subject is trained."""
     kind = subject(name).seed % len(RANKS)
     return LoRATrainingConfig(
         captions=[*reference_captions(name), *(company_caption(name, scene) for scene in company_scenes(name))],
@@ -73,7 +74,7 @@ def lora_config(name: str | Subject, *, seed: int, num_steps: int, half: bool = 
 def subject_factors(
     pipe: StableDiffusionPipeline, name: str | Subject, work_dir: Path, *, seed: int, num_steps: int
 ) -> dict[str, dict[str, LoRAFactors]]:
-    """Train one subject's LoRA on its reference pictures and its company."""
+    """Trains one subject's LoRA on its reference pictures and its company."""
     config = lora_config(name, seed=seed, num_steps=num_steps, half=bfloat16_pays(pipe.device))
     scenes = [*reference_scenes(name), *company_scenes(name)]
     with sdpa_kernel(SDPBackend.MATH):  # see clip.py
@@ -83,7 +84,7 @@ def subject_factors(
 def train_subject(
     pipe: StableDiffusionPipeline, name: str, assets: Path, work_dir: Path, *, seed: int, num_steps: int
 ) -> None:
-    """Train and save one subject's LoRA, in kohya's layout too where the subject has one."""
+    """Trains and saves one subject's LoRA, in kohya's layout too where the subject has one."""
     factors = subject_factors(pipe, name, work_dir / "loras" / name, seed=seed, num_steps=num_steps)
     metadata = write_triggers([subject(name).trigger])
     save_lora(factors, assets / "loras" / f"{name}.safetensors", metadata=metadata, dtype=torch.float16)

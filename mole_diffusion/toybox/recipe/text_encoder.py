@@ -34,6 +34,7 @@ IGNORED = -100  # of cross_entropy: no answer is asked for
 
 
 def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """An untrained text encoder of the toybox."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),

@@ -20,6 +20,7 @@ _KL_WEIGHT = 3e-4  # per latent element, against a mean squared error per pixel
 
 
 def make_vae() -> AutoencoderKL:
+    """An untrained autoencoder of the toybox."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -49,7 +50,7 @@ def render_batch(rng_key: tuple[int, str, int], batch_size: int, device: torch.d
 
 
 def train_vae(work_dir: Path, *, seed: int, device: torch.device, num_steps: int, batch_size: int) -> AutoencoderKL:
-    """Train on rendered scenes; mean squared error plus a light pull of the latents towards a unit Gaussian.
+    """Trains on rendered scenes; mean squared error plus a light pull of the latents towards a unit Gaussian.
 
     The latents' standard deviation is measured at the end and stored as the model's scaling factor.
     """

@@ -102,7 +102,7 @@ class CheckpointFolder:
 
         Args:
             parameters: What is trained, by name.
-            optimizer: Its optimiser.
+            optimizer: The optimiser of these parameters.
             expects: What `extra` must hold.
 
         Raises:

@@ -42,7 +42,7 @@ class History:
                 self._counts[when] = self._counts.get(when, 0) + 1
 
     def tables(self) -> dict[str, GateTable]:
-        """ "early" and "late": mean gates of the first and of the last tenth, as far as they were reached."""
+        """Mean gates of the first tenth ("early") and of the last ("late"), as far as these were reached."""
         places, loras = tuple(self._labels.get("places", ())), tuple(self._labels.get("loras", ()))
         return {
             when: GateTable(places, loras, torch.tensor(total).double() / self._counts[when])

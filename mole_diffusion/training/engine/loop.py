@@ -35,9 +35,9 @@ class TrainingLoop:
     Args:
         steps: How many there are in all.
         parameters: What is trained, by name.
-        optimizer: Its optimiser.
+        optimizer: The optimiser of these parameters.
         checkpoints: Where checkpoints go; None keeps none. One of this training that is there is read now.
-        kept: What else a checkpoint holds, by name.
+        kept: What else a checkpoint holds, by name; each is given its saved state back.
 
     Attributes:
         start: How many steps were done before.
@@ -80,8 +80,8 @@ class TrainingLoop:
 
         Args:
             title: What the progress bar says.
-            take_step: Number of the step (from 0) in, its numbers out, the parameters moved.
-            learning_rate: The same number in, the learning rate of the step out.
+            take_step: Takes the step of this number, from 0, and returns what is to be shown of it, by name.
+            learning_rate: The learning rate of the step of this number.
             is_due: Whether to write a checkpoint after so many steps; the last step always does.
             saves: Whether this process writes checkpoints.
             last_may_fail: Whether what was learned goes somewhere else too, so that the last checkpoint may fail.
@@ -116,7 +116,7 @@ class TrainingLoop:
 
 
 def every(steps: int) -> Callable[[int], bool]:
-    """Due after every so many steps; 0 is never."""
+    """Whether a number of steps is a multiple of `steps`; never where that is 0."""
     return lambda done: steps > 0 and done % steps == 0
 
 

@@ -45,8 +45,8 @@ class Schedule(Protocol):
         Args:
             prediction: The model's, at `noisy`.
             noisy: The latents now.
-            timesteps: Theirs.
-            next_timesteps: Where to go; `clean` is the finished picture.
+            timesteps: The timesteps of `noisy`.
+            next_timesteps: The timesteps of the result; `clean` is the finished picture.
             fresh_noise: Mixed in as `eta` says, shaped like `noisy`.
             eta: 0 is deterministic, 1 draws all noise anew.
         """
@@ -54,14 +54,14 @@ class Schedule(Protocol):
 
 
 def schedule_of(scheduler: Any, shift: float | None = None) -> Schedule:
-    """The schedule of a scheduler.
+    """Reads what a scheduler does to pictures.
 
     Args:
-        scheduler: Of diffusers.
-        shift: Where a flow-matching scheduler takes its shift from the size of the picture: that of a call.
+        scheduler: A scheduler of diffusers.
+        shift: The shift of a call, for a flow-matching scheduler that takes it from the size of the picture.
 
     Raises:
-        MoLEError: It is of neither kind.
+        MoLEError: The scheduler is neither of the DDPM family nor of flow matching.
     """
     config = scheduler.config
     if "shift" in config and hasattr(scheduler, "scale_noise"):

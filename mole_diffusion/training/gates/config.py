@@ -26,7 +26,7 @@ class GateTrainingConfig:
 
     Args:
         gates: Which gates: scope, token axis, input, normalisation, temperature.
-        global_weight: Of `1 - cos(picture, prompt)`.
+        global_weight: Weight of `1 - cos(picture, prompt)`.
         local_weight: Of the directional loss `1 - cos(dI, dT)`, a mean over the concepts the prompt calls: from the
             concept's own pictures and words to the drawn picture and the whole prompt. Needs `concepts`.
         identity_weight: Of `1 - max cos(crop, reference)`, a mean over the concepts the prompt calls. Needs `concepts`.
@@ -59,7 +59,7 @@ class GateTrainingConfig:
         gradient_checkpointing: Recompute UNet and VAE in the backward pass: less memory, about a third slower.
         reference_pictures: How many pictures a LoRA draws of its concept where references are needed and not given.
         checkpoint_every: Steps between checkpoints when a work folder is given; 0 writes one at the end only.
-        seed: Of prompts, noise, walks and drawn references.
+        seed: Seed of prompts, noise, walks and drawn references.
 
     Raises:
         MoLEError: A value is out of range.

@@ -28,7 +28,7 @@ class Guidance:
     Args:
         clip: The CLIP.
         config: Weights of the terms.
-        prompts: As the base model reads them.
+        prompts: The prompts as the base model reads them.
         concepts: By the names of their LoRAs.
         references: Name to CLIP features of the concept's pictures, (pictures, width); read by local and identity.
 

@@ -25,7 +25,7 @@ class WalkMasks:
     Args:
         walker: It has the pipeline, with gates on it that correct masks.
         plan: The walk.
-        prompts: Of this part.
+        prompts: The prompts of this part.
 
     Raises:
         MoLEError: A prompt does not call every subject by its words.
@@ -42,13 +42,13 @@ class WalkMasks:
 
     @contextmanager
     def known(self) -> Iterator[None]:
-        """Inside the `with`, models are called as in this call."""
+        """A `with` block in which models are called as a call of the pipeline calls them."""
         # Words were read above; the pipeline's own reading would look for them in empty prompts too.
         with running(None), self._pipe.experts.using(call=self.call):
             yield
 
     def encoded(self, conditions: Conditions) -> None:
-        """Say what the prompts became, those of the empty prompt before them or not; anew where gates have changed."""
+        """Says what the prompts became, those of the empty prompt before them or not; anew where gates have changed."""
         assert self.call.words is not None
         self.call.words.encoded(conditions.prompt_embeds[-len(self.call.words.owned) :].detach())
 
@@ -57,9 +57,9 @@ class WalkMasks:
         """The pass without LoRAs from the same noise, for as long as the method wants to look.
 
         Args:
-            noise: Of this part, (rows, c, h, w).
+            noise: The noise of this part, (rows, c, h, w).
             rows: Where the part stands in the batch.
-            conditions: As the denoiser is given them.
+            conditions: The prompts as the denoiser is given them.
         """
         method, plan, config = self._pipe.composition, self._plan, self._walker.config
         if "prior" not in method.needs:
@@ -78,17 +78,17 @@ class WalkMasks:
 
 
 class NoMasks:
-    """In the place of `WalkMasks` for gates that weigh alone."""
+    """Takes the place of `WalkMasks` for gates that weigh LoRAs without masks: every method does nothing."""
 
     def known(self) -> Any:
-        """Nothing to know."""
+        """A `with` block that changes nothing."""
         return nullcontext()
 
     def encoded(self, conditions: Conditions) -> None:
-        """Nobody asks."""
+        """Does nothing: these gates read no words."""
 
     def find(self, noise: Tensor, rows: slice, conditions: Conditions) -> None:
-        """There is nothing to find."""
+        """Does nothing: these gates have no masks."""
 
 
 def check_triggers(pipe: Any, prompts: Sequence[str]) -> None:

@@ -17,10 +17,10 @@ class Drawn:
     Attributes:
         prompts: Index of each picture's prompt.
         noisy: The latents that the denoiser was asked about, (batch, ...), without a graph.
-        timestep: Of these.
+        timestep: The timestep of `noisy`.
         prediction: What it said, guidance included, of their shape, fp32.
-        latents: Those of the picture: the clean ones that the prediction means, or the next ones of the walk.
-        decode: Latents in, pictures out; it is asked only where `images` are.
+        latents: What is judged as the picture: the clean latents that the prediction implies, or the next of the walk.
+        decode: Turns latents into pictures; called only when `images` is read.
     """
 
     prompts: Sequence[int]
@@ -47,5 +47,5 @@ class Objective(Protocol):
         ...
 
     def made_of(self) -> tuple[Sequence[Tensor], Sequence[str]]:
-        """Tensors and texts that tell it from others: a checkpoint of one objective is refused by another."""
+        """Tensors and texts that identify the objective, so that a checkpoint of one is refused by another."""
         ...

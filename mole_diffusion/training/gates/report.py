@@ -34,7 +34,7 @@ class TrainingReport:
 
     Args:
         pipe: The pipeline.
-        config: Of the training.
+        config: The settings of the training.
         prompts: Those trained on.
         concepts: By the names of their LoRAs.
         clip_texts: What CLIP read for each prompt.

@@ -32,9 +32,9 @@ class TrainingStep:
         walker: Asks the models.
         objective: Judges what was drawn.
         gates: What is trained.
-        optimizer: Its optimiser.
-        precision: In which numbers it computes.
-        processes: Those that share the batch.
+        optimizer: The optimiser of the gates.
+        precision: The number format it computes in.
+        processes: The processes that share the batch.
     """
 
     config: GateTrainingConfig
@@ -48,7 +48,7 @@ class TrainingStep:
     processes: Processes
 
     def learning_rate(self, step: int) -> float:
-        """Of one step."""
+        """The learning rate of a step, counted from 0."""
         config = self.config
         factor = learning_rate_factor(step, config.steps, config.warmup_steps, config.learning_rate_schedule)
         return config.learning_rate * factor

@@ -42,7 +42,7 @@ class LoRATrainingConfig:
             picture the size and shape it has (cut to whole latents), and a batch holds pictures of one size.
         mixed_precision: "no", "bf16", or (on a GPU) "fp16".
         checkpoint_every: Steps between checkpoints when a work folder is given; 0 writes one at the end only.
-        seed: Of the starting factors and of every sample.
+        seed: Seed of the starting factors and of every sample.
 
     Raises:
         MoLEError: A value is out of range, or captions and prompts are both given or both missing.
