@@ -55,7 +55,7 @@ class TensorFileError(MoLEError):
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """What a header says of one tensor."""
 
     dtype: torch.dtype
@@ -108,7 +108,7 @@ class TensorFile:
             tensors = safetensors.torch.load(data)
         except (SafetensorError, OSError) as error:
             raise _damaged(error) from None
-        if {name: Entry(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()} != self.entries:
+        if {name: TensorEntry(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()} != self.entries:
             raise TensorFileError("changed while it was read", "Try again when it is written.")
         return tensors, hashlib.sha256(data).hexdigest()
 
@@ -149,13 +149,13 @@ def _check_names(names: list[str]) -> None:
         )
 
 
-def _entry(name: str, dtype: str, shape: list[int]) -> Entry:
+def _entry(name: str, dtype: str, shape: list[int]) -> TensorEntry:
     if dtype not in DTYPES:
         raise TensorFileError(
             f"values of type {dtype}, which are quantised or no plain numbers: '{printable(name, 100)}'",
             "Save it in floating point, such as bfloat16.",
         )
-    return Entry(DTYPES[dtype], tuple(shape))
+    return TensorEntry(DTYPES[dtype], tuple(shape))
 
 
 def _damaged(error: Exception) -> TensorFileError:

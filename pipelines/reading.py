@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..composition.call import Call
 from ..composition.prompt import PromptWords
-from ..composition.words import require_triggers, trigger_tokens
+from ..composition.trigger_words import require_triggers, trigger_tokens
 from ..errors import MoLEError
 from ..families.base import Reading, spelled
 from .loaded import Loaded

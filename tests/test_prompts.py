@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mole_diffusion.cli.gate_inputs import read_prompts as read_for_training
+from mole_diffusion.cli.gate_inputs import read_training_prompts as read_for_training
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.prompts import read_prompt_lines, read_prompts
 

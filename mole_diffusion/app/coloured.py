@@ -6,7 +6,7 @@ import html
 from collections.abc import Mapping, Sequence
 
 from ..composition.overlay import colour_of
-from ..composition.words import phrase_pattern
+from ..composition.trigger_words import phrase_pattern
 
 DARK, LIGHT = "#1c1c20", "#ffffff"
 

@@ -25,7 +25,7 @@ class ConceptFiles:
     references: str
 
 
-def read_concepts(given: Any) -> dict[str, ConceptFiles]:
+def read_concept_files(given: Any) -> dict[str, ConceptFiles]:
     """Reads the concepts of a study by name: those of the toybox, or a mapping of each to the fields of `ConceptFiles`.
 
     Raises:

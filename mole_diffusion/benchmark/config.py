@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mole_diffusion.benchmark.cell import Cell
-from mole_diffusion.benchmark.concepts import ConceptFiles, read_concepts
+from mole_diffusion.benchmark.concepts import ConceptFiles, read_concept_files
 from mole_diffusion.benchmark.methods import Method, read_methods
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.yaml_files import read_yaml
@@ -108,7 +108,7 @@ class BenchmarkConfig:
         if unknown or missing:
             what = f"unknown key {unknown[0]!r}" if unknown else f"missing key {missing[0]!r}"
             raise MoLEError(f"{what}. A benchmark has {', '.join(known)}.")
-        values["concepts"] = read_concepts(values["concepts"])
+        values["concepts"] = read_concept_files(values["concepts"])
         values["compositions"] = [_composition(entry, values["concepts"]) for entry in _list(values, "compositions")]
         _no_repeats("compositions", ["+".join(names) for names in values["compositions"]])
         values["keep"] = _keep(values["keep"], values["compositions"])

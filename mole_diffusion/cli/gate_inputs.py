@@ -52,7 +52,7 @@ def read_gate_training(
     own, known = toybox_loras(lora) if base == "toybox" else (list(lora), {})
     files = read_pairs("--lora", own)
     concepts = known | read_concepts(files, token, class_name, description, references)
-    texts = read_prompts(prompt, prompts, template, concepts)
+    texts = read_training_prompts(prompt, prompts, template, concepts)
     if clip is None and base != "toybox":
         raise MoLEError("--clip is missing. Give a folder, or --clip ViT-B-32 --clip-pretrained laion2b_s34b_b79k.")
     from mole_diffusion import toybox
@@ -124,7 +124,7 @@ def read_concepts(
     }
 
 
-def read_prompts(
+def read_training_prompts(
     prompt: Sequence[str] | None, prompts: Path | None, template: Sequence[str] | None, concepts: Mapping[str, Concept]
 ) -> list[str]:
     """The prompts of all three options together.

@@ -23,7 +23,7 @@ from ..drawing.opening import (
 )
 from ..drawing.settings import LARGEST_SEED
 from ..errors import MoLEError
-from .generate_inputs import picture_files, read_prompt, read_size
+from .generate_inputs import output_files, read_prompt, read_size
 from .inputs import Device
 from .lora_entries import read_chosen, read_loras, read_roles, read_triggers, toybox_name
 from .method_entries import check_places, read_composition, read_composition_options
@@ -131,7 +131,7 @@ def generate(
     files, strengths = read_loras(lora or [], with_toybox=base == "toybox")
     if gates is not None and not files:
         raise MoLEError("--gates weigh LoRAs, and there is no --lora. Give those they were trained for.")
-    pictures = picture_files(out, num_images)
+    pictures = output_files(out, num_images)
     for file in pictures:
         try_file(file)
     if save_masks is not None:

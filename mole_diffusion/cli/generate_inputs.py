@@ -34,7 +34,7 @@ def read_size(height: int | None, width: int | None) -> None:
             raise MoLEError(f"{option} {size}: must be a multiple of 8, such as {max(8, size // 8 * 8)}.")
 
 
-def picture_files(out: Path, count: int) -> list[Path]:
+def output_files(out: Path, count: int) -> list[Path]:
     """Where `count` pictures go: `out` itself, or picture-0.png, picture-1.png … for picture.png.
 
     Raises:

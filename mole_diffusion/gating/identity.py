@@ -14,7 +14,7 @@ class GatesError(MoLEError):
     """Gates that cannot be used as they are: a damaged folder, or LoRAs they were not trained with."""
 
 
-def fingerprint(lora: LoRA) -> dict[str, Any]:
+def lora_identity(lora: LoRA) -> dict[str, Any]:
     """What gates remember of a LoRA: its name, the hash of its factors, its ranks."""
     return {"name": lora.name, "sha256": lora.fingerprint, "ranks": list(lora.ranks)}
 

@@ -29,7 +29,7 @@ from .config import GateConfig
 from .features import feature_grid, read_features, without_filling
 from .folder import key_of, read_gates
 from .gate import Gate
-from .identity import check_loras, fingerprint
+from .identity import check_loras, lora_identity
 from .record import GateRecord
 from .routing import Routing
 from .spec import GateSpec, plan_gates, with_positions
@@ -83,7 +83,7 @@ class MoLEModel(ModelMixin, ConfigMixin):
         config = config or GateConfig()
         _need_attached(experts)
         specs = [with_positions(spec, config, experts) for spec in plan_gates(experts, config)]
-        loras = [fingerprint(lora) for lora in experts.loras]
+        loras = [lora_identity(lora) for lora in experts.loras]
         return cls(gate_config=config.to_dict(), loras=loras, gate_table=[spec.to_dict() for spec in specs])
 
     @property

@@ -17,7 +17,7 @@ from mole_diffusion.errors import MoLEError
 from mole_diffusion.families import COMPONENTS
 from mole_diffusion.lora.errors import LoRAError, refusal
 from mole_diffusion.reading import parse_json, read_text, regular_size
-from mole_diffusion.tensor_files import PICKLE_SUFFIXES, Entry, TensorFile, TensorFileError
+from mole_diffusion.tensor_files import PICKLE_SUFFIXES, TensorEntry, TensorFile, TensorFileError
 
 FOLDER_WEIGHTS = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -42,7 +42,7 @@ class LoRAFile:
 
     source: str
     name: str
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, TensorEntry]
     read: Callable[[], tuple[Mapping[str, Tensor], str]]
     metadata: Mapping[str, str] = field(default_factory=dict)
     peft_config: Config = field(default_factory=dict)
@@ -99,7 +99,7 @@ def _from_state_dict(given: Mapping[str, Tensor]) -> LoRAFile:
             digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return tensors, digest.hexdigest()
 
-    entries = {key: Entry(tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
+    entries = {key: TensorEntry(tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
     return LoRAFile(STATE_DICT, "lora", entries, read)
 
 

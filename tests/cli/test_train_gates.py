@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mole_diffusion import toybox
-from mole_diffusion.cli.gate_inputs import read_concepts, read_prompts, toybox_loras
+from mole_diffusion.cli.gate_inputs import read_concepts, read_training_prompts, toybox_loras
 from mole_diffusion.cli.gate_settings import read_config
 from mole_diffusion.gating import GateConfig
 from mole_diffusion.lora import load_lora, save_lora
@@ -151,9 +151,9 @@ def test_concepts_that_cannot_be_say_why(options: Mapping[str, Any], message: st
 
 def test_prompts_that_cannot_be_say_why(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no prompts: give --prompt, --prompts FILE or --template"):
-        read_prompts(None, None, None, {})
+        read_training_prompts(None, None, None, {})
     with pytest.raises(ValueError, match=r"none\.txt: there is no such file"):
-        read_prompts(None, tmp_path / "none.txt", None, {})
+        read_training_prompts(None, tmp_path / "none.txt", None, {})
 
 
 def test_bad_input_is_one_line_and_exit_code_2(world: Path, tmp_path: Path) -> None:

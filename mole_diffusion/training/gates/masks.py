@@ -14,7 +14,7 @@ from mole_diffusion.composition import Call
 from mole_diffusion.composition.call import running
 from mole_diffusion.families.base import Conditions
 from mole_diffusion.pipelines.reading import prompt_words
-from mole_diffusion.training.gates.walk import Plan, Walker
+from mole_diffusion.training.gates.walk import Walker, WalkPlan
 
 
 class WalkMasks:
@@ -31,7 +31,7 @@ class WalkMasks:
         MoLEError: A prompt does not call every subject by its words.
     """
 
-    def __init__(self, walker: Walker, plan: Plan, prompts: Sequence[str]) -> None:
+    def __init__(self, walker: Walker, plan: WalkPlan, prompts: Sequence[str]) -> None:
         self._walker = walker
         self._pipe = walker.pipe
         self._plan = plan

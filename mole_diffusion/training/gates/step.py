@@ -18,7 +18,7 @@ from mole_diffusion.training.engine.randomness import step_generator
 from mole_diffusion.training.gates.config import GateTrainingConfig
 from mole_diffusion.training.gates.masks import NoMasks, WalkMasks
 from mole_diffusion.training.gates.objective import Drawn, Objective
-from mole_diffusion.training.gates.walk import Plan, Walker
+from mole_diffusion.training.gates.walk import Walker, WalkPlan
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class TrainingStep:
         means = self.processes.average(torch.stack([one.values for _, one in seen]).mean(dim=0))
         return numbers, table._replace(values=means)
 
-    def _masks(self, plan: Plan, chosen: list[int]) -> WalkMasks | NoMasks:
+    def _masks(self, plan: WalkPlan, chosen: list[int]) -> WalkMasks | NoMasks:
         """What one part of the batch knows of its masks."""
         if not self.config.gates.residual:
             return NoMasks()

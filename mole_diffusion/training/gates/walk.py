@@ -15,7 +15,7 @@ from mole_diffusion.training.gates.config import GateTrainingConfig
 
 
 @dataclass(frozen=True)
-class Plan:
+class WalkPlan:
     """What one walk was drawn to be; the same in every process, for the whole batch.
 
     Attributes:
@@ -86,7 +86,7 @@ class Walker:
         side = pixels // self.pipe.vae_scale_factor
         return own[0], side, side
 
-    def plan(self, generator: torch.Generator) -> Plan:
+    def plan(self, generator: torch.Generator) -> WalkPlan:
         """Draws the number of steps, those with a gradient, and the noise."""
         config = self.config
         steps = config.rollout_steps
@@ -98,7 +98,7 @@ class Walker:
         gradient_at = sorted(order[: config.gradient_steps or steps].tolist())
         noise = torch.randn((config.batch_size, *self.latent_shape), generator=generator)
         timesteps = (*self.schedule.trailing_timesteps(steps), self.schedule.clean)
-        return Plan(timesteps, tuple(gradient_at), noise, generator)
+        return WalkPlan(timesteps, tuple(gradient_at), noise, generator)
 
     def encode(self, prompts: list[str]) -> Conditions:
         """What the denoiser is told of prompts, after what it is told of the empty one where there is guidance.

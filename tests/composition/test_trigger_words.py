@@ -12,7 +12,7 @@ from transformers import ByT5Tokenizer, CLIPTokenizer, T5Tokenizer
 
 from mole_diffusion import toybox
 from mole_diffusion.composition import words
-from mole_diffusion.composition.words import missing_triggers, require_triggers, trigger_tokens
+from mole_diffusion.composition.trigger_words import missing_triggers, require_triggers, trigger_tokens
 from mole_diffusion.errors import MoLEError
 
 TRIGGERS = {"cat": ("<v1> cat", "sks"), "boot": ("red boot",), "any": ("cat",), "none": ()}
