@@ -11,7 +11,7 @@ from torch import nn
 from ..composition import Role
 from ..errors import MoLEError
 from ..experts import Experts
-from ..experts.attach import refuse_adapters
+from ..experts.refusals import refuse_adapters
 from ..families import COMPONENTS, Family, family_of
 from ..lora import LoRA, load_lora
 from .embeddings import add_embeddings, check_embeddings, remove_embeddings

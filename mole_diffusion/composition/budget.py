@@ -77,7 +77,7 @@ def site_gram(site: Site) -> Tensor:
         up, down = (x.double().to(device).flatten(1) for x in (stack.up_as(torch.float64), stack.down))
         owner = stack.expert_of_rank.to(device)
         terms = site.beside.changes(site.name)
-        changes = {i: up[:, owner == i] @ down[owner == i] + terms.get(i, 0) for i in stack.experts}
+        changes = {i: up[:, owner == i] @ down[owner == i] + terms.get(i, 0) for i in stack.indices}
         gram = torch.zeros(stack.num_experts, stack.num_experts, dtype=torch.float64, device=device)
         for i, first in changes.items():
             for j, second in changes.items():

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import MoLEError
@@ -20,7 +19,7 @@ _ROOTS: WeakKeyDictionary[ExpertStack, Tensor] = WeakKeyDictionary()
 
 @dataclass(frozen=True, eq=False)
 class _Parts:
-    """Weights at the modules that the same LoRAs touch, before tokens are given away; each `(rows, 1, N)`.
+    """Weights at the modules that the same LoRAs touch, before tokens are given away; each `(N, rows, 1)`.
 
     Attributes:
         made_of: What they were worked out from.
@@ -28,9 +27,9 @@ class _Parts:
         lost: The weight of a LoRA at a token that is not its own.
         gain: What winning a token adds to it.
         won: Both.
-        shared: The weight where there are no tokens.
+        shared: The weight where there are no tokens, `(rows, 1, N)`.
         everybody: Whether all compete everywhere.
-        index: 0 to N - 1.
+        index: 0 to N - 1, `(N, 1, 1)`.
     """
 
     made_of: tuple[Tensor, Tensor]
@@ -69,40 +68,50 @@ class NormRouter(Composition):
         self.temperature = temperature
 
     def weigh(self, site: Site, projections: Projections, run: Run) -> Tensor:
-        projected, parts = projections.tensors[site.name], self._parts(site, run)
-        if projected.shape[1] == 1:
+        parts = self._parts(site, run)
+        if projections.tokens == 1:
             return parts.shared
-        ratios = whole_norms(site, projections)
-        there = run.told.there(site.reads, ratios.shape[1])
-        if there is None or len(there) != len(ratios):
-            means = ratios.mean(dim=1, keepdim=True)
+        norms = whole_norms(site, projections)  # (N, batch, tokens): what follows runs along the longer axis
+        there = run.told.there(site.reads, projections.tokens)
+        if there is None or len(there) != projections.batch:
+            means = norms.mean(dim=2, keepdim=True)
         else:  # what fills up a prompt says nothing
-            counted = there.to(ratios)[..., None]
-            means = (ratios * counted).sum(dim=1, keepdim=True) / counted.sum(dim=1, keepdim=True)
-        ratios = ratios / means.clamp_min_(torch.finfo(ratios.dtype).tiny)
+            counted = there.to(norms)
+            means = (norms * counted).sum(dim=2, keepdim=True) / counted.sum(dim=1)[:, None]
+        ratios = norms / means.clamp_min_(torch.finfo(norms.dtype).tiny)
         if not parts.everybody:
             ratios = ratios.masked_fill(parts.competing == 0, float("-inf"))
         if self.temperature > 0:
-            shares = torch.softmax(ratios / self.temperature, dim=-1).nan_to_num()  # of nobody, where nobody competes
-            return torch.addcmul(parts.lost, shares, parts.gain)
-        return torch.where(ratios.argmax(dim=-1, keepdim=True) == parts.index, parts.won, parts.lost)
+            shares = torch.softmax(ratios / self.temperature, dim=0).nan_to_num()  # of nobody, where nobody competes
+            weights = torch.addcmul(parts.lost, shares, parts.gain)
+        else:
+            weights = torch.where(ratios.argmax(dim=0) == parts.index, parts.won, parts.lost)
+        return weights.movedim(0, 2)
 
     def _parts(self, site: Site, run: Run) -> _Parts:
         """Kept until the call ends or the choice of LoRAs changes: asked at every module, they cost more than norms."""
         known = run.notes if run.call is None else run.call.state
-        key = (self, run.component, site.stack.experts)
+        key = (self, run.component, site.stack.indices)
         parts: _Parts | None = known.get(key)
         if parts is None or parts.made_of[0] is not run.keep or parts.made_of[1] is not run.scale:
             subject, scale = roles(run, "subject"), run.scale[:, None]
             there = torch.zeros_like(subject)
-            there[list(site.stack.experts)] = 1
+            there[list(site.stack.indices)] = 1
             competing = (run.keep * subject * there)[:, None]
             lost = (run.keep * (1 - subject))[:, None] * scale
             gain = competing * scale
             shared = lost + gain / competing.sum(dim=-1, keepdim=True).clamp(min=1)
             everybody, index = bool(competing.all()), torch.arange(len(subject), device=subject.device)
-            made_of = run.keep, run.scale
-            known[key] = parts = _Parts(made_of, competing, lost, gain, lost + gain, shared, everybody, index)
+            known[key] = parts = _Parts(
+                (run.keep, run.scale),
+                competing.movedim(2, 0),
+                lost.movedim(2, 0),
+                gain.movedim(2, 0),
+                (lost + gain).movedim(2, 0),
+                shared,
+                everybody,
+                index[:, None, None],
+            )
         return parts
 
 
@@ -113,39 +122,46 @@ def output_norms(stack: ExpertStack, projected: Tensor) -> Tensor:
 
     Args:
         stack: The LoRAs at a module.
-        projected: z = down x, `(batch, tokens, R)`.
+        projected: z = down x, `(batch * tokens, R)`, or `(batch, R, tokens)` of a convolution.
 
     Returns:
-        `(batch, tokens, N)`, float32; 0 for a LoRA that does not touch the module.
+        `(N, batch * tokens)`, or `(N, batch, tokens)`, float32; 0 for a LoRA that does not touch the module.
     """
     root = _ROOTS.get(stack)
     if root is None or root.device != projected.device:
         _ROOTS[stack] = root = _root(stack).to(projected.device)
-    return torch.linalg.vector_norm(F.linear(projected.float(), root).unflatten(-1, (stack.num_experts, -1)), dim=-1)
+    whole = root.flatten(0, 1) @ (projected if stack.is_convolution else projected.t()).float()
+    at = whole.ndim - 2
+    norms = whole.unflatten(at, root.shape[:2]).square().sum(dim=at + 1).sqrt()
+    return norms.movedim(at, 0)
 
 
 def whole_norms(site: Site, projections: Projections) -> Tensor:
-    """`output_norms` also of LoRAs that add more than a product of small rank, whose outputs are made."""
-    projected = projections.tensors[site.name]
-    norms = output_norms(site.stack, projected)
+    """`output_norms` also of LoRAs that add more than a product of small rank, whose outputs are made.
+
+    Returns:
+        `(N, batch, tokens)`.
+    """
+    norms = output_norms(site.stack, projections.rows[site.name])
+    norms = norms.reshape(len(norms), projections.batch, projections.tokens)
     if site.beside is None or projections.base is None:
         return norms
-    projected = projected.float()
+    projected = projections.tensors[site.name].float()
     up, owner = (x.to(projected.device) for x in (site.stack.up_as(torch.float32), site.stack.expert_of_rank))
-    terms = site.beside.outputs(projections.hidden_states, projections.base, site.stack.experts)
+    terms = site.beside.outputs(projections.hidden_states, projections.base, site.stack.indices)
     for index, term in terms.items():
         its = owner == index
-        norms[..., index] = (projected[..., its] @ up[:, its].T + term.float()).norm(dim=-1)
+        norms[index] = (projected[..., its] @ up[:, its].T + term.float()).norm(dim=-1)
     return norms
 
 
 def _root(stack: ExpertStack) -> Tensor:
-    """R of each LoRA in rows of its own, all as many, `(N * rows, R)`; zero elsewhere."""
-    ups = stack.up_as(torch.float32).split([stack.ranks[expert] for expert in stack.experts], dim=1)
+    """R of each LoRA in rows of its own, all as many, `(N, rows, R)`; zero elsewhere."""
+    ups = stack.up_as(torch.float32).split([stack.ranks[expert] for expert in stack.indices], dim=1)
     triangles = [torch.linalg.qr(up, mode="r").R for up in ups]
     rows = max([1, *map(len, triangles)])
     root, column = torch.zeros(stack.num_experts, rows, sum(stack.ranks)), 0
-    for expert, triangle in zip(stack.experts, triangles, strict=True):
+    for expert, triangle in zip(stack.indices, triangles, strict=True):
         root[expert, : len(triangle), column : column + triangle.shape[1]] = triangle
         column += triangle.shape[1]
-    return root.flatten(0, 1)
+    return root

@@ -67,8 +67,7 @@ class RegionalComposition(Composition):
         region_map: RegionMap | None = run.notes["regions"]
         if region_map is None:
             return None
-        projected = projections.tensors[site.name]
-        rows, tokens = projected.shape[:2]
+        rows, tokens = projections.batch, projections.tokens
         if site.reads == "vector":
             return self._kept(run, "vector", (), lambda: self._vector(run)[:, None])
         text, joint, size = run.encoder_hidden_states, run.told.joint, run.sample_size

@@ -61,7 +61,7 @@ class StepComposition(Composition):
         if "weights" not in run.notes:
             weights = self._numbers(run) * run.scale  # (passes, rows, num_experts)
             if run.passes > 1:
-                batch = len(projections.tensors[site.name]) // run.passes
+                batch = projections.batch // run.passes
                 weights = weights.expand(-1, batch, -1)
             run.notes["weights"] = self._as_before(weights.flatten(0, 1)[:, None], run)
         weights = run.notes["weights"]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from .attach import AttachError
 from .experts import Experts
 from .processor import MoLEAttnProcessor
+from .refusals import AttachError
 from .run import Run, Weigher, in_backward
 from .site import Projections, Site
 from .stack import ExpertStack

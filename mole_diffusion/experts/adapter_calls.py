@@ -64,7 +64,7 @@ def answered() -> Iterator[None]:
 
 
 def guard(model: nn.Module, names: Sequence[str]) -> None:
-    """Has the calls of a model answer for the experts of these names, until :func:`release`."""
+    """Has the calls of a model answer for the experts of these names, until `release`."""
     _NAMES.setdefault(model, []).append(names)
     for call in (*REFUSED, *THEIRS, *ADDING, LISTING):
         if hasattr(type(model), call):
@@ -72,7 +72,7 @@ def guard(model: nn.Module, names: Sequence[str]) -> None:
 
 
 def release(model: nn.Module, names: Sequence[str]) -> None:
-    """Undoes :func:`guard`."""
+    """Undoes `guard`."""
     others = _NAMES[model]
     others.remove(names)
     if not others:

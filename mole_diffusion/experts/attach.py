@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -12,12 +12,13 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0, Fu
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..errors import MoLEError
 from ..families import Architecture, Joint, Told
 from . import compiled
 from .compiled import Place
+from .hooks import SiteHook, Watch
 from .meeting import Meeting
-from .processor import AddExperts, AttentionSeam, MoLEAttnProcessor
+from .processor import AddExperts, MoLEAttnProcessor
+from .refusals import AttachError, refuse_adapters, refuse_bypassed, refuse_fused
 from .seam import LayerSeam
 from .site import Site
 
@@ -26,11 +27,6 @@ ENGINES: tuple[Engine, ...] = ("auto", "hooks", "processors")
 # Perturbed and self-attention guidance: their processors take the batch for two or three parts of equal size.
 POSITIONAL = ("PAG", "CrossAttnStore", "SAG")
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
-FUSED = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
-
-
-class AttachError(MoLEError):
-    """Experts cannot be hung on a model, or would silently do nothing there."""
 
 
 class Attachment:
@@ -40,15 +36,15 @@ class Attachment:
         model: The component.
         architecture: What is known of it.
         sites: Its adapted modules.
-        engine: ``"hooks"``: a forward hook on every site. ``"processors"`` and ``"auto"``: attention layers that run
-            the stock ``AttnProcessor2_0`` get a :class:`MoLEAttnProcessor`, everything else a hook. With
-            ``"processors"`` a component without such a layer is an error.
+        engine: `"hooks"`: a forward hook on every site. `"processors"` and `"auto"`: attention layers that run
+            the stock `AttnProcessor2_0` get a `MoLEAttnProcessor`, everything else a hook. With
+            `"processors"` a component without such a layer is an error.
         add: Adds the experts' share to a site's output.
         seam: What an attention layer of a denoiser asks, by its name, whether it attends to the prompt, and its scale;
-            ``None`` in a text encoder.
+            `None` in a text encoder.
         where: Says where words and pixels stand in the sequences of both, in the present pass.
         begin: Called with the root's arguments before every forward pass of the component; may return others.
-        end: Called with its output after, or with ``None`` after an exception; may return another output.
+        end: Called with its output after, or with `None` after an exception; may return another output.
         tell: The same as `begin` for a compiled graph, which cannot widen a batch.
         serve: The same as `add` for a compiled graph.
 
@@ -78,12 +74,12 @@ class Attachment:
         self._add = add
         self._seam = seam
         self._handles: list[RemovableHandle] = []
-        self._site_hooks: dict[str, _SiteHook] = {}
-        self._watch_hooks: dict[str, _Watch] = {}
+        self._site_hooks: dict[str, SiteHook] = {}
+        self._watch_hooks: dict[str, Watch] = {}
         self._made: list[MoLEAttnProcessor] = []
         # attention name -> (layer, its own processor, ours)
         self._swapped: dict[str, tuple[Attention, Any, MoLEAttnProcessor]] = {}
-        self._fired: set[str] | None = set()
+        self._all_reached = False
         self._order = compiled.new_order()
         self._places = [Place(self._order, tell), Place(self._order, functools.partial(end, None))]
         self._argument_names = tuple(inspect.signature(model.forward).parameters)
@@ -161,12 +157,6 @@ class Attachment:
                     "the batch by position. Use a composition of one pass (masks), or draw without that processor."
                 )
 
-    def fired(self, site: Site) -> None:
-        """Note that a site was reached; only the first forward pass is watched."""
-        fired = self._fired  # another thread may end its pass meanwhile
-        if fired is not None:
-            fired.add(site.module_name)
-
     def _swap_processors(self) -> None:
         """Our processor in every layer whose own is understood; also where no LoRA is, for methods that watch."""
         layers = {**self._layers, **{name: layer for name, (layer, _) in self._attentions.items()}}
@@ -196,14 +186,13 @@ class Attachment:
             if name in ours_now and name in self._watch_hooks:
                 self._watch_hooks.pop(name).remove()
             elif name not in ours_now and name not in self._watch_hooks and self._seam is not None:
-                self._watch_hooks[name] = _Watch(layer, self._ask(name, layer.is_cross_attention, layer))
+                self._watch_hooks[name] = Watch(layer, self._ask(name, layer.is_cross_attention, layer))
         for site in self.sites:
             name = site.module_name
             if name in served and name in self._site_hooks:
                 self._site_hooks.pop(name).remove()
             elif name not in served and name not in self._site_hooks:
-                hook = functools.partial(_site_hook, self._add, site)
-                self._site_hooks[name] = _SiteHook(site.module, hook)
+                self._site_hooks[name] = SiteHook(site, self._add)
 
     def _ask(self, name: str, crossed: bool, layer: Any) -> LayerSeam:
         assert self._seam is not None
@@ -221,10 +210,10 @@ class Attachment:
             self._find_modules()
             if self._engine != "hooks":
                 self._swap_processors()
-            _refuse_fused(self.component, self._attentions)
+            refuse_fused(self.component, {name: layer for name, (layer, _) in self._attentions.items()})
             self._place_hooks()
             self._look()
-        _refuse_bypassed(self.component, self._parents)
+        refuse_bypassed(self.component, self._parents)
         return self._begin(model, args, kwargs)
 
     def _look(self) -> None:
@@ -263,18 +252,17 @@ class Attachment:
                 self._parents[site.module_name] = _parent(self.model, site.module_name)
                 if site.module_name in self._site_hooks:
                     self._site_hooks.pop(site.module_name).remove()
-                self._fired = set() if self._fired is None else self._fired  # look again whether it is reached
+                site.seen, self._all_reached = None, False  # look again whether it is reached
 
     def _after_forward(self, model: nn.Module, args: Any, output: Any) -> Any:
         if torch.compiler.is_compiling():
             compiled.end(self._places[1])
             return None
         result = self._end(output)
-        fired = self._fired
-        if output is None or fired is None:  # an exception is on its way, or the check was passed before
+        if output is None or self._all_reached:  # an exception is on its way, or the check was passed before
             return result
-        missing = [site.module_name for site in self.sites if site.module_name not in fired]
-        self._fired = set() if missing else None  # look again next time
+        missing = [site.module_name for site in self.sites if site.seen is None]
+        self._all_reached = not missing
         if missing:
             shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
             raise AttachError(
@@ -288,106 +276,14 @@ class Attachment:
 def refuse_unfit(component: str, model: nn.Module, sites: Sequence[Site]) -> None:
     """Raises AttachError if a model carries an adapter or its modules are bypassed: experts there would do nothing."""
     refuse_adapters(component, model)
-    _refuse_fused(component, _attentions(model, sites))
-    _refuse_bypassed(component, {site.module_name: _parent(model, site.module_name) for site in sites})
-
-
-def _refuse_fused(component: str, attentions: Mapping[str, tuple[Any, dict[str, Site]]]) -> None:
-    fused = [
-        name
-        for name, (layer, _) in attentions.items()
-        if type(layer.processor).__name__.startswith("Fused") and type(layer.processor) is not FusedAttnProcessor2_0
-    ]
-    if fused:
-        kind = type(attentions[fused[0]][0].processor).__name__
-        raise AttachError(
-            f"{component} has fused query, key and value projections ({fused[0]}: {kind}), which bypass the modules "
-            "the LoRAs adapt. Call `unfuse_qkv_projections()` first."
-        )
-
-
-def _refuse_bypassed(component: str, parents: Mapping[str, tuple[nn.Module, str]]) -> None:
-    """Transformers that fuse their projections say so on the attention layer, whose processor stays the same."""
-    for name, (parent, leaf) in parents.items():
-        if leaf in FUSED and getattr(parent, "fused_projections", False) and not isinstance(parent, Attention):
-            raise AttachError(
-                f"{component} has fused query, key and value projections ({name.rpartition('.')[0]}), which bypass the "
-                "modules the LoRAs adapt. Call `unfuse_qkv_projections()` first."
-            )
+    refuse_fused(component, {name: layer for name, (layer, _) in _attentions(model, sites).items()})
+    refuse_bypassed(component, {site.module_name: _parent(model, site.module_name) for site in sites})
 
 
 def _parent(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     """The module that holds another, and the other's name there."""
     above, _, leaf = name.rpartition(".")
     return model.get_submodule(above), leaf
-
-
-def _site_hook(
-    add: AddExperts, site: Site, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
-) -> Tensor:
-    hidden_states: Tensor = args[0] if args else next(iter(kwargs.values()))
-    if site.place is not None and torch.compiler.is_compiling():
-        return compiled.add(site.place, hidden_states, output)
-    return add(site, hidden_states, output)
-
-
-class _SiteHook:
-    """A forward hook under the same key in every module, where torch takes another for each.
-
-    Blocks of one kind that are compiled share a graph only where nothing in them differs.
-    """
-
-    KEY: Any = "mole_diffusion"
-
-    def __init__(self, module: nn.Module, hook: Callable[..., Tensor]) -> None:
-        self._module = module
-        self._key = self.KEY
-        while self._key in module._forward_hooks:  # other LoRAs of ours
-            self._key += "'"
-        module._forward_hooks[self._key] = hook
-        module._forward_hooks_with_kwargs[self._key] = True
-
-    def remove(self) -> None:
-        self._module._forward_hooks.pop(self._key, None)
-        self._module._forward_hooks_with_kwargs.pop(self._key, None)
-
-
-class _Watch:
-    """The seam of a layer with somebody else's processor, by hooks: its own projections of the same input show what it
-    attends to, and a bias goes in as the attention mask that every processor knows."""
-
-    def __init__(self, layer: Attention, seam: AttentionSeam) -> None:
-        self._seam = seam
-        self._handles = [
-            layer.register_forward_pre_hook(self._before, with_kwargs=True),
-            layer.register_forward_hook(self._after, with_kwargs=True),
-        ]
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _before(self, layer: Attention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if torch.compiler.is_compiling() or not self._seam.biased():
-            return None
-        bias = self._seam.bias(*self._projections(layer, args, kwargs))
-        if bias is None:
-            return None
-        mask = kwargs.get("attention_mask")
-        return args, {**kwargs, "attention_mask": bias[:, 0] if mask is None else mask + bias[:, 0]}
-
-    def _after(self, layer: Attention, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        if not torch.compiler.is_compiling() and self._seam.watched():
-            self._seam.attended(*self._projections(layer, args, kwargs), output)
-
-    def _projections(self, layer: Attention, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        hidden_states = args[0] if args else kwargs["hidden_states"]
-        context = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
-        context = context[0] if isinstance(context, tuple) else context  # an IP-Adapter's: the text, then its pictures
-        query = layer.to_q(hidden_states)
-        key = layer.to_k(hidden_states if context is None else context)
-        query, key = (x.unflatten(-1, (layer.heads, -1)).transpose(1, 2) for x in (query, key))
-        return query, key
 
 
 def _meeting_layers(model: nn.Module, architecture: Architecture) -> list[tuple[str, nn.Module]]:
@@ -417,25 +313,3 @@ def _attentions(model: nn.Module, sites: Sequence[Site]) -> dict[str, tuple[Any,
                 if isinstance(layer, Attention):
                     found.setdefault(parent, (layer, {}))[1][projection] = site
     return found
-
-
-def refuse_adapters(component: str, model: nn.Module) -> None:
-    """Raises AttachError if adapters of PEFT are on a model, as `load_lora_weights` leaves them."""
-    for name, module in model.named_modules():
-        if hasattr(module, "base_layer") and type(module).__module__.startswith("peft."):
-            loaded = ", ".join(getattr(module, "lora_A", {})) or "an adapter"
-            raise AttachError(
-                f"{component} carries a PEFT adapter ({loaded}, at {name}), as `load_lora_weights` leaves it. Load "
-                "that file with `load_loras` beside the others, or call `fuse_lora()`, then `unload_lora_weights()`."
-            )
-
-
-def refuse_compiled(component: str, model: nn.Module) -> None:
-    """Raises AttachError if a model or a part of it is compiled already."""
-    for name, module in model.named_modules():
-        compiled = module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
-        if compiled:
-            raise AttachError(
-                f"{component}{'.' + name if name else ''} is compiled; a compiled graph does not see hooks added "
-                "later. Load the LoRAs before `torch.compile`."
-            )

@@ -19,17 +19,17 @@ COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass(frozen=True, eq=False)
 class Term:
-    """What one LoRA adds beside its rows: ``rows * s (w1 ⊗ w2) (columns * x) + (rows - 1) * W x + bias``.
+    """What one LoRA adds beside its rows: `rows * s (w1 ⊗ w2) (columns * x) + (rows - 1) * W x + bias`.
 
-    DoRA, eq. 5 of https://arxiv.org/abs/2402.09353, with its constants worked out: ``c (W + s D) x - W x`` is
-    ``c s D x`` and, beside it, ``(c - 1) W x``, of which the module has made ``W x`` already. Where magnitudes are
-    those of columns, ``W`` is applied once more, to ``(columns - 1) * x``.
+    DoRA, eq. 5 of https://arxiv.org/abs/2402.09353, with its constants worked out: `c (W + s D) x - W x` is
+    `c s D x` and, beside it, `(c - 1) W x`, of which the module has made `W x` already. Where magnitudes are
+    those of columns, `W` is applied once more, to `(columns - 1) * x`.
 
     Attributes:
         kronecker: Of LoKr, s in its first factor.
-        rows: c of every output, ``(d_out,)``.
-        columns: c of every input, ``(d_in,)``.
-        bias: Change of the module's bias, ``(d_out,)``.
+        rows: c of every output, `(d_out,)`.
+        columns: c of every input, `(d_in,)`.
+        bias: Change of the module's bias, `(d_out,)`.
         rows_beyond, columns_beyond: c - 1, taken before it is rounded: c is near 1, and the rest would be lost.
     """
 
@@ -68,7 +68,7 @@ class Beside:
         return isinstance(self.module, nn.Conv2d)
 
     def outputs(self, hidden_states: Tensor, output: Tensor, among: Sequence[int]) -> dict[int, Tensor]:
-        """What each LoRA's term adds, ``(batch, positions, d_out)``.
+        """What each LoRA's term adds, `(batch, positions, d_out)`.
 
         Args:
             hidden_states: The module's input.
@@ -82,12 +82,12 @@ class Beside:
         return {index: self._apply(terms[index], x, base) for index in among if index in terms}
 
     def add(self, hidden_states: Tensor, output: Tensor, weights: Tensor, among: Sequence[int]) -> Tensor | None:
-        """The weighed terms in the shape of ``output``, before anything was added to that; None if there are none.
+        """The weighed terms in the shape of `output`, before anything was added to that; None if there are none.
 
         Args:
             hidden_states: The module's input.
             output: What the base module gave.
-            weights: gamma, ``(batch | 1, positions | 1, N)``.
+            weights: gamma, `(batch | 1, positions | 1, N)`.
             among: Indices of the LoRAs that take part.
         """
         found = self.outputs(hidden_states, output, among)
@@ -101,7 +101,7 @@ class Beside:
         return added.reshape(output.shape)
 
     def changes(self, place: str) -> dict[int, Tensor]:
-        """The changes of weight that the terms amount to, ``(d_out, d_in * kernel)`` in float64.
+        """The changes of weight that the terms amount to, `(d_out, d_in * kernel)` in float64.
 
         Args:
             place: Name of the module, for messages.

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..errors import MoLEError
 from ..families import Joint, Told
+from .run import Run
 
 _NUMBERS = itertools.count()
 # What runs in Python is not in a recorded CUDA graph: inductor records around it.
@@ -37,10 +38,10 @@ class Place:
 
     Args:
         order: The tensor that keeps operators in order; one for a component.
-        serve: What is done there. After :meth:`retire` nothing is, for a graph may outlive the LoRAs.
+        serve: What is done there. After `retire` nothing is, for a graph may outlive the LoRAs.
 
     Attributes:
-        number: ``(1,)``, what the graph finds it by.
+        number: `(1,)`, what the graph finds it by.
     """
 
     def __init__(self, order: Tensor, serve: Served) -> None:
@@ -58,7 +59,7 @@ _PLACES: WeakValueDictionary[int, Place] = WeakValueDictionary()
 
 
 def new_order() -> Tensor:
-    """See :class:`Place`."""
+    """See `Place`."""
     return torch.zeros(1)
 
 
@@ -115,7 +116,7 @@ def add(place: Place, hidden_states: Tensor, output: Tensor) -> Tensor:
 
 
 def attend(place: Place, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """In a graph: attention that somebody may watch or add a bias to. ``(batch, tokens, heads * d)``."""
+    """In a graph: attention that somebody may watch or add a bias to. `(batch, tokens, heads * d)`."""
     attended: Tensor = _attend(place.order, place.number, query, key, value, mask)
     return attended
 
@@ -126,7 +127,7 @@ def end(place: Place) -> None:
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """``(batch, heads, tokens, d)`` each, to ``(batch, tokens, heads * d)``."""
+    """`(batch, heads, tokens, d)` each, to `(batch, tokens, heads * d)`."""
     attended = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     return attended.transpose(1, 2).flatten(2).to(query.dtype)
 
@@ -180,4 +181,27 @@ def refuse_learning(weigher: Any) -> None:
         raise MoLEError(
             "a compiled model gives gates no gradient. Train them on the model without `torch.compile`; to draw, call "
             "it inside `torch.no_grad()`."
+        )
+
+
+def refuse_method(component: str, run: Run, reads_attention: bool) -> None:
+    """Raises MoLEError where a method needs more of a pass than a compiled graph has.
+
+    Args:
+        component: The denoiser.
+        run: The pass.
+        reads_attention: Whether attention is read by hooks there, which a graph passes by.
+    """
+    name = getattr(run.weigher, "name", "in use")
+    if run.passes > 1:
+        raise MoLEError(
+            f"composition {name!r} runs the denoiser {run.passes} times at once, "
+            f"and a compiled graph of {component} is for one. Draw with it before `torch.compile`, or choose a "
+            "composition of one pass, such as masks or budget."
+        )
+    if reads_attention and run.active and "attention" in getattr(run.weigher, "needs", ()):
+        raise MoLEError(
+            f"composition {name!r} reads the attention of {component}, which a "
+            "compiled graph does not show here. Draw with it before `torch.compile`, or choose another, such as "
+            "budget."
         )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -16,26 +16,27 @@ from mole_diffusion.errors import MoLEError
 from ..families import Told, architecture_of, arguments, is_denoiser
 from ..lora import LoRA, LoRAFactors
 from . import adapter_calls
-from .attach import ENGINES, AttachError, Attachment, Engine, refuse_compiled, refuse_unfit
+from .adding import add_experts
+from .attach import ENGINES, Attachment, Engine, refuse_unfit
 from .beside import settle
-from .caches import refuse_caches
-from .choice import CHOICES, Choice, Passes
-from .compiled import refuse_learning
+from .compiled import refuse_learning, refuse_method
 from .packed import packed, unpacked
-from .passes import narrow, tensors, widen
-from .run import Run, Weigher, in_backward
+from .refusals import AttachError, refuse_caches, refuse_compiled
+from .run import Run, Weigher
+from .runs import Runs
 from .seam import LayerSeam
 from .site import Site, group_sites
 from .stack import ExpertStack
+from .widening import narrow, tensors, widen
 
 
 class Experts:
-    """The experts E_i(x) = s_i B_i A_i x of several LoRAs, hung on a model and weighed by a :class:`Weigher`.
+    """The experts E_i(x) = s_i B_i A_i x of several LoRAs, hung on a model and weighed by a `Weigher`.
 
-    Every adapted module computes ``y = W x + sum_i gamma_i E_i(x)``. Factors are frozen; gradients flow to the weights
+    Every adapted module computes `y = W x + sum_i gamma_i E_i(x)`. Factors are frozen; gradients flow to the weights
     gamma and to x. Without a weigher, or with every LoRA masked out, the model is the base model bit for bit.
 
-    Several threads may run the model at once, each inside a :meth:`using` of its own.
+    Several threads may run the model at once, each inside a `using` of its own.
 
     Example::
 
@@ -64,11 +65,8 @@ class Experts:
         self._factors = _by_module(self.loras)
         self._sites: dict[str, Site] = {}
         self._attachments: dict[str, Attachment] = {}
-        self._passes = Passes()
-        self._latest: dict[str, Run] = {}
         self._on_detach: list[Callable[[], None]] = []
-        self._weigher: Weigher | None = None
-        self._everything = Choice(torch.ones(1, self.num_experts), torch.ones(1, self.num_experts), silent=False)
+        self._runs = Runs(self.names)
 
     @property
     def num_experts(self) -> int:
@@ -82,7 +80,7 @@ class Experts:
 
     @property
     def sites(self) -> Mapping[str, Site]:
-        """Adapted modules by ``component.module``; empty while detached."""
+        """Adapted modules by `component.module`; empty while detached."""
         return self._sites
 
     @property
@@ -91,24 +89,23 @@ class Experts:
 
     @property
     def keep(self) -> Tensor:
-        """``(rows | 1, N)`` of 0 and 1: the LoRAs that take part. Gates are renormalised over them."""
-        return self._choice.keep
+        """`(rows | 1, N)` of 0 and 1: the LoRAs that take part. Gates are renormalised over them."""
+        return self._runs.choice.keep
 
     @property
     def scale(self) -> Tensor:
-        """``(rows | 1, N)``: a factor on the final weights."""
-        return self._choice.scale
+        """`(rows | 1, N)`: a factor on the final weights."""
+        return self._runs.choice.scale
 
     @property
     def context(self) -> Run | None:
-        """The denoiser's latest forward pass: timestep, prompt embeddings, sample size. ``None`` before the first."""
-        denoisers = [run for run in self._passes.runs.values() if run.timestep is not None]
-        return denoisers[-1] if denoisers else None
+        """The denoiser's latest forward pass: timestep, prompt embeddings, sample size. `None` before the first."""
+        return self._runs.context
 
     @property
     def weigher(self) -> Weigher | None:
-        """Who weighs where no ``using`` says otherwise; ``None`` is the base model."""
-        return self._weigher
+        """Who weighs where no `using` says otherwise; `None` is the base model."""
+        return self._runs.weigher
 
     @weigher.setter
     def weigher(self, weigher: Weigher | None) -> None:
@@ -118,15 +115,15 @@ class Experts:
         bind = getattr(weigher, "bind", None)
         if bind is not None:
             bind(self)
-        self._weigher = weigher
+        self._runs.weigher = weigher
 
     def attach(self, components: Mapping[str, nn.Module], engine: Engine = "auto") -> None:
         """Hang the experts on a model.
 
         Args:
             components: At least the components the LoRAs touch, by name; others are left alone.
-            engine: ``"auto"``: attention processors in the UNet, hooks for the rest. ``"hooks"``: hooks only.
-                ``"processors"``: as auto, but it is an error if the denoiser's attention takes no processor of ours.
+            engine: `"auto"`: attention processors in the UNet, hooks for the rest. `"hooks"`: hooks only.
+                `"processors"`: as auto, but it is an error if the denoiser's attention takes no processor of ours.
 
         Raises:
             AttachError: If a component or module is missing, compiled, or has fused projections.
@@ -142,19 +139,19 @@ class Experts:
                 # The denoiser also where no LoRA touches it: it says which step it is, and shows its attention.
                 if name in planned or is_denoiser(model):
                     self._attach_component(name, model, planned.get(name, []), engine)
-            self.weigher = self._weigher  # whoever was set before now sees these modules
+            self.weigher = self.weigher  # whoever was set before now sees these modules
         except Exception:
             self.detach()
             raise
 
     def check(self, components: Mapping[str, nn.Module]) -> dict[str, list[Site]]:
-        """Whether :meth:`attach` would take these components; changes nothing on them, also where others hang there.
+        """Whether `attach` would take these components; changes nothing on them, also where others hang there.
 
         Returns:
             By component, the places where experts will sit.
 
         Raises:
-            AttachError, ValueError: As :meth:`attach`.
+            AttachError, ValueError: As `attach`.
         """
         missing = [name for name in self.components if not isinstance(components.get(name), nn.Module)]
         if missing:
@@ -175,15 +172,14 @@ class Experts:
             site.group.start_again()  # what lies on a GPU goes now, and not when garbage is collected
         self._attachments.clear()
         self._sites = {}
-        self._latest.clear()
-        self._passes = Passes()
+        self._runs.forget()
 
     def component(self, name: str) -> nn.Module:
         """The model a component was attached to."""
         return self._attachments[name].model
 
     def on_detach(self, undo: Callable[[], None]) -> None:
-        """Have ``undo()`` called when the experts are detached, say to remove a hook a weigher placed."""
+        """Have `undo()` called when the experts are detached, say to remove a hook a weigher placed."""
         self._on_detach.append(undo)
 
     def run(self, component: str) -> Run:
@@ -191,69 +187,35 @@ class Experts:
 
         A part of the model that is called alone is in a pass of its own, with the present settings.
         """
-        passes = self._passes
-        if component in passes.running:
-            return passes.runs[component]
-        if in_backward() and component in self._latest:
-            return passes.resumed.get(component, self._latest[component])  # a GPU's backward is a thread of its own
-        settings = (self._weigher, self._choice)
-        before, run = passes.alone.get(component, (None, None))
-        if before is None or run is None or any(a is not b for a, b in zip(before, settings, strict=True)):
-            run = self._new_run(component, -1, None, Told(rows=1))
-            passes.alone[component] = settings, run
-        return run
+        return self._runs.run(component)
 
-    @contextmanager
     def using(
         self,
         keep: Tensor | None = None,
         scale: Tensor | None = None,
         weigher: Weigher | None = None,
         call: Any = None,
-    ) -> Iterator[None]:
-        """Choose and scale LoRAs inside a ``with`` block; what was set before comes back on exit.
+    ) -> AbstractContextManager[None]:
+        """Choose and scale LoRAs inside a `with` block; what was set before comes back on exit.
 
         The choice holds for this thread alone.
 
         Args:
-            keep: ``(N,)`` or ``(rows, N)`` of 0 and 1. Rows are the batch of the model's forward, or one.
-            scale: ``(N,)`` or ``(rows, N)``, multiplies the final weights.
+            keep: `(N,)` or `(rows, N)` of 0 and 1. Rows are the batch of the model's forward, or one.
+            scale: `(N,)` or `(rows, N)`, multiplies the final weights.
             weigher: Who weighs inside the block.
-            call: Handed on to the weigher as ``run.call``.
+            call: Handed on to the weigher as `run.call`.
                 What is not given stays as it is outside the block.
 
         Raises:
-            ValueError: On another shape, a value of ``keep`` that is neither 0 nor 1, or a scale that is not finite.
+            ValueError: On another shape, a value of `keep` that is neither 0 nor 1, or a scale that is not finite.
         """
-        before = self._choice
-        kept, scales = before.keep, before.scale
-        if keep is not None:
-            kept = self._rows("keep", keep)
-            if not torch.isin(kept, torch.tensor([0.0, 1.0], device=kept.device)).all():
-                raise MoLEError(f"`keep` must hold 0 and 1 only, got {keep.tolist()}. Use `scale` for other weights.")
-        if scale is not None:
-            scales = self._rows("scale", scale)
-        # Looked at once here, because a look at a tensor on a GPU in every module would stall it.
-        silent = not (kept * scales.to(kept.device)).any().item()
-        weigher = before.weigher if weigher is None else weigher
-        chosen = [index for index, any_row in enumerate(kept.any(dim=0).tolist()) if any_row]
-        which = None if len(chosen) == self.num_experts else tuple(chosen)
-        choice = Choice(kept, scales, silent, weigher, before.call if call is None else call, which)
-        token = CHOICES.set({**CHOICES.get(), id(self): choice})
-        try:
-            yield
-        finally:
-            CHOICES.reset(token)
+        return self._runs.using(keep, scale, weigher, call)
 
     @property
     def chosen(self) -> Weigher | None:
         """Who weighs just now, in this thread."""
-        choice = self._choice
-        return self._weigher if choice.weigher is None else choice.weigher
-
-    @property
-    def _choice(self) -> Choice:
-        return CHOICES.get().get(id(self), self._everything)
+        return self._runs.chosen
 
     def matches(self) -> dict[str, dict[str, int]]:
         """Number of modules each LoRA touches, by LoRA and component."""
@@ -274,25 +236,27 @@ class Experts:
         return "\n".join(lines)
 
     def add(self, site: Site, hidden_states: Tensor, output: Tensor) -> Tensor:
-        """``output`` of a base module plus the weighed experts for the same input. Hooks and processors both call this.
+        """`output` of a base module plus the weighed experts for the same input. Hooks and processors both call this.
 
         Raises:
             ValueError: If the weigher's answer does not broadcast to the batch, tokens and experts of this module.
         """
-        run = self.run(site.component)
+        run = self._runs.run(site.component)
+        if not run.told.prompt_lengths:
+            return _add(site, hidden_states, output, run)
         lengths = self._attachments[site.component].architecture.lengths(site.module_name, run.told)
         if lengths is None:
-            return self._add(site, hidden_states, output, run)
+            return _add(site, hidden_states, output, run)
         # What follows sees (samples, tokens, features), whatever the module is given.
         lengths *= run.passes
         rows = unpacked(output, lengths)
-        added = self._add(site, unpacked(hidden_states, lengths), rows, run)
+        added = _add(site, unpacked(hidden_states, lengths), rows, run)
         # Rows that lie in the output itself were added to in place.
         unchanged = added is rows and rows.data_ptr() == output.data_ptr()
         return output if unchanged else packed(added, lengths).reshape(output.shape)
 
     def _serve(self, site: Site, hidden_states: Tensor, output: Tensor, learning: bool) -> Tensor:
-        """:meth:`add`, as a compiled graph calls it, which has no gradients."""
+        """`add`, as a compiled graph calls it, which has no gradients."""
         if learning:
             refuse_learning(self.run(site.component).weigher)
         with torch.no_grad():
@@ -302,71 +266,11 @@ class Experts:
         """A compiled component begins a pass."""
         device = None if told.encoder_hidden_states is None else told.encoder_hidden_states.device
         run = self._begin(component, device, told)
-        if run.passes > 1:
-            self._passes.running.discard(component)
-            raise MoLEError(
-                f"composition {getattr(run.weigher, 'name', 'in use')!r} runs the denoiser {run.passes} times at once, "
-                f"and a compiled graph of {component} is for one. Draw with it before `torch.compile`, or choose a "
-                "composition of one pass, such as masks or budget."
-            )
-        if self._attachments[component].meets and run.active and "attention" in getattr(run.weigher, "needs", ()):
-            self._passes.running.discard(component)
-            raise MoLEError(
-                f"composition {getattr(run.weigher, 'name', 'in use')!r} reads the attention of {component}, which a "
-                "compiled graph does not show here. Draw with it before `torch.compile`, or choose another, such as "
-                "budget."
-            )
-
-    def _add(self, site: Site, hidden_states: Tensor, output: Tensor, run: Run) -> Tensor:
-        site.see(hidden_states, output)
-        self._attachments[site.component].fired(site)
-        if run.weigher is None or not run.active:
-            return output
-        if run.kept is not None and not _reads_left_out(run.weigher, site):
-            site = site.only(run.kept)
-        projections = site.group.project(site, hidden_states, output)
-        projected = projections.tensors[site.name]
-        batch = len(projected) // run.passes
-        if len(run.keep) not in (1, batch) or len(run.scale) not in (1, batch):
-            raise MoLEError(
-                f"`keep` has {len(run.keep)} rows and `scale` {len(run.scale)}, but {site.component} runs a batch of "
-                f"{batch}. Give one row for all, or one for each (with guidance, for both halves)."
-            )
-        projections.base = output
-        weights = run.weigher.weigh(site, projections, run)
-        if weights is None:
-            return output
-        if weights.device != projected.device:
-            weights = weights.to(projected.device)
-        _check_weights(weights, projected, site, self.num_experts)
-        beside = None if site.beside is None else site.beside.add(hidden_states, output, weights, site.stack.experts)
-        added = site.stack.add_to(output, projected, weights) if site.stack.rank else output
-        return added if beside is None else added + beside
-
-    def biased(self, component: str) -> bool:
-        """Whether the weigher may add to the scores of attention layers in the present pass."""
-        run = self.run(component)
-        return run.active and hasattr(run.weigher, "attention_bias")
-
-    def bias(self, component: str, layer: LayerSeam, query: Tensor, key: Tensor) -> Tensor | None:
-        """What the weigher adds to the scores of an attention layer of the denoiser, if anything."""
-        run = self.run(component)
-        ask = getattr(run.weigher, "attention_bias", None)
-        bias: Tensor | None = ask(layer, query, key, run) if run.active and ask is not None else None
-        return bias
-
-    def watched(self, component: str) -> bool:
-        """Whether the weigher wants to see what attention layers compute in the present pass."""
-        run = self.run(component)
-        watches = getattr(run.weigher, "watches", None)
-        return bool(run.active and watches is not None and watches(run))
-
-    def attended(self, component: str, layer: LayerSeam, query: Tensor, key: Tensor, output: Tensor) -> None:
-        """Show the weigher what an attention layer of the denoiser computed, if it wants to see it."""
-        if self.watched(component):
-            run = self.run(component)
-            weigher: Any = run.weigher
-            weigher.attended(layer, query, key, output, run)
+        try:
+            refuse_method(component, run, self._attachments[component].meets)
+        except MoLEError:
+            self._runs.end(component)
+            raise
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         # Copied hooks and processors would go on reading from this object, weighing the copy by the original's state.
@@ -376,7 +280,7 @@ class Experts:
         )
 
     def _sites_of(self, component: str, model: nn.Module) -> list[Site]:
-        refuse_compiled(component, model)  # first: in what ``torch.compile`` returned, modules have other names
+        refuse_compiled(component, model)  # first: in what `torch.compile` returned, modules have other names
         modules = dict(model.named_modules())
         stacks = self._factors.get(component, {})
         unknown = [name for name in stacks if name not in modules]
@@ -413,21 +317,22 @@ class Experts:
             return several(args), several(kwargs)
 
         def end(output: Any) -> Any:
-            self._passes.running.discard(component)
+            run = self._runs.end(component)
             for site in sites:
                 site.group.forget()
+            if output is None or run is None:
+                return None
             for tensor in tensors(output):
                 if tensor.requires_grad:
                     # The backward pass of several forward passes comes in reverse; each announces itself here, before
                     # any of its checkpoints is recomputed.
-                    tensor.register_hook(functools.partial(self._resume, self._passes.runs[component]))
-            run = self._passes.runs.get(component)
-            if output is None or run is None or run.passes == 1:
+                    tensor.register_hook(functools.partial(self._runs.resume, run))
+            if run.passes == 1:
                 return None
             several: Any = run.weigher
             return narrow(output, run.passes, lambda predictions: several.combine(predictions, run))
 
-        seam = functools.partial(LayerSeam, self, component) if architecture.denoiser else None
+        seam = functools.partial(LayerSeam, self._runs, component) if architecture.denoiser else None
         self._attachments[component] = Attachment(
             component,
             model,
@@ -450,46 +355,25 @@ class Experts:
         for name, other in self._attachments.items():
             if name != component:
                 other.follow()
-        passes = self._passes
-        passes.resumed.pop(component, None)
-        passes.alone.pop(component, None)
-        previous = passes.runs.pop(component, None)
-        index = 0 if previous is None else previous.index + 1
-        run = self._new_run(component, index, device, told)
+        run = self._runs.new(component, device, told)
         refuse_caches(component, self._attachments[component].model, run)
         several = getattr(run.weigher, "passes", None)
         if several is not None and run.active and run.timestep is not None:
-            run = replace(run, passes=several(run))
-            if run.passes > 1:
+            passes = several(run)
+            if passes > 1:
+                run = replace(run, passes=passes)
                 self._attachments[component].refuse_widening()
-        passes.runs[component] = self._latest[component] = run
-        passes.running.add(component)
+        self._runs.begin(run)
         return run
 
-    def _resume(self, run: Run, gradient: Tensor) -> None:
-        self._passes.resumed[run.component] = run
 
-    def _new_run(self, component: str, index: int, device: torch.device | None, told: Told) -> Run:
-        choice = self._choice
-        weigher = self.chosen
-        active = weigher is not None and not choice.silent
-        keep, scale = choice.on(device)
-        return Run(component, index, weigher, keep, scale, active, told, call=choice.call, kept=choice.kept)
-
-    def _rows(self, name: str, values: Tensor) -> Tensor:
-        given = torch.as_tensor(values)
-        rows = given.detach().to(torch.float32)
-        rows = rows[None] if rows.ndim == 1 else rows
-        if rows.ndim != 2 or rows.shape[1] != self.num_experts or not rows.isfinite().all():
-            raise MoLEError(
-                f"`{name}` must be finite, of shape ({self.num_experts},) or (rows, {self.num_experts}) for the LoRAs "
-                f"{list(self.names)}, got shape {tuple(given.shape)}: {given.tolist()}."
-            )
-        return rows
+def _add(site: Site, hidden_states: Tensor, output: Tensor, run: Run) -> Tensor:
+    site.seen = hidden_states.shape, output.shape
+    return add_experts(site, hidden_states, output, run) if run.active else output
 
 
 def _by_module(loras: Sequence[LoRA]) -> dict[str, dict[str, list[LoRAFactors | None]]]:
-    """Component -> module -> one entry per LoRA, ``None`` where it does not touch the module."""
+    """Component -> module -> one entry per LoRA, `None` where it does not touch the module."""
     factors: dict[str, dict[str, list[LoRAFactors | None]]] = {}
     for index, lora in enumerate(loras):
         for component, modules in lora.factors.items():
@@ -497,19 +381,3 @@ def _by_module(loras: Sequence[LoRA]) -> dict[str, dict[str, list[LoRAFactors | 
                 row = factors.setdefault(component, {}).setdefault(module, [None] * len(loras))
                 row[index] = pair
     return factors
-
-
-def _reads_left_out(weigher: Weigher, site: Site) -> bool:
-    """Whether a weigher reads what LoRAs that are left out would add at a module."""
-    reads = getattr(weigher, "reads_left_out", None)
-    return reads is not None and bool(reads(site))
-
-
-def _check_weights(weights: Tensor, projected: Tensor, site: Site, num_experts: int) -> None:
-    batch, tokens, _ = projected.shape
-    fits = weights.ndim == 3 and weights.shape[2] == num_experts
-    if not fits or weights.shape[0] not in (1, batch) or weights.shape[1] not in (1, tokens):
-        raise MoLEError(
-            f"The weights for {site.name} must be (1 or {batch}, 1 or {tokens}, {num_experts}), got "
-            f"{tuple(weights.shape)}."
-        )

@@ -21,7 +21,7 @@ class Meeting:
     """Stands at one attention layer of a transformer, whatever its processor is.
 
     Queries and keys are taken where all of diffusers' processors hand them over, rotated and normalised, to torch's
-    ``scaled_dot_product_attention``, and only while somebody wants to see or bias them.
+    `scaled_dot_product_attention`, and only while somebody wants to see or bias them.
 
     Args:
         layer: The attention layer.
@@ -73,7 +73,7 @@ class Meeting:
 
 
 class _Seen(TorchFunctionMode):
-    """Inside of it, ``scaled_dot_product_attention`` is shown and biased."""
+    """Inside of it, `scaled_dot_product_attention` is shown and biased."""
 
     def __init__(self, crossed: LayerSeam, among: LayerSeam, joint: Joint, watched: bool, biased: bool) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class _Seen(TorchFunctionMode):
 
 
 def _widened(bias: Tensor, query: Tensor, key: Tensor, joint: Joint, mask: Tensor | None) -> Tensor:
-    """A bias of pixels on words ``(batch, 1, pixels, words)`` for the whole sequence, with the layer's own mask."""
+    """A bias of pixels on words `(batch, 1, pixels, words)` for the whole sequence, with the layer's own mask."""
     whole = query.new_zeros(len(bias), 1, query.shape[2], key.shape[2])
     whole[:, :, joint.pixels, joint.text] = bias
     if mask is None:

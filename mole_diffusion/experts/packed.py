@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 
 def unpacked(tokens: Tensor, lengths: Sequence[int]) -> Tensor:
-    """``(..., features)`` as ``(samples, longest, features)``, with zeros behind the shorter ones.
+    """`(..., features)` as `(samples, longest, features)`, with zeros behind the shorter ones.
 
     Args:
         tokens: Of all samples, in order; how they are laid out over the first axes does not matter.
@@ -23,7 +23,7 @@ def unpacked(tokens: Tensor, lengths: Sequence[int]) -> Tensor:
 
 
 def packed(samples: Tensor, lengths: Sequence[int]) -> Tensor:
-    """The other way round: ``(samples, longest, features)`` as ``(tokens, features)``."""
+    """The other way round: `(samples, longest, features)` as `(tokens, features)`."""
     if len(set(lengths)) == 1:
         return samples.flatten(0, 1)
     return torch.cat([sample[:length] for sample, length in zip(samples, lengths, strict=True)])

@@ -30,29 +30,29 @@ class AttentionSeam(Protocol):
         ...
 
     def bias(self, query: Tensor, key: Tensor) -> Tensor | None:
-        """An additive bias ``(batch, 1, pixels, words)``, or ``None``. Query and key: ``(batch, heads, tokens, d)``."""
+        """An additive bias `(batch, 1, pixels, words)`, or `None`. Query and key: `(batch, heads, tokens, d)`."""
         ...
 
     def attended(self, query: Tensor, key: Tensor, output: Tensor) -> None:
-        """Shows what was computed; ``output`` ``(batch, tokens, heads * d)`` is that before ``to_out``."""
+        """Shows what was computed; `output` `(batch, tokens, heads * d)` is that before `to_out`."""
         ...
 
 
 class MoLEAttnProcessor:
     """Attention processor that adds the experts' share to the query, key, value and output projections.
 
-    It holds no parameters: factors and weights stay with :class:`~mole_diffusion.experts.Experts`, so saving, casting
-    or copying a UNet never touches them. The attention itself is the one of ``AttnProcessor2_0``.
+    It holds no parameters: factors and weights stay with `Experts`, so saving, casting
+    or copying a UNet never touches them. The attention itself is the one of `AttnProcessor2_0`.
 
     Args:
-        sites: Sites of this attention layer by the name of the projection: ``to_q``, ``to_k``, ``to_v``, ``to_out.0``.
+        sites: Sites of this attention layer by the name of the projection: `to_q`, `to_k`, `to_v`, `to_out.0`.
             Without any, as when diffusers makes a new processor of the same class, it is the stock processor.
-        add: ``(site, input, output) -> output with the experts' share``.
+        add: `(site, input, output) -> output with the experts' share`.
         seam: Asked for a bias, and shown queries, keys and outputs.
         attention: The layer it serves. On another, where somebody put it, it is the stock processor.
 
     Attributes:
-        place: Where a compiled graph calls back for :meth:`attend`, if there is a seam.
+        place: Where a compiled graph calls back for `attend`, if there is a seam.
     """
 
     def __init__(
@@ -90,13 +90,13 @@ class MoLEAttnProcessor:
         """Attend.
 
         Args:
-            hidden_states: ``(batch, tokens, channels)`` or ``(batch, channels, height, width)``.
-            encoder_hidden_states: ``(batch, text tokens, channels)``; ``None`` for self-attention.
-            attention_mask: Additive mask, as ``Attention.prepare_attention_mask`` takes it.
+            hidden_states: `(batch, tokens, channels)` or `(batch, channels, height, width)`.
+            encoder_hidden_states: `(batch, text tokens, channels)`; `None` for self-attention.
+            attention_mask: Additive mask, as `Attention.prepare_attention_mask` takes it.
             temb: Time embedding, for layers with a spatial norm.
 
         Returns:
-            A tensor of the shape of ``hidden_states``.
+            A tensor of the shape of `hidden_states`.
         """
         if self._attention is not None and attn is not self._attention:
             return STOCK(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
@@ -141,7 +141,7 @@ class MoLEAttnProcessor:
         return hidden_states / attn.rescale_output_factor
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention as the seam has it: ``(batch, heads, tokens, d)`` each to ``(batch, tokens, heads * d)``."""
+        """Attention as the seam has it: `(batch, heads, tokens, d)` each to `(batch, tokens, heads * d)`."""
         if self._seam is None:
             return compiled.attention(query, key, value, mask)
         bias = self._seam.bias(query, key)

@@ -19,22 +19,21 @@ class Run:
     """One forward pass of one component: who weighs, what is kept, and what the model was told.
 
     Frozen when the pass begins, because gradient checkpointing runs parts of it again during the backward pass, when
-    the surrounding ``experts.using(...)`` may long be left and other passes may have followed.
+    the surrounding `experts.using(...)` may long be left and other passes may have followed.
 
     Attributes:
-        component: ``"unet"``, ``"text_encoder"`` ...
+        component: `"unet"`, `"text_encoder"` ...
         index: Counts the passes of this component.
-        weigher: Who weighs, or ``None``: the base model.
-        keep: ``(rows | 1, N)`` of 0 and 1.
-        scale: ``(rows | 1, N)``.
-        active: False if the experts add nothing in this pass.
+        weigher: Who weighs, or `None`: the base model.
+        keep: `(rows | 1, N)` of 0 and 1.
+        scale: `(rows | 1, N)`.
         told: What the model was told: step, prompt, size of the picture.
-        passes: How many times the batch runs at once, one block of rows after another; see :meth:`Weigher.passes`. The
+        passes: How many times the batch runs at once, one block of rows after another; see `Weigher.passes`. The
             other attributes are those of one such pass.
-        call: What was handed to ``experts.using(call=...)``: the call of a pipeline this pass belongs to, for the
-            weigher to read. ``None`` outside of one.
-        kept: Indices of the LoRAs that any row of `keep` has a 1 for, ``None`` where that is all: of the others nothing
-            is computed.
+        call: What was handed to `experts.using(call=...)`: the call of a pipeline this pass belongs to, for the
+            weigher to read. `None` outside of one.
+        kept: Indices of the LoRAs that any row of `keep` has a 1 for, `None` where that is all: of the others nothing
+            is computed. None of them where all weights are zero.
         notes: What a weigher wants to remember for the rest of this pass and for its recomputation.
     """
 
@@ -43,7 +42,6 @@ class Run:
     weigher: Weigher | None
     keep: Tensor
     scale: Tensor
-    active: bool
     told: Told
     passes: int = 1
     call: Any = None
@@ -51,56 +49,61 @@ class Run:
     notes: dict[Any, Any] = field(default_factory=dict)
 
     @property
+    def active(self) -> bool:
+        """Whether anything can be added in this pass: somebody weighs, and some LoRA is kept."""
+        return self.weigher is not None and self.kept != ()
+
+    @property
     def timestep(self) -> Tensor | float | None:
-        """In the units of the scheduler's ``timesteps``; ``None`` in a text encoder."""
+        """In the units of the scheduler's `timesteps`; `None` in a text encoder."""
         return self.told.timestep
 
     @property
     def encoder_hidden_states(self) -> Tensor | None:
-        """The prompt embeddings the denoiser was given, ``(rows, tokens, width)``; ``None`` in a text encoder."""
+        """The prompt embeddings the denoiser was given, `(rows, tokens, width)`; `None` in a text encoder."""
         return self.told.encoder_hidden_states
 
     @property
     def input_ids(self) -> Tensor | None:
-        """The tokens a text encoder was given, ``(rows, tokens)``; ``None`` in a denoiser."""
+        """The tokens a text encoder was given, `(rows, tokens)`; `None` in a denoiser."""
         return self.told.input_ids
 
     @property
     def sample_size(self) -> tuple[int, int] | None:
-        """``(height, width)`` of the picture in tokens, at the denoiser's finest level, where it has them."""
+        """`(height, width)` of the picture in tokens, at the denoiser's finest level, where it has them."""
         return self.told.sample_size
 
 
 @runtime_checkable
 class Weigher(Protocol):
-    """Gives the final weights gamma of ``y = W x + up (gamma * down x)``.
+    """Gives the final weights gamma of `y = W x + up (gamma * down x)`.
 
-    :meth:`weigh` is all a weigher needs. The others are asked for where it has them:
+    `weigh` is all a weigher needs. The others are asked for where it has them:
 
-    ``reads_left_out(site) -> bool``: whether it needs at this module what LoRAs would add that are left out, too; else
-    they are not computed, and have no columns in ``projections``.
-    ``bind(experts)``: told which experts it weighs, when it is set.
-    ``passes(run) -> int``: the denoiser's batch runs this many times over in one forward pass, all its rows for the
-    first pass, then all for the second; :meth:`weigh` then answers for the widened batch. Asked once, when the
+    `reads_left_out(site) -> bool`: whether it needs at this module what LoRAs would add that are left out, too; else
+    they are not computed, and have no columns in `projections`.
+    `bind(experts)`: told which experts it weighs, when it is set.
+    `passes(run) -> int`: the denoiser's batch runs this many times over in one forward pass, all its rows for the
+    first pass, then all for the second; `weigh` then answers for the widened batch. Asked once, when the
     denoiser's forward pass begins; text encoders run once.
-    ``combine(predictions, run)``: predictions ``(passes, batch, ...)`` to what the caller of the denoiser gets,
-    ``(batch, ...)``.
-    ``attention_bias(layer, query, key, run)``: an additive bias ``(batch, 1, pixels, words)`` for a cross-attention.
-    ``watches(run) -> bool``: whether it wants to see what attention layers compute in this pass of the denoiser, and
-    ``attended(layer, query, key, output, run)``: what one did. Layers are :class:`~.seam.LayerSeam`; query and key
-    ``(batch, heads, tokens, d)``; output ``(batch, tokens, heads * d)``.
+    `combine(predictions, run)`: predictions `(passes, batch, ...)` to what the caller of the denoiser gets,
+    `(batch, ...)`.
+    `attention_bias(layer, query, key, run)`: an additive bias `(batch, 1, pixels, words)` for a cross-attention.
+    `watches(run) -> bool`: whether it wants to see what attention layers compute in this pass of the denoiser, and
+    `attended(layer, query, key, output, run)`: what one did. Layers are `LayerSeam`; query and key
+    `(batch, heads, tokens, d)`; output `(batch, tokens, heads * d)`.
     """
 
     def weigh(self, site: Site, projections: Projections, run: Run) -> Tensor | None:
-        """Weights for one module in one pass, with ``run.keep`` and ``run.scale`` already worked in.
+        """Weights for one module in one pass, with `run.keep` and `run.scale` already worked in.
 
         Args:
             site: The module, with the experts that take part.
-            projections: ``down x`` of this site and of those that read the same tensor, ``(batch, tokens, R)`` each.
+            projections: `down x` of this site and of those that read the same tensor, `(batch, tokens, R)` each.
             run: The forward pass: keep, scale, timestep, prompt embeddings.
 
         Returns:
-            ``(batch | 1, tokens | 1, N)``, or ``None`` to add nothing here. The same tensor, given again for another
+            `(batch | 1, tokens | 1, N)`, or `None` to add nothing here. The same tensor, given again for another
             module or in a later pass, is not worked through again.
         """
         ...

@@ -2,46 +2,52 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any
 
 from torch import Tensor
 
-
-class Asked(Protocol):
-    """Who knows which weigher there is in the present pass: the experts."""
-
-    def watched(self, component: str) -> bool: ...
-    def biased(self, component: str) -> bool: ...
-    def bias(self, component: str, layer: LayerSeam, query: Tensor, key: Tensor) -> Tensor | None: ...
-    def attended(self, component: str, layer: LayerSeam, query: Tensor, key: Tensor, output: Tensor) -> None: ...
+from .runs import Runs
 
 
 class LayerSeam:
-    """The :class:`~.processor.AttentionSeam` of one layer.
+    """The `AttentionSeam` of one layer.
 
     Args:
-        experts: They know who weighs in the present pass.
+        runs: They know who weighs in the present pass.
         component: The denoiser.
         name: Of the attention layer in it.
         crossed: Whether it attends to the prompt.
         scale: What scores are multiplied by before the softmax.
     """
 
-    def __init__(self, experts: Asked, component: str, name: str, crossed: bool, scale: float) -> None:
-        self._experts = experts
+    def __init__(self, runs: Runs, component: str, name: str, crossed: bool, scale: float) -> None:
+        self._runs = runs
         self._component = component
         self.name = name
         self.crossed = crossed
         self.scale = scale
 
     def watched(self) -> bool:
-        return self._experts.watched(self._component)
+        """Whether the weigher wants to see what attention layers compute in the present pass."""
+        run = self._runs.run(self._component)
+        watches = getattr(run.weigher, "watches", None) if run.active else None
+        return watches is not None and bool(watches(run))
 
     def biased(self) -> bool:
-        return self._experts.biased(self._component)
+        """Whether the weigher may add to the scores of attention layers in the present pass."""
+        run = self._runs.run(self._component)
+        return run.active and hasattr(run.weigher, "attention_bias")
 
     def bias(self, query: Tensor, key: Tensor) -> Tensor | None:
-        return self._experts.bias(self._component, self, query, key)
+        """What the weigher adds to the scores of this layer, if anything."""
+        run = self._runs.run(self._component)
+        ask = getattr(run.weigher, "attention_bias", None) if run.active else None
+        bias: Tensor | None = None if ask is None else ask(self, query, key, run)
+        return bias
 
     def attended(self, query: Tensor, key: Tensor, output: Tensor) -> None:
-        self._experts.attended(self._component, self, query, key, output)
+        """Show the weigher what this layer computed, if it wants to see it."""
+        if self.watched():
+            run = self._runs.run(self._component)
+            weigher: Any = run.weigher
+            weigher.attended(self, query, key, output, run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,16 +25,15 @@ class Site:
     """One adapted module of one component.
 
     Attributes:
-        component: ``"unet"``, ``"text_encoder"`` ...
-        module_name: As in ``component.named_modules()``.
-        name: ``component.module``, unique in the model.
+        component: `"unet"`, `"text_encoder"` ...
+        module_name: As in `component.named_modules()`.
+        name: `component.module`, unique in the model.
         module: The module itself.
         stack: The LoRAs' factors here.
-        beside: What some LoRAs add here that is no product of small rank, or ``None``.
-        group: The sites that read the same input tensor, this one included (``to_q, to_k, to_v`` of a self-attention).
+        beside: What some LoRAs add here that is no product of small rank, or `None`.
+        group: The sites that read the same input tensor, this one included (`to_q, to_k, to_v` of a self-attention).
         reads: What it is given.
-        tokens: How many positions the last output had; ``None`` before the first call.
-        input_tokens: The same of the last input.
+        seen: Shapes of the last input and output, samples first; `None` before the first call.
         place: Where a compiled graph calls back.
     """
 
@@ -48,8 +48,7 @@ class Site:
         self.beside = beside
         self.group = SiteGroup([self])
         self.reads: Reads = "pixels"
-        self.tokens: int | None = None
-        self.input_tokens: int | None = None
+        self.seen: tuple[torch.Size, torch.Size] | None = None
         self.place: Place | None = None
         _check_fit(self)
 
@@ -66,60 +65,87 @@ class Site:
         self.group.start_again()
 
     def only(self, kept: tuple[int, ...]) -> Site:
-        """This place with the rows of the ``kept`` LoRAs alone, made once for each such choice and kept for the next.
+        """This place with the rows of the `kept` LoRAs alone, made once for each such choice and kept for the next.
 
         Args:
             kept: Indices of LoRAs, rising.
         """
         return self.group.only(kept)[self.name]
 
+    @property
+    def input_tokens(self) -> int | None:
+        """How many positions the last input had; `None` before the first call."""
+        return None if self.seen is None else self._tokens(self.seen[0])
+
+    @property
+    def tokens(self) -> int | None:
+        """The same of the last output."""
+        return None if self.seen is None else self._tokens(self.seen[1])
+
+    def _tokens(self, shape: torch.Size) -> int:
+        return shape[2:].numel() if self.stack.is_convolution else shape[1:-1].numel()
+
     def project(self, hidden_states: Tensor, down: Tensor) -> Tensor:
-        """``down x`` as ``(batch, positions, rows of down)``, whatever the module's own layout is."""
-        x = hidden_states.to(down.dtype)
+        """`down x` as its product gives it: `(batch * tokens, rows)`; `(batch, rows, tokens)` of a convolution.
+
+        Args:
+            hidden_states: x.
+            down: `(rows, c_in, kh, kw)` of a convolution, else `(d_in, rows)`.
+        """
+        x = hidden_states if hidden_states.dtype == down.dtype else hidden_states.to(down.dtype)
         if not self.stack.is_convolution:
-            z = F.linear(x, down)
-            return z[:, None] if z.ndim == 2 else z.flatten(1, -2)
+            return torch.mm(x.reshape(-1, x.shape[-1]), down)
         conv: Any = self.module
         if conv.padding_mode != "zeros":  # also if it was another when the experts were attached
             raise MoLEError(
                 f"{self.name} pads with padding_mode={conv.padding_mode!r} now; experts run beside convolutions with "
                 "zero padding only. Set it back to 'zeros', or unload the LoRAs that adapt it."
             )
-        return F.conv2d(x, down, None, conv.stride, conv.padding, conv.dilation).flatten(2).transpose(1, 2)
+        return F.conv2d(x, down, None, conv.stride, conv.padding, conv.dilation).flatten(2)
 
     def positions(self, hidden_states: Tensor) -> Tensor:
-        """The module's input as ``(batch, positions, features)``, whatever its own layout is."""
+        """The module's input as `(batch, positions, features)`, whatever its own layout is."""
         if self.stack.is_convolution:
             return hidden_states.flatten(2).transpose(1, 2)
         return hidden_states[:, None] if hidden_states.ndim == 2 else hidden_states.flatten(1, -2)
 
-    def see(self, hidden_states: Tensor, output: Tensor) -> None:
-        """Remember the shapes of the module's latest input and output."""
-        where = slice(2, None) if self.stack.is_convolution else slice(1, -1)
-        self.tokens, self.input_tokens = output.shape[where].numel(), hidden_states.shape[where].numel()
-
 
 class Projections:
-    """``down x`` of every site in a group, for one input tensor.
+    """`down x` of every site in a group, for one input tensor.
 
     Attributes:
         hidden_states: The input tensor.
-        tensors: Site name to ``(batch, tokens, R)``.
-        spatial: ``(height, width)`` of the output where it has them (convolutions), else ``None``.
+        rows: Site name to `(batch * tokens, R)`, or `(batch, R, tokens)` of a convolution: as products give it.
+        batch: Samples.
+        spatial: `(height, width)` of the output where it has them (convolutions), else `None`.
         base: What the base module gave that is being served.
     """
 
     def __init__(
-        self, hidden_states: Tensor, tensors: dict[str, Tensor], spatial: tuple[int, int] | None = None
+        self, hidden_states: Tensor, rows: dict[str, Tensor], batch: int, spatial: tuple[int, int] | None = None
     ) -> None:
         self.hidden_states = hidden_states
+        self.rows = rows
+        self.batch = batch
         self.spatial = spatial
         self.base: Tensor | None = None
-        self.tensors = tensors
-        self._waiting = set(tensors)
+        self._waiting = set(rows)
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """Site name to `(batch, tokens, R)`."""
+        if self.spatial is not None:
+            return {name: rows.transpose(1, 2) for name, rows in self.rows.items()}
+        return {name: rows.unflatten(0, (self.batch, self.tokens)) for name, rows in self.rows.items()}
+
+    @property
+    def tokens(self) -> int:
+        """Positions to weigh in each sample."""
+        rows = next(iter(self.rows.values()))
+        return rows.shape[2] if self.spatial is not None else len(rows) // max(self.batch, 1)
 
     def take(self, site: Site) -> bool:
-        """Mark ``site`` as served; False if it was already."""
+        """Mark `site` as served; False if it was already."""
         if site.name not in self._waiting:
             return False
         self._waiting.remove(site.name)
@@ -140,10 +166,10 @@ class SiteGroup:
         self._chosen: dict[tuple[int, ...], dict[str, Site]] = {}
 
     def only(self, kept: tuple[int, ...]) -> dict[str, Site]:
-        """The sites of the group, by name, with the rows of the ``kept`` LoRAs alone; see :meth:`Site.only`."""
+        """The sites of the group, by name, with the rows of the `kept` LoRAs alone; see `Site.only`."""
         sites = self._chosen.get(kept)
         if sites is None:
-            if all(set(site.stack.experts) <= set(kept) for site in self.sites):
+            if all(set(site.stack.indices) <= set(kept) for site in self.sites):
                 members = self.sites
             else:
                 members = tuple(copy.copy(site) for site in self.sites)
@@ -156,31 +182,37 @@ class SiteGroup:
         return sites
 
     def project(self, site: Site, hidden_states: Tensor, output: Tensor) -> Projections:
-        """Projections that contain ``site``'s, on the device and in the dtype of ``output``.
+        """Projections that contain `site`'s, on the device and in the dtype of `output`.
 
         The first site of the group to fire computes them for all; the others take theirs if they were indeed given the
         same tensor, and the memory is let go with the last.
         """
         shared = self._open
         if shared is None or shared.hidden_states is not hidden_states or not shared.take(site):
-            down = self._down_like(output)
-            rows = [member.stack.rank for member in self.sites]
-            if len(down):
-                parts = site.project(hidden_states, down).split(rows, dim=-1)
-            else:  # nothing is left of the LoRAs that are kept, but a weigher may read the hidden states
-                where = output.shape[2:] if site.stack.is_convolution else output.shape[1:-1]
-                parts = (output.new_empty(len(output), where.numel(), 0),) * len(rows)
-            spatial = (output.shape[-2], output.shape[-1]) if site.stack.is_convolution else None
-            shared = Projections(hidden_states, {m.name: z for m, z in zip(self.sites, parts, strict=True)}, spatial)
+            shared = self._computed(site, hidden_states, output)
             shared.take(site)
         self._open = None if shared.done else shared
         return shared
+
+    def _computed(self, site: Site, hidden_states: Tensor, output: Tensor) -> Projections:
+        down, batch, several = self._down_like(output), len(output), len(self.sites) > 1
+        spatial = (output.shape[-2], output.shape[-1]) if site.stack.is_convolution else None
+        ranks = [member.stack.rank for member in self.sites] if several else ()
+        parts: Sequence[Tensor]
+        if down.numel():
+            projected = site.project(hidden_states, down)
+            parts = projected.split(ranks, dim=1) if several else (projected,)
+        else:  # nothing is left of the LoRAs that are kept, but a weigher may read the hidden states
+            shape = (batch, 0, output.shape[2:].numel()) if spatial else (output.shape[:-1].numel(), 0)
+            parts = [output.new_empty(shape)] * len(self.sites)
+        rows = {member.name: part for member, part in zip(self.sites, parts, strict=True)}
+        return Projections(hidden_states, rows, batch, spatial)
 
     def make_ready(self, like: Tensor) -> None:
         """Make what the products need beside outputs like this one; else the first call does."""
         self._down_like(like)
         for site in self.sites:
-            if site.stack.experts:
+            if site.stack.indices:
                 site.stack.up_like(like)
 
     @property
@@ -216,11 +248,13 @@ class SiteGroup:
                 site.group._open = None
 
     def _down_like(self, output: Tensor) -> Tensor:
+        """`down` of all sites below one another, as `Site.project` takes it; kept."""
         down = self._down
         if down is None or down.device != output.device or down.dtype != output.dtype:
             downs = [member.stack.down_as(output.dtype, output.device) for member in self.sites]
-            self._down = down = torch.cat(downs) if len(downs) > 1 else downs[0]
-            for member, part in zip(self.sites, down.split([d.shape[0] for d in downs]), strict=True):
+            together = torch.cat(downs) if len(downs) > 1 else downs[0]
+            self._down = down = together if together.ndim == 4 else together.t()
+            for member, part in zip(self.sites, together.split([d.shape[0] for d in downs]), strict=True):
                 member.stack.lie_in(part)
         return down
 
@@ -243,7 +277,7 @@ def group_sites(sites: Sequence[Site], model: nn.Module, architecture: Architect
 
 
 def _prefix(module_name: str, name: str) -> str | None:
-    """What stands before ``name`` at the end of a module's name; ``None`` where that does not end so."""
+    """What stands before `name` at the end of a module's name; `None` where that does not end so."""
     whole = f".{module_name}"
     return whole.removesuffix(f".{name}") if whole.endswith(f".{name}") else None
 

@@ -3,38 +3,34 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from mole_diffusion.errors import MoLEError
 
 from ..lora import LoRAFactors
 
-# Weights of all LoRAs to those of the LoRAs at a module, times their scalings, by which these are; an entry goes with
-# the tensor it was made from.
-_SCALED: Any = WeakIdKeyDictionary()
-
 
 class ExpertStack:
-    """All experts of one module: ``sum_i gamma_i s_i B_i A_i x = up (gamma * s * down x)``.
+    """All experts of one module: `sum_i gamma_i s_i B_i A_i x = up (gamma * s * down x)`.
 
     Two products serve any number of LoRAs and any mixture of ranks, and a weight may differ per sample and per token.
     The factors stay with their LoRAs; what is kept here is what the products need, on the device and in the dtype of
     the module. With R the sum of the ranks:
 
     Attributes:
-        input_shape: ``(d_in,)`` or, for a convolution, ``(c_in, kh, kw)``.
+        input_shape: `(d_in,)` or, for a convolution, `(c_in, kh, kw)`.
         out_features: d_out.
         ranks: r of every LoRA in order; 0 where a LoRA does not touch this module.
-        experts: Indices of the LoRAs that do.
-        expert_of_rank: ``(R,)``, the LoRA each row of ``down`` belongs to.
+        indices: Of the LoRAs that do.
+        expert_of_rank: `(R,)`, the LoRA each row of `down` belongs to.
 
     Args:
-        factors: One entry per LoRA, ``None`` where it does not touch the module.
+        factors: One entry per LoRA, `None` where it does not touch the module.
         place: Readable name of the module, for messages.
 
     Raises:
@@ -62,16 +58,19 @@ class ExpertStack:
         self._factors = tuple(factors)
         self._present = tuple(factor for factor in factors if factor is not None)
         self.ranks = tuple(0 if factor is None else factor.r for factor in factors)
-        self.experts = tuple(index for index, factor in enumerate(factors) if factor is not None)
-        self._ranks_here = [factor.r for factor in self._present]
+        self.indices = tuple(index for index, factor in enumerate(factors) if factor is not None)
+        self._ranks = tuple(factor.r for factor in self._present)
         self._scalings = tuple(float(factor.scaling) for factor in self._present)
-        self.expert_of_rank = torch.tensor(self.experts, dtype=torch.long).repeat_interleave(
-            torch.tensor(self._ranks_here, dtype=torch.long)
+        self.expert_of_rank = torch.tensor(self.indices, dtype=torch.long).repeat_interleave(
+            torch.tensor(self._ranks, dtype=torch.long)
         )
+        self._same_rank = len(set(self._ranks)) == 1
+        self._scales = any(scaling != 1 for scaling in self._scalings)
         self._up: Tensor | None = None
+        self._up_turned: Tensor | None = None
 
     def only(self, kept: Collection[int]) -> ExpertStack:
-        """The same place with the rows of the ``kept`` LoRAs alone; their indices stay, the others have rank 0.
+        """The same place with the rows of the `kept` LoRAs alone; their indices stay, the others have rank 0.
 
         There may be none left.
         """
@@ -83,7 +82,7 @@ class ExpertStack:
     @property
     def rank(self) -> int:
         """R."""
-        return sum(self._ranks_here)
+        return sum(self._ranks)
 
     @property
     def is_convolution(self) -> bool:
@@ -91,23 +90,23 @@ class ExpertStack:
 
     @property
     def down(self) -> Tensor:
-        """``(R, d_in)`` or ``(R, c_in, kh, kw)``; fp32, as loaded, made anew each time."""
+        """`(R, d_in)` or `(R, c_in, kh, kw)`; fp32, as loaded, made anew each time."""
         return self.down_as(torch.float32)
 
     @property
     def up(self) -> Tensor:
-        """``(d_out, R)`` with every LoRA's scaling folded in; fp32, made anew each time."""
+        """`(d_out, R)` with every LoRA's scaling folded in; fp32, made anew each time."""
         return self.up_as(torch.float32)
 
     def down_as(self, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
-        """``down`` in another dtype, on another device."""
+        """`down` in another dtype, on another device."""
         rows = [factor.down.reshape(-1, *self.input_shape).to(device, dtype) for factor in self._present]
         if not rows:
             return torch.empty(0, *self.input_shape, dtype=dtype, device=device)
         return torch.cat(rows) if len(rows) > 1 else rows[0]
 
     def up_as(self, dtype: torch.dtype) -> Tensor:
-        """``up`` in another dtype, scaled before it is rounded."""
+        """`up` in another dtype, scaled before it is rounded."""
         wide = torch.promote_types(dtype, torch.float32)
         if not self._present:
             return torch.empty(self.out_features, 0, dtype=dtype)
@@ -115,77 +114,50 @@ class ExpertStack:
         return torch.cat(ups, dim=1).to(dtype)
 
     def up_like(self, output: Tensor) -> Tensor:
-        """B of all LoRAs, unscaled, ``(d_out, R)`` on the device and in the dtype of ``output``; kept."""
+        """B of all LoRAs, unscaled, `(d_out, R)` on the device and in the dtype of `output`; kept."""
         up = self._up
         if up is None or up.device != output.device or up.dtype != output.dtype:
             ups = [factor.up.flatten(1).to(output.device, output.dtype) for factor in self._present]
             self._up = up = torch.cat(ups, dim=1) if len(ups) > 1 else ups[0]
+            self._up_turned = up.t()
             if self._whole and _as_they_are(self._present, output):
-                for factor, part in zip(self._present, up.split(self._ranks_here, dim=1), strict=True):
+                for factor, part in zip(self._present, up.split(self._ranks, dim=1), strict=True):
                     factor.lie_in(up=part)
         return up
 
     def lie_in(self, down: Tensor) -> None:
-        """Let the factors be parts of ``down``, which holds their values, where that is of their device and dtype."""
+        """Let the factors be parts of `down`, which holds their values, where that is of their device and dtype."""
         if self._whole and _as_they_are(self._present, down):
-            for factor, part in zip(self._present, down.split(self._ranks_here), strict=True):
+            for factor, part in zip(self._present, down.split(self._ranks), strict=True):
                 factor.lie_in(down=part)
 
     def let_go(self) -> None:
         """Forget what was made for the products; it is made again when it is needed."""
-        self._up = None
+        self._up = self._up_turned = None
 
     @property
     def up_ready(self) -> Tensor | None:
-        """What :meth:`up_like` keeps."""
+        """What `up_like` keeps."""
         return self._up
 
-    def scaled(self, weights: Tensor, dtype: torch.dtype) -> Tensor:
-        """Of weights ``(batch, tokens, N)``, those of the LoRAs here, times their scalings: ``(batch, tokens, n)``.
-
-        In ``dtype`` if that is wider than theirs.
-
-        The answer is kept as long as ``weights`` lives, and shared by all modules of these LoRAs and scalings: a
-        weigher that gives the same tensor to many modules, or pass after pass, has it worked through once.
-        """
-        wide = torch.promote_types(weights.dtype, dtype)
-        if weights.requires_grad:
-            return self._scale(weights, wide)
-        known = _SCALED.get(weights)
-        if known is None:
-            known = _SCALED[weights] = {}
-        key = self.experts, self._scalings, wide
-        scaled: Tensor | None = known.get(key)
-        if scaled is None:
-            scaled = known[key] = self._scale(weights, wide)
-        return scaled
-
-    def _scale(self, weights: Tensor, dtype: torch.dtype) -> Tensor:
-        weights = weights.to(dtype)
-        if len(self.experts) < self.num_experts:
-            weights = weights[..., list(self.experts)]
-        if any(scaling != 1 for scaling in self._scalings):
-            weights = weights * weights.new_tensor(self._scalings)
-        return weights
-
     def add_to(self, output: Tensor, projected: Tensor, weights: Tensor) -> Tensor:
-        """``output + up (gamma * s * z)``: into ``output`` itself, except where autograd needs what it was.
+        """`output + up (gamma * s * z)`: into `output` itself, except where autograd needs what it was.
 
         Args:
-            output: What the base module gave: ``(batch, ..., d_out)``, or ``(batch, d_out, height, width)``.
-            projected: z = down x, ``(batch, tokens, R)``.
-            weights: gamma, ``(batch | 1, tokens | 1, N)``.
+            output: What the base module gave: `(batch, ..., d_out)`, or `(batch, d_out, height, width)`.
+            projected: z = down x as its product gives it, `(batch * tokens, R)`, or `(batch, R, tokens)` of a
+                convolution: nothing is turned round.
+            weights: gamma, `(batch | 1, tokens | 1, N)`.
         """
         up = self.up_like(output)
-        scaled = self.scaled(weights, output.dtype)
-        if self.is_convolution and output.is_contiguous():
-            # Channels first, as the convolution left them: nothing is turned round.
-            weighted = self._weighted(projected.transpose(1, 2), scaled.transpose(1, 2), dim=1)
+        weighted = self._weighted(projected, self.scaled(weights, output.dtype), len(output))
+        if not self.is_convolution:
+            place, factors = output.reshape(-1, self.out_features), (weighted, self._up_turned)
+        elif output.is_contiguous():
             place, factors = output.flatten(2), (up.expand(len(output), -1, -1), weighted)
-        else:
-            weighted = self._weighted(projected, scaled, dim=2).flatten(0, 1)
-            rows = output.permute(0, 2, 3, 1) if self.is_convolution else output
-            place, factors = rows.reshape(-1, self.out_features), (weighted, up.t())
+        else:  # channels last
+            place = output.permute(0, 2, 3, 1).reshape(-1, self.out_features)
+            factors = weighted.transpose(1, 2).flatten(0, 1), self._up_turned
         in_place = place.data_ptr() == output.data_ptr() and not (
             torch.is_grad_enabled() and (output.requires_grad or weighted.requires_grad)
         )
@@ -198,19 +170,78 @@ class ExpertStack:
             return added.view(batch, height, width, -1).permute(0, 3, 1, 2)
         return added.view(output.shape)
 
-    def _weighted(self, z: Tensor, weights: Tensor, dim: int) -> Tensor:
-        """``gamma * z``, one weight for all ranks of a LoRA, taken in the wider of both dtypes and rounded once.
+    def scaled(self, weights: Tensor, dtype: torch.dtype) -> Tensor:
+        """Weights `(rows, tokens, N)` as `_weighted` takes them, times the scalings of the LoRAs here.
 
-        A weight is broadcast over its ranks and not repeated for each: that would be a tensor as large as z, read
-        with jumps.
+        In `dtype` if that is wider than theirs.
+
+        The answer is kept as long as `weights` lives, and shared by all modules of these LoRAs and scalings: a
+        weigher that gives the same tensor to many modules, or pass after pass, has it worked through once.
+
+        Returns:
+            A number for each rank where all rows and tokens weigh alike: `(R,)`, or `(R, 1)` of a convolution.
+            Else, if all LoRAs here have one rank, a number for each LoRA, which is less to read than one for each rank:
+            `(rows, tokens, n, 1)` or `(rows, n, 1, tokens)`. If they have not, `(rows, tokens, R)` or `(rows, R,
+            tokens)`, but `(rows, tokens, n)` or `(rows, n, tokens)` where autograd would keep that at each module.
         """
-        r = self._ranks_here[0]
-        if all(rank == r for rank in self._ranks_here):
-            weighted = (z.unflatten(dim, (-1, r)) * weights.unsqueeze(dim + 1)).flatten(dim, dim + 1)
-        else:
-            parts = zip(z.split(self._ranks_here, dim), weights.split(1, dim), strict=True)
+        if weights.requires_grad:
+            return self._scale(weights, dtype)
+        known = _kept_with(weights)
+        key = self.indices, self._ranks, self._scalings, self.is_convolution, dtype
+        scaled = known.get(key)
+        if scaled is None:
+            scaled = known[key] = self._scale(weights, dtype)
+        return scaled
+
+    def _scale(self, weights: Tensor, dtype: torch.dtype) -> Tensor:
+        weights = weights.to(torch.promote_types(weights.dtype, dtype))
+        if len(self.indices) < self.num_experts:
+            weights = weights[..., list(self.indices)]
+        if self._scales:
+            weights = weights * weights.new_tensor(self._scalings)
+        alike = weights.shape[0] == weights.shape[1] == 1
+        if alike or not (self._same_rank or weights.requires_grad):
+            of_each = zip(weights.split(1, dim=-1), self._ranks, strict=True)
+            weights = torch.cat([w.expand(*w.shape[:2], r) for w, r in of_each], dim=-1)
+            if alike:
+                return weights.view(-1, 1) if self.is_convolution else weights.flatten()
+        if self.is_convolution:
+            weights = weights.transpose(1, 2)
+        weights = weights.contiguous()  # a product that reads it with jumps takes three times as long
+        return weights.unsqueeze(2 if self.is_convolution else 3) if self._same_rank else weights
+
+    def _weighted(self, z: Tensor, scaled: Tensor, batch: int) -> Tensor:
+        """`gamma * s * z` in the layout of z, taken in the wider of both dtypes and rounded once."""
+        if scaled.ndim < 3:
+            return (z * scaled).to(z.dtype)
+        n, convolution = len(self._ranks), self.is_convolution
+        by_sample = z if convolution else z.view(batch, len(z) // batch, -1)
+        if self._same_rank:
+            weighted = by_sample.unflatten(1 if convolution else 2, (n, -1)) * scaled
+        elif scaled.requires_grad:
+            dim = 1 if convolution else 2
+            parts = zip(by_sample.split(self._ranks, dim), scaled.split(1, dim), strict=True)
             weighted = torch.cat([part * weight for part, weight in parts], dim)
-        return weighted.to(z.dtype)
+        else:
+            weighted = by_sample * scaled
+        return weighted.reshape(z.shape).to(z.dtype)
+
+
+_KEPT: dict[int, tuple[Any, dict[Any, Tensor]]] = {}
+
+
+def _kept_with(tensor: Tensor) -> dict[Any, Tensor]:
+    """A place for what is worked out from a tensor; it goes with that."""
+    key = id(tensor)
+    found = _KEPT.get(key)
+    if found is None or found[0]() is not tensor:
+
+        def forget(reference: Any) -> None:
+            if key in _KEPT and _KEPT[key][0] is reference:
+                del _KEPT[key]
+
+        _KEPT[key] = found = weakref.ref(tensor, forget), {}
+    return found[1]
 
 
 def _as_they_are(factors: Sequence[LoRAFactors], output: Tensor) -> bool:

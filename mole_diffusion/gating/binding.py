@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..experts import Experts, Projections
 from .block import BlockExperts
+from .gate import Gate
 from .spec import GateSpec
 
 
@@ -32,10 +33,17 @@ class Current:
 
 
 class Binding:
-    """What ties gates to attached experts; a copy of the gates starts without."""
+    """What ties gates to attached experts; a copy of the gates starts without.
 
-    def __init__(self, experts: Experts, specs: Sequence[GateSpec]) -> None:
+    Args:
+        experts: The experts.
+        specs: What each gate weighs and reads.
+        gates: The gates, in this order.
+    """
+
+    def __init__(self, experts: Experts, specs: Sequence[GateSpec], gates: Sequence[Gate]) -> None:
         self.sites = experts.sites
+        self.gates = {spec.name: gate for spec, gate in zip(specs, gates, strict=True)}
         self.spec_of = {site: spec for spec in specs for site in spec.sites}
         self.blocks: dict[str, BlockExperts] = {}
 

@@ -13,7 +13,7 @@ from ..experts import Run
 
 
 class BlockExperts:
-    """Runs one block under every LoRA alone: ``E_i = F_{theta + delta_i}(x) - F_theta(x)``.
+    """Runs one block under every LoRA alone: `E_i = F_{theta + delta_i}(x) - F_theta(x)`.
 
     Eqs. 5-8 and 12-13 of "Mixture of LoRA Experts" (https://openreview.net/forum?id=uWvKBCYh4S). Eqs. 7-8 read
     literally keep the residual stream in every expert, and (13) would add it twice; as a difference to the base, one
@@ -42,16 +42,16 @@ class BlockExperts:
         output: Tensor,
         weigh: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        """``O = F_theta(x) + sum_i g_i E_i``.
+        """`O = F_theta(x) + sum_i g_i E_i`.
 
         Args:
             run: The forward pass the block runs in.
             block: The block.
             args: What it was called with.
             kwargs: What it was called with.
-            output: What the base answered, ``(batch, tokens, features)``.
-            weigh: Turns the expert outputs ``(batch, tokens, len(experts), features)`` into final weights
-                ``(batch, len(experts))``.
+            output: What the base answered, `(batch, tokens, features)`.
+            weigh: Turns the expert outputs `(batch, tokens, len(experts), features)` into final weights
+                `(batch, len(experts))`.
         """
         if not isinstance(output, Tensor):
             raise MoLEError(

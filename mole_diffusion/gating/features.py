@@ -19,7 +19,8 @@ def read_features(spec: GateSpec, site: Site, projections: Projections, axis: To
     if spec.hidden_features == 0:
         return torch.ones(len(hidden_states), 1, 1, device=hidden_states.device)
     if axis == "token" and site.stack.is_convolution:  # a stride leaves fewer positions to weigh than there are to read
-        hidden_states = F.adaptive_avg_pool2d(hidden_states, projections.spatial)
+        if hidden_states.shape[2:] != projections.spatial:
+            hidden_states = F.adaptive_avg_pool2d(hidden_states, projections.spatial)
     return site.positions(hidden_states)
 
 

@@ -19,29 +19,29 @@ class Gate(nn.Module):
 
         E = Norm(E_1 + ... + E_N concatenated)      epsilon = flatten(E)^T e      gates = softmax(epsilon / tau)
 
-    The expert outputs E_i = B_i z_i never exist. With z the coordinates in rank space, ``<E_i, e> = <z_i, B_i^T e>``
-    and ``|E_i|^2 = z_i^T (B_i^T B_i) z_i``; so the parameters are f = B^T e, which is the same set of functions of x,
+    The expert outputs E_i = B_i z_i never exist. With z the coordinates in rank space, `<E_i, e> = <z_i, B_i^T e>`
+    and `|E_i|^2 = z_i^T (B_i^T B_i) z_i`; so the parameters are f = B^T e, which is the same set of functions of x,
     with r / d of the parameters. (An optimiser moves differently through f than through e.) As long as
-    :meth:`set_up` is not called, the input is the expert outputs themselves and the parameters are e.
+    `set_up` is not called, the input is the expert outputs themselves and the parameters are e.
 
     Args:
         num_experts: N, the LoRAs that share the softmax.
         positions: Length of the token axis.
         width: Numbers per position in the input.
         num_features: Size of the concatenated expert outputs, N * L * d.
-        normalization: As in :class:`GateConfig`.
+        normalization: As in `GateConfig`.
         temperature: Start value of tau.
         learn_temperature: Whether tau is trained.
         beside: How many numbers a position has beside the input that are read as they are, without a norm.
 
     Attributes:
-        weight: f (or e), ``(num_experts, positions, width + beside)``. Starts at zero: uniform gates.
-        weight_sum: ``(num_experts,)``, the sums of e that centring needs; only with ``"layer_norm"``.
+        weight: f (or e), `(num_experts, positions, width + beside)`. Starts at zero: uniform gates.
+        weight_sum: `(num_experts,)`, the sums of e that centring needs; only with `"layer_norm"`.
         log_temperature: Logarithm of tau.
 
     Shape:
-        - Input: ``(batch, positions, width)``, and ``(batch, positions, beside)`` where there is something beside it.
-        - Output: ``(batch, num_experts)`` logits divided by tau; softmax them for the gates.
+        - Input: `(batch, positions, width)`, and `(batch, positions, beside)` where there is something beside it.
+        - Output: `(batch, num_experts)` logits divided by tau; softmax them for the gates.
     """
 
     gram: Tensor | None
@@ -77,8 +77,8 @@ class Gate(nn.Module):
         """Say how coordinates become expert outputs.
 
         Args:
-            blocks: B_i of every expert and entry module in the order of the input's coordinates, ``(d_out, r)`` each,
-                scaling folded in. Different experts do not mix, so only ``B_i^T B_i`` is kept of them.
+            blocks: B_i of every expert and entry module in the order of the input's coordinates, `(d_out, r)` each,
+                scaling folded in. Different experts do not mix, so only `B_i^T B_i` is kept of them.
         """
         blocks = [block.to(self.weight.device, self.weight.dtype) for block in blocks]
         self.gram = torch.block_diag(*[block.T @ block for block in blocks])
@@ -86,40 +86,71 @@ class Gate(nn.Module):
 
     def forward(self, features: Tensor, beside: Tensor | None = None) -> Tensor:
         rows = features.to(self.weight.dtype)
-        width = rows.shape[-1]
         flat = rows.flatten(1)  # (batch, positions * width)
         # Experts first: with a position a row there are thousands of rows and a handful of experts, and whatever comes
         # after runs along the longer axis.
-        scores = self.weight[..., :width].flatten(1) @ flat.t()  # <flatten(E), e> before the norm, (num_experts, batch)
+        scores = self._weight(0, rows.shape[-1]) @ flat.t()  # <flatten(E), e> before the norm, (num_experts, batch)
         if self.gram is None:
             square_norm = torch.linalg.vector_norm(flat, dim=1).square()  # |E|^2, (batch,), without a copy of E
         else:
             square_norm = (rows * (rows @ self.gram)).sum(dim=(1, 2)).clamp_min(0)
-        if self.normalization == "l2":
-            logits = scores / (square_norm + TINY).sqrt()
-        elif self.normalization == "rms":
-            logits = scores / (square_norm / self.num_features + TINY).sqrt()
-        else:
+        if self.normalization == "layer_norm":
             total = rows if self.column_sum is None else rows * self.column_sum
             mean = total.sum(dim=(1, 2)) / self.num_features
             variance = (square_norm / self.num_features - mean.square()).clamp_min(0)
             assert self.weight_sum is not None
-            logits = (scores - self.weight_sum[:, None] * mean) / (variance + TINY).sqrt()
+            logits = (scores - self.weight_sum[:, None] * mean) / ((variance + TINY).sqrt() * self.temperature)
+        else:
+            logits = self._divided(scores, square_norm)
         if beside is not None:
-            logits = logits + self.weight[..., width:].flatten(1) @ beside.flatten(1).t()
-        return (logits / self.temperature).t()
+            of_beside = self._weight(rows.shape[-1], None) @ beside.flatten(1).t()
+            logits = logits + of_beside / self.temperature
+        return logits.t()
+
+    def at_every_token(self, features: Tensor, beside: Tensor | None = None) -> Tensor:
+        """Logits of every position as if it were a sample of its own.
+
+        Args:
+            features: `(batch, tokens, width)`.
+            beside: `(batch, tokens, beside)`.
+
+        Returns:
+            `(batch, tokens, num_experts)`.
+        """
+        batch, tokens, width = features.shape
+        lies_turned = not features.is_contiguous() and features.transpose(1, 2).is_contiguous()
+        if not lies_turned or self.gram is not None or self.normalization == "layer_norm":
+            given = None if beside is None else beside.flatten(0, 1)[:, None]
+            return self(features.flatten(0, 1)[:, None], given).unflatten(0, (batch, tokens))
+        # As a convolution is given it; to turn it round would take longer than all the rest.
+        channels = features.to(self.weight.dtype).transpose(1, 2)
+        scores = self._weight(0, width) @ channels  # (batch, num_experts, tokens)
+        logits = self._divided(scores, channels.square().sum(dim=1, keepdim=True))
+        if beside is not None:
+            logits = logits + self._weight(width, None) @ beside.transpose(1, 2) / self.temperature
+        return logits.transpose(1, 2)
+
+    def _weight(self, begin: int, end: int | None) -> Tensor:
+        """Of some of the numbers that a position has, `(num_experts, positions * numbers)`."""
+        return self.weight[..., begin:end].flatten(1)
+
+    def _divided(self, scores: Tensor, square_norm: Tensor) -> Tensor:
+        """`<E, e> / (Norm tau)` for the two norms that do not centre."""
+        features = self.num_features if self.normalization == "rms" else 1
+        of_all = (math.log(features) / 2 - self.log_temperature).exp()  # all that is the same in every position
+        return scores * (of_all * (square_norm + TINY * features).rsqrt())
 
 
 def masked_softmax(logits: Tensor, keep: Tensor | None, null_expert: bool = False) -> Tensor:
-    """Softmax over the kept logits, which equals ``g_i m_i / sum_j g_j m_j``.
+    """Softmax over the kept logits, which equals `g_i m_i / sum_j g_j m_j`.
 
     Args:
-        logits: ``(batch, tokens, N)``, or with ``N + 1`` and a null expert in the end.
-        keep: ``(batch | 1, 1, N)`` of 0 and 1. A row that keeps none gives zeros. ``None``: all are kept.
+        logits: `(batch, tokens, N)`, or with `N + 1` and a null expert in the end.
+        keep: `(batch | 1, 1, N)` of 0 and 1. A row that keeps none gives zeros. `None`: all are kept.
         null_expert: Whether the last logit is of an expert that adds nothing: always kept, and left out of the result.
 
     Returns:
-        ``(batch, tokens, N)``.
+        `(batch, tokens, N)`.
     """
     num_experts = logits.shape[-1] - null_expert
     if keep is not None:

@@ -132,7 +132,7 @@ class MoLEModel(ModelMixin, ConfigMixin):
         if found:
             raise MoLEError(f"The model has adapted places without a gate: {sorted(found)[:3]}. Train new gates.")
         self.specs = tuple(specs)  # with the names of modules that this version of transformers has
-        binding = Binding(experts, self.specs)
+        binding = Binding(experts, self.specs, [self._gate(spec) for spec in self.specs])
         for spec in self.specs:
             if spec.block is not None:
                 self._hook_block(binding, spec, experts)
@@ -188,7 +188,7 @@ class MoLEModel(ModelMixin, ConfigMixin):
                 size = feature_grid(spec, site, projections) or token_grid(
                     features.shape[1], run.sample_size, spec.name
                 )
-            weights = self._routing.weigh(self._gate(spec), spec, features, size, run, masks, self._record)
+            weights = self._routing.weigh(binding.gates[spec.name], spec, features, size, run, masks, self._record)
             current = Current(weakref.ref(projections), weights)
             run.notes[spec.name] = current
         elif current is None:

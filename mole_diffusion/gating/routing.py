@@ -57,12 +57,16 @@ class Routing:
         cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         with torch.autocast(device, enabled=False) if cast else nullcontext():
             features = features.to(gate.weight.dtype)
-            reduced = reduce_tokens(features, self._config.token_axis, spec.positions, size, spec.name)
             if masks is not None:
                 gates = masks.to(features.device, features.dtype).expand(*features.shape[:2], -1)
-                return self._correct(gate, spec, reduced, gates, run, record)
+                return self._correct(gate, spec, features, gates, run, record)
             keep, shares, final = self._factors(spec.experts, features.device, run)
-            logits = gate(reduced).unflatten(0, (len(features), -1))  # (batch, tokens | 1, experts here)
+            if self._config.token_axis == "token":
+                logits = gate.at_every_token(features)  # (batch, tokens, experts here)
+            else:
+                logits = gate(reduce_tokens(features, self._config.token_axis, spec.positions, size, spec.name))[
+                    :, None
+                ]
             kept = masked_softmax(logits, keep, self._config.null_expert)
             # With a graph also where nobody records: a checkpoint's recomputation, which may come when the recording is
             # over, must keep as many tensors as the pass it repeats.
@@ -73,13 +77,11 @@ class Routing:
             return self._spread(kept * final, spec.experts)
 
     def _correct(
-        self, gate: Gate, spec: GateSpec, reduced: Tensor, masks: Tensor, run: Run, record: GateRecord | None
+        self, gate: Gate, spec: GateSpec, features: Tensor, masks: Tensor, run: Run, record: GateRecord | None
     ) -> Tensor:
         """What a `residual` gate adds to masks, at most 1 either way, and nothing for LoRAs that are left out."""
         index = list(spec.experts)
-        beside = masks[..., index].flatten(0, 1)[:, None]
-        logits = gate(reduced, beside).unflatten(0, (len(masks), -1))
-        added = logits.tanh() * run.keep.to(masks.device)[:, None, index]
+        added = gate.at_every_token(features, masks[..., index]).tanh() * run.keep.to(masks.device)[:, None, index]
         gates = masks.index_add(-1, torch.tensor(index, device=masks.device), added)
         if record is not None:
             record.add(spec.name, run, gates)

@@ -167,7 +167,7 @@ def _plan(name: str, members: Sequence[Site], config: GateConfig, architecture: 
     entries = [site for site in first.group.sites if site in members]
     block = architecture.transformer_block(first.module_name) if config.experts == "block" else None
     hidden_features = {"experts": None, "hidden": first.stack.input_shape[0], "none": 0}[config.input]
-    present = sorted({index for site in members for index in site.stack.experts})
+    present = sorted({index for site in members for index in site.stack.indices})
     return GateSpec(
         name=name,
         component=first.component,

@@ -15,11 +15,9 @@ def reduce_tokens(features: Tensor, axis: TokenAxis, positions: int, size: tuple
 
     All three readings are linear, so pooling `A x` and applying B is pooling `B A x`.
 
-    With `"token"` every position is a sample of its own, `(batch * tokens, 1, features)`.
-
     Args:
         features: Expert outputs, or their coordinates in rank space.
-        axis: As in `GateConfig`.
+        axis: As in `GateConfig`, other than `"token"`, which leaves every position to itself.
         positions: What the gate was made for.
         size: `(height, width)` of the tokens where they are the pixels of a picture.
         gate: Name of the gate, for messages.
@@ -28,8 +26,6 @@ def reduce_tokens(features: Tensor, axis: TokenAxis, positions: int, size: tuple
         MoLEError: `"flatten"` meets another number of tokens.
     """
     tokens = features.shape[1]
-    if axis == "token":
-        return features.flatten(0, 1)[:, None]
     if axis == "pooled":
         return features.mean(dim=1, keepdim=True)
     if axis == "flatten":

@@ -135,20 +135,20 @@ class SpeedConfig:
     """One table.
 
     Attributes:
-        size: A name in :data:`SIZES`.
+        size: A name in `SIZES`.
         loras: How many LoRAs, one row of the table for each.
         rank: Of every LoRA.
-        targets: A name in :data:`TARGETS`.
-        sides: What stands beside one another. ``"bare"``: the model without LoRAs, what all others are divided by.
-            ``"empty"``: LoRAs loaded, and none in the call. ``"sum"``: all, summed. ``"gates"``: weighed by the gates
-            that training makes by default. ``"budget"``, ``"norm_router"``: the methods of these
-            names. ``"masks"``: each on its stripe of the picture and on its words. ``"peft"``:
-            diffusers' own. ``"merged"``: added to the weights beforehand.
-        used: How many of the LoRAs a call of ours keeps; ``None``: all.
+        targets: A name in `TARGETS`.
+        sides: What stands beside one another. `"bare"`: the model without LoRAs, what all others are divided by.
+            `"empty"`: LoRAs loaded, and none in the call. `"sum"`: all, summed. `"gates"`: weighed by the gates
+            that training makes by default. `"budget"`, `"norm_router"`: the methods of these
+            names. `"masks"`: each on its stripe of the picture and on its words. `"peft"`:
+            diffusers' own. `"merged"`: added to the weights beforehand.
+        used: How many of the LoRAs a call of ours keeps; `None`: all.
         rounds: How often all sides are run, one after another.
         batch: Rows of the latents; 2 is one picture with guidance.
-        latent: Side of the latents; ``None`` is the size's own.
-        dtype: ``"float32"``, ``"bfloat16"``; ``None`` is the size's own.
+        latent: Side of the latents; `None` is the size's own.
+        dtype: `"float32"`, `"bfloat16"`; `None` is the size's own.
         device: Where.
         threads: Of the CPU.
         train: Also a step of gate training: forward, backward, what it saves for that.

@@ -22,10 +22,10 @@ _PRODUCTS = {
 
 
 class Counted(TorchDispatchMode):
-    """Counts what torch does inside a ``with``, the same on every machine.
+    """Counts what torch does inside a `with`, the same on every machine.
 
     Attributes:
-        products: ``(shape, shape)`` of the two tensors of every matrix product and convolution, to how often.
+        products: `(shape, shape)` of the two tensors of every matrix product and convolution, to how often.
         operations: Multiplications and additions of all products, attention's included.
         bytes: What all operations read and write, views aside: each input once, each output once.
         largest: Elements of the largest tensor that was made.

@@ -50,7 +50,7 @@ class Row:
             with less where nothing is merged.
         bytes: What it reads and writes over the same of the bare model, counted operator by operator.
         products: How many products of two tensors.
-        memory: MiB at the peak of a call beyond weights and inputs; ``None`` where nobody knows.
+        memory: MiB at the peak of a call beyond weights and inputs; `None` where nobody knows.
     """
 
     side: Side
@@ -117,7 +117,7 @@ def measure_speed(config: SpeedConfig, tell: Told | None = None) -> Speed:
         tell: Called with what comes next, before it.
 
     Returns:
-        The table; :func:`speed_page` writes it down.
+        The table; `speed_page` writes it down.
     """
     tell = tell or (lambda text: None)
     threads = torch.get_num_threads()

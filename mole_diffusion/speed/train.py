@@ -67,7 +67,7 @@ def saved_activations(config: SpeedConfig, number: int) -> dict[str, float]:
         number: Of LoRAs.
 
     Returns:
-        By the names of :class:`TrainingStep`.
+        By the names of `TrainingStep`.
     """
     config = replace(config, device="meta")
     model = make_model(config)

@@ -137,7 +137,7 @@ def test_where_no_chosen_lora_is_nothing_is_added() -> None:
         projections = chosen.group.project(chosen, x, attention["to_k"](x))
     assert products.count == 1  # the base's own
     assert projections.tensors["unet.to_k"].shape == (2, 5, 0)
-    assert torch.equal(output_norms(chosen.stack, projections.tensors["unet.to_k"]), torch.zeros(2, 5, 2))
+    assert torch.equal(output_norms(chosen.stack, projections.rows["unet.to_k"]), torch.zeros(2, 10))
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -154,7 +154,7 @@ def test_what_is_added_in_place_is_what_autograd_gets(channels_last: bool) -> No
         with torch.set_grad_enabled(grad):
             output = module(x).detach()
             weights.requires_grad_(grad)
-            projected = site.group.project(site, x, output).tensors["unet.a"]
+            projected = site.group.project(site, x, output).rows["unet.a"]
             outputs[grad] = site.stack.add_to(output, projected, weights)
             assert (outputs[grad] is output) is not grad
     torch.testing.assert_close(outputs[False], outputs[True], atol=1e-12, rtol=1e-12)

@@ -23,7 +23,7 @@ def linear_factors(ranks: Sequence[int], d_in: int, d_out: int) -> list[LoRAFact
 
 
 def add(site: Site, x: Tensor, output: Tensor, weights: Tensor) -> Tensor:
-    projected = site.group.project(site, x, output).tensors[site.name]
+    projected = site.group.project(site, x, output).rows[site.name]
     return site.stack.add_to(output, projected, weights)
 
 
@@ -72,10 +72,10 @@ def test_a_lora_that_does_not_touch_the_module_has_no_rows() -> None:
     first, _, third = linear_factors(RANKS, 6, 7)
     stack = ExpertStack([first, None, third], "a")
     assert stack.ranks == (3, 0, 5)
-    assert stack.experts == (0, 2)
+    assert stack.indices == (0, 2)
     assert stack.expert_of_rank.tolist() == [0] * 3 + [2] * 5
     weights = stack.scaled(torch.tensor([[[1.0, 2.0, 3.0]]]), torch.float32)
-    assert weights.flatten().tolist() == [1.0 * 3.5, 3.0 * 5.5]  # times their scalings
+    assert weights.tolist() == [1.0 * 3.5] * 3 + [3.0 * 5.5] * 5  # times their scalings, one a rank
 
 
 def test_matrices_and_one_by_one_convolutions_are_interchangeable() -> None:

@@ -35,9 +35,9 @@ def narrow(output: Any, passes: int, combine: Callable[[Tensor], Tensor]) -> Any
 
     Args:
         output: A tensor, a list with a tensor for each row, a tuple, or a dictionary-like output class of these.
-            Tensors are ``(passes * batch, ...)``.
-        passes: As in :func:`widen`.
-        combine: ``(passes, batch, ...) -> (batch, ...)``.
+            Tensors are `(passes * batch, ...)`.
+        passes: As in `widen`.
+        combine: `(passes, batch, ...) -> (batch, ...)`.
     """
     if isinstance(output, Tensor):
         return combine(output.unflatten(0, (passes, -1)))

@@ -1,0 +1,60 @@
+"""What the experts add at one module in one pass."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..errors import MoLEError
+from .run import Run, Weigher
+from .site import Projections, Site
+
+
+def add_experts(site: Site, hidden_states: Tensor, output: Tensor, run: Run) -> Tensor:
+    """`output` of a base module plus the weighed experts for the same input.
+
+    Args:
+        site: The module.
+        hidden_states: Its input, samples first.
+        output: What it gave; it may be added to in place.
+        run: The forward pass, in which somebody weighs.
+
+    Raises:
+        MoLEError: The weigher's answer does not broadcast to the batch, tokens and experts of this module, or what was
+            chosen has rows that the batch has not.
+    """
+    assert run.weigher is not None
+    if run.kept is not None and not _reads_left_out(run.weigher, site):
+        site = site.only(run.kept)
+    projections = site.group.project(site, hidden_states, output)
+    batch = projections.batch // run.passes
+    if len(run.keep) not in (1, batch) or len(run.scale) not in (1, batch):
+        raise MoLEError(
+            f"`keep` has {len(run.keep)} rows and `scale` {len(run.scale)}, but {site.component} runs a batch of "
+            f"{batch}. Give one row for all, or one for each (with guidance, for both halves)."
+        )
+    projections.base = output
+    weights = run.weigher.weigh(site, projections, run)
+    if weights is None:
+        return output
+    if weights.device != output.device:
+        weights = weights.to(output.device)
+    _check(weights, projections, site)
+    beside = None if site.beside is None else site.beside.add(hidden_states, output, weights, site.stack.indices)
+    added = site.stack.add_to(output, projections.rows[site.name], weights) if site.stack.rank else output
+    return added if beside is None else added + beside
+
+
+def _reads_left_out(weigher: Weigher, site: Site) -> bool:
+    """Whether a weigher reads what LoRAs that are left out would add at a module."""
+    reads = getattr(weigher, "reads_left_out", None)
+    return reads is not None and bool(reads(site))
+
+
+def _check(weights: Tensor, projections: Projections, site: Site) -> None:
+    shape, batch = weights.shape, projections.batch
+    fits = len(shape) == 3 and shape[2] == site.stack.num_experts
+    if not fits or shape[0] not in (1, batch) or shape[1] not in (1, projections.tokens):
+        raise MoLEError(
+            f"The weights for {site.name} must be (1 or {batch}, 1 or {projections.tokens}, {site.stack.num_experts}), "
+            f"got {tuple(shape)}."
+        )

@@ -1,0 +1,92 @@
+"""Models that experts cannot hang on, or on which they would silently do nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
+from torch import nn
+
+from ..errors import MoLEError
+from .run import Run
+
+FUSED = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+
+
+class AttachError(MoLEError):
+    """Experts cannot be hung on a model, or would silently do nothing there."""
+
+
+def refuse_adapters(component: str, model: nn.Module) -> None:
+    """Raises AttachError if adapters of PEFT are on a model, as `load_lora_weights` leaves them."""
+    for name, module in model.named_modules():
+        if hasattr(module, "base_layer") and type(module).__module__.startswith("peft."):
+            loaded = ", ".join(getattr(module, "lora_A", {})) or "an adapter"
+            raise AttachError(
+                f"{component} carries a PEFT adapter ({loaded}, at {name}), as `load_lora_weights` leaves it. Load "
+                "that file with `load_loras` beside the others, or call `fuse_lora()`, then `unload_lora_weights()`."
+            )
+
+
+def refuse_compiled(component: str, model: nn.Module) -> None:
+    """Raises AttachError if a model or a part of it is compiled already."""
+    for name, module in model.named_modules():
+        compiled = module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
+        if compiled:
+            raise AttachError(
+                f"{component}{'.' + name if name else ''} is compiled; a compiled graph does not see hooks added "
+                "later. Load the LoRAs before `torch.compile`."
+            )
+
+
+def refuse_fused(component: str, layers: Mapping[str, Any]) -> None:
+    """Raises AttachError where attention layers of a UNet, by name, have one module for three projections."""
+    fused = [
+        name
+        for name, layer in layers.items()
+        if type(layer.processor).__name__.startswith("Fused") and type(layer.processor) is not FusedAttnProcessor2_0
+    ]
+    if fused:
+        kind = type(layers[fused[0]].processor).__name__
+        raise AttachError(
+            f"{component} has fused query, key and value projections ({fused[0]}: {kind}), which bypass the modules "
+            "the LoRAs adapt. Call `unfuse_qkv_projections()` first."
+        )
+
+
+def refuse_bypassed(component: str, parents: Mapping[str, tuple[nn.Module, str]]) -> None:
+    """Raises AttachError where a transformer has fused its projections.
+
+    Transformers say so on the attention layer, whose processor stays the same.
+
+    Args:
+        component: The model.
+        parents: By the names of adapted modules, the modules that hold them and their names there.
+    """
+    for name, (parent, leaf) in parents.items():
+        if leaf in FUSED and not isinstance(parent, Attention) and getattr(parent, "fused_projections", False):
+            raise AttachError(
+                f"{component} has fused query, key and value projections ({name.rpartition('.')[0]}), which bypass the "
+                "modules the LoRAs adapt. Call `unfuse_qkv_projections()` first."
+            )
+
+
+def refuse_caches(component: str, model: nn.Module, run: Run) -> None:
+    """Raises AttachError where a cache would go on with other weights of the LoRAs than those of the present step.
+
+    A weigher whose weights are the same in every step and everywhere says so by an attribute `constant`: then a cache
+    keeps what it would keep of a model with the LoRAs merged into it.
+    """
+    if not run.active or getattr(run.weigher, "constant", False):
+        return
+    cache = run.told.cache
+    if cache is None and getattr(model, "is_cache_enabled", False):
+        cache = f"{type(getattr(model, '_cache_config', None)).__name__}, which skips blocks or keeps what they gave"
+    if cache is not None:
+        method = getattr(run.weigher, "name", type(run.weigher).__name__)
+        raise AttachError(
+            f"{component} has a cache ({cache}), and composition {method!r} weighs LoRAs anew in every step and at "
+            f"every place, which the cache would not follow. Call `{component}.disable_cache()`, draw with a pipeline "
+            'without one, or with weights that stay: `set_composition("linear")`.'
+        )
