@@ -71,7 +71,7 @@ class Averages(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """Each number by its name, a tensor without dimensions."""
-        # Of double precision, as the sums are, where the device has it and nobody chose another.
+        # In double precision, as the sums are, unless the device has none or the user chose another type.
         dtype = self._chosen or (torch.float32 if self.device.type == "mps" else torch.float64)
         return {name: torch.tensor(value, dtype=dtype, device=self.device) for name, value in self.result().items()}
 

@@ -29,7 +29,7 @@ class SharedEncoder:
 
     @torch.no_grad()
     def encode_image(self, images: Tensor) -> Tensor:
-        """As the encoder's."""
+        """The encoder's features of pictures, see `ImageEncoder`; it is asked only about new ones."""
         pixels = images.cpu().contiguous()
         keys = [sha256(image.numpy().tobytes() + str(tuple(image.shape)).encode()).hexdigest() for image in pixels]
         new = [index for index, key in enumerate(keys) if key not in self._features]
@@ -42,7 +42,7 @@ class SharedEncoder:
         return torch.stack([self._features[key] for key in keys])
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
-        """As the encoder's."""
+        """The encoder's features of texts, see `TextImageEncoder`."""
         features: Tensor = self._encoder.encode_text(texts)
         return features
 

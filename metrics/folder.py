@@ -62,7 +62,7 @@ def evaluate_folder(
         progress: Whether to show a bar.
 
     Returns:
-        A picture that cannot be read is among the failures, and the others are measured.
+        The numbers of every picture that can be read, and why the others cannot.
 
     Raises:
         MoLEError: There are no pictures, not as many prompts, a concept without pictures, a broken reference, or not

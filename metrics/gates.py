@@ -14,7 +14,7 @@ from .averages import Averages
 
 
 class GateStatistics(NamedTuple):
-    """Of gates `(rows, num_loras)`, each row for itself.
+    """How evenly gates `(rows, num_loras)` share, row by row.
 
     Attributes:
         share: `(rows, num_loras)`, each LoRA's part of what all LoRAs got. Rows sum to one, but for a row of zeros.

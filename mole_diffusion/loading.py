@@ -20,14 +20,14 @@ FOLDER = (
 
 @contextmanager
 def loading(what: str, remedy: str = FOLDER) -> Iterator[None]:
-    """Around a call of another library that reads somebody's folder, which may hold anything.
+    """A `with` block for a call of another library that reads somebody's folder, which may hold anything.
 
     Args:
         what: What is loaded, for the message: "the base model ./sd".
         remedy: What to give instead.
 
     Raises:
-        LoadingError: With the first words of what the library said.
+        LoadingError: The library failed; the message has the first words of what it said.
     """
     try:
         yield

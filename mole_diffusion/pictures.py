@@ -1,4 +1,4 @@
-"""Pictures in: the one reader of training, references, evaluation and benchmark. It gives what people see."""
+"""The one reader of pictures, for training, references, evaluation and benchmark. It gives what people see."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COMPANIONS = frozenset(
 )
 """Endings of files that lie beside pictures and are none: captions, tables, notes. All others are read or named."""
 
-_ORIENTATION = 0x0112  # of EXIF
+_ORIENTATION = 0x0112  # a tag of EXIF
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -30,7 +30,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # of TIFF
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF
 _PNG, _NO_PIXELS = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 
 

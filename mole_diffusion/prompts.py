@@ -1,4 +1,4 @@
-"""Prompts in: the one reader of files with prompts, whatever editor or shell wrote them."""
+"""The one reader of files with prompts, whatever editor or shell wrote them."""
 
 from __future__ import annotations
 

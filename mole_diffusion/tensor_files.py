@@ -66,7 +66,7 @@ class TensorFile:
     """One safetensors file.
 
     Args:
-        path: Of the file. Its header is read and checked at once, without its tensors.
+        path: The file. Its header is read and checked at once, without its tensors.
 
     Attributes:
         entries: Kind and shape of every tensor, by name.
@@ -119,7 +119,7 @@ class TensorFile:
 
     @property
     def sha256(self) -> str:
-        """Of the bytes that `tensors` come from."""
+        """SHA-256 of the bytes that `tensors` come from."""
         return self._contents[1]
 
 

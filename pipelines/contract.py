@@ -1,4 +1,4 @@
-"""Staying a diffusers pipeline: signature, `from_pipe`, saving under the name that stock diffusers knows."""
+"""What keeps our pipelines diffusers pipelines: signature, `from_pipe`, saving under a name that diffusers knows."""
 
 from __future__ import annotations
 

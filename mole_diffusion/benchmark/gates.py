@@ -1,4 +1,4 @@
-"""The gates a benchmark draws with: those that lie somewhere, or trained where there are none yet.
+"""The gates a benchmark draws with: read from a folder, or trained where that has none yet.
 
 A training goes on where it was killed, and its gates appear in one step when they are whole. Each belongs to one
 process, which draws with them too (see `.share`), so nobody waits and nothing is trained twice.
@@ -96,7 +96,7 @@ def train_missing_gates(
     finally:
         pipe.unload_gates()
     steps = method.training.steps - first + 1 if first else 0
-    if steps:  # a killed training has spent time of which nobody knows; what a step takes is known
+    if steps:  # the time that a killed training spent is lost, but that of a step is known
         write_json(work / "out" / SECONDS, (time.perf_counter() - start) / steps * method.training.steps)
     os.replace(work / "out", folder)
     shutil.rmtree(work)

@@ -18,7 +18,7 @@ from mole_diffusion.pictures import picture_files
 SHA256, LORAS, METHODS = "sha256", "LoRA files", "methods"
 _BY_HASH = ("base", "clip", "gates", "image_encoder")
 _NOT_IN_ROWS = ("name", "compositions", "concepts", "keep", "reference", "paper", *_BY_HASH)
-"""What rows do not depend on, are named after, or depend on by its bytes."""
+"""What rows do not depend on, what they are named after, and what counts by its bytes instead."""
 _MODEL_FILES = (".json", ".safetensors", ".bin", ".txt", ".model", ".pt")
 
 
@@ -91,7 +91,7 @@ def _references_hash(name: str, folder: str) -> str:
 
 
 def _gates(config: BenchmarkConfig) -> dict[str, str | None]:
-    """Of gates that lie somewhere; those that are trained follow from the rest."""
+    """The hash of gates that are read; gates that are trained follow from the other inputs."""
     found: dict[str, str | None] = {}
     for method in config.methods:
         if method.training is None and "gates" in method.build().needs:
@@ -99,7 +99,7 @@ def _gates(config: BenchmarkConfig) -> dict[str, str | None]:
                 composition = "+".join(names)
                 try:
                     folder = gates_folder(config, Path(), composition, method)
-                except ValueError:  # the toybox has none: their rows will say so
+                except ValueError:  # the toybox ships none for this composition, and the rows will say so
                     continue
                 found[f"gates of {composition}"] = folder_hash(folder) if folder.is_dir() else None
     return found

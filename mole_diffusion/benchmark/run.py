@@ -31,7 +31,7 @@ from mole_diffusion.progress import ProgressBar, progress_bar
 
 CONFIG, PICTURES, ROWS = "benchmark.json", "pictures", "rows"
 _BY_NAME = (METHODS, LORAS, SHA256)
-"""What rows are named after, so that a folder may hold more of them than one benchmark asks for."""
+"""What rows are named after: a folder may hold rows of more methods, LoRAs and files than one benchmark asks for."""
 _COMPUTED = "computed with"
 _PNG_BEGINS, _PNG_ENDS = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
@@ -185,7 +185,7 @@ def _known(known: Any, value: Any) -> Any:
 
 
 def _prepare(drawer: Drawer, cell: Cell, bar: ProgressBar) -> Exception | None:
-    """Gets ready for the pictures of a composition and method; what went wrong is for their rows to say."""
+    """Prepares the pictures of a composition and method; returns what went wrong, which their rows will say."""
 
     def show(step: int, numbers: Mapping[str, float]) -> None:
         bar.note(f"gates {cell.method.label} {cell.composition}: step {step}")
@@ -230,7 +230,7 @@ def _run_batch(
 
 
 def _raise_what_concerns_all(error: Exception) -> None:
-    """A full disk is no fault of one row: the others would say the same, if they could be written at all."""
+    """Raises what would hit every row alike, such as a full disk, instead of writing it into this one."""
     if isinstance(error, NotWrittenError):
         raise error
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -16,7 +16,7 @@ class WordMaps:
     """Cross-attention of the pixels to each LoRA's words: means over heads, layers and steps.
 
     Args:
-        words: Whose words stand where in the prompts.
+        words: Which tokens of the prompts call which LoRA.
     """
 
     def __init__(self, words: PromptWords) -> None:

@@ -19,7 +19,8 @@ Need = Literal["gates", "attention", "words", "prior"]
 class Composition(ABC):
     """How several LoRAs share one picture.
 
-    A method *is* what weighs: it is asked for every adapted module of every forward pass. One that gives a number per
+    A method says how much of each LoRA is added: it is asked at every module that LoRAs change, in every forward pass.
+    One that gives a number per
     LoRA and step, alike in all modules, stands on `StepComposition` instead, and one
     that gives every LoRA its pixels and words on `RegionalComposition`. Batching,
     guidance, seeds and the choice of LoRAs are done once, outside of methods.
@@ -83,7 +84,7 @@ class Composition(ABC):
             output: `(batch, pixels, heads * d)`.
             run: The forward pass.
         """
-        return None  # a method that watches does something here
+        return None  # a method that watches overrides this
 
     def attention_bias(self, layer: LayerSeam, query: Tensor, key: Tensor, run: Run) -> Tensor | None:
         """Added to the scores of an attention layer of the denoiser, `(batch, 1, pixels, words)`; `None`: nothing.

@@ -1,4 +1,4 @@
-"""How loud a stack of LoRAs is at a module, and by how much to turn it down."""
+"""How large the change by several LoRAs is at a module, and by how much to reduce it."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def current_call() -> Call | None:
 
 @contextmanager
 def running(call: Call | None) -> Iterator[None]:
-    """Makes `call` the current one inside the `with`; `None`: there is none there."""
+    """A `with` block in which `call` is the current call; with `None` there is none in it."""
     token = _CURRENT.set(call)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Masks that trained gates correct."""
+"""Masks, corrected by trained gates."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class MaskedGates(Wrapper):
         return None if masks is None else self.gates.weigh(site, projections, run, masks)
 
     def _ones(self, run: Run) -> Tensor:
-        """Gates read masks as they are, whatever the user scales LoRAs by. The same tensor for the whole call."""
+        """Scales of 1, since gates read masks without the user's scales; the same tensor for the whole call."""
         kept: dict[str, tuple[Tensor, Tensor]] = run.call.state.setdefault((self, "ones"), {})
         if run.component not in kept or kept[run.component][0] is not run.scale:
             kept[run.component] = run.scale, torch.ones_like(run.scale)

@@ -25,7 +25,7 @@ from .step import step_of
 
 @dataclass(eq=False)
 class _Found:
-    """What is known of the present call."""
+    """What was found in the present call so far."""
 
     first_step: int | None = None
     maps: Any = None
@@ -143,7 +143,7 @@ class Masks(RegionalComposition):
         self.read(found.maps, layer, query, key, output, run)
 
     def new_maps(self, call: Call) -> Any:
-        """Something to collect attention in."""
+        """An empty collection of attention maps."""
         return WordMaps(self.words(call))
 
     def read(self, maps: Any, layer: LayerSeam, query: Tensor, key: Tensor, output: Tensor, run: Run) -> None:
@@ -233,7 +233,9 @@ class Masks(RegionalComposition):
             if drawn.shape[-2:] != values.shape[-2:]:
                 drawn = torch.nn.functional.interpolate(drawn, size=values.shape[-2:], mode="area")
             drawn = drawn * kept[..., None, None]
-            values = drawn + values * (1 - drawn.sum(dim=1, keepdim=True)).clamp(0, 1)  # what was given goes first
+            values = drawn + values * (1 - drawn.sum(dim=1, keepdim=True)).clamp(
+                0, 1
+            )  # regions that were given go first
         return RegionMap(values.clamp(0, 1), call.names, sorted(fixed))
 
     def _all_given(self, call: Call, run: Run) -> bool:

@@ -1,4 +1,4 @@
-"""Each token to the LoRA that has most to say about it."""
+"""Each token goes to the LoRA whose output there is largest."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class _Parts:
         competing: 1 for a subject that takes part and touches the module.
         lost: The weight of a LoRA at a token that is not its own.
         gain: What winning a token adds to it.
-        won: Both.
+        won: The weight of a LoRA at a token of its own, `lost + gain`.
         shared: The weight where there are no tokens, `(rows, 1, N)`.
-        everybody: Whether all compete everywhere.
+        everybody: Whether every LoRA competes in every row.
         index: 0 to N - 1, `(N, 1, 1)`.
     """
 

@@ -100,7 +100,7 @@ class RegionalComposition(Composition):
         return run.call
 
     def words(self, call: Call) -> PromptWords:
-        """Whose words stand where in the prompts of a call.
+        """Which tokens of a call's prompts call which LoRA.
 
         Raises:
             MoLEError: Nobody read the prompts.

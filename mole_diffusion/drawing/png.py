@@ -1,4 +1,4 @@
-"""A picture that tells how it was made: settings, Python call and command line in the texts of a PNG."""
+"""PNG files that tell how the picture was made: settings, Python call and command line in their text chunks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is known of models, one file per family. To add a family, write its file and add its class to `FAMILIES`."""
+"""The families of models, one file each. To add one, write its file and add its class to `FAMILIES`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What kind of gates: one frozen record, checked when made and when loaded."""
+"""The configuration of gates: one frozen record, checked when it is made and when it is loaded."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class GateConfig:
             blocks and projections, as in the released code. `"network"`: a whole UNet or text encoder.
         input: What a gate reads. `"experts"`: the expert outputs, as the paper writes it. `"hidden"`: the hidden
             state its first module is given, as the released code does. `"none"`: nothing, so that a gate is one
-            learned number per LoRA (CAT, with `scope="matrix"`): what it lacks is what a gate's input is worth.
+            learned number per LoRA (CAT, with `scope="matrix"`). Comparing with it shows what a gate's input is worth.
         token_axis: What becomes of the positions of an expert output. `"pooled"`: their mean, any resolution. An
             integer k: means over a k x k grid (k stretches of a text), any resolution. `"flatten"`: every position
             has its own parameters, as the paper writes it, so the gate fits one resolution only. `"token"`: nothing;
@@ -52,7 +52,7 @@ class GateConfig:
             token, and neither a sum nor a null expert, since nothing is shared out.
 
     Raises:
-        MoLEError: On any other value, and where two settings contradict each other.
+        MoLEError: A setting has another value, or two settings contradict each other.
     """
 
     scope: Scope = "block"
@@ -109,7 +109,7 @@ class GateConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GateConfig:
-        """From a saved configuration.
+        """Reads a saved configuration.
 
         Raises:
             MoLEError: A key is unknown, say because a newer version wrote it, or a value is not allowed.

@@ -1,4 +1,4 @@
-"""Which LoRAs gates were made for: what is remembered of each, and compared."""
+"""Which LoRAs gates were made for: what is saved of each, and how others are told from them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def check_loras(expected: Sequence[Mapping[str, Any]], loras: Sequence[LoRA]) ->
     """Checks that these are the LoRAs that gates were made for, in their order.
 
     Raises:
-        GatesError: Naming every difference in number, names, order, ranks and factors.
+        GatesError: They are not; the message names every difference in number, names, order, ranks and factors.
     """
     known, names = [lora["name"] for lora in expected], [lora.name for lora in loras]
     if names != known:

@@ -104,7 +104,7 @@ class MoLEModel(ModelMixin, ConfigMixin):
         """Checks that these are the LoRAs the gates were made for, in their order.
 
         Raises:
-            GatesError: Naming every difference in number, names, order, ranks and factors.
+            GatesError: They are not; the message names every difference in number, names, order, ranks and factors.
         """
         check_loras(self.config.loras, loras)
 
@@ -203,7 +203,7 @@ class MoLEModel(ModelMixin, ConfigMixin):
         """Notes what the gates give inside a `with` block.
 
         Args:
-            accumulate: Keep all passes (denoising steps), not only the latest of each model.
+            accumulate: Whether to keep all passes (denoising steps), not only the latest of each model.
         """
         before, self._record = self._record, GateRecord(self.specs, self.lora_names, accumulate)
         try:
@@ -215,7 +215,7 @@ class MoLEModel(ModelMixin, ConfigMixin):
         """Writes `config.json` and the gates as safetensors into a folder.
 
         Args:
-            save_directory: Made if it does not exist. Each file is replaced in one step.
+            save_directory: The folder; made if it does not exist. Each file is replaced in one step.
             push_to_hub: Also upload to the Hugging Face Hub.
             kwargs: For `push_to_hub`: `repo_id` (else the folder's name), `token`, `private` ...
         """
@@ -236,7 +236,7 @@ class MoLEModel(ModelMixin, ConfigMixin):
     ) -> Any:
         """Uploads the gates with their model card: the one they came with, or one of what they are made for.
 
-        Args are those of diffusers' `push_to_hub`.
+        The arguments are those of diffusers' `push_to_hub`.
         """
         repo_id = hub_utils.create_repo(repo_id, exist_ok=True, private=private, token=token).repo_id
         with tempfile.TemporaryDirectory() as temporary:

@@ -1,4 +1,4 @@
-"""What the gates gave: live tensors for losses, and a table for people."""
+"""What the gates gave: tensors with a graph for losses, and a table to read."""
 
 from __future__ import annotations
 

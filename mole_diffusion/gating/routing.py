@@ -17,7 +17,9 @@ from .tokens import reduce_tokens
 
 
 class Routing:
-    """Eqs. 9-11 of "Mixture of LoRA Experts" (https://openreview.net/forum?id=uWvKBCYh4S), with LoRAs left out.
+    """Asks gates for weights: eqs. 9-11 of "Mixture of LoRA Experts" (https://openreview.net/forum?id=uWvKBCYh4S).
+
+    LoRAs that are left out of a call get no weight, and the others share it in proportion.
 
     Args:
         config: The configuration of the gates.
@@ -44,7 +46,7 @@ class Routing:
 
         Args:
             gate: The gate; it is moved to where the features are.
-            spec: What it stands for.
+            spec: Its entry in the table of gates.
             features: What it reads, `(batch, tokens, width)`.
             size: `(height, width)` of the tokens where they are the pixels of a picture.
             run: The forward pass.

@@ -66,7 +66,7 @@ class GateSpec:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GateSpec:
-        """From plain values, as JSON gives them back; a name may be that of another version of transformers."""
+        """Reads plain values, as JSON gives them back; a name may be that of another version of transformers."""
         entries = tuple(Entry(e["module"], tuple(e["ranks"]), e["features"]) for e in values["entries"])
         plain = {**values, "experts": tuple(values["experts"]), "modules": tuple(values["modules"])}
         name = canonical_place(values["component"], values["name"])
@@ -127,10 +127,10 @@ def plan_gates(experts: Experts, config: GateConfig) -> list[GateSpec]:
 
 
 def with_positions(spec: GateSpec, config: GateConfig, experts: Experts) -> GateSpec:
-    """Complete a planned gate by the length of its token axis.
+    """A planned gate with the length of its token axis.
 
     Raises:
-        MoLEError: For `token_axis="flatten"` if the model was not run yet, so that nobody knows how many tokens
+        MoLEError: `token_axis="flatten"` is asked of a model that was not run yet, so that nobody knows how many tokens
             there will be.
     """
     axis = config.token_axis

@@ -1,7 +1,7 @@
 """What changes the meaning of a file's factors beside the factors: PEFT's configs and entries of the header.
 
 This is the one place that reads them, for loading and inspecting alike: a setting that is not read here and makes
-the same factors act otherwise would be a wrong picture without a word.
+the same factors act otherwise would give a wrong picture, and no error.
 """
 
 from __future__ import annotations
@@ -55,8 +55,10 @@ class AdapterSettings:
     """How strongly the pieces of one component act, as a config says.
 
     Attributes:
-        rank, alpha: The config's `r` and `lora_alpha`; None where it has none.
-        ranks, alphas: Its patterns.
+        rank: The config's `r`; None where it has none.
+        alpha: The config's `lora_alpha`; None where it has none.
+        ranks: The config's `rank_pattern`.
+        alphas: The config's `alpha_pattern`.
         rslora: Whether the scaling is `alpha / sqrt(r)`.
         dora: Whether every module has a magnitude.
     """
@@ -97,11 +99,11 @@ def strength(
     """Alpha and scaling of a piece: `alpha / r`, `alpha / sqrt(r)` where the config says rsLoRA, 1.0 without an alpha.
 
     Args:
-        file: It comes from, for messages.
+        file: The file that the piece comes from, for messages.
         layout: The layout of the file, for messages.
         piece: The piece.
-        alpha: Of the piece's own, which goes before the config's; None where it has none. It counts for nothing where
-            no factor has a rank (LoKr of whole matrices); PEFT's config counts there too.
+        alpha: The alpha of the piece itself, which goes before the config's; None where it has none. It counts for
+            nothing where no factor has a rank (LoKr of whole matrices); PEFT's config counts there too.
         settings: The settings of the piece's component.
 
     Raises:

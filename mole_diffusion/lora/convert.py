@@ -72,7 +72,7 @@ def convert_lora(
     Raises:
         LoRAError: The file cannot be read, has something that the layout has no place for, or fits no model that is
             known.
-        MoLEError: `out` or `to` is none.
+        MoLEError: `out` is no such path, or `to` is no layout.
     """
     target = Path(out)
     if to not in get_args(Target):

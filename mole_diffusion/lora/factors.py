@@ -1,4 +1,4 @@
-"""What a LoRA is once it is read: factors and a scaling for each module it touches, and what some have beside them."""
+"""What a LoRA is once it is read: factors and a scaling for each module it changes, and what some add to these."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class LoRAFactors:
         return self.kronecker is None and self.magnitude is None and self.bias is None
 
     def lie_in(self, down: Tensor | None = None, up: Tensor | None = None) -> None:
-        """Be parts of larger tensors that hold the very same values, so that these are in memory once."""
+        """Becomes parts of larger tensors that hold the very same values, so that these are in memory once."""
         if down is not None:
             object.__setattr__(self, "down", down.reshape(self.down.shape))
         if up is not None:
@@ -72,7 +72,7 @@ class LoRAFactors:
         """Change of the module's weight, in the shape of that weight.
 
         Args:
-            weight: The module's, which DoRA's change depends on.
+            weight: The weight of the module, which DoRA's change depends on.
 
         Raises:
             MoLEError: A magnitude is there and no weight.

@@ -1,4 +1,4 @@
-"""`load_lora`: a LoRA file in, factors for the modules of a model out, or a `LoRAError` that says why not."""
+"""`load_lora`: reads a LoRA file into factors for the modules of a model, or says why it cannot."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def find_pieces(file: LoRAFile) -> tuple[str, list[Piece]]:
     if found := find_unsupported(file.entries):
         kind, keys, remedy = found
         raise refusal(file.source, f"{kind} is not supported, {len(keys)} keys", remedy, keys=keys)
-    find_embeddings(file)  # for its checks
+    find_embeddings(file)  # called for its checks alone
     factors = {k: entry for k, entry in file.entries.items() if k != SCALES_MARKER and not is_embedding(k)}
     layout, placed, unplaced = read_layout(factors)
     if layout is None:

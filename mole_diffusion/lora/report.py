@@ -33,7 +33,7 @@ class LoRAReport:
         kinds: How many modules have which kind of adapter, by kind.
         ranks: How many modules have which rank, by rank. Those without any (LoKr of whole matrices) are not counted.
         alphas: Different alphas in the file or its config, sorted; empty where none is known.
-        scalings: By which the products of factors are multiplied, as `load_lora` does, sorted.
+        scalings: The numbers that the products of factors are multiplied by, as `load_lora` does, sorted.
         family: Base models it was made for, guessed from the width of its cross-attention, else from its names, or
             `"unknown"`. Which it fits, `fitting` tells.
         triggers: Phrases that call it in a prompt, as the file names them; empty where it names none.
@@ -69,7 +69,7 @@ def inspect_lora(path: str | os.PathLike[str]) -> LoRAReport:
     alphas: set[float] = set()
     scalings: set[float] = set()
     for piece in pieces:
-        read_parts(file, layout, piece)  # for its check of the values
+        read_parts(file, layout, piece)  # called for its check of the values alone
         config = settings.get(piece.component, settings.get(None))
         alpha, scale = strength(file, layout, piece, read_alpha(file, layout, piece), config)
         scalings.add(scale)

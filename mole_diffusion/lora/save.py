@@ -1,4 +1,4 @@
-"""`save_lora`: factors out to a safetensors file that other programs read with the same effect."""
+"""`save_lora`: writes factors to a safetensors file that other programs read with the same effect."""
 
 from __future__ import annotations
 

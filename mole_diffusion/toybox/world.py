@@ -184,7 +184,7 @@ def caption(
 
 
 def full_caption(scene: Scene) -> str:
-    """Name every object with its whole look, in the order of the scene."""
+    """A caption that names every object with its whole look, in the order of the scene."""
     phrases = [f"{article(str(item.look))} {item.look} {item.class_name}" for item in scene.objects]
     return phrase_caption(phrases, scene.ground)
 

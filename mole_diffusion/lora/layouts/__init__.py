@@ -1,4 +1,4 @@
-"""Key layouts: from the keys of a file to places, which are the same in all.
+"""Key layouts: what the keys of a file mean, as `Place`s, which are the same in all layouts.
 
 A layout is one function, key in, `Place` out, or `None` where the key is not its own. It needs no model; which module
 of a model a place means is decided in `modules.py`. A new layout is one function and one entry of `LAYOUTS`.
@@ -33,7 +33,7 @@ def read_layout(state: Mapping[str, T]) -> tuple[str | None, list[tuple[Place, s
     """A state dict by places instead of keys.
 
     Args:
-        state: Anything by key: tensors, or what a file's header says of them.
+        state: The file's keys, with anything as values: tensors, or what the header says of them.
 
     Returns:
         The layout that understands most keys (some `.alpha` keys fit several), `None` where none understands any; what

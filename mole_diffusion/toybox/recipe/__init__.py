@@ -55,9 +55,9 @@ def build(
 
     Args:
         out: Folder for checkpoints; the result lies in its `assets`.
-        seed: Of everything random.
+        seed: Seed of everything random.
         device: Where to train.
-        effort: How long.
+        effort: How many steps each training takes.
         compile_model: Compile the base for training; a fifth faster on CPU, after two minutes of compiling.
         reuse: Which of `REUSABLE` to take from the installed toybox instead of training it. "base" goes on from the
             installed denoiser and text encoder for `effort.base_steps` more steps, with the installed autoencoder.

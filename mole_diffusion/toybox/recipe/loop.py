@@ -72,9 +72,9 @@ def run_stage(
     Args:
         stage: Name of the training, and of its folder of checkpoints.
         module: Everything that is trained.
-        step_fn: Step number in, loss terms out; `"loss"` is minimised.
-        schedule: Step and number of steps in, factor on the learning rate out.
-        seed: Of the run; a checkpoint of another seed is refused.
+        step_fn: Takes the number of a step and returns its loss terms; `"loss"` is minimised.
+        schedule: Gives the factor on the learning rate for a step and the number of steps.
+        seed: Seed of the run; a checkpoint of another seed is refused.
 
     Raises:
         TrainingDivergedError: The loss is not finite; the last checkpoint is kept.

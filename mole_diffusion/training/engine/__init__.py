@@ -1,1 +1,1 @@
-"""What every training needs: steps that can be cut and resumed, precision, processes, progress."""
+"""What every training needs: a loop that can be interrupted and resumed, precision, processes, progress."""

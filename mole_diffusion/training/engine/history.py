@@ -1,4 +1,4 @@
-"""What a gate training was like, step by step: numbers for curves, and the gates early and late."""
+"""The history of a gate training: numbers of each step, and the mean gates early and late."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import torch
 
 
 def peak_memory(device: torch.device) -> float | None:
-    """GiB: the most that tensors took on a GPU since the process started, elsewhere the process's resident memory.
+    """The most memory so far in GiB: of tensors on a GPU, elsewhere of the whole process.
 
     None on systems that do not say.
     """

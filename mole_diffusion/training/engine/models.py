@@ -1,4 +1,4 @@
-"""How the models of a pipeline stand while something is trained beside them, and as before afterwards."""
+"""Modes that the models of a pipeline are in while something is trained beside them; afterwards each is as before."""
 
 from __future__ import annotations
 

@@ -67,5 +67,5 @@ class Processes:
         return broadcast(tensors) if self.num > 1 else tensors
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Waits until every process is here."""
         self._state.wait_for_everyone()

@@ -28,7 +28,7 @@ def tracking(log_with: LogWith, folder: Path, *, enabled: bool = True) -> Iterat
 
     Args:
         log_with: "tensorboard" writes below `folder`, "wandb" sends to where `wandb login` said, "none" does nothing.
-        folder: For TensorBoard.
+        folder: Where TensorBoard's files go.
         enabled: False in all processes but one.
     """
     if log_with == "none" or not enabled:

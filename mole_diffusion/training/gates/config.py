@@ -27,9 +27,10 @@ class GateTrainingConfig:
     Args:
         gates: Which gates: scope, token axis, input, normalisation, temperature.
         global_weight: Weight of `1 - cos(picture, prompt)`.
-        local_weight: Of the directional loss `1 - cos(dI, dT)`, a mean over the concepts the prompt calls: from the
-            concept's own pictures and words to the drawn picture and the whole prompt. Needs `concepts`.
-        identity_weight: Of `1 - max cos(crop, reference)`, a mean over the concepts the prompt calls. Needs `concepts`.
+        local_weight: Weight of the directional loss `1 - cos(dI, dT)`, a mean over the concepts the prompt calls:
+            from the concept's own pictures and words to the drawn picture and the whole prompt. Needs `concepts`.
+        identity_weight: Weight of `1 - max cos(crop, reference)`, a mean over the concepts the prompt calls. Needs
+            `concepts`.
         identity_crops: Crops per side, each half as wide as the picture; k x k in all.
         loss_shape: "linear": the weighted sum of the terms. "log": `-log((2.5 - sum) / 2)`, as in the released code,
             which is NaN there for a sum of 2.5; here the logarithm's argument is at least 0.01.
@@ -48,10 +49,10 @@ class GateTrainingConfig:
         steps: Walks, which are optimiser steps unless `update_every` makes them more.
         batch_size: Pictures a walk, over all processes and accumulated parts.
         gradient_accumulation: Parts a batch is run in, one after another, to save memory. The result is the same.
-        learning_rate: Peak of AdamW's, after `warmup_steps`.
+        learning_rate: Peak of the learning rate, after `warmup_steps`.
         learning_rate_schedule: After the warm-up: "cosine" decays to zero, "constant" stays.
         warmup_steps: Steps of linear warm-up.
-        weight_decay: AdamW's.
+        weight_decay: Weight decay of AdamW.
         max_grad_norm: Gradients are clipped to this norm, in all.
         mixed_precision: "no", "bf16", or (on a GPU) "fp16"; gates compute in fp32 always.
         resolution: Side of the square pictures that are drawn in training, in pixels; None is the base's own. Gates

@@ -26,10 +26,10 @@ class Guidance:
     The last two are means over the concepts that the prompt calls by their tokens. Terms of weight 0 are not computed.
 
     Args:
-        clip: The CLIP.
+        clip: The CLIP that judges.
         config: Weights of the terms.
         prompts: The prompts as the base model reads them.
-        concepts: By the names of their LoRAs.
+        concepts: What each LoRA stands for, by its name.
         references: Name to CLIP features of the concept's pictures, (pictures, width); read by local and identity.
 
     Raises:
@@ -107,7 +107,7 @@ class Guidance:
         total = torch.stack([weights[name] * term for name, term in terms.items()]).sum(dim=0)
         if self.config.loss_shape == "linear":
             return total
-        # The released code takes the logarithm of what may be negative; there its training is over.
+        # The released code takes the logarithm of what may be negative, and its training then ends in NaN.
         return -((2.5 - total) / 2).clamp_min(0.01).log()
 
     def _mean_over_called(self, values: Tensor, rows: Tensor) -> Tensor:

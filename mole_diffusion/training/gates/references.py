@@ -34,9 +34,9 @@ def reference_features(
 
     Args:
         pipe: A MoLE pipeline with the LoRAs loaded; afterwards its composition and gates are as before.
-        clip: The CLIP.
+        clip: The CLIP that judges.
         config: How many pictures to draw where a concept has none, and the seed.
-        concepts: By the names of their LoRAs.
+        concepts: What each LoRA stands for, by its name.
         cache: Folder for drawn pictures; they are drawn once for a LoRA, base, caption and seed. None keeps none.
     """
     base = "" if cache is None else content_hash(base_tensors(pipe), base_texts(pipe))

@@ -35,8 +35,8 @@ class TrainingReport:
     Args:
         pipe: The pipeline.
         config: The settings of the training.
-        prompts: Those trained on.
-        concepts: By the names of their LoRAs.
+        prompts: The prompts trained on.
+        concepts: What each LoRA stands for, by its name.
         clip_texts: What CLIP read for each prompt.
     """
 
