@@ -11,7 +11,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from transformers import ByT5Tokenizer, CLIPTokenizer, T5Tokenizer
 
 from mole_diffusion import toybox
-from mole_diffusion.composition import words
+from mole_diffusion.composition import trigger_words
 from mole_diffusion.composition.trigger_words import missing_triggers, require_triggers, trigger_tokens
 from mole_diffusion.errors import MoLEError
 
@@ -105,11 +105,11 @@ def test_tokenizers_without_offsets_find_the_same_tokens(tokenizer):
     compared = 0
     for _ in range(200):
         prompt = "".join(draw.choice(parts) + draw.choice([" ", " ", ""]) for _ in range(draw.randint(1, 9)))
-        ids = words._plain_ids(tokenizer, prompt)
+        ids = trigger_words._plain_ids(tokenizer, prompt)
         for phrase in ("<v1> cat", "cat", "red boot", "sks", "(cat"):
-            for match in words._pattern(tokenizer, phrase).finditer(prompt):
+            for match in trigger_words._pattern(tokenizer, phrase).finditer(prompt):
                 place = (tokenizer, prompt, ids, *match.span())
-                assert words._by_parts(*place) == words._by_offsets(*place), (prompt, phrase)
+                assert trigger_words._by_parts(*place) == trigger_words._by_offsets(*place), (prompt, phrase)
                 compared += 1
     assert compared > 100
 
