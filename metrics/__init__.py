@@ -5,15 +5,18 @@ Each metric is a pure function and a `torchmetrics.Metric`, whose result is the 
 
 from __future__ import annotations
 
-from ..pictures import picture_files, read_picture
-from .alignment import ImageAlignment, TextAlignment, image_alignment, text_alignment
-from .encoders import ImageEncoder, TextImageEncoder, VisionBackbone, load_clip
-from .features import embed_images
-from .folder import Evaluation, evaluate_folder
-from .gates import GateReport, GateStatistics, gate_statistics
-from .pictures import Pictures
-from .presence import ConceptPresence, concept_presence
-from .region import Detector, RegionAlignment, oracle_detector, reference_regions, region_alignment
+from ..extras import needs
+
+with needs("metrics", "measuring"):
+    from ..pictures import picture_files, read_picture
+    from .alignment import ImageAlignment, TextAlignment, image_alignment, text_alignment
+    from .encoders import ImageEncoder, TextImageEncoder, VisionBackbone, load_clip
+    from .features import embed_images
+    from .folder import Evaluation, evaluate_folder
+    from .gates import GateReport, GateStatistics, gate_statistics
+    from .pictures import Pictures
+    from .presence import ConceptPresence, concept_presence
+    from .region import Detector, RegionAlignment, oracle_detector, reference_regions, region_alignment
 
 __all__ = [
     "ConceptPresence",

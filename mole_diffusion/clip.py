@@ -8,13 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mole_diffusion.errors import MoLEError
+from mole_diffusion.extras import needs
 from mole_diffusion.loading import LoadingError, loading
+
+with needs("train", "CLIP"):
+    import open_clip
 
 _LOCAL = "local-dir:"
 _WEIGHTS = "open_clip_model.safetensors"

@@ -286,8 +286,10 @@ def _clean(folder: Path) -> None:
 
 def _alive(process: int, made: float) -> bool:
     """Whether the process that made a folder at this time still runs, and not another one under its number."""
-    import psutil
-
+    try:
+        import psutil
+    except ModuleNotFoundError:  # training brings it, and cleans away what is left
+        return True
     try:
         return bool(psutil.Process(process).create_time() <= made + 1)
     except psutil.NoSuchProcess:

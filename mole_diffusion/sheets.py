@@ -11,9 +11,11 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from mole_diffusion.errors import MoLEError
+from mole_diffusion.extras import needs
 
 from .files import atomic_path
 
+PLOTS = "drawing weights and curves"  # what needs matplotlib
 INK, PAPER, GAP = (28, 28, 32), (255, 255, 255), 6
 
 
@@ -96,7 +98,8 @@ def gate_heat_maps(
         MoLEError: There is no table, or the names do not fit the shape of one.
     """
     # The object-oriented half of matplotlib: pyplot would choose a window system and keep figures alive.
-    from matplotlib.figure import Figure
+    with needs("train", PLOTS):
+        from matplotlib.figure import Figure
 
     if not tables:
         raise MoLEError("there is no table of gate weights to draw.")
@@ -142,7 +145,8 @@ def curves(
     Raises:
         MoLEError: There is nothing to draw.
     """
-    from matplotlib.figure import Figure
+    with needs("train", PLOTS):
+        from matplotlib.figure import Figure
 
     if not any(panels.values()):
         raise MoLEError("there is no curve to draw: every panel is empty.")

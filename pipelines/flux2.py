@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from diffusers import Flux2KleinInpaintPipeline, Flux2KleinPipeline, Flux2Pipeline
+from typing import Any
 
 from .auto import register
 from .mixin import MoLEPipelineMixin
+from .newer import newer
+
+Flux2Pipeline: Any = newer("Flux2Pipeline", since="0.36")
+Flux2KleinPipeline: Any = newer("Flux2KleinPipeline", since="0.37")
+Flux2KleinInpaintPipeline: Any = newer("Flux2KleinInpaintPipeline", since="0.38")
 
 
 class MoLEFlux2Pipeline(MoLEPipelineMixin, Flux2Pipeline):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from diffusers import Krea2Pipeline
+from typing import Any
 
 from .auto import register
 from .mixin import MoLEPipelineMixin
+from .newer import newer
+
+Krea2Pipeline: Any = newer("Krea2Pipeline", since="0.39")
 
 
 class MoLEKrea2Pipeline(MoLEPipelineMixin, Krea2Pipeline):

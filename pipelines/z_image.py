@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from diffusers import ZImageImg2ImgPipeline, ZImageInpaintPipeline, ZImagePipeline
+from typing import Any
 
 from .auto import register
 from .mixin import MoLEPipelineMixin
+from .newer import newer
+
+ZImagePipeline: Any = newer("ZImagePipeline", since="0.36")
+ZImageImg2ImgPipeline: Any = newer("ZImageImg2ImgPipeline", since="0.36")
+ZImageInpaintPipeline: Any = newer("ZImageInpaintPipeline", since="0.37")
 
 
 class MoLEZImagePipeline(MoLEPipelineMixin, ZImagePipeline):

@@ -68,25 +68,6 @@ def test_citation_has_the_version_and_the_paper() -> None:
     assert f"## [{mole_diffusion.__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
-def test_constraints_satisfy_every_dependency() -> None:
-    from packaging.requirements import Requirement
-    from packaging.utils import canonicalize_name
-
-    pins = {}
-    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
-        if not line.startswith("#"):
-            name, version = line.split("==")
-            pins[canonicalize_name(name)] = version
-    project = PYPROJECT["project"]
-    extras = [text for extra in project["optional-dependencies"].values() for text in extra]
-    wanted = [Requirement(text) for text in project["dependencies"] + extras]
-    assert wanted
-    for requirement in wanted:
-        pin = pins[canonicalize_name(requirement.name)]
-        assert requirement.specifier.contains(pin), f"{requirement} is not met by {pin}"
-    assert not [name for name in pins if name.startswith(("nvidia", "cuda", "triton"))]
-
-
 def test_an_interrupted_write_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:
     target = write_json(tmp_path / "state.json", {"step": 1})
     before = target.read_text()

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..drawing.settings import PictureSettings
 from ..errors import MoLEError
+from ..extras import needs
 from .places import Places
 from .studio import Studio
 
@@ -43,10 +44,8 @@ def serve(
     Raises:
         MoLEError: gradio is missing, a folder is, or the port is taken.
     """
-    try:
+    with needs("app", "the page"):
         import gradio
-    except ModuleNotFoundError:
-        raise MoLEError("the page needs gradio. Install it: pip install 'mole-diffusion[app]'") from None
     from .page import BEGIN, STATIC, build
 
     page = build(Studio(device, dtype), Places(folders), begin or BEGIN)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
-from .app import app, main
+from ..extras import needs
+
+with needs("cli", "the command line"):
+    from .app import app, main
 
 __all__ = ["app", "main"]

@@ -82,9 +82,6 @@ def _inside(
     points: list[Point], whose: str, given: Any, image_size: tuple[int, int], canvas: tuple[int, int]
 ) -> Tensor:
     """1 where the centre of a canvas point lies in the polygon (even-odd rule), else 0."""
-    # Matplotlib takes a moment to import, which only a call with boxes or polygons needs.
-    from matplotlib.path import Path as Outline
-
     height, width = image_size
     corners = np.asarray(points, dtype=np.float64)
     if not (corners.min() >= 0 and corners.max() <= 1):
@@ -97,7 +94,11 @@ def _inside(
         corners = corners / (width, height)
     rows, columns = canvas
     x, y = np.meshgrid((np.arange(columns) + 0.5) / columns, (np.arange(rows) + 0.5) / rows)
-    inside = Outline(corners).contains_points(np.stack([x.ravel(), y.ravel()], axis=1)).reshape(rows, columns)
+    inside = np.zeros((rows, columns), dtype=bool)
+    # Even-odd rule: a ray from the point to the right crosses the outline an odd number of times.
+    for (x0, y0), (x1, y1) in zip(corners, np.roll(corners, -1, axis=0), strict=True):
+        if y0 != y1:
+            inside ^= ((y0 > y) != (y1 > y)) & (x < x0 + (y - y0) * (x1 - x0) / (y1 - y0))
     if not inside.any():
         raise MoLEError(
             f"{whose}, {_short(given)}, covers nothing of the picture of {width} x {height} pixels: it lies outside "

@@ -11,7 +11,7 @@ All operators say that they change one small tensor, which keeps them in the ord
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
@@ -23,8 +23,14 @@ from ..families import Joint, Told
 from .run import Run
 
 _NUMBERS = itertools.count()
-# What runs in Python is not in a recorded CUDA graph: inductor records around it.
-UNRECORDED = (torch.Tag.cudagraph_unsafe,)
+# What runs in Python is not in a recorded CUDA graph: inductor records around it. Older versions have no such tag.
+_UNRECORDED = getattr(torch.Tag, "cudagraph_unsafe", None)
+
+
+def _operator(name: str, changes: tuple[str, ...]) -> Callable[[Callable[..., Any]], Any]:
+    """Makes a function an operator of torch that changes these of its arguments."""
+    tags = {} if _UNRECORDED is None else {"tags": (_UNRECORDED,)}
+    return torch.library.custom_op(f"mole_diffusion::{name}", mutates_args=changes, **tags)
 
 
 class Served(Protocol):
@@ -64,18 +70,23 @@ def new_order() -> Tensor:
 
 
 def _served(number: Tensor) -> Served | None:
+    if _UNRECORDED is None and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise MoLEError(
+            f"torch {torch.__version__} would record what the LoRAs do here into a CUDA graph, which then never asks "
+            "again. Compile without mode='reduce-overhead' and 'max-autotune', or upgrade torch."
+        )
     place = _PLACES.get(int(number))
     return None if place is None else place.serve
 
 
-@torch.library.custom_op("mole_diffusion::begin", mutates_args=("order",), tags=UNRECORDED)
+@_operator("begin", ("order",))
 def _begin(order: Tensor, number: Tensor, tensors: Sequence[Tensor], integers: Sequence[int], names: str) -> None:
     serve = _served(number)
     if serve is not None:
         serve(_unpacked(tensors, integers, names))
 
 
-@torch.library.custom_op("mole_diffusion::add", mutates_args=("output", "order"), tags=UNRECORDED)
+@_operator("add", ("output", "order"))
 def _add(output: Tensor, order: Tensor, number: Tensor, hidden_states: Tensor, learning: bool) -> None:
     serve = _served(number)
     if serve is not None:
@@ -84,14 +95,14 @@ def _add(output: Tensor, order: Tensor, number: Tensor, hidden_states: Tensor, l
             output.copy_(added)
 
 
-@torch.library.custom_op("mole_diffusion::attend", mutates_args=("order",), tags=UNRECORDED)
+@_operator("attend", ("order",))
 def _attend(order: Tensor, number: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     serve = _served(number)
     attended: Tensor = attention(query, key, value, mask) if serve is None else serve(query, key, value, mask)
     return attended
 
 
-@torch.library.custom_op("mole_diffusion::end", mutates_args=("order",), tags=UNRECORDED)
+@_operator("end", ("order",))
 def _end(order: Tensor, number: Tensor) -> None:
     serve = _served(number)
     if serve is not None:

@@ -11,6 +11,7 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
+from ..extras import needs
 from ..lora import LoRA, LoRAFactors
 from .config import SIZES, TARGETS, SpeedConfig
 
@@ -115,6 +116,8 @@ def twin(model: nn.Module) -> Any:
 
 def load_into_peft(model: Any, states: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Puts LoRAs on a model as diffusers does, one after another, which it warns of."""
+    with needs("metrics", "the comparison with peft"):
+        import peft  # noqa: F401  (diffusers does)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
         for name, state in states.items():

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import open_clip
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mole_diffusion.extras import needs
 from mole_diffusion.files import write_json, write_safetensors
 from mole_diffusion.training.engine.optimizer import learning_rate_factor
 
@@ -24,6 +24,9 @@ from ..world import IMAGE_SIZE, Scene, full_caption, random_look, random_scenes
 from .loop import AveragedWeights, run_stage, step_rng
 from .precision import fast_autocast
 from .tokenizer import make_tokenizer
+
+with needs("train", "building the toybox"):
+    import open_clip
 
 _WIDTH = 128
 

@@ -1,0 +1,134 @@
+"""What an installation brings: dependencies and extras, and what each says where it is missing."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from tests import ROOT
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+# Import name to package, where they differ.
+NAMED = {"PIL": "pillow", "open_clip": "open-clip-torch", "ruamel": "ruamel-yaml", "huggingface_hub": "huggingface-hub"}
+EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
+
+
+def requirements(*extras: str) -> dict[str, Requirement]:
+    """What the package needs, and what these extras add, by name. That an extra has another in it is left out."""
+    texts = [*PROJECT["dependencies"], *(text for extra in extras for text in EXTRAS[extra])]
+    listed = [one for one in map(Requirement, texts) if one.name != PROJECT["name"]]
+    by_name = {canonicalize_name(one.name): one for one in listed}
+    assert len(by_name) == len(listed), "a dependency stands in two places"
+    return by_name
+
+
+def pins(file: str) -> dict[str, str]:
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+    exact = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(name): version for name, version in exact}
+
+
+def test_constraints_satisfy_every_dependency() -> None:
+    exact = pins("constraints.txt")
+    for name, requirement in requirements(*EXTRAS).items():
+        assert requirement.specifier.contains(exact[name]), f"{requirement} is not met by {exact[name]}"
+    assert not [name for name in exact if name.startswith(("nvidia", "cuda", "triton"))]
+
+
+def imported(*files: Path) -> set[str]:
+    """The packages from elsewhere that files import."""
+    found = set()
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                found.add(str(node.module).partition(".")[0])
+    return found - set(sys.stdlib_module_names) - {"mole_diffusion"}
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None:
+    files = [file for room in ("mole_diffusion", "metrics", "pipelines") for file in (ROOT / room).rglob("*.py")]
+    used = {NAMED.get(name, name) for name in imported(*files)}
+    # torchvision is open_clip's, which does not declare that some of its files need it.
+    assert used == set(requirements("train", "metrics", "cli", "app")) - {"torchvision"}
+
+
+def test_errors_name_the_extras_that_there_are() -> None:
+    from mole_diffusion.extras import Extra
+
+    assert [*Extra.__args__, "docs", "dev"] == list(EXTRAS)  # type: ignore[attr-defined]
+
+
+CORE = """
+import mole_diffusion
+from mole_diffusion import MoLEStableDiffusionPipeline, toybox
+
+names = toybox.demo_subjects()
+pipe = MoLEStableDiffusionPipeline.from_pretrained(toybox.base_dir())
+pipe.set_progress_bar_config(disable=True)
+pipe.load_loras({name: toybox.lora_path(name) for name in names})
+prompt = "a photo of a <v1> cat, a <v2> boot and a <v3> teapot on grass"
+settings = {"num_inference_steps": 2, "output_type": "np"}
+masked = pipe(prompt, **settings).images
+pipe.masks.save("masks")
+boxed = pipe(prompt, regions={"cat": (0, 0, 0.5, 1)}, **settings).images
+pipe.load_gates(toybox.gates_dir("+".join(names)))
+gated = pipe(prompt, **settings).images
+print(*(picture.std() > 0.01 for picture in (masked, boxed, gated)))
+for module in ("training", "metrics", "benchmark", "speed", "clip", "toybox.recipe"):
+    try:
+        mole_diffusion.importlib.import_module("mole_diffusion." + module)
+    except mole_diffusion.errors.MoLEError as error:
+        print(error)
+"""
+
+
+@pytest.mark.slow
+def test_a_pipeline_needs_no_extra(tmp_path: Path) -> None:
+    """Draws where nothing is installed but what `pip install mole-diffusion` brings."""
+    wanted, there = list(requirements()), set()
+    while wanted:
+        name = canonicalize_name(wanted.pop())
+        if name not in there:
+            there.add(name)
+            needed = [Requirement(text) for text in importlib.metadata.requires(name) or ()]
+            wanted += [one.name for one in needed if one.marker is None or one.marker.evaluate({"extra": ""})]
+    for name in there:
+        distribution = importlib.metadata.distribution(name)
+        for part in {file.parts[0] for file in distribution.files or () if file.parts[0] not in ("..", "__pycache__")}:
+            if not (tmp_path / part).exists():
+                (tmp_path / part).symlink_to(Path(str(distribution.locate_file(part))))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
+    command = [sys.executable, "-S", "-c", CORE]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    drawn, *missing = done.stdout.splitlines()
+    assert drawn == "True True True"
+    assert len(missing) == 6
+    for message in missing:
+        said = re.search(r"needs (\w+), which is not .* Install it: pip install 'mole-diffusion\[(\w+)\]'$", message)
+        assert said is not None, message
+        brought = requirements(*list(EXTRAS)[: list(EXTRAS).index(said[2]) + 1])
+        assert NAMED.get(said[1], said[1]) in brought
+
+
+def test_the_command_line_says_what_it_needs(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['typer'] = None; from mole_diffusion.__main__ import main; main()"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "mole: the command line needs typer, which is not installed. Install it: pip install 'mole-diffusion[cli]'\n"
+    )
