@@ -6,6 +6,7 @@ and do something.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
 import tempfile
@@ -25,7 +26,7 @@ from mole_diffusion.cli.gate_settings import read_config
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.experts import Experts
 from mole_diffusion.gating import GateConfig, MoLEModel
-from mole_diffusion.lora import inspect_lora, load_lora
+from mole_diffusion.lora import LoRA, convert_lora, inspect_lora, load_lora
 from mole_diffusion.yaml_files import read_yaml
 from tests import ROOT
 from tests.lora_files import to_kohya, to_peft
@@ -43,10 +44,34 @@ KINDS = {
     "lora_down.weight": (2, 64), "lora_up.weight": (64, 2), "lora_mid.weight": (2, 2, 3, 3), "lora_A.weight": (2, 64),
     "lora_B.weight": (64, 2), "lora_B.bias": (64,), "lora_down.scale_weight": (), "dora_scale": (64, 1), "alpha": (),
     "lora_magnitude_vector": (64,), "diff": (64, 64), "diff_b": (64,), "w_norm": (64,), "default.weight": (64, 2),
+    "lora_A.default.weight": (2, 64), "lora_B.default.weight": (64, 2), "down.weight": (2, 64), "up.weight": (64, 2),
+    "lora_up.scale_weight": (64,), "base_layer.bias": (64,), "hada_t1": (2, 2, 3, 3), "lokr_w1_a": (4, 2),
+    "lokr_w1_b": (2, 4),
 }  # fmt: skip
 STEMS = [f"unet.{MIDDLE}", f"lora_unet_{MIDDLE.replace('.', '_')}", f"base_model.model.{MIDDLE}", MIDDLE,
          "diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q", f"lycoris_{MIDDLE.replace('.', '_')}",
-         f"lora_transformer_{MIDDLE.replace('.', '_')}", f"unet.{MIDDLE}.processor", "text_encoder.x"]  # fmt: skip
+         f"lora_transformer_{MIDDLE.replace('.', '_')}", f"unet.{MIDDLE}.processor", "text_encoder.x",
+         f"unet.{MIDDLE.rpartition('.')[0]}.processor.to_q_lora", f"unet.{MIDDLE}.lora", "bundle_emb.cat",
+         "double_blocks.0.processor.qkv_lora1", "single_blocks.0.processor.qkv_lora"]  # fmt: skip
+# What each kind is made of: whole adapters, to be damaged at one place.
+WHOLE_KINDS = [
+    ("lora_down.weight", "lora_up.weight", "alpha"),
+    ("lora_A.weight", "lora_B.weight", "lora_B.bias"),
+    ("lora_A.default.weight", "lora_B.default.weight", "lora_magnitude_vector"),
+    ("lora_down.weight", "lora_up.weight", "dora_scale", "diff_b"),
+    ("lora_down.weight", "lora_up.weight", "lora_down.scale_weight", "lora_up.scale_weight"),
+    ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "alpha"),
+    ("lokr_w1", "lokr_w2_a", "lokr_w2_b", "alpha"),
+    ("lokr_w1_a", "lokr_w1_b", "lokr_w2", "dora_scale"),
+    ("diff", "diff_b"),
+]
+# Of each layout; the authors' names of the same module are those of the published model's blocks.
+WHOLE_STEMS = [f"unet.{MIDDLE}", f"lora_unet_{MIDDLE.replace('.', '_')}", f"base_model.model.{MIDDLE}", MIDDLE,
+               "diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q",
+               "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q", f"lycoris_{MIDDLE.replace('.', '_')}",
+               f"lora_transformer_{MIDDLE.replace('.', '_')}"]  # fmt: skip
+ENTRIES = ("lora_adapter_metadata", "adapter_config.json", "ss_tag_frequency", "ss_dataset_dirs", "ss_network_module",
+           "modelspec.trigger_phrase", "mole_diffusion.triggers", "_quantization_metadata", "format")  # fmt: skip
 CONFIG = {
     "peft_type": "LORA",
     "r": 4,
@@ -103,8 +128,8 @@ def refusing() -> Iterator[None]:
     assert len(message) <= 2000
 
 
-def check_lora(content: bytes, config: str | None = None) -> None:
-    """Loading and inspecting a file, with a config beside it."""
+def check_lora(content: bytes, config: str | None = None, *, whole: bool = False) -> None:
+    """Loading, inspecting and converting a file, with a config beside it; one that is whole must load."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "adapter_model.safetensors"
         path.write_bytes(content)
@@ -112,8 +137,9 @@ def check_lora(content: bytes, config: str | None = None) -> None:
             (Path(folder) / "adapter_config.json").write_text(config, encoding="utf-8", errors="surrogatepass")
         with refusing():
             inspect_lora(path)
-        with refusing():
+        with contextlib.nullcontext() if whole else refusing():
             lora = load_lora(path, COMPONENTS)
+            check_converted(path, lora)
             changes = []
             for component, modules in lora.factors.items():
                 for name, factors in modules.items():
@@ -121,6 +147,60 @@ def check_lora(content: bytes, config: str | None = None) -> None:
                     changes += [] if factors.bias is None else [factors.bias]
             assert all(change.isfinite().all() for change in changes)
             assert any(change.any() for change in changes)
+
+
+def check_converted(path: Path, lora: LoRA) -> None:
+    """What loads converts to the same change, or to one of our errors."""
+    targets: list[tuple[Any, str]] = [("kohya", "k.safetensors"), ("diffusers", "d.safetensors"), ("peft", "p")]
+    for to, name in targets:
+        out = path.parent / "out" / name
+        with refusing():
+            convert_lora(path, out, to, COMPONENTS)
+            again = load_lora(out, COMPONENTS)
+            assert again.embeddings.keys() == lora.embeddings.keys()
+            for component, modules in lora.factors.items():
+                for module, factors in modules.items():
+                    weight = COMPONENTS[component].get_submodule(module).weight.detach()
+                    one, other = factors.delta(weight), again.factors[component][module].delta(weight)
+                    least = 1e-5 * float(one.abs().max()) + 1e-30
+                    torch.testing.assert_close(other, one, atol=least, rtol=1e-4)
+
+
+@settings(bounded, max_examples=60)
+@given(
+    st.sampled_from(WHOLE_STEMS),
+    st.sampled_from(WHOLE_KINDS),
+    st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn]),
+    st.sampled_from(["nothing", "key", "gone", "shape", "dtype", "twice", "metadata"]),
+    st.data(),
+)
+def test_whole_adapters_of_every_kind_and_layout(
+    stem: str, parts: tuple[str, ...], dtype: torch.dtype, damage: str, data: st.DataObject
+) -> None:
+    """Undamaged they load; damaged at one place they load as what they are then, or are refused."""
+    generator = torch.Generator().manual_seed(len(parts))
+    state = {f"{stem}.{part}": torch.randn(KINDS[part], generator=generator).to(dtype) for part in parts}
+    metadata = {}
+    key = data.draw(st.sampled_from(sorted(state)))
+    if damage == "key":
+        place = data.draw(st.integers(0, len(key) - 1))
+        state[key[:place] + data.draw(st.sampled_from(["", ".", "_", "x", "0", "\x1b"])) + key[place + 1 :]] = (
+            state.pop(key)
+        )
+    elif damage == "gone":
+        del state[key]
+    elif damage == "shape":
+        sides = data.draw(st.lists(st.integers(0, 65), max_size=5))
+        state[key] = torch.ones(sides, dtype=torch.float32).to(dtype)
+    elif damage == "dtype":
+        state[key] = state[key].float().to(data.draw(st.sampled_from([torch.int8, torch.bool, torch.float64])))
+    elif damage == "twice":
+        state["unet.conv_out.lora_A.weight"] = torch.ones(1, 32, 3, 3)
+    elif damage == "metadata":
+        names = st.sampled_from(ENTRIES)
+        texts = st.one_of(st.text(st.characters(exclude_categories=["Cs"]), max_size=40), ODD.map(json.dumps))
+        metadata = data.draw(st.dictionaries(names, texts, max_size=3))
+    check_lora(save(state, metadata=metadata), whole=damage == "nothing")
 
 
 @bounded

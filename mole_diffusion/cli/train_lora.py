@@ -23,7 +23,7 @@ def train_lora(
         typer.Option(help='Caption for every picture; once for each wording. Default "a photo of a TOKEN CLASS".'),
     ] = None,
     rank: Annotated[int, typer.Option(help="r of the low-rank factors.")] = 8,
-    text_encoder: Annotated[bool, typer.Option(help="Train the text encoder too.")] = False,
+    text_encoder: Annotated[bool, typer.Option(help="Train the CLIPs that read the text too.")] = False,
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 500,
     batch_size: Annotated[int, typer.Option(help="Samples a step.")] = 4,
     learning_rate: Annotated[float, typer.Option(help="Peak of the learning rate.")] = 1e-3,
@@ -58,9 +58,8 @@ def train_lora(
     place = work or out.with_suffix(".work")
     try_folder(place)
     pictures = read_pictures("--images", images)
-    from diffusers import StableDiffusionPipeline
-
     from mole_diffusion.loading import loading
+    from mole_diffusion.pipelines import pipeline_class
     from mole_diffusion.training import TEXT_ENCODER_TARGETS, LoRATrainingConfig
     from mole_diffusion.training import train_lora as train
     from mole_diffusion.training.engine.checkpoint import clear_checkpoints
@@ -82,7 +81,7 @@ def train_lora(
     )
     where = pick_device(device)
     with quiet_loading(), loading(f"--base {base}"):
-        pipe = StableDiffusionPipeline.from_pretrained(base_found, use_safetensors=True).to(where)
+        pipe = pipeline_class(base_found).from_pretrained(base_found, use_safetensors=True).to(where)
     train(pipe, pictures, config, out=out, work=place)
     if work is None:  # nobody asked for it, and the next training of this name may be another
         clear_checkpoints(place)

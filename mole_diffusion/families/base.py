@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -74,6 +75,22 @@ class Conditions(NamedTuple):
     prompt_embeds: Tensor
     others: dict[str, Any]
 
+    def take(self, rows: Tensor) -> Conditions:
+        """Those of some prompts.
+
+        Args:
+            rows: Their numbers, in the order of the result.
+        """
+
+        def of(value: Any) -> Any:
+            return (
+                {key: of(one) for key, one in value.items()}
+                if isinstance(value, dict)
+                else value[rows.to(value.device)]
+            )
+
+        return Conditions(of(self.prompt_embeds), of(self.others))
+
 
 class Family:
     """One family of base models. A subclass sets what differs; an instance has no state.
@@ -84,6 +101,7 @@ class Family:
         denoiser: The component that predicts noise.
         architectures: The components that can take LoRAs, and what they are. The denoiser is among them.
         texts: The tokenizers of the family.
+        patch: Latent pixels to a side of what the denoiser takes as one token.
         crossed: Whether pixels attend to words alone, as in a cross-attention, so that further texts can stand behind
             a prompt without taking attention from pixels.
     """
@@ -93,6 +111,7 @@ class Family:
     denoiser: ClassVar[str]
     architectures: ClassVar[Mapping[str, Architecture]]
     texts: ClassVar[tuple[Text, ...]] = (Text(),)
+    patch: ClassVar[int] = 1
     crossed: ClassVar[bool] = False
 
     def fits(self, components: Mapping[str, Any]) -> bool:
@@ -166,6 +185,27 @@ class Family:
         """The shape of one latent of the base's own size, as the denoiser is given it."""
         config = getattr(pipe, self.denoiser).config
         return (config.in_channels, config.sample_size, config.sample_size)
+
+    def side(self, pipe: Any) -> int:
+        """Pixels to a side of a picture of the base's own size."""
+        shape = self.latent_shape(pipe)
+        side = shape[-1] if len(shape) == 3 else self.patch * math.isqrt(shape[0])
+        return int(side * pipe.vae_scale_factor)
+
+    def distribution(self, pipe: Any, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of what the autoencoder makes of pictures, `(rows, channels, height, width)`.
+
+        Args:
+            pipe: The pipeline.
+            pictures: `(rows, 3, height, width)` from -1 to 1.
+        """
+        found = pipe.vae.encode(pictures.to(pipe.vae.device, pipe.vae.dtype)).latent_dist
+        return found.mean, found.std
+
+    def latents(self, pipe: Any, encoded: Tensor) -> Tensor:
+        """What the autoencoder made of pictures, as the denoiser is given it: `picture` undoes it."""
+        config = pipe.vae.config
+        return (encoded - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor
 
     def shift(self, pipe: Any) -> float | None:
         """The shift of the noise levels at the base's own size, where it depends on the size of the picture."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .architecture import Architecture, Joint, Told, packed_grid, unit
 from .base import Conditions, Family, Text
 from .clip import CLIPText
-from .latents import from_patches, latent_side, places, size_shift
+from .latents import from_patches, latent_side, places, size_shift, to_patches
 from .t5 import T5
 
 GUIDANCE = 3.5  # that models of embedded guidance are told where nobody says another, as in diffusers
@@ -122,6 +122,7 @@ class Flux(Family):
     name = "flux"
     title = "FLUX.1"
     denoiser = "transformer"
+    patch = 2
     architectures: ClassVar[Mapping[str, Architecture]] = {
         "transformer": FluxTransformer(),
         "text_encoder": CLIPText(),
@@ -139,6 +140,9 @@ class Flux(Family):
 
     def latent_shape(self, pipe: Any) -> tuple[int, ...]:
         return ((latent_side(pipe) // 2) ** 2, pipe.transformer.config.in_channels)
+
+    def latents(self, pipe: Any, encoded: Tensor) -> Tensor:
+        return to_patches(super().latents(pipe, encoded))
 
     def shift(self, pipe: Any) -> float | None:
         return size_shift(pipe, self.latent_shape(pipe)[0])

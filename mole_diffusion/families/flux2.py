@@ -13,7 +13,7 @@ from .architecture import Architecture, Told, packed_grid, unit
 from .base import Conditions, Family, Reading
 from .chats import MARK, QWEN_END, chat_reading
 from .flux import DOUBLE_ATTENTION, TIMESTEPS, words_then_pixels
-from .latents import from_patches, latent_side, places, time_shift
+from .latents import from_patches, latent_side, places, time_shift, to_patches
 
 
 class Flux2Transformer(Architecture):
@@ -92,6 +92,7 @@ class Flux2(Family):
     name = "flux2"
     title = "FLUX.2"
     denoiser = "transformer"
+    patch = 2
     architectures: ClassVar[Mapping[str, Architecture]] = {"transformer": Flux2Transformer()}
 
     def readings(self, pipe: Any, given: Mapping[str, Any]) -> list[Reading]:
@@ -139,9 +140,19 @@ class Flux2(Family):
         )[0]
         return prediction
 
+    def latents(self, pipe: Any, encoded: Tensor) -> Tensor:
+        mean, deviation = _normalisation(pipe.vae, encoded)
+        return (to_patches(encoded) - mean) / deviation
+
     def picture(self, pipe: Any, latents: Tensor) -> Tensor:
         vae = pipe.vae
-        mean, variance = (x.view(1, 1, -1).to(latents) for x in (vae.bn.running_mean, vae.bn.running_var))
-        latents = latents * (variance + vae.config.batch_norm_eps).sqrt() + mean
+        mean, deviation = _normalisation(vae, latents)
+        latents = latents * deviation + mean
         decoded: Tensor = vae.decode(from_patches(latents).to(vae.dtype), return_dict=False)[0]
         return decoded
+
+
+def _normalisation(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of every number of a patch, `(1, 1, numbers)`."""
+    mean, variance = (x.view(1, 1, -1).to(like) for x in (vae.bn.running_mean, vae.bn.running_var))
+    return mean, (variance + vae.config.batch_norm_eps).sqrt()

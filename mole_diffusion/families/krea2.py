@@ -12,8 +12,8 @@ from .architecture import Architecture, Told, packed_grid, unit
 from .base import Conditions, Family, Reading
 from .chats import MARK, chat_reading
 from .flux import TIMESTEPS, words_then_pixels
-from .latents import from_patches, latent_side, size_shift, time_shift
-from .qwen_image import video_picture
+from .latents import from_patches, latent_side, size_shift, time_shift, to_patches
+from .qwen_image import video_distribution, video_latents, video_picture
 
 
 class Krea2Transformer(Architecture):
@@ -91,6 +91,7 @@ class Krea2(Family):
     name = "krea2"
     title = "Krea 2"
     denoiser = "transformer"
+    patch = 2
     architectures: ClassVar[Mapping[str, Architecture]] = {"transformer": Krea2Transformer()}
 
     def readings(self, pipe: Any, given: Mapping[str, Any]) -> list[Reading]:
@@ -109,6 +110,12 @@ class Krea2(Family):
 
     def latent_shape(self, pipe: Any) -> tuple[int, ...]:
         return ((latent_side(pipe) // pipe.patch_size) ** 2, pipe.transformer.config.in_channels)
+
+    def distribution(self, pipe: Any, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        return video_distribution(pipe, pictures)
+
+    def latents(self, pipe: Any, encoded: Tensor) -> Tensor:
+        return to_patches(video_latents(pipe, encoded))
 
     def shift(self, pipe: Any) -> float | None:
         if pipe.config.is_distilled and pipe.scheduler.config.get("use_dynamic_shifting", False):

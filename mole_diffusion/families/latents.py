@@ -42,6 +42,13 @@ def from_patches(patches: Tensor) -> Tensor:
     return grid.reshape(rows, width // 4, 2 * side, 2 * side)
 
 
+def to_patches(latents: Tensor) -> Tensor:
+    """Latents `(rows, channels, height, width)` as `(rows, height / 2 * width / 2, channels * 4)` patches of 2 x 2."""
+    rows, channels, height, width = latents.shape
+    grid = latents.view(rows, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return grid.reshape(rows, height // 2 * (width // 2), channels * 4)
+
+
 def places(rows: int, columns: int, axes: int, like: Tensor) -> Tensor:
     """`(rows * columns, axes)`: row and column of every token on the axes 1 and 2, zeros on the others."""
     found = torch.zeros(rows, columns, axes, device=like.device, dtype=like.dtype)

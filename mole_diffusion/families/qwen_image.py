@@ -12,7 +12,7 @@ from .architecture import Architecture, Told, unit
 from .base import Conditions, Family, Reading
 from .chats import MARK, chat_reading
 from .flux import TIMESTEPS, words_then_pixels
-from .latents import from_patches, latent_side, size_shift
+from .latents import from_patches, latent_side, size_shift, to_patches
 
 
 class QwenImageTransformer(Architecture):
@@ -60,6 +60,7 @@ class QwenImage(Family):
     name = "qwen-image"
     title = "Qwen-Image"
     denoiser = "transformer"
+    patch = 2
     architectures: ClassVar[Mapping[str, Architecture]] = {"transformer": QwenImageTransformer()}
 
     def readings(self, pipe: Any, given: Mapping[str, Any]) -> list[Reading]:
@@ -77,6 +78,12 @@ class QwenImage(Family):
 
     def latent_shape(self, pipe: Any) -> tuple[int, ...]:
         return ((latent_side(pipe) // 2) ** 2, pipe.transformer.config.in_channels)
+
+    def distribution(self, pipe: Any, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        return video_distribution(pipe, pictures)
+
+    def latents(self, pipe: Any, encoded: Tensor) -> Tensor:
+        return to_patches(video_latents(pipe, encoded))
 
     def shift(self, pipe: Any) -> float | None:
         return size_shift(pipe, self.latent_shape(pipe)[0])
@@ -97,12 +104,29 @@ class QwenImage(Family):
         return video_picture(pipe, from_patches(latents))
 
 
+def video_distribution(pipe: Any, pictures: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of latents `(rows, channels, height, width)`, by an autoencoder of videos."""
+    found = pipe.vae.encode(pictures.unsqueeze(2).to(pipe.vae.device, pipe.vae.dtype)).latent_dist
+    return found.mean[:, :, 0], found.std[:, :, 0]
+
+
+def video_latents(pipe: Any, encoded: Tensor) -> Tensor:
+    """Latents `(rows, channels, height, width)` of mean 0 and deviation 1: `video_picture` undoes it."""
+    mean, deviation = _normalisation(pipe.vae, encoded)
+    return (encoded - mean) / deviation
+
+
 def video_picture(pipe: Any, latents: Tensor) -> Tensor:
     """Pictures of latents `(rows, channels, height, width)`, by an autoencoder of videos: one frame."""
     vae = pipe.vae
-    mean, deviation = (
-        latents.new_tensor(numbers).view(1, -1, 1, 1) for numbers in (vae.config.latents_mean, vae.config.latents_std)
-    )
+    mean, deviation = _normalisation(vae, latents)
     frames = (latents * deviation + mean).unsqueeze(2)
     decoded: Tensor = vae.decode(frames.to(vae.dtype), return_dict=False)[0][:, :, 0]
     return decoded
+
+
+def _normalisation(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of every channel, `(1, channels, 1, 1)`."""
+    numbers = vae.config.latents_mean, vae.config.latents_std
+    mean, deviation = (like.new_tensor(one).view(1, -1, 1, 1) for one in numbers)
+    return mean, deviation

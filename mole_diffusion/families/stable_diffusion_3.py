@@ -92,6 +92,7 @@ class StableDiffusion3(Family):
     name = "stable-diffusion-3"
     title = "Stable Diffusion 3 or 3.5"
     denoiser = "transformer"
+    patch = 2
     architectures: ClassVar[Mapping[str, Architecture]] = {
         "transformer": SD3Transformer(),
         "text_encoder": CLIPText(),

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from ..errors import MoLEError
 from .architecture import Architecture
@@ -33,17 +34,19 @@ class StableDiffusionXL(Family):
         return super().fits(components) and components["unet"].config.addition_embed_type == "text_time"
 
     def conditions(self, pipe: Any, prompts: list[str]) -> Conditions:
-        """Told beside the prompt are a summary of it, and that the picture was neither cut nor resized."""
-        device = pipe.unet.device
-        embeds, _, pooled, _ = self.encode(pipe, prompts, device)
+        embeds, _, pooled, _ = self.encode(pipe, prompts, pipe.unet.device)
         if pipe.config.force_zeros_for_empty_prompt:
             # A product instead of an assignment, which would break the graph.
             told = torch.tensor([float(prompt != "") for prompt in prompts], device=embeds.device, dtype=embeds.dtype)
             embeds, pooled = embeds * told[:, None, None], pooled * told[:, None]
-        side = pipe.unet.config.sample_size * pipe.vae_scale_factor
-        sizes = torch.tensor([side, side, 0, 0, side, side], device=device, dtype=embeds.dtype)
-        added = {"text_embeds": pooled, "time_ids": sizes.repeat(len(prompts), 1)}
-        return Conditions(embeds, {"added_cond_kwargs": added})
+        return Conditions(embeds, {"text_embeds": pooled})
+
+    def predict(self, pipe: Any, latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
+        """Told beside the prompt are a summary of it, and that the picture was neither cut nor resized."""
+        height, width = (side * pipe.vae_scale_factor for side in latents.shape[-2:])
+        sizes = latents.new_tensor([height, width, 0, 0, height, width]).expand(len(latents), -1)
+        added = {"added_cond_kwargs": {**conditions.others, "time_ids": sizes}}
+        return super().predict(pipe, latents, timesteps, Conditions(conditions.prompt_embeds, added))
 
     def refuse(self, components: Mapping[str, Any]) -> None:
         # The refiner has the second text encoder only; without any, prompts were encoded elsewhere.

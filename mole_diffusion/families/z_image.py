@@ -110,6 +110,7 @@ class ZImage(Family):
     name = "z-image"
     title = "Z-Image"
     denoiser = "transformer"
+    patch = 2
     architectures: ClassVar[Mapping[str, Architecture]] = {"transformer": ZImageTransformer()}
 
     def readings(self, pipe: Any, given: Mapping[str, Any]) -> list[Reading]:

@@ -1,6 +1,6 @@
 """Every layout, kind and family: files made from known factors load to these, and act as the merged weights.
 
-What each kind means stands literally in `tests/reference.py`, which `test_lora_kinds.py` holds the kinds against.
+What each kind means stands literally in `tests/reference.py`, which `test_kinds.py` holds the kinds against.
 """
 
 from __future__ import annotations
@@ -75,6 +75,10 @@ FAMILIES: dict[str, dict[str, tuple[str, ...]]] = {
         "middle_block.1.transformer_blocks.0.attn1.to_q": ("mid_block.attentions.0.transformer_blocks.0.attn1.to_q",),
         "time_embed.2": ("time_embedding.linear_2",),
     },
+    "stable_diffusion_xl": {
+        "middle_block.1.transformer_blocks.1.attn2.to_k": ("mid_block.attentions.0.transformer_blocks.1.attn2.to_k",),
+        "input_blocks.3.1.transformer_blocks.0.ff.net.2": ("down_blocks.1.attentions.0.transformer_blocks.0.ff.net.2",),
+    },
     "stable_diffusion_3": {
         "joint_blocks.0.context_block.attn.qkv": tuple(
             f"transformer_blocks.0.attn.add_{x}_proj" for x in "qkv"
@@ -110,6 +114,8 @@ def denoiser(family: str) -> tuple[str, Any]:
     """Component and tiny model."""
     if family == "stable_diffusion":
         return "unet", tiny_components()["unet"]
+    if family == "stable_diffusion_xl":
+        return "unet", families.sdxl()["unet"]
     if family == "stable_diffusion_3":
         return "transformer", families.sd3()["transformer"]
     return "transformer", dits.tiny_dit(family).transformer
@@ -192,6 +198,10 @@ def caller(family: str, denoiser: Any) -> Callable[[], Tensor]:
     if family == "stable_diffusion":
         sample, words = torch.randn(1, 4, 16, 16, generator=generator), torch.randn(1, 5, 32, generator=generator)
         return lambda: denoiser(sample, 500, words).sample
+    if family == "stable_diffusion_xl":
+        sample, words = torch.randn(1, 4, 16, 16, generator=generator), torch.randn(1, 5, 48, generator=generator)
+        added = {"text_embeds": torch.randn(1, families.WIDTH, generator=generator), "time_ids": torch.zeros(1, 6)}
+        return lambda: denoiser(sample, 500, words, added_cond_kwargs=added).sample
     if family == "stable_diffusion_3":
         sizes = denoiser.config
         sample = torch.randn(1, sizes.in_channels, 8, 8, generator=generator)

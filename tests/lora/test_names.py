@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -59,6 +59,37 @@ def sgm_names() -> dict[str, tuple[int, ...]]:
     return names
 
 
+def compvis_names() -> dict[str, tuple[int, ...]]:
+    """The same of Stable Diffusion 1.5, in CompVis' code: four levels, the last without attention."""
+    names: dict[str, tuple[int, ...]] = {
+        "time_embed.0": (1280, 320), "time_embed.2": (1280, 1280),
+        "input_blocks.0.0": (320, 4, 3, 3), "out.2": (4, 320, 3, 3),
+        "input_blocks.3.0.op": (320, 320, 3, 3), "input_blocks.6.0.op": (640, 640, 3, 3),
+        "input_blocks.9.0.op": (1280, 1280, 3, 3), "output_blocks.2.1.conv": (1280, 1280, 3, 3),
+        "output_blocks.5.2.conv": (1280, 1280, 3, 3), "output_blocks.8.2.conv": (640, 640, 3, 3),
+    }  # fmt: skip
+    blocks = {f"input_blocks.{i}": (wide, out, i < 10) for i, wide, out in (
+        (1, 320, 320), (2, 320, 320), (4, 320, 640), (5, 640, 640), (7, 640, 1280), (8, 1280, 1280),
+        (10, 1280, 1280), (11, 1280, 1280),
+    )}  # fmt: skip
+    outputs = [2560, 2560, 2560, 2560, 2560, 1920, 1920, 1280, 960, 960, 640, 640]
+    blocks |= {f"output_blocks.{i}": (wide, 320 * min(2 ** (3 - i // 3), 4), i > 2) for i, wide in enumerate(outputs)}
+    residuals = {f"{block}.0": (wide, out) for block, (wide, out, _) in blocks.items()}
+    transformers = {f"{block}.1": out for block, (_, out, attends) in blocks.items() if attends}
+    for block, (wide, out) in {**residuals, "middle_block.0": (1280, 1280), "middle_block.2": (1280, 1280)}.items():
+        names |= {f"{block}.in_layers.2": (out, wide, 3, 3), f"{block}.emb_layers.1": (out, 1280)}
+        names[f"{block}.out_layers.3"] = (out, out, 3, 3)
+        if wide != out:
+            names[f"{block}.skip_connection"] = (out, wide, 1, 1)
+    for block, d in {**transformers, "middle_block.1": 1280}.items():
+        names[f"{block}.proj_in"] = names[f"{block}.proj_out"] = (d, d, 1, 1)
+        for name in ATTENTIONS:
+            wide = 768 if name in ("attn2.to_k", "attn2.to_v") else d
+            sides = {"ff.net.0.proj": (8 * d, d), "ff.net.2": (d, 4 * d)}.get(name, (d, wide))
+            names[f"{block}.transformer_blocks.0.{name}"] = sides
+    return names
+
+
 def flux_names() -> dict[str, tuple[int, ...]]:
     """The same of FLUX.1."""
     d = 3072
@@ -78,21 +109,24 @@ def flux_names() -> dict[str, tuple[int, ...]]:
     return names
 
 
-def flux2_names() -> dict[str, tuple[int, ...]]:
-    """The same of FLUX.2 dev."""
-    d = 6144
+def flux2_names(
+    d: int = 6144, double: int = 8, single: int = 48, words: int = 15360, guided: bool = True
+) -> dict[str, tuple[int, ...]]:
+    """The same of FLUX.2; the default is dev."""
     names = {
-        "img_in": (d, 128), "txt_in": (d, 15360), "time_in.in_layer": (d, 256), "time_in.out_layer": (d, d),
-        "guidance_in.in_layer": (d, 256), "guidance_in.out_layer": (d, d), "final_layer.linear": (128, d),
+        "img_in": (d, 128), "txt_in": (d, words), "time_in.in_layer": (d, 256), "time_in.out_layer": (d, d),
+        "final_layer.linear": (128, d),
         "final_layer.adaLN_modulation.1": (2 * d, d), "single_stream_modulation.lin": (3 * d, d),
         "double_stream_modulation_img.lin": (6 * d, d), "double_stream_modulation_txt.lin": (6 * d, d),
     }  # fmt: skip
-    for block in range(8):
+    if guided:
+        names |= {"guidance_in.in_layer": (d, 256), "guidance_in.out_layer": (d, d)}
+    for block in range(double):
         for stream in ("img", "txt"):
             name = f"double_blocks.{block}.{stream}"
             names |= {f"{name}_attn.qkv": (3 * d, d), f"{name}_attn.proj": (d, d)}
             names |= {f"{name}_mlp.0": (6 * d, d), f"{name}_mlp.2": (d, 3 * d)}
-    for block in range(48):
+    for block in range(single):
         names |= {f"single_blocks.{block}.linear1": (9 * d, d), f"single_blocks.{block}.linear2": (d, 4 * d)}
     return names
 
@@ -149,18 +183,17 @@ def qwen_names() -> dict[str, tuple[int, ...]]:
     return names
 
 
-def sd3_names() -> dict[str, tuple[int, ...]]:
-    """The same of Stable Diffusion 3.5 medium."""
-    d = 1536
+def sd3_names(d: int = 1536, blocks: int = 24, duals: int = 13) -> dict[str, tuple[int, ...]]:
+    """The same of Stable Diffusion 3.5; the default is medium."""
     names: dict[str, tuple[int, ...]] = {
         "x_embedder.proj": (d, 16, 2, 2), "context_embedder": (d, 4096), "t_embedder.mlp.0": (d, 256),
         "t_embedder.mlp.2": (d, d), "y_embedder.mlp.0": (d, 2048), "y_embedder.mlp.2": (d, d),
         "final_layer.linear": (64, d), "final_layer.adaLN_modulation.1": (2 * d, d),
     }  # fmt: skip
-    for block in range(24):
+    for block in range(blocks):
         for stream in ("x_block", "context_block"):
-            name, ends = f"joint_blocks.{block}.{stream}", stream == "context_block" and block == 23
-            dual = stream == "x_block" and block < 13
+            name, ends = f"joint_blocks.{block}.{stream}", stream == "context_block" and block == blocks - 1
+            dual = stream == "x_block" and block < duals
             names |= {f"{name}.attn.qkv": (3 * d, d)}
             names |= {f"{name}.adaLN_modulation.1": ((2 if ends else 9 if dual else 6) * d, d)}
             if not ends:
@@ -170,21 +203,20 @@ def sd3_names() -> dict[str, tuple[int, ...]]:
     return names
 
 
-FAMILIES: dict[str, tuple[str, Any]] = {
-    "Stable Diffusion XL": ("unet", sgm_names),
-    "FLUX.1": ("transformer", flux_names),
-    "Stable Diffusion 3.5 medium": ("transformer", sd3_names),
-    "FLUX.2 dev": ("transformer", flux2_names),
-    "Z-Image": ("transformer", z_image_names),
-    "Krea 2": ("transformer", krea2_names),
-    "Qwen-Image": ("transformer", qwen_names),
+# The published models without weights, and the authors' names of all their modules.
+FAMILIES: dict[str, Callable[[], dict[str, tuple[int, ...]]]] = {
+    "Stable Diffusion 1.x": compvis_names,
+    "Stable Diffusion XL": sgm_names,
+    "FLUX.1": flux_names,
+    "Stable Diffusion 3.5 medium": sd3_names,
+    "Stable Diffusion 3.5 large": lambda: sd3_names(2432, 38, 0),
+    "FLUX.2 dev": flux2_names,
+    "FLUX.2 klein 9B": lambda: flux2_names(4096, 8, 24, 12288, guided=False),
+    "FLUX.2 klein 4B": lambda: flux2_names(3072, 5, 20, 7680, guided=False),
+    "Z-Image": z_image_names,
+    "Krea 2": krea2_names,
+    "Qwen-Image": qwen_names,
 }
-
-
-def shell(title: str, component: str) -> nn.Module:
-    """A published model at full size, without weights."""
-    (found,) = (known for known in SKELETONS if known.title == title)
-    return found.build()[component]
 
 
 def parts_of(shape: tuple[int, ...]) -> dict[str, Tensor]:
@@ -201,12 +233,13 @@ def spellings(name: str) -> Iterator[str]:
     yield name
 
 
-@pytest.mark.parametrize(("title", "component", "names"), [(t, c, n) for t, (c, n) in FAMILIES.items()], ids=FAMILIES)
-def test_all_modules_of_a_family_are_found_by_their_authors_names(title: str, component: str, names: Any) -> None:
-    model = shell(title, component)
-    index = ModuleIndex(model)
+@pytest.mark.parametrize("title", FAMILIES)
+def test_all_modules_of_a_family_are_found_by_their_authors_names(title: str) -> None:
+    components = next(known for known in SKELETONS if known.title == title).build()
+    component, names = ("unet" if "unet" in components else "transformer"), FAMILIES[title]()
+    index = ModuleIndex(components[component])
     taken: list[str] = []
-    for name, shape in names().items():
+    for name, shape in names.items():
         for spelling in (name, name.replace(".", "_")):
             targets = index.find(spelling)
             assert targets, spelling
@@ -215,6 +248,49 @@ def test_all_modules_of_a_family_are_found_by_their_authors_names(title: str, co
         assert [stop for _, stop in parts] == [start for start, _ in parts[1:]] + [shape[0]], name
         taken += [target.module for target in targets]
     assert sorted(taken) == sorted(index.shapes), "every Linear and convolution once"
+    # A file with all of them is placed as well, module by module.
+    prefixes = {"diffusion_model.": False, "lora_unet_": True}
+    prefix, underscored = list(prefixes.items())[len(title) % 2]
+    state = {
+        f"{prefix}{name.replace('.', '_') if underscored else name}.{part}": value
+        for name, shape in names.items()
+        for part, value in parts_of(shape).items()
+    }
+    factors = load_lora(state, components).factors
+    assert list(factors) == [component]
+    assert {name: one.up.shape[0] for name, one in factors[component].items()} == {
+        name: shape[0] for name, shape in index.shapes.items()
+    }
+
+
+def test_text_encoders_of_full_size_are_found_by_kohya_s_and_comfyui_s_names() -> None:
+    """Stable Diffusion XL's CLIPs, of which only the second nests `text_model`, and FLUX.1's T5."""
+    heads = {"self_attn.q_proj": 1, "self_attn.k_proj": 1, "self_attn.v_proj": 1, "self_attn.out_proj": 1}
+
+    def clip(prefix: str, width: int, layers: int, underscored: bool) -> dict[str, Tensor]:
+        found = {}
+        for layer in range(layers):
+            for name, (out, wide) in {**{h: (1, 1) for h in heads}, "mlp.fc1": (4, 1), "mlp.fc2": (1, 4)}.items():
+                module = f"text_model.encoder.layers.{layer}.{name}"
+                stem = prefix + (module.replace(".", "_") if underscored else module)
+                found |= {f"{stem}.{p}": v for p, v in parts_of((out * width, wide * width)).items()}
+        return found
+
+    xl = next(known for known in SKELETONS if known.title == "Stable Diffusion XL").build()
+    for first, second, underscored in (("lora_te1_", "lora_te2_", True), ("clip_l.", "clip_g.", False)):
+        state = {**clip(first, 768, 12, underscored), **clip(second, 1280, 32, underscored)}
+        factors = load_lora(state, xl).factors
+        assert {name: len(found) for name, found in factors.items()} == {"text_encoder": 72, "text_encoder_2": 192}
+    flux = next(known for known in SKELETONS if known.title == "FLUX.1").build()
+    sides = {"SelfAttention.q": (4096, 4096), "SelfAttention.o": (4096, 4096), "DenseReluDense.wi_0": (10240, 4096),
+             "DenseReluDense.wo": (4096, 10240)}  # fmt: skip
+    state = {}
+    for block in range(24):
+        for name, shape in sides.items():
+            module = f"encoder.block.{block}.layer.{int('Dense' in name)}.{name}"
+            stem = f"lora_te3_{module.replace('.', '_')}" if block % 2 else f"text_encoders.t5xxl.transformer.{module}"
+            state |= {f"{stem}.{part}": value for part, value in parts_of(shape).items()}
+    assert {name: len(found) for name, found in load_lora(state, flux).factors.items()} == {"text_encoder_2": 96}
 
 
 D = 96

@@ -34,8 +34,8 @@ from tests.tiny import dits, families, tiny_pipeline
 PAGE = ROOT / "docs" / "files.md"
 BEGIN, END = "<!-- table: python -m tests.peers.lora_files -->\n", "<!-- end of the table -->\n"
 TITLES = {
-    "stable_diffusion": "SD 1.x", "stable_diffusion_3": "SD 3.5", "flux": "FLUX.1", "flux2": "FLUX.2",
-    "z_image": "Z-Image", "krea2": "Krea 2", "qwen_image": "Qwen-Image",
+    "stable_diffusion": "SD 1.x", "stable_diffusion_xl": "SDXL", "stable_diffusion_3": "SD 3.5", "flux": "FLUX.1",
+    "flux2": "FLUX.2", "z_image": "Z-Image", "krea2": "Krea 2", "qwen_image": "Qwen-Image",
 }  # fmt: skip
 # Layouts with plain LoRA and alpha, then other kinds as they are usually written.
 # Here diffusers' reader knows the sizes of the published model only.
@@ -59,6 +59,8 @@ def pipeline(family: str) -> Any:
     """A stock pipeline with a tiny model."""
     if family == "stable_diffusion":
         return tiny_pipeline()
+    if family == "stable_diffusion_xl":
+        return diffusers.StableDiffusionXLPipeline(**families.sdxl())
     if family == "stable_diffusion_3":
         return diffusers.StableDiffusion3Pipeline(**families.sd3())
     return dits.tiny_dit(family)

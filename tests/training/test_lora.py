@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, ScoreSdeVeScheduler
 from PIL import Image
 from torch import Tensor
 
+from mole_diffusion.families.stable_diffusion import StableDiffusion
 from mole_diffusion.lora import inspect_lora
 from mole_diffusion.training import TEXT_ENCODER_TARGETS, LoRATrainingConfig, TrainingDivergedError, train_lora
 from mole_diffusion.training.engine.noise import NoiseSchedule
@@ -55,8 +56,8 @@ def flat(factors: dict[str, Any]) -> dict[str, Tensor]:
         ({"triggers": ("<v1> cat",)}, ValueError, "'a cat' has none of `triggers`, '<v1> cat'. Give the words"),
         ({"triggers": ("",)}, ValueError, "'a cat' has none of `triggers`"),
         ({"triggers": "a cat"}, TypeError, "`triggers` must be a sequence"),
-        ({"unet_targets": ()}, ValueError, "there is nothing to train"),
-        ({"unet_targets": "to_q"}, TypeError, "`unet_targets` must be a sequence"),
+        ({"denoiser_targets": ()}, ValueError, "there is nothing to train"),
+        ({"denoiser_targets": "to_q"}, TypeError, "`denoiser_targets` must be a sequence"),
         ({"rank": 0}, ValueError, "`rank` must be at least 1, got 0"),
         ({"alpha": -1.0}, ValueError, "`alpha` must be positive .* got -1.0"),
         ({"resolution": 4}, ValueError, "`resolution` must be at least 8 pixels"),
@@ -80,8 +81,12 @@ def test_settings_that_cannot_be_say_why(changes: dict[str, Any], error: type[Ex
     ("changes", "message"),
     [
         ({"prompts": (), "captions": ("a cat",)}, "1 captions for 3 images"),
-        ({"unet_targets": ("to_q", "to_x")}, r"unet \(UNet2DConditionModel\) has no module named \['to_x'\]"),
-        ({"unet_targets": ("attn1",)}, r"is down_blocks.*attn1, a Attention"),
+        ({"denoiser_targets": ("to_q", "to_x")}, r"unet \(UNet2DConditionModel\) has no module named \['to_x'\]"),
+        ({"denoiser_targets": ("attn1",)}, r"is down_blocks.*attn1, a Attention"),
+        (
+            {"text_encoder_2_targets": ("fc1",)},
+            r"text_encoder_2 of Stable Diffusion 1\.x or 2\.x is none that LoRAs are for",
+        ),
         ({"mixed_precision": "fp16"}, "needs a GPU, and the pipeline is on the CPU"),
     ],
 )
@@ -101,8 +106,8 @@ def test_pipelines_that_cannot_be_trained_say_why(pipe: Any) -> None:
     with pytest.raises(ValueError, match="base is in float16"):
         train(pipe, config())
     pipe.unet.to(torch.float32)
-    pipe.scheduler = FlowMatchEulerDiscreteScheduler()
-    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler has no `alphas_cumprod`"):
+    pipe.scheduler = ScoreSdeVeScheduler()
+    with pytest.raises(ValueError, match="ScoreSdeVeScheduler has no `alphas_cumprod`"):
         train(pipe, config())
 
 
@@ -207,11 +212,11 @@ def test_bf16_trains_fp32_factors(pipe: Any) -> None:
 @pytest.mark.parametrize("flip", [False, True])
 def test_each_picture_meets_its_own_caption(pipe: Any, monkeypatch: pytest.MonkeyPatch, flip: bool) -> None:
     settings = config(prompts=(), captions=COLOURS, batch_size=5, horizontal_flip=flip)
-    [(numbers, pixels)] = groups_by_size(pictures(), 32, pipe)
-    data = TrainingData(pipe, [(numbers, pixels)], settings)
+    [(numbers, pixels)] = groups_by_size(pictures(), 32, 2)
+    data = TrainingData(pipe, StableDiffusion(), [(numbers, pixels)], settings)
     [(numbers, mean, std)] = data._groups
     monkeypatch.setattr(data, "_groups", [(numbers, mean, torch.zeros_like(std))])
-    latents, prompt_embeds = data.sample(torch.Generator().manual_seed(0))
+    latents, (prompt_embeds, _) = data.sample(torch.Generator().manual_seed(0))
     with torch.no_grad():
         clean = pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
         captions = pipe.encode_prompt(list(COLOURS), "cpu", 1, False)[0]
@@ -226,23 +231,23 @@ def test_each_picture_meets_its_own_caption(pipe: Any, monkeypatch: pytest.Monke
 def test_pictures_of_their_own_sizes_come_in_batches_of_one_size(pipe: Any) -> None:
     images = [Image.new("RGB", size) for size in ((32, 32), (48, 33), (32, 32))]
     settings = config(prompts=(), captions=COLOURS, batch_size=2, resolution="native")
-    groups = groups_by_size(images, "native", pipe)
+    groups = groups_by_size(images, "native", 2)
     assert [(numbers.tolist(), tuple(pixels.shape)) for numbers, pixels in groups] == [
         ([0, 2], (2, 3, 32, 32)),
         ([1], (1, 3, 32, 48)),  # to whole latents
     ]
-    data = TrainingData(pipe, groups, settings)
+    data = TrainingData(pipe, StableDiffusion(), groups, settings)
     captions = pipe.encode_prompt(list(COLOURS), "cpu", 1, False)[0]
     sides = []
     for seed in range(30):
-        latents, prompt_embeds = data.sample(torch.Generator().manual_seed(seed))
+        latents, (prompt_embeds, _) = data.sample(torch.Generator().manual_seed(seed))
         sides.append(latents.shape[-1])
         said = torch.cdist(prompt_embeds.flatten(1), captions.flatten(1)).argmin(1).tolist()
         assert set(said) == ({0, 2} if sides[-1] == 16 else {1})
     assert 10 <= sides.count(16) < 30
     train_lora(pipe, images, settings, progress=False)
     with pytest.raises(ValueError, match="A picture of 40×3 pixels is too small to train on"):
-        groups_by_size([Image.new("RGB", (40, 3))], "native", pipe)
+        groups_by_size([Image.new("RGB", (40, 3))], "native", 2)
 
 
 def test_what_is_trained_is_what_stock_diffusers_loads(tmp_path: Path) -> None:
@@ -273,7 +278,7 @@ def test_what_is_trained_is_what_stock_diffusers_loads(tmp_path: Path) -> None:
 def test_a_trained_lora_lowers_the_loss_of_its_pictures(tmp_path: Path) -> None:
     pipe = tiny_pipeline()
     settings = config(steps=15, batch_size=3, learning_rate=1e-2, rank=4)
-    [(_, images)] = groups_by_size(pictures(), 32, pipe)
+    [(_, images)] = groups_by_size(pictures(), 32, 2)
     noise, timesteps = torch.randn(3, 4, 16, 16), torch.tensor([200, 500, 800])
 
     @torch.no_grad()

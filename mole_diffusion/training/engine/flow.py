@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T", float, Tensor)
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,20 @@ class FlowSchedule:
     def trailing_timesteps(self, steps: int) -> list[float]:
         """`steps` timesteps from T downwards: evenly spaced noise levels, shifted."""
         levels = [1 - k / steps for k in range(steps)]
-        return [self.num_timesteps * self.shift * s / (1 + (self.shift - 1) * s) for s in levels]
+        return [self._shifted(s) for s in levels]
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """Timesteps to train at, (count,): shifted as those of a call are, so that every step of a call is as likely."""
+        return self._shifted(1 - torch.rand(count, generator=generator))
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """`x_s` of clean `latents` (batch, ...) at `timesteps` (batch,)."""
+        level = self._level(timesteps, latents)
+        return (1 - level) * latents + level * noise
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the model should predict at any timestep: `eps - x_0`."""
+        return noise - latents
 
     def predict_clean(self, prediction: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
         """`x_0` as the model's `prediction` at `noisy` means it."""
@@ -55,6 +70,10 @@ class FlowSchedule:
         clean = self.predict_clean(prediction, noisy, timesteps)
         noise = (1 - eta**2) ** 0.5 * (clean + prediction) + eta * fresh_noise
         return (1 - after) * clean + after * noise
+
+    def _shifted(self, level: T) -> T:
+        """The timestep of a noise level from 0 to 1, after the shift."""
+        return self.num_timesteps * self.shift * level / (1 + (self.shift - 1) * level)
 
     def _level(self, timesteps: Tensor, like: Tensor) -> Tensor:
         level = timesteps.to(like.device, torch.float32) / self.num_timesteps

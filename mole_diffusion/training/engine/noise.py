@@ -54,6 +54,10 @@ class NoiseSchedule:
         """T; timesteps are 0 … T-1."""
         return len(self.alphas_cumprod)
 
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """Timesteps to train at, (count,): every one as likely."""
+        return torch.randint(self.num_timesteps, (count,), generator=generator)
+
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """`x_t` of clean `latents` (batch, c, h, w) at `timesteps` (batch,)."""
         signal, sigma = self._scales(timesteps, latents)

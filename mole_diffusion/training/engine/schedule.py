@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from mole_diffusion.training.engine.flow import FlowSchedule
@@ -25,6 +26,18 @@ class Schedule(Protocol):
 
     def trailing_timesteps(self, steps: int) -> Sequence[float]:
         """That many timesteps from the noisiest downwards, as diffusers' `timestep_spacing="trailing"`."""
+        ...
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """Timesteps to train a model at, (count,)."""
+        ...
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Clean latents as noisy as they are at `timesteps`."""
+        ...
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What a model should predict where `noise` was added to clean `latents`."""
         ...
 
     def predict_clean(self, prediction: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:

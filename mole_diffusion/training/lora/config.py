@@ -27,10 +27,12 @@ class LoRATrainingConfig:
             bind a LoRA to its words. Every caption or prompt must have one.
         rank: r of every factor pair.
         alpha: Scaling is `alpha / rank`; None is alpha = rank, scaling 1.
-        unet_targets: Last parts of the names of the UNet's modules to train. Attention and feed-forward by default;
-            add "proj_in" and "proj_out" for the projections around the transformer blocks. Empty leaves the UNet alone.
+        denoiser_targets: Last parts of the names of the modules to train in the UNet or transformer. None: those of
+            its family, attention and in most the feed-forward. In a UNet add "proj_in" and "proj_out" to `UNET_TARGETS`
+            for the projections around the transformer blocks. Empty leaves the denoiser alone.
         text_encoder_targets: The same for the text encoder; empty (the default) leaves it alone, `TEXT_ENCODER_TARGETS`
-            trains its attention and feed-forward.
+            trains the attention and feed-forward of a CLIP.
+        text_encoder_2_targets: The same for the second. None: as for the first, where both are CLIPs.
         steps: Optimiser steps.
         batch_size: Samples a step, spread over the pictures.
         learning_rate: Peak of AdamW's, after `warmup_steps`, before a cosine decay to zero.
@@ -38,8 +40,9 @@ class LoRATrainingConfig:
         weight_decay: AdamW's.
         max_grad_norm: Gradients are clipped to this norm, in all.
         horizontal_flip: Mirror half the samples. Off, since most looks are not symmetric.
-        resolution: Side of the square training pictures in pixels; None is the base model's own; "native" leaves every
-            picture the size and shape it has (cut to whole latents), and a batch holds pictures of one size.
+        resolution: Side of the square training pictures in pixels, cut to whole tokens; None is the base model's own;
+            "native" leaves every picture the size and shape it has (cut likewise), and a batch holds pictures of one
+            size. Denoisers that are given latents as a row of patches take squares only.
         mixed_precision: "no", "bf16", or (on a GPU) "fp16".
         checkpoint_every: Steps between checkpoints when a work folder is given; 0 writes one at the end only.
         seed: Seed of the starting factors and of every sample.
@@ -54,8 +57,9 @@ class LoRATrainingConfig:
     triggers: Sequence[str] = ()
     rank: int = 8
     alpha: float | None = None
-    unet_targets: Sequence[str] = UNET_TARGETS
+    denoiser_targets: Sequence[str] | None = None
     text_encoder_targets: Sequence[str] = ()
+    text_encoder_2_targets: Sequence[str] | None = None
     steps: int = 500
     batch_size: int = 4
     learning_rate: float = 1e-3
@@ -69,8 +73,11 @@ class LoRATrainingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for field in ("captions", "prompts", "triggers", "unet_targets", "text_encoder_targets"):
+        targets = ("denoiser_targets", "text_encoder_targets", "text_encoder_2_targets")
+        for field in ("captions", "prompts", "triggers", *targets):
             value = getattr(self, field)
+            if value is None and field in targets:
+                continue
             if isinstance(value, str):
                 raise TypeError(f"`{field}` must be a sequence of strings, got the string {value!r}. Try ({value!r},).")
             object.__setattr__(self, field, tuple(value))
@@ -87,8 +94,8 @@ class LoRATrainingConfig:
                     f"{text!r} has none of `triggers`, {', '.join(map(repr, self.triggers))}. Give the words that call "
                     "the subject in every caption or prompt, or no triggers."
                 )
-        if not self.unet_targets and not self.text_encoder_targets:
-            raise MoLEError("`unet_targets` and `text_encoder_targets` are both empty: there is nothing to train.")
+        if self.denoiser_targets == () and not self.text_encoder_targets and not self.text_encoder_2_targets:
+            raise MoLEError("`denoiser_targets` and those of the text encoders are empty: there is nothing to train.")
         if self.rank < 1:
             raise MoLEError(f"`rank` must be at least 1, got {self.rank}.")
         if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha > 0):

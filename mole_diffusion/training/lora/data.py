@@ -12,36 +12,50 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from mole_diffusion.errors import MoLEError
+from mole_diffusion.families.base import Conditions, Family
 from mole_diffusion.pictures import as_seen
 from mole_diffusion.training.lora.config import LoRATrainingConfig
 
 
 class TrainingData:
-    """Latent distributions of the pictures, and text embeddings: encoded once, sampled every step."""
+    """Latent distributions of the pictures, and what the denoiser is told of the prompts: encoded once, sampled every
+    step.
 
-    def __init__(self, pipe: Any, groups: Sequence[tuple[Tensor, Tensor]], config: LoRATrainingConfig) -> None:
+    Args:
+        pipe: The pipeline.
+        family: Of it.
+        groups: As `groups_by_size` gives them.
+        config: Of the training.
+        encode_once: Whether no text encoder is trained, so that the prompts' embeddings never change.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        family: Family,
+        groups: Sequence[tuple[Tensor, Tensor]],
+        config: LoRATrainingConfig,
+        *,
+        encode_once: bool = True,
+    ) -> None:
         self._pipe = pipe
+        self._family = family
         self._config = config
         self._prompts = list(config.captions or config.prompts)
         with torch.no_grad():
             self._groups = [(numbers, *self._distribution(pixels)) for numbers, pixels in groups]
-            # Without a trained text encoder the embeddings never change: (prompts, tokens, width).
-            self._embeds = None if config.text_encoder_targets else self._encode(self._prompts)
+            self._conditions = family.conditions(pipe, self._prompts) if encode_once else None
 
     def _distribution(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the latents of pictures of one size, then of the mirrored ones."""
-        vae = self._pipe.vae
         views = [pixels, pixels.flip(-1)] if self._config.horizontal_flip else [pixels]
-        encoded = [vae.encode(view[None].to(vae.device, vae.dtype)).latent_dist for group in views for view in group]
-        mean = torch.cat([distribution.mean for distribution in encoded]).float()
-        return mean, torch.cat([distribution.std for distribution in encoded]).float()
+        found = [self._family.distribution(self._pipe, view[None]) for group in views for view in group]
+        mean, deviation = (torch.cat(tensors).float() for tensors in zip(*found, strict=True))
+        return mean, deviation
 
-    def _encode(self, prompts: list[str]) -> Tensor:
-        return self._pipe.encode_prompt(prompts, self._pipe.unet.device, 1, False)[0]
-
-    def sample(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Latents (batch, c, h, w) in the UNet's scale, and prompt embeddings (batch, tokens, width), of one batch."""
-        config, vae = self._config, self._pipe.vae
+    def sample(self, generator: torch.Generator) -> tuple[Tensor, Conditions]:
+        """Latents (batch, ...) as the denoiser is given them, and what it is told of their prompts, of one batch."""
+        config = self._config
         group = 0
         if len(self._groups) > 1:  # as often as there are pictures of the size
             shares = torch.tensor([float(len(numbers)) for numbers, _, _ in self._groups])
@@ -59,28 +73,31 @@ class TrainingData:
             pictures = pictures + count * torch.randint(2, (config.batch_size,), generator=generator)
         noise = torch.randn(config.batch_size, *mean.shape[1:], generator=generator)
         pictures = pictures.to(mean.device)
-        latents = mean[pictures] + std[pictures] * noise.to(mean.device)
-        latents = (latents - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
-        if self._embeds is not None:
-            return latents, self._embeds[texts.to(self._embeds.device)]
+        latents = self._family.latents(self._pipe, mean[pictures] + std[pictures] * noise.to(mean.device))
+        if self._conditions is not None:
+            return latents, self._conditions.take(texts)
         distinct, places = texts.unique(return_inverse=True)
-        embeds = self._encode([self._prompts[index] for index in distinct.tolist()])
-        return latents, embeds[places.to(embeds.device)]
+        prompts = [self._prompts[index] for index in distinct.tolist()]
+        return latents, self._family.conditions(self._pipe, prompts).take(places)
 
 
 def groups_by_size(
-    images: Sequence[Image.Image], size: int | Literal["native"], pipe: Any
+    images: Sequence[Image.Image], size: int | Literal["native"], multiple: int
 ) -> list[tuple[Tensor, Tensor]]:
-    """Numbers of the pictures of each size, and these as (n, 3, height, width) in [-1, 1], cut around the centre."""
+    """Numbers of the pictures of each size, and these as (n, 3, height, width) in [-1, 1], cut around the centre.
+
+    Args:
+        images: The pictures.
+        size: Pixels to a side of all, or `"native"`.
+        multiple: Of how many pixels sides are.
+    """
     by_size: dict[tuple[int, int], list[int]] = {}
     upright = [as_seen(image) for image in images]
     for number, image in enumerate(upright):
-        if size == "native":
-            width, height = (side // pipe.vae_scale_factor * pipe.vae_scale_factor for side in image.size)
-            if min(width, height) < 8:
-                raise MoLEError(f"A picture of {image.width}×{image.height} pixels is too small to train on.")
-        else:
-            width = height = size
+        wanted = image.size if size == "native" else (size, size)
+        width, height = (side // multiple * multiple for side in wanted)
+        if min(width, height) < 8:
+            raise MoLEError(f"A picture of {wanted[0]}×{wanted[1]} pixels is too small to train on.")
         by_size.setdefault((width, height), []).append(number)
     groups = []
     for (width, height), numbers in by_size.items():
