@@ -64,7 +64,8 @@ def _table(report: LoRAReport, verdicts: list[Verdict], with_base: bool) -> Any:
     table = Table(title=printable(report.source), show_header=False, title_justify="left")
     table.add_row("layout", report.layout)
     table.add_row("written by", report.trainer)
-    table.add_row("made for", report.family)
+    fits = [verdict.base for verdict in verdicts if verdict.refusal is None and not with_base]
+    table.add_row("made for", " or ".join(fits) or report.family)
     table.add_row("modules", ", ".join(f"{count} in {component}" for component, count in report.modules.items()))
     table.add_row("kinds", _few([f"{kind} ({count} modules)" for kind, count in report.kinds.items()]))
     table.add_row("ranks", _few(ranks) or "none")

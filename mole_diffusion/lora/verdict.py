@@ -19,6 +19,7 @@ from mole_diffusion.lora.sources import read_source
 
 # A share of a change's energy in one direction that is rare in trained LoRAs, and burns when several are stacked.
 SPIKE = 0.9
+POWER_ROUNDS = 10
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Verdict:
         refusal: Why it is refused; None where it acts.
         energy: `|ΔW| / |W|` over all modules that act, Frobenius norms; None where the base has no weights.
         loudest: The modules where that is largest, with it.
-        spikes: Modules of several ranks where one direction has more than nine tenths of `|ΔW|²`, with its share.
+        spikes: Modules of several ranks where one direction has more than nine tenths of `|ΔW|²`, with its share; of a
+            DoRA, of the change before its magnitude.
     """
 
     base: str
@@ -107,12 +109,35 @@ def _spikes(lora: LoRA) -> tuple[tuple[str, float], ...]:
     found = []
     for component, modules in lora.factors.items():
         for name, factors in modules.items():
-            if factors.r < 2 or not factors.plain:
-                continue
-            left = torch.linalg.qr(factors.up.flatten(1), mode="r").R
-            right = torch.linalg.qr(factors.down.flatten(1).T, mode="r").R
-            values = torch.linalg.svdvals(left @ right.T).square()
-            share = float(values[0] / values.sum()) if values.sum() > 0 else 0.0
-            if share > SPIKE:
+            if (share := _share_of_one_direction(factors)) > SPIKE:
                 found.append((f"{component}.{name}", share))
     return tuple(sorted(found, key=lambda entry: -entry[1]))
+
+
+def _share_of_one_direction(factors: LoRAFactors) -> float:
+    """The share of `|ΔW|²` in its first singular direction, before a magnitude; 0 where it has no other by its rank."""
+    kronecker = factors.kronecker
+    if kronecker is not None and kronecker.rows is None:  # singular values of a product are products of theirs
+        return _first(kronecker.w1) * _first(kronecker.w2.flatten(1))
+    if kronecker is not None:
+        return _first(kronecker.matrix().flatten(1))
+    if factors.r < 2:
+        return 0.0
+    left = torch.linalg.qr(factors.up.flatten(1), mode="r").R
+    right = torch.linalg.qr(factors.down.flatten(1).T, mode="r").R
+    values = torch.linalg.svdvals(left @ right.T).square()
+    return float(values[0] / values.sum()) if values.sum() > 0 else 0.0
+
+
+def _first(matrix: Tensor) -> float:
+    """The share of the first singular value in a matrix's energy, by power iteration from its largest row.
+
+    Where it is near 1, as a spike's is, the others die out within a few rounds.
+    """
+    energy = float(matrix.square().sum())
+    if energy == 0:
+        return 0.0
+    direction = matrix[matrix.square().sum(dim=1).argmax()]
+    for _ in range(POWER_ROUNDS):
+        direction = torch.nn.functional.normalize((matrix @ direction) @ matrix, dim=0)
+    return float((matrix @ direction).square().sum()) / energy

@@ -84,6 +84,29 @@ def test_energy_and_spikes_are_those_of_the_merged_change(models: dict[str, Any]
     assert verdict.modules == {"unet": 2}
 
 
+@torch.no_grad()
+def test_spikes_of_kronecker_products_are_those_of_the_matrix(models: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    one = torch.randn(16, 1) @ torch.randn(1, 16)
+    stem = "unet.mid_block.attentions.0.transformer_blocks.0.attn1"
+    state = {
+        f"{stem}.to_q.lokr_w1": torch.eye(4)[:1].T @ torch.randn(1, 4),
+        f"{stem}.to_q.lokr_w2": one + 0.02 * torch.randn(16, 16),
+        f"{stem}.to_k.lokr_w1": torch.randn(4, 4),
+        f"{stem}.to_k.lokr_w2": one,
+        f"{stem}.to_v.diff": torch.randn(64, 64) + 30 * torch.randn(64, 1) @ torch.randn(1, 64) / 8,
+    }
+    save_file(state, tmp_path / "it.safetensors")
+    factors = load_lora(state, models).factors["unet"]
+    shares = {}
+    for name, found in factors.items():
+        values = torch.linalg.svdvals(found.delta().double()).square()
+        shares[f"unet.{name}"] = float(values[0] / values.sum())
+    spikes = dict(judge(tmp_path / "it.safetensors", models, "tiny").spikes)
+    assert spikes == pytest.approx({name: share for name, share in shares.items() if share > 0.9}, rel=1e-4)
+    assert {name.rsplit(".", 1)[1] for name in spikes} == {"to_q", "to_v"}
+
+
 def test_a_verdict_says_why_not(models: dict[str, Any], tmp_path: Path) -> None:
     save_file(pair("unet.nowhere", 4, 4), tmp_path / "it.safetensors")
     verdict = judge(tmp_path / "it.safetensors", models, "tiny")

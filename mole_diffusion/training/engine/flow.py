@@ -34,7 +34,7 @@ class FlowSchedule:
         return [self._shifted(s) for s in levels]
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """Timesteps to train at, (count,): shifted as those of a call are, so that every step of a call is as likely."""
+        """Timesteps to train at, (count,): shifted as in a call, so that every step of a call is as likely."""
         return self._shifted(1 - torch.rand(count, generator=generator))
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
