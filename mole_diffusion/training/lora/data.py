@@ -18,14 +18,13 @@ from mole_diffusion.training.lora.config import LoRATrainingConfig
 
 
 class TrainingData:
-    """Latent distributions of the pictures, and what the denoiser is told of the prompts: encoded once, sampled every
-    step.
+    """Latent distributions of the pictures and conditions of the prompts: encoded once, sampled every step.
 
     Args:
         pipe: The pipeline.
-        family: Of it.
-        groups: As `groups_by_size` gives them.
-        config: Of the training.
+        family: The family that it is of.
+        groups: The pictures, as `groups_by_size` gives them.
+        config: What the training does.
         encode_once: Whether no text encoder is trained, so that the prompts' embeddings never change.
     """
 
@@ -89,7 +88,7 @@ def groups_by_size(
     Args:
         images: The pictures.
         size: Pixels to a side of all, or `"native"`.
-        multiple: Of how many pixels sides are.
+        multiple: The number of pixels that sides are multiples of.
     """
     by_size: dict[tuple[int, int], list[int]] = {}
     upright = [as_seen(image) for image in images]
