@@ -355,8 +355,8 @@ class Experts:
         for name, other in self._attachments.items():
             if name != component:
                 other.follow()
-        run = self._runs.new(component, device, told)
-        refuse_caches(component, self._attachments[component].model, run)
+        previous, run = self._runs.latest(component), self._runs.new(component, device, told)
+        refuse_caches(component, self._attachments[component].model, run, previous)
         several = getattr(run.weigher, "passes", None)
         if several is not None and run.active and run.timestep is not None:
             passes = several(run)

@@ -72,21 +72,47 @@ def refuse_bypassed(component: str, parents: Mapping[str, tuple[nn.Module, str]]
             )
 
 
-def refuse_caches(component: str, model: nn.Module, run: Run) -> None:
+def refuse_caches(component: str, model: nn.Module, run: Run, previous: Run | None) -> None:
     """Raises AttachError where a cache would go on with other weights of the LoRAs than those of the present step.
 
     A weigher whose weights are the same in every step and everywhere says so by an attribute `constant`: then a cache
     keeps what it would keep of a model with the LoRAs merged into it.
+
+    Args:
+        component: Name of the model.
+        model: The model.
+        run: The pass that begins.
+        previous: The one before. Where it belongs to the same call, the model's hooks were looked at then.
     """
     if not run.active or getattr(run.weigher, "constant", False):
         return
-    cache = run.told.cache
+    method = getattr(run.weigher, "name", type(run.weigher).__name__)
+    cache, remedy = run.told.cache, "Draw with a pipeline that keeps none"
     if cache is None and getattr(model, "is_cache_enabled", False):
         cache = f"{type(getattr(model, '_cache_config', None)).__name__}, which skips blocks or keeps what they gave"
+        remedy = f"Call `{component}.disable_cache()`"
+    looked = previous is not None and run.call is not None and previous.call is run.call and previous.active
+    if cache is None and not looked and (hooks := _cache_hooks(model)):
+        cache = f"the hooks {', '.join(hooks)} of diffusers, which skip blocks or keep what they gave"
+        remedy = (
+            f"Take them off: `for name in {hooks}: diffusers.hooks.HookRegistry.check_if_exists_or_initialize("
+            f"pipe.{component}).remove_hook(name)`"
+        )
     if cache is not None:
-        method = getattr(run.weigher, "name", type(run.weigher).__name__)
         raise AttachError(
             f"{component} has a cache ({cache}), and composition {method!r} weighs LoRAs anew in every step and at "
-            f"every place, which the cache would not follow. Call `{component}.disable_cache()`, draw with a pipeline "
-            'without one, or with weights that stay: `set_composition("linear")`.'
+            f"every place, which the cache would not follow. {remedy}, or draw with weights that stay: "
+            '`set_composition("linear")`.'
         )
+
+
+def _cache_hooks(model: nn.Module) -> list[str]:
+    """Names of the hooks that `apply_faster_cache` and its kin put on a model, also on one without `enable_cache`."""
+    found: dict[str, None] = {}
+    for module in model.modules():
+        hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+        for name, hook in hooks.items():
+            home = type(hook).__module__.rpartition(".")[2]
+            if "cache" in home or home == "pyramid_attention_broadcast":
+                found[name] = None
+    return list(found)

@@ -61,6 +61,10 @@ class Runs:
         denoisers = [run for run in self._thread.latest.values() if run.timestep is not None]
         return denoisers[-1] if denoisers else None
 
+    def latest(self, component: str) -> Run | None:
+        """The latest pass of a component in this thread."""
+        return self._thread.latest.get(component)
+
     def run(self, component: str) -> Run:
         """The forward pass a component is in, or is being recomputed for.
 
@@ -81,7 +85,7 @@ class Runs:
 
     def new(self, component: str, device: torch.device | None, told: Told) -> Run:
         """A pass with the present choice, which has not begun."""
-        choice, previous = self.choice, self._thread.latest.get(component)
+        choice, previous = self.choice, self.latest(component)
         keep, scale = choice.on(device)
         index = 0 if previous is None else previous.index + 1
         return Run(component, index, self.chosen, keep, scale, told, call=choice.call, kept=choice.kept)
@@ -97,7 +101,7 @@ class Runs:
     def end(self, component: str) -> Run | None:
         """The pass ends; the latest pass of the component, if there was any."""
         self._thread.running.pop(component, None)
-        return self._thread.latest.get(component)
+        return self.latest(component)
 
     def resume(self, run: Run, gradient: Tensor) -> None:
         """A backward pass reaches the end of a forward pass, whose checkpoints are about to be recomputed."""

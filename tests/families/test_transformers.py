@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any
 
+import diffusers
 import pytest
 import torch
-from diffusers import AutoPipelineForInpainting, AutoPipelineForText2Image, FirstBlockCacheConfig
+from diffusers import AutoPipelineForInpainting, AutoPipelineForText2Image, hooks
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor, nn
 
@@ -206,18 +208,63 @@ def test_switch_follows_the_scheduler_and_not_what_the_model_is_told() -> None:
     assert len(set(told)) < 4
 
 
-@pytest.mark.parametrize("family", ["flux"])
-def test_caches_are_refused_where_weights_change(family: str, pipe: Any) -> None:
-    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.0))
+CACHES: dict[str, Any] = {
+    "FirstBlockCacheConfig": {"threshold": 0.0},
+    "FasterCacheConfig": {
+        "is_guidance_distilled": True,
+        "tensor_format": "BCHW",
+        "current_timestep_callback": lambda: 900,
+    },
+    "MagCacheConfig": {"calibrate": True},
+    "PyramidAttentionBroadcastConfig": {
+        "spatial_attention_block_skip_range": 2,
+        "current_timestep_callback": lambda: 900,
+    },
+    "SeaCacheConfig": {},
+    "TaylorSeerCacheConfig": {},
+    "TextKVCacheConfig": {},
+}
+
+
+def test_every_cache_of_diffusers_is_known_here() -> None:
+    names = [name for name in dir(hooks) if name.endswith(("CacheConfig", "BroadcastConfig"))]
+    assert sorted(names) == sorted(CACHES)
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_caches_are_refused_where_weights_change(name: str) -> None:
+    """And the remedy of the error is one. (Only Cosmos' transformers can have SeaCache, only Nucleus' TextKVCache.)"""
+    pipe = loaded("flux")
+    pipe.set_composition("switch")
+    expected = draw(pipe, "flux", num_inference_steps=1)
     try:
-        pipe.set_composition("switch")
-        with pytest.raises(MoLEError, match=r"FirstBlockCacheConfig.*composition 'switch'.*disable_cache\(\)"):
-            draw(pipe, family)
-        assert draw(pipe, family, loras=[]).isfinite().all()
+        pipe.transformer.enable_cache(getattr(hooks, name)(**CACHES[name]))
+        refused = rf"{name}.*composition 'switch'.*`transformer.disable_cache\(\)`"
+        with pytest.raises(MoLEError, match=refused):
+            draw(pipe, "flux")
+        assert draw(pipe, "flux", loras=[], num_inference_steps=1).isfinite().all()
         pipe.set_composition("linear")
-        assert draw(pipe, family).isfinite().all()
+        assert draw(pipe, "flux", num_inference_steps=1).isfinite().all()
+        pipe.set_composition("switch")
     finally:
-        pipe.transformer.disable_cache()
+        if pipe.transformer.is_cache_enabled:
+            pipe.transformer.disable_cache()
+    assert torch.equal(draw(pipe, "flux", num_inference_steps=1), expected)
+
+
+def test_a_cache_that_was_put_on_by_hand_is_refused_and_taken_off_as_the_error_says() -> None:
+    """Z-Image's transformer, as the UNet, has no `enable_cache`."""
+    pipe = loaded("z_image")
+    pipe.set_composition("switch")
+    expected = draw(pipe, "z_image", num_inference_steps=1)
+    hooks.apply_pyramid_attention_broadcast(
+        pipe.transformer, hooks.PyramidAttentionBroadcastConfig(**CACHES["PyramidAttentionBroadcastConfig"])
+    )
+    with pytest.raises(MoLEError, match=r"pyramid_attention_broadcast of diffusers.*switch") as refused:
+        draw(pipe, "z_image")
+    (remedy,) = re.findall("Take them off: `(.*?)`", str(refused.value))
+    exec(remedy, {"diffusers": diffusers, "pipe": pipe})
+    assert torch.equal(draw(pipe, "z_image", num_inference_steps=1), expected)
 
 
 @pytest.mark.parametrize("family", ["flux2_klein"])
