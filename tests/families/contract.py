@@ -23,11 +23,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mole_diffusion.clip import DifferentiableCLIP
-from mole_diffusion.composition import Linear, Masks, Switch
+from mole_diffusion.composition import Linear, MaskedGates, Masks, Switch
 from mole_diffusion.experts import Run, Site
 from mole_diffusion.gating import GateConfig
 from mole_diffusion.training import GateTrainingConfig, train_gates
 from mole_diffusion.training.gates.walk import Walker
+from tests import reference
 from tests.gate_training import make_clip
 from tests.merging import merge_state
 
@@ -275,6 +276,61 @@ class MasksContract(WithLoRAs):
         assert any((weights[..., 0] != weights[..., 1]).any() for weights in pixels)
 
 
+class MaskedGatesContract(WithLoRAs):
+    """Gates that correct masks, wherever words and pixels stand."""
+
+    KIND = GateConfig(input="hidden", token_axis="token", scope="layer", residual=True)
+    ASKED: ClassVar[dict[str, Any]] = {
+        "regions": {"cat": (0, 0, 0.5, 1.0), "dog": (0.5, 0, 1.0, 1.0)},
+        "num_inference_steps": 2,
+    }
+
+    def test_untrained_they_are_the_masks_and_trained_they_read_state_and_mask(self, pipe: Any) -> None:
+        masks = Noting(given_own_words=0, given_others_words=0)
+        pipe.set_composition(masks)
+        rule = draw(self.case, pipe, **self.ASKED)
+        gates = pipe.init_gates(self.KIND)
+        pipe.set_composition(MaskedGates(masks))
+        assert torch.equal(draw(self.case, pipe, **self.ASKED), rule)
+
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in gates.gate_parameters():
+                parameter += torch.randn(parameter.shape, generator=generator) / 2
+        read: dict[str, Tensor] = {}
+        handles = [
+            pipe.experts.sites[spec.entry_sites[0]].module.register_forward_pre_hook(
+                lambda _, args, name=spec.name: read.update({name: args[0]})
+            )
+            for spec in gates.specs
+        ]
+        masks.noted.clear()
+        with gates.record() as record:
+            corrected = draw(self.case, pipe, **self.ASKED)
+        for handle in handles:
+            handle.remove()
+        assert_other(corrected, rule)
+        given = {site.name: (site, run, weights) for site, run, weights in masks.noted}
+        seen = set()
+        for spec in gates.specs:
+            site, run, mask = given[spec.entry_sites[0]]
+            lengths = pipe.experts._attachments[site.component].architecture.lengths(site.module_name, run.told)
+            if lengths is not None:  # all samples in one row
+                continue
+            seen.add(site.reads)
+            found, hidden = record.tokens[spec.name], read[spec.name]
+            hidden = hidden.flatten(1, -2) if hidden.ndim > 2 else hidden[:, None]
+            mask = mask.expand(*found.shape)
+            gate: Any = gates.gates[spec.name.replace(".", "/")]
+            e, c = gate.weight[:, 0, :-2].double(), gate.weight[:, 0, -2:].double()
+            for token in {0, found.shape[1] // 2, found.shape[1] - 1}:
+                state = hidden[-1, min(token, hidden.shape[1] - 1)].double().tolist()
+                told = mask[-1, token].double().tolist()
+                expected = reference.corrected_mask(told, state, e, c, float(gate.temperature.detach()))
+                assert found[-1, token].tolist() == pytest.approx(expected, abs=1e-4), (spec.name, token)
+        assert seen & {"pixels", "both"}
+
+
 class TrainingContract(WithLoRAs):
     """Gates trained on a walk down the family's own noise schedule.
 
@@ -333,6 +389,13 @@ class StepContract(WithLoRAs):
 
 
 class WholeContract(
-    PipelineContract, BatchContract, GateContract, RegionContract, StepContract, TrainingContract, MasksContract
+    PipelineContract,
+    BatchContract,
+    GateContract,
+    RegionContract,
+    StepContract,
+    TrainingContract,
+    MasksContract,
+    MaskedGatesContract,
 ):
     """All of it, for the text-to-image pipeline of a family."""
