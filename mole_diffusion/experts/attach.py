@@ -97,6 +97,7 @@ class Attachment:
             Meeting(layer, self._ask(name, True, layer), self._ask(name, False, layer), where) for name, layer in met
         ]
         self._layers = dict(_attention_layers(model)) if seam is not None and not met else {}
+        self._around = _around(model, [*dict(met), *self._layers])
         self._begin = begin
         self._end = end
         self._engine = engine
@@ -146,6 +147,11 @@ class Attachment:
     def meets(self) -> bool:
         """Whether attention is read by hooks, which a compiled graph passes by."""
         return bool(self._meetings or self._watch_hooks)
+
+    @property
+    def hides(self) -> bool:
+        """Whether some of that attention lies in a part of the model that is compiled, such as a block."""
+        return self.meets and any(getattr(part, "_compiled_call_impl", None) is not None for part in self._around)
 
     def refuse_widening(self) -> None:
         """Raises AttachError where an attention processor tells rows of the batch apart by their position."""
@@ -294,6 +300,14 @@ def _meeting_layers(model: nn.Module, architecture: Architecture) -> list[tuple[
         if match is not None and match[1] == name:
             found.append((name, module))
     return found
+
+
+def _around(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
+    """The named modules, and those that they lie in, below the model itself."""
+    within = {
+        ".".join(parts[:end]) for parts in (name.split(".") for name in names) for end in range(1, len(parts) + 1)
+    }
+    return [model.get_submodule(name) for name in sorted(within)]
 
 
 def _attention_layers(model: nn.Module) -> Iterator[tuple[str, Attention]]:

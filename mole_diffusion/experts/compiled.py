@@ -210,9 +210,20 @@ def refuse_method(component: str, run: Run, reads_attention: bool) -> None:
             f"and a compiled graph of {component} is for one. Draw with it before `torch.compile`, or choose a "
             "composition of one pass, such as masks or budget."
         )
-    if reads_attention and run.active and "attention" in getattr(run.weigher, "needs", ()):
+    if reads_attention:
+        refuse_unseen(component, run)
+
+
+def refuse_unseen(component: str, run: Run) -> None:
+    """Raises MoLEError for a method that reads attention, where that lies in a compiled graph and is read by hooks.
+
+    Args:
+        component: The denoiser.
+        run: The pass.
+    """
+    if run.active and "attention" in getattr(run.weigher, "needs", ()):
         raise MoLEError(
-            f"composition {name!r} reads the attention of {component}, which a "
-            "compiled graph does not show here. Draw with it before `torch.compile`, or choose another, such as "
-            "budget."
+            f"composition {getattr(run.weigher, 'name', 'in use')!r} reads the attention of {component}, which a "
+            "compiled graph does not show here. Draw with it before `torch.compile` and `compile_repeated_blocks`, or "
+            "choose another, such as budget."
         )

@@ -19,7 +19,7 @@ from . import adapter_calls
 from .adding import add_experts
 from .attach import ENGINES, Attachment, Engine, refuse_unfit
 from .beside import settle
-from .compiled import refuse_learning, refuse_method
+from .compiled import refuse_learning, refuse_method, refuse_unseen
 from .packed import packed, unpacked
 from .refusals import AttachError, refuse_caches, refuse_compiled
 from .run import Run, Weigher
@@ -363,6 +363,8 @@ class Experts:
             if passes > 1:
                 run = replace(run, passes=passes)
                 self._attachments[component].refuse_widening()
+        if self._attachments[component].hides:
+            refuse_unseen(component, run)
         self._runs.begin(run)
         return run
 

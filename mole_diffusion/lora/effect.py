@@ -64,11 +64,13 @@ def _acts(factors: LoRAFactors, module: nn.Module) -> bool:
     if factors.bias is not None:
         change = max(change, _largest(factors.bias))
     weight = getattr(module, "weight", None)
-    # Weights that are quantised or not there tell nothing of their size.
-    if isinstance(weight, Tensor) and weight.dtype in COMPUTED and not weight.is_meta and weight.numel():
+    weight = None if weight is None else weight.detach()
+    # Weights that are quantised (also those that give the type of their numbers as float32) or not there tell nothing
+    # of their size.
+    if type(weight) is Tensor and weight.dtype in COMPUTED and not weight.is_meta and weight.numel():
         if factors.magnitude is not None:
-            change = _largest(factors.delta(weight.detach().float().cpu()))
-        last_digit = torch.finfo(weight.dtype).eps * _largest(weight.detach().float())
+            change = _largest(factors.delta(weight.float().cpu()))
+        last_digit = torch.finfo(weight.dtype).eps * _largest(weight.float())
         least = max(least, BELOW_LAST_DIGIT * last_digit)
     elif factors.magnitude is not None:
         return True

@@ -86,10 +86,13 @@ def _energies(lora: LoRA, components: Mapping[str, nn.Module]) -> tuple[float | 
     for component, modules in lora.factors.items():
         for name, factors in modules.items():
             weight = getattr(components[component].get_submodule(name), "weight", None)
-            if not isinstance(weight, Tensor) or weight.is_meta or not weight.is_floating_point():
+            weight = None if weight is None else weight.detach()
+            if (
+                type(weight) is not Tensor or weight.is_meta or not weight.is_floating_point()
+            ):  # quantised, or not there
                 return None, ()
-            size = float(weight.detach().float().square().sum())
-            change = _energy(factors, weight.detach())
+            size = float(weight.float().square().sum())
+            change = _energy(factors, weight)
             total, base = total + change, base + size
             ratios.append((f"{component}.{name}", (change / size) ** 0.5 if size else float("inf")))
     loudest = sorted(ratios, key=lambda entry: -entry[1])[:3]

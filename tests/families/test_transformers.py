@@ -9,6 +9,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+import torch._dynamo
 from diffusers import AutoPipelineForInpainting, AutoPipelineForText2Image, hooks
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor, nn
@@ -401,6 +402,32 @@ def test_modulation_that_no_mask_reaches_is_a_setting(modulation: Any, weights: 
     assert all(one == weights for one in seen)
     with pytest.raises(MoLEError, match="`modulation` must be one of"):
         Masks(modulation="none")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("family", ["krea2"])
+def test_compiled_blocks_draw_the_same_or_say_why_not(family: str, pipe: Any) -> None:
+    """Regional compilation; attention inside of a graph is neither seen nor drawn to words."""
+    with_triggers(pipe, {"a": "cat", "b": "dog"})
+    once = {"num_inference_steps": 1, **UNGUIDED[family]}
+    expected = draw(pipe, family, **once)
+    torch._dynamo.reset()
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+    try:
+        torch.testing.assert_close(draw(pipe, family, **once), expected, rtol=0, atol=1e-4)
+        pipe.set_composition("masks")
+        for asked in ({}, {"regions": REGIONS}):
+            with pytest.raises(
+                MoLEError, match=r"'masks' reads the attention.*compile_repeated_blocks.*such as budget"
+            ):
+                draw(pipe, family, **once, **asked)
+        pipe.set_composition("budget")
+        assert draw(pipe, family, **once).isfinite().all()
+    finally:
+        for part in pipe.transformer.modules():
+            part._compiled_call_impl = None
+        torch._dynamo.reset()
+    pipe.set_composition("masks")
+    assert draw(pipe, family, **once, regions=REGIONS).isfinite().all()
 
 
 class Int8Linear(nn.Linear):
