@@ -20,23 +20,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import diffusers
 import torch
-from diffusers import (
-    Flux2AutoBlocks,
-    Flux2KleinAutoBlocks,
-    Flux2KleinBaseAutoBlocks,
-    FluxAutoBlocks,
-    Krea2AutoBlocks,
-    ModularPipelineBlocks,
-    QwenImageAutoBlocks,
-    SequentialPipelineBlocks,
-    StableDiffusion3AutoBlocks,
-    StableDiffusionXLAutoBlocks,
-    ZImageAutoBlocks,
-)
-from diffusers.modular_pipelines.flux2.encoders import Flux2TextEncoderStep
-from diffusers.modular_pipelines.modular_pipeline import PipelineState
-from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, InsertableDict, OutputParam
 
 from ..composition import Call
 from ..errors import MoLEError
@@ -47,6 +32,7 @@ from .flux2 import MoLEFlux2KleinPipeline, MoLEFlux2Pipeline
 from .krea2 import MoLEKrea2Pipeline
 from .mixin import MoLEPipelineMixin
 from .naming import named_sources, read_roles, read_triggers
+from .newer import OlderDiffusersError
 from .prior import drawing_prior
 from .qwen_image import MoLEQwenImagePipeline
 from .reading import prompt_words, split_prompts
@@ -57,6 +43,29 @@ from .stable_diffusion_3 import MoLEStableDiffusion3Pipeline
 from .stable_diffusion_xl import MoLEStableDiffusionXLPipeline
 from .turns import turn
 from .z_image import MoLEZImagePipeline
+
+try:
+    from diffusers import (
+        Flux2AutoBlocks,
+        Flux2KleinAutoBlocks,
+        Flux2KleinBaseAutoBlocks,
+        FluxAutoBlocks,
+        Krea2AutoBlocks,
+        ModularPipelineBlocks,
+        QwenImageAutoBlocks,
+        SequentialPipelineBlocks,
+        StableDiffusion3AutoBlocks,
+        StableDiffusionXLAutoBlocks,
+        ZImageAutoBlocks,
+    )
+    from diffusers.modular_pipelines.flux2.encoders import Flux2TextEncoderStep
+    from diffusers.modular_pipelines.modular_pipeline import PipelineState
+    from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, InsertableDict, OutputParam
+except ImportError as error:
+    raise OlderDiffusersError(
+        f"blocks for modular pipelines need diffusers 0.42 or newer, and this is {diffusers.__version__} ({error}). "
+        "Upgrade it: pip install 'diffusers>=0.42'"
+    ) from None
 
 PUBLISHED = '''"""LoRAs composed in diffusers' modular pipelines, by the installed mole_diffusion."""
 

@@ -242,8 +242,6 @@ class Experts:
             ValueError: If the weigher's answer does not broadcast to the batch, tokens and experts of this module.
         """
         run = self._runs.run(site.component)
-        if not run.told.prompt_lengths:
-            return _add(site, hidden_states, output, run)
         lengths = self._attachments[site.component].architecture.lengths(site.module_name, run.told)
         if lengths is None:
             return _add(site, hidden_states, output, run)

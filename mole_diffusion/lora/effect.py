@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +64,7 @@ def _acts(factors: LoRAFactors, module: nn.Module) -> bool:
         least = max(least, CANCELLED * _largest(w1) * size)
     if factors.bias is not None:
         change = max(change, _largest(factors.bias))
-    weight = getattr(module, "weight", None)
+    weight: Any = getattr(module, "weight", None)
     weight = None if weight is None else weight.detach()
     # Weights that are quantised (also those that give the type of their numbers as float32) or not there tell nothing
     # of their size.

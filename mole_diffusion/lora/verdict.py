@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +86,7 @@ def _energies(lora: LoRA, components: Mapping[str, nn.Module]) -> tuple[float | 
     total, base, ratios = 0.0, 0.0, []
     for component, modules in lora.factors.items():
         for name, factors in modules.items():
-            weight = getattr(components[component].get_submodule(name), "weight", None)
+            weight: Any = getattr(components[component].get_submodule(name), "weight", None)
             weight = None if weight is None else weight.detach()
             if (
                 type(weight) is not Tensor or weight.is_meta or not weight.is_floating_point()
