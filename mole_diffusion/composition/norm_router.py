@@ -130,10 +130,10 @@ def output_norms(stack: ExpertStack, projected: Tensor) -> Tensor:
     root = _ROOTS.get(stack)
     if root is None or root.device != projected.device:
         _ROOTS[stack] = root = _root(stack).to(projected.device)
-    whole = root.flatten(0, 1) @ (projected if stack.is_convolution else projected.t()).float()
-    at = whole.ndim - 2
-    norms = whole.unflatten(at, root.shape[:2]).square().sum(dim=at + 1).sqrt()
-    return norms.movedim(at, 0)
+    coordinates = root @ (projected if stack.is_convolution else projected.t()).float()
+    dim = coordinates.ndim - 2
+    norms = coordinates.unflatten(dim, (stack.num_experts, -1)).square().sum(dim=dim + 1).sqrt()
+    return norms.movedim(1, 0) if stack.is_convolution else norms
 
 
 def whole_norms(site: Site, projections: Projections) -> Tensor:
@@ -156,7 +156,7 @@ def whole_norms(site: Site, projections: Projections) -> Tensor:
 
 
 def _root(stack: ExpertStack) -> Tensor:
-    """R of each LoRA in rows of its own, all as many, `(N, rows, R)`; zero elsewhere."""
+    """R of each LoRA in rows of its own, all as many, `(N * rows, R)`; zero elsewhere."""
     ups = stack.up_as(torch.float32).split([stack.ranks[expert] for expert in stack.indices], dim=1)
     triangles = [torch.linalg.qr(up, mode="r").R for up in ups]
     rows = max([1, *map(len, triangles)])
@@ -164,4 +164,4 @@ def _root(stack: ExpertStack) -> Tensor:
     for expert, triangle in zip(stack.indices, triangles, strict=True):
         root[expert, : len(triangle), column : column + triangle.shape[1]] = triangle
         column += triangle.shape[1]
-    return root
+    return root.flatten(0, 1)

@@ -51,7 +51,7 @@ class Experts:
         loras: The LoRAs; their order is the index of an expert.
 
     Raises:
-        ValueError: If there are none, or two share a name.
+        MoLEError: If there are none, or two share a name.
     """
 
     def __init__(self, loras: Sequence[LoRA]) -> None:
@@ -127,7 +127,7 @@ class Experts:
 
         Raises:
             AttachError: If a component or module is missing, compiled, or has fused projections.
-            ValueError: If shapes do not fit, the engine is unknown, or the experts are attached already.
+            MoLEError: If shapes do not fit, the engine is unknown, or the experts are attached already.
         """
         if engine not in ENGINES:
             raise MoLEError(f"`engine` must be one of {list(ENGINES)}, got {engine!r}.")
@@ -151,7 +151,7 @@ class Experts:
             By component, the places where experts will sit.
 
         Raises:
-            AttachError, ValueError: As `attach`.
+            AttachError, MoLEError: As `attach`.
         """
         missing = [name for name in self.components if not isinstance(components.get(name), nn.Module)]
         if missing:
@@ -208,7 +208,7 @@ class Experts:
                 What is not given stays as it is outside the block.
 
         Raises:
-            ValueError: On another shape, a value of `keep` that is neither 0 nor 1, or a scale that is not finite.
+            MoLEError: On another shape, a value of `keep` that is neither 0 nor 1, or a scale that is not finite.
         """
         return self._runs.using(keep, scale, weigher, call)
 
@@ -239,7 +239,7 @@ class Experts:
         """`output` of a base module plus the weighed experts for the same input. Hooks and processors both call this.
 
         Raises:
-            ValueError: If the weigher's answer does not broadcast to the batch, tokens and experts of this module.
+            MoLEError: If the weigher's answer does not broadcast to the batch, tokens and experts of this module.
         """
         run = self._runs.run(site.component)
         lengths = self._attachments[site.component].architecture.lengths(site.module_name, run.told)

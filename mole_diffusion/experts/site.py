@@ -56,7 +56,7 @@ class Site:
         """Sit beside another module from now on.
 
         Raises:
-            ValueError, TypeError: The factors do not fit it.
+            MoLEError, TypeError: The factors do not fit it.
         """
         self.module = module
         if self.beside is not None:
@@ -283,7 +283,7 @@ def _prefix(module_name: str, name: str) -> str | None:
 
 
 def _check_fit(site: Site) -> None:
-    """Raise ValueError or TypeError if the stacked factors cannot run beside the module."""
+    """Raise MoLEError or TypeError if the stacked factors cannot run beside the module."""
     module: Any = site.module
     stack = site.stack
     if isinstance(module, nn.Conv2d):

@@ -34,7 +34,7 @@ class ExpertStack:
         place: Readable name of the module, for messages.
 
     Raises:
-        ValueError: If no LoRA touches the module or their shapes disagree.
+        MoLEError: If no LoRA touches the module or their shapes disagree.
     """
 
     def __init__(self, factors: Sequence[LoRAFactors | None], place: str) -> None:
@@ -214,12 +214,10 @@ class ExpertStack:
         """`gamma * s * z` in the layout of z, taken in the wider of both dtypes and rounded once."""
         if scaled.ndim < 3:
             return (z * scaled).to(z.dtype)
-        n, convolution = len(self._ranks), self.is_convolution
-        by_sample = z if convolution else z.view(batch, len(z) // batch, -1)
-        if self._same_rank:
-            weighted = by_sample.unflatten(1 if convolution else 2, (n, -1)) * scaled
-        elif scaled.requires_grad:
-            dim = 1 if convolution else 2
+        ranks = (len(self._ranks), self._ranks[0]) if self._same_rank else (self.rank,)
+        by_sample = z.view(batch, *ranks, z.shape[2]) if self.is_convolution else z.view(batch, -1, *ranks)
+        if scaled.requires_grad and not self._same_rank:
+            dim = 1 if self.is_convolution else 2
             parts = zip(by_sample.split(self._ranks, dim), scaled.split(1, dim), strict=True)
             weighted = torch.cat([part * weight for part, weight in parts], dim)
         else:

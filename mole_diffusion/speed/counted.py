@@ -26,6 +26,7 @@ class Counted(TorchDispatchMode):
 
     Attributes:
         products: `(shape, shape)` of the two tensors of every matrix product and convolution, to how often.
+        operators: How many operators ran at all, views among them: what Python and a GPU's queue have to do.
         operations: Multiplications and additions of all products, attention's included.
         bytes: What all operations read and write, views aside: each input once, each output once.
         largest: Elements of the largest tensor that was made.
@@ -34,12 +35,14 @@ class Counted(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.products: Counter[tuple[tuple[int, ...], tuple[int, ...]]] = Counter()
+        self.operators = 0
         self.operations = 0
         self.bytes = 0
         self.largest = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        self.operators += 1
         name = func.overloadpacket.__name__
         made = [part for part in _flat(result) if isinstance(part, Tensor)]
         if name in _PRODUCTS:

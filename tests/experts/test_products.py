@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from mole_diffusion.composition import Linear
 from mole_diffusion.composition.norm_router import output_norms
 from mole_diffusion.experts import Experts, ExpertStack, Site
 from mole_diffusion.experts.site import CHOICES_KEPT, group_sites
@@ -75,6 +76,23 @@ def test_two_products_a_module_and_one_for_queries_keys_and_values(tiny: dict[st
     experts.detach()
     assert ours.count - base.count == len(groups) + len(sites)
     assert len(groups) < len(sites)
+
+
+@torch.no_grad()
+def test_a_sum_runs_six_operators_a_module(tiny: dict[str, Any], loras: list[LoRA]) -> None:
+    """View, product, the module's part, weights, view, product; whatever the ranks are."""
+    experts = attached(tiny, loras)
+    experts.weigher = Linear()
+    with experts.using(keep=torch.zeros(4)), Counted() as base:
+        run_unet(tiny)
+    with experts.using():
+        run_unet(tiny)
+        with Counted() as ours:
+            run_unet(tiny)
+    sites = [name for name in experts.sites if name.startswith("unet.")]
+    experts.detach()
+    once = 40  # the weights themselves, and how they lie at modules that other LoRAs touch
+    assert ours.operators - base.operators <= 6 * len(sites) + once
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mole_diffusion.experts import Experts
-from mole_diffusion.gating import GateConfig, MoLEModel
+from mole_diffusion.gating import Gate, GateConfig, MoLEModel
 from tests import reference
 from tests.gating.test_model import gates_for
 from tests.running import EVERYTHING, make_lora, models, run_text, run_unet, unet_inputs
@@ -170,3 +170,20 @@ def test_records_by_row(components: dict[str, Any], experts: Experts) -> None:
         run_unet(components), components["text_encoder"](torch.tensor([[3, 5, 8]]))
     with pytest.raises(ValueError, match=r"the sizes \[1, 2\]"):
         record.rows()
+
+
+@pytest.mark.parametrize("normalization", ["rms", "l2", "layer_norm"])
+def test_pixels_are_read_as_they_lie(normalization: Any) -> None:
+    """A convolution's input, channels first, has the logits of the same tokens in order, and the same gradients."""
+    generator = torch.Generator().manual_seed(0)
+    gate = Gate(3, 1, 8, 24, normalization, temperature=0.7, beside=2).double()
+    gate.weight.data.copy_(torch.randn(gate.weight.shape, generator=generator))
+    channels_first = torch.randn(2, 8, 5, generator=generator, dtype=torch.float64)
+    beside = torch.rand(2, 5, 2, generator=generator, dtype=torch.float64)
+    found = []
+    for features in (channels_first.transpose(1, 2), channels_first.transpose(1, 2).contiguous()):
+        logits = gate.at_every_token(features, beside)
+        (gradient,) = torch.autograd.grad(logits.square().sum(), gate.weight)
+        found.append((logits, gradient))
+    assert found[0][0].shape == (2, 5, 3)
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
