@@ -15,11 +15,10 @@ from ..drawing.draw import draw, prepare, sized
 from ..drawing.opening import find_base, find_folder, load_pipeline, pick_device, quiet_loading, read_dtype
 from ..drawing.settings import PictureSettings
 from ..errors import MoLEError
+from .preview import Previews
 
 if TYPE_CHECKING:
     from PIL import Image
-
-PREVIEW_EVERY = 0.7  # seconds; decoding takes time from drawing
 
 
 class Cancelled(Exception):
@@ -154,8 +153,8 @@ class Studio:
                 settings = replace(given, device=str(self.device), dtype=str(self.dtype).removeprefix("torch."))
                 pipe = self.pipe(settings)
                 settings = sized(pipe, settings)
-                watch.begin(f" {number + 1} of {len(wanted)}" if len(wanted) > 1 else "")
-                denoiser = pipe.unet if getattr(pipe, "unet", None) is not None else pipe.transformer
+                watch.begin(f" {number + 1} of {len(wanted)}" if len(wanted) > 1 else "", settings)
+                denoiser = getattr(pipe, pipe.family.denoiser)
                 # Asked before every evaluation: a prior pass has no steps of its own that could be called back.
                 handle = denoiser.register_forward_pre_hook(lambda *_: ticket.check())
                 try:
@@ -171,22 +170,21 @@ class _Watch:
         self.tell = tell
         self.total = total
         self.done = 0
-        self.started = self.shown = 0.0
+        self.started = 0.0
         self.which = ""
+        self.previews = Previews()
 
-    def begin(self, which: str) -> None:
+    def begin(self, which: str, settings: PictureSettings) -> None:
         """The next picture begins."""
         self.started = self.started or time.monotonic()
-        self.which = which
+        self.which, self.settings = which, settings
         self.tell(Progress(self.done / self.total, None, f"beginning{which}"))
 
     def __call__(self, pipe: Any, step: int, timestep: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
         self.done += 1
         now = time.monotonic()
         left = (now - self.started) / self.done * (self.total - self.done)
-        preview = None
-        if now - self.shown > PREVIEW_EVERY:
-            preview, self.shown = _preview(pipe, tensors.get("latents")), now
+        preview = self.previews.next(pipe, tensors["latents"], self.settings)
         self.tell(Progress(self.done / self.total, left, f"drawing{self.which}", preview))
         return {}
 
@@ -206,18 +204,6 @@ def _drawn(pipe: Any, settings: PictureSettings, after_step: Callable[..., Any])
     absent = ~record.present()
     weights = weights.detach().float().cpu().masked_fill(absent[..., None], float("nan"))
     return Drawn(picture, settings, pipe.masks, (weights, record.names, record.lora_names))
-
-
-def _preview(pipe: Any, latents: Any) -> Image.Image | None:
-    """The picture in the middle of drawing; none where latents are not of the autoencoder's own form."""
-    import torch
-
-    if latents is None or latents.ndim != 4 or latents.shape[1] != pipe.vae.config.latent_channels:
-        return None
-    with torch.no_grad():
-        decoded = pipe.vae.decode(latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor, return_dict=False)[0]
-    picture: Image.Image = pipe.image_processor.postprocess(decoded[:1], output_type="pil")[0]
-    return picture
 
 
 def _in_a_thread(job: Callable[[Callable[[Any], None]], None], ticket: Ticket) -> Iterator[Any]:

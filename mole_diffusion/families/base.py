@@ -227,8 +227,14 @@ class Family:
         )[0]  # fmt: skip
         return prediction
 
-    def picture(self, pipe: Any, latents: Tensor) -> Tensor:
-        """Pictures `(rows, 3, height, width)` from -1 to 1 of latents, with graph."""
+    def picture(self, pipe: Any, latents: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """Pictures `(rows, 3, height, width)` from -1 to 1 of latents, with graph.
+
+        Args:
+            pipe: The pipeline.
+            latents: As the denoiser is given them.
+            grid: Height and width of the picture in patches, where latents are a row of these; `None`: a square.
+        """
         vae = pipe.vae
         latents = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
         decoded: Tensor = vae.decode(latents.to(vae.dtype), return_dict=False)[0]

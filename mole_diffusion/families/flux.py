@@ -162,5 +162,5 @@ class Flux(Family):
         )[0]
         return prediction
 
-    def picture(self, pipe: Any, latents: Tensor) -> Tensor:
-        return super().picture(pipe, from_patches(latents))
+    def picture(self, pipe: Any, latents: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        return super().picture(pipe, from_patches(latents, grid))

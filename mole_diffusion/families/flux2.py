@@ -144,11 +144,11 @@ class Flux2(Family):
         mean, deviation = _normalisation(pipe.vae, encoded)
         return (to_patches(encoded) - mean) / deviation
 
-    def picture(self, pipe: Any, latents: Tensor) -> Tensor:
+    def picture(self, pipe: Any, latents: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         vae = pipe.vae
         mean, deviation = _normalisation(vae, latents)
         latents = latents * deviation + mean
-        decoded: Tensor = vae.decode(from_patches(latents).to(vae.dtype), return_dict=False)[0]
+        decoded: Tensor = vae.decode(from_patches(latents, grid).to(vae.dtype), return_dict=False)[0]
         return decoded
 
 

@@ -135,5 +135,5 @@ class Krea2(Family):
         )[0]
         return prediction
 
-    def picture(self, pipe: Any, latents: Tensor) -> Tensor:
-        return video_picture(pipe, from_patches(latents))
+    def picture(self, pipe: Any, latents: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        return video_picture(pipe, from_patches(latents, grid))

@@ -34,12 +34,17 @@ def time_shift(config: Any, mu: float) -> float:
     return math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else mu
 
 
-def from_patches(patches: Tensor) -> Tensor:
-    """`(rows, side * side, channels * 4)` patches of 2 x 2 as latents `(rows, channels, 2 * side, 2 * side)`."""
+def from_patches(patches: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+    """`(rows, height * width, channels * 4)` patches of 2 x 2 as latents `(rows, channels, 2 * height, 2 * width)`.
+
+    Args:
+        patches: A row of them for each picture.
+        grid: Height and width in patches; `None`: as many to each side.
+    """
     rows, tokens, width = patches.shape
-    side = math.isqrt(tokens)
-    grid = patches.view(rows, side, side, width // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
-    return grid.reshape(rows, width // 4, 2 * side, 2 * side)
+    down, across = grid or (math.isqrt(tokens), math.isqrt(tokens))
+    placed = patches.view(rows, down, across, width // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return placed.reshape(rows, width // 4, 2 * down, 2 * across)
 
 
 def to_patches(latents: Tensor) -> Tensor:

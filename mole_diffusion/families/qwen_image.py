@@ -100,8 +100,8 @@ class QwenImage(Family):
         )[0]
         return prediction
 
-    def picture(self, pipe: Any, latents: Tensor) -> Tensor:
-        return video_picture(pipe, from_patches(latents))
+    def picture(self, pipe: Any, latents: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        return video_picture(pipe, from_patches(latents, grid))
 
 
 def video_distribution(pipe: Any, pictures: Tensor) -> tuple[Tensor, Tensor]:
