@@ -18,6 +18,7 @@ from ..reading import parse_json
 from .coloured import css_colour
 
 LONGEST = 8_000_000  # characters
+MOST_BOXES = 50  # of a LoRA
 SMALLEST = 0.01  # side of a box, as a part of the picture; less is a slip of the mouse
 
 
@@ -48,6 +49,9 @@ def read(text: str, names: Sequence[str]) -> dict[str, list[Region]]:
         name: [box for box in own if box[2] - box[0] >= SMALLEST and box[3] - box[1] >= SMALLEST]
         for name, own in regions.items()
     }
+    for name, boxes in found.items():
+        if len(boxes) > MOST_BOXES:
+            raise MoLEError(f"{name} has {len(boxes):,} boxes; {MOST_BOXES} are the most. Paint its region instead.")
     for name, mask in masks.items():
         if as_mask(mask).getextrema() != (0, 0):
             found[name].append(as_text(as_mask(mask)))

@@ -19,6 +19,7 @@ MOST_LORAS = 8
 MOST_SEEDS = 8
 LARGEST_SIDE = 2048
 MOST_STEPS = 200
+LONGEST_PROMPT = 4000  # characters; no text encoder reads as many
 BY_ITSELF = "by itself"
 """Instead of a composition's name: the pipeline chooses."""
 
@@ -34,7 +35,6 @@ class Form:
     composition: str
     options: str
     gates: str
-    regions: str
     width: float | None
     height: float | None
     steps: float
@@ -42,6 +42,7 @@ class Form:
     scheduler: str
     seed: float
     count: float
+    regions: str
 
 
 def read(form: Form, places: Places) -> list[PictureSettings]:
@@ -52,6 +53,9 @@ def read(form: Form, places: Places) -> list[PictureSettings]:
     """
     if not form.prompt.strip():
         raise MoLEError("the prompt is empty. Say what to draw, with the words that call the LoRAs.")
+    for what, text in (("prompt", form.prompt), ("negative prompt", form.negative_prompt)):
+        if len(text) > LONGEST_PROMPT:
+            raise MoLEError(f"the {what} has {len(text):,} characters; write {LONGEST_PROMPT:,} at most.")
     name = None if form.composition == BY_ITSELF else form.composition
     options = read_options(form.options)
     if options and name is None:
@@ -70,12 +74,12 @@ def read(form: Form, places: Places) -> list[PictureSettings]:
         negative_prompt=form.negative_prompt.strip() or None,
         width=_side("width", form.width),
         height=_side("height", form.height),
-        steps=_whole("the number of steps", form.steps, 1, MOST_STEPS),
+        steps=whole("the number of steps", form.steps, 1, MOST_STEPS),
         scheduler=form.scheduler.strip() or None,
         guidance_scale=None if form.guidance_scale is None else float(form.guidance_scale),
-        seed=_whole("the seed", form.seed, 0, 2**53),
+        seed=whole("the seed", form.seed, 0, 2**53),
     )
-    count = _whole("the number of seeds", form.count, 1, MOST_SEEDS)
+    count = whole("the number of seeds", form.count, 1, MOST_SEEDS)
     checked = PictureSettings.from_dict(given.to_dict())  # which says what is wrong with a number or a name
     return [replace(checked, seed=checked.seed + index) for index in range(count)]
 
@@ -136,13 +140,18 @@ def find_again(
 def _side(name: str, given: float | None) -> int | None:
     if not given:
         return None
-    side = _whole(f"the {name}", given, 8, LARGEST_SIDE)
+    side = whole(f"the {name}", given, 8, LARGEST_SIDE)
     if side % 8:
         raise MoLEError(f"the {name} must be a multiple of 8, such as {max(8, side // 8 * 8)}, got {side}.")
     return side
 
 
-def _whole(what: str, given: float | None, smallest: int, largest: int) -> int:
+def whole(what: str, given: float | None, smallest: int, largest: int) -> int:
+    """A whole number in its range.
+
+    Raises:
+        MoLEError: It is none.
+    """
     if given is None or given != int(given) or not smallest <= given <= largest:
         raise MoLEError(f"{what} must be a whole number from {smallest} to {largest}, got {given}.")
     return int(given)

@@ -20,7 +20,7 @@ from . import drawn_regions, form, said
 from .coloured import coloured, css_colour
 from .places import Places
 from .session import Session
-from .studio import Cancelled, Studio, Ticket
+from .studio import Cancelled, Studio
 from .training_tab import training_tab
 
 STATIC = Path(__file__).with_name("static")
@@ -48,7 +48,7 @@ def build(studio: Studio, places: Places, begin: PictureSettings) -> gr.Blocks:
             draw = _DrawTab(studio, places, session, begin)
         with gr.Tab("Train gates"):
             training_tab(studio, places, session, draw.edit_inputs, draw.base, draw.gates)
-        page.load(draw.begin, outputs=[session, *draw.row_outputs, draw.prompt_shown, draw.to_canvas])
+        page.load(draw.begin, outputs=[session, *draw.told_fields, *draw.row_outputs, *draw.colours])
     page.queue(default_concurrency_limit=1, max_size=64)  # one device: jobs come one after another
     return page
 
@@ -63,13 +63,18 @@ class _DrawTab:
                 self._outputs()
         self.edit_inputs = [session, *[one for row in self.rows for one in row[1:6]]]
         self.row_outputs = [one for row in self.rows for one in row] + [self.refused]
+        self.colours = [self.prompt_shown, self.to_canvas]
+        self.told_fields = [
+            *(self.base, self.prompt, self.negative, self.composition, self.options, self.gates),
+            *(self.width, self.height, self.steps, self.guidance, self.scheduler, self.seed, self.count),
+        ]
         self._wire()
 
     # --- layout ---------------------------------------------------------------------------------------------------
 
     def _inputs(self) -> None:
         self.base = gr.Textbox(
-            self.first.base, label="Base", info="toybox, a folder, a .safetensors file or a Hub id", elem_id="mole-base"
+            label="Base", info="toybox, a folder, a .safetensors file or a Hub id", elem_id="mole-base"
         )
         self.dropped = gr.File(
             label="Drop LoRA files here",
@@ -79,32 +84,34 @@ class _DrawTab:
             elem_id="mole-drop",
         )
         self.subject = gr.Dropdown(toybox.subjects(), value=None, label="Or add a subject of the toybox")
-        self.refused = gr.HTML("")
+        self.refused = gr.HTML("", elem_classes="mole-maybe")
         self.rows: list[list[Any]] = []
         for number in range(form.MOST_LORAS):
             with gr.Group(visible=False) as group:
                 with gr.Row():
-                    on = gr.Checkbox(True, label=f"LoRA {number + 1} on", min_width=90, scale=1)
-                    name = gr.Textbox(label=f"Name of LoRA {number + 1}", min_width=90, scale=2)
-                    weight = gr.Number(1.0, label=f"Weight of LoRA {number + 1}", step=0.05, min_width=90, scale=1)
-                    trigger = gr.Textbox(label=f"Trigger of LoRA {number + 1}", min_width=110, scale=2)
-                    role = gr.Dropdown(list(ROLES), value="subject", label=f"Role of LoRA {number + 1}", min_width=130)
+                    on = gr.Checkbox(True, label=f"LoRA {number + 1}", min_width=95, scale=1)
+                    name = gr.Textbox(label=f"Name {number + 1}", min_width=90, scale=2)
+                    weight = gr.Number(1.0, label=f"Weight {number + 1}", step=0.05, min_width=95, scale=1)
+                    trigger = gr.Textbox(label=f"Trigger {number + 1}", min_width=110, scale=2)
+                    role = gr.Dropdown(list(ROLES), value="subject", label=f"Role {number + 1}", min_width=130)
                 verdict = gr.HTML("")
             self.rows.append([group, on, name, weight, trigger, role, verdict])
-        self.clear = gr.Button("Take all LoRAs away", size="sm")
-        self.prompt = gr.Textbox(self.first.prompt, label="Prompt", lines=2, elem_id="mole-prompt")
-        self.prompt_shown = gr.HTML("")
+        with gr.Row():
+            self.clear_off = gr.Button("Take away those that are off", size="sm", min_width=140)
+            self.clear = gr.Button("Take all LoRAs away", size="sm", min_width=140)
+        self.prompt = gr.Textbox(label="Prompt", lines=2, elem_id="mole-prompt")
+        self.prompt_shown = gr.HTML("", elem_classes="mole-maybe")
         self.negative = gr.Textbox("", label="Negative prompt")
         with gr.Row():
             names = [form.BY_ITSELF, *COMPOSITIONS]
             self.composition = gr.Dropdown(names, value=form.BY_ITSELF, label="Composition", min_width=140)
             self.options = gr.Textbox("", label="Options of the composition", min_width=180)
         self.gates = gr.Textbox(
-            self.first.gates or "", label="Gates", info="folder or Hub id of gates trained for these LoRAs, in order"
+            "", label="Gates", info="folder or Hub id of gates trained for these LoRAs, in order"
         )
         with gr.Row():
-            self.steps = gr.Number(self.first.steps, label="Steps", precision=0, minimum=1, min_width=90)
-            self.guidance = gr.Number(self.first.guidance_scale, label="Guidance scale", step=0.5, min_width=90)
+            self.steps = gr.Number(label="Steps", precision=0, minimum=1, min_width=90)
+            self.guidance = gr.Number(label="Guidance scale", step=0.5, min_width=90)
             self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=90)
             self.count = gr.Number(1, label="Seeds side by side", precision=0, minimum=1, min_width=90)
         with gr.Accordion("Size and scheduler", open=False):
@@ -120,11 +127,12 @@ class _DrawTab:
         )
 
     def _outputs(self) -> None:
-        with gr.Row():
-            self.draw = gr.Button("Draw", variant="primary", elem_id="mole-draw", min_width=100)
-            self.compare = gr.Button("Compare", elem_id="mole-compare", min_width=100)
-            self.cancel = gr.Button("Cancel", variant="stop", elem_id="mole-cancel", min_width=80)
-        self.status = gr.HTML("", elem_id="mole-status")
+        with gr.Column(elem_id="mole-bar"):  # on a phone it stays in sight
+            with gr.Row():
+                self.draw = gr.Button("Draw", variant="primary", elem_id="mole-draw", min_width=80)
+                self.compare = gr.Button("Compare", elem_id="mole-compare", min_width=80)
+                self.cancel = gr.Button("Cancel", variant="stop", elem_id="mole-cancel", min_width=80)
+            self.status = gr.HTML("", elem_id="mole-status", elem_classes="mole-maybe")
         self.preview = gr.Image(label="Preview", visible=False, interactive=False, buttons=[])
         self.gallery = gr.Gallery(
             label="Pictures", columns=2, format="png", elem_id="mole-gallery", object_fit="contain"
@@ -146,25 +154,28 @@ class _DrawTab:
             self.python = gr.Code(label="Python", language="python", elem_id="mole-python")
             self.command = gr.Code(label="Command line", language="shell", elem_id="mole-command")
             self.settings = gr.Code(label="Settings", language="json")
+        with gr.Accordion("A Space of this picture", open=False):
+            gr.Markdown("A folder to upload with `hf upload`: this page, beginning with that picture's settings.")
+            self.space = gr.Textbox("my-space", label="Folder for the Space", elem_id="mole-space")
+            self.make_space = gr.Button("Make the Space", size="sm", elem_id="mole-make-space")
+            self.space_said = gr.HTML("", elem_classes="mole-maybe")
 
     def _wire(self) -> None:
-        shown = [*self.row_outputs, self.prompt_shown, self.to_canvas]
+        shown = [*self.row_outputs, *self.colours]
         quick: dict[str, Any] = {"queue": False, "show_progress": "hidden"}
         self.to_canvas.change(None, self.to_canvas, None, js="(text) => window.moleCanvas.show(text)")
         self.dropped.upload(self._drop, [*self.edit_inputs, self.prompt, self.dropped], [self.dropped, *shown], **quick)
         self.subject.input(self._add, [*self.edit_inputs, self.prompt, self.subject], [self.subject, *shown], **quick)
         self.clear.click(self._clear, [self.session, self.prompt], shown, **quick)
-        colours = [self.prompt_shown, self.to_canvas]
+        self.clear_off.click(self._clear_off, [*self.edit_inputs, self.prompt], shown, **quick)
         typed = {**quick, "trigger_mode": "always_last"}  # else what is typed while one answer is awaited is lost
         for row in self.rows:
             for one in (row[1], row[2], row[4]):
-                one.input(self._recolour, [*self.edit_inputs, self.prompt], colours, **typed)
-        self.prompt.input(self._recolour, [*self.edit_inputs, self.prompt], colours, **typed)
-        self.composition.change(_hint, self.composition, self.options, **quick)
-        fields = [
-            *(self.base, self.prompt, self.negative, self.composition, self.options, self.gates, self.drawn_regions),
-            *(self.width, self.height, self.steps, self.guidance, self.scheduler, self.seed, self.count),
-        ]
+                one.input(self._recolour, [*self.edit_inputs, self.prompt], self.colours, **typed)
+        self.prompt.input(self._recolour, [*self.edit_inputs, self.prompt], self.colours, **typed)
+        # Not `change`, which a restored picture sets off too: its options would go.
+        self.composition.input(_hint, self.composition, self.options, **quick)
+        fields = [*self.told_fields, self.drawn_regions]
         told = [self.python, self.command, self.settings]
         results = [self.status, self.preview, self.gallery, self.masks, self.gate_pictures, *told]
         asked = self.draw.click(self._ask, self.session, self.status, **quick)
@@ -183,17 +194,10 @@ class _DrawTab:
         self.restored.upload(
             self._restore,
             [self.session, self.restored],
-            [
-                self.status,
-                self.restored,
-                *fields[:6],
-                *fields[7:],
-                *self.row_outputs,
-                self.prompt_shown,
-                self.to_canvas,
-            ],
+            [self.status, self.restored, *self.told_fields, *shown],
             **quick,
         )
+        self.make_space.click(self._make_space, [self.session, self.space], self.space_said, **quick)
 
     # --- answers --------------------------------------------------------------------------------------------------
 
@@ -201,7 +205,7 @@ class _DrawTab:
         """A new visitor's page."""
         session = Session()
         session.take(self.first.loras)
-        return [session, *self._shown(session, self.first.prompt)]
+        return [session, *self._told(session, self.first)]
 
     def _drop(self, session: Session, *rest: Any) -> list[Any]:
         *fields, prompt, files = rest
@@ -219,13 +223,19 @@ class _DrawTab:
         session.rows, session.refused = [], []
         return self._shown(session, prompt)
 
+    def _clear_off(self, session: Session, *rest: Any) -> list[Any]:
+        *fields, prompt = rest
+        _edit_quietly(session, fields)
+        session.rows = [row for row in session.rows if row.lora.on]
+        return self._shown(session, prompt)
+
     def _recolour(self, session: Session, *rest: Any) -> list[Any]:
         *fields, prompt = rest
         _edit_quietly(session, fields)
         return self._colours(session, prompt)
 
     def _ask(self, session: Session) -> str:
-        session.ticket = Ticket()  # from now on "Cancel" means this job, also while it waits
+        session.ask()
         return said.done("Waiting for the device …")
 
     def _cancel(self, session: Session) -> None:
@@ -286,21 +296,28 @@ class _DrawTab:
         try:
             own = session.restore(file, self.places)
         except MoLEError as error:
-            count = 6 + 7 + len(self.row_outputs) + 2
-            return [said.wrong(error), None, *[gr.skip()] * count]
-        composition = own.composition or form.BY_ITSELF
-        colours = self._colours(session, own.prompt)
-        regions = drawn_regions.show([row.lora.name for row in session.rows], own)
+            nothing = [gr.skip()] * len([*self.told_fields, *self.row_outputs, *self.colours])
+            return [said.wrong(error), None, *nothing]
+        return [said.done("The settings of that picture are restored."), None, *self._told(session, own)]
+
+    def _make_space(self, session: Session, folder: str) -> str:
+        try:
+            return said.done(f"The Space lies in {session.space(self.places.below(folder))}.")
+        except MoLEError as error:
+            return said.wrong(error)
+
+    # --- what fields and rows show --------------------------------------------------------------------------------
+
+    def _told(self, session: Session, own: PictureSettings) -> list[Any]:
+        """Settings in every field, in the order of `told_fields`, `row_outputs` and `colours`."""
+        coloured_prompt, _ = self._colours(session, own.prompt)
         return [
-            *(said.done("The settings of that picture are restored."), None),
-            *(own.base, own.prompt, own.negative_prompt or "", composition),
+            *(own.base, own.prompt, own.negative_prompt or "", own.composition or form.BY_ITSELF),
             *(form.write_options(dict(own.composition_options)), own.gates or ""),
             *(own.width, own.height, own.steps, own.guidance_scale, own.scheduler or "", own.seed + own.index, 1),
             *self._rows(session),
-            *(colours[0], regions),
+            *(coloured_prompt, drawn_regions.show([row.lora.name for row in session.rows], own)),
         ]
-
-    # --- what rows show -------------------------------------------------------------------------------------------
 
     def _shown(self, session: Session, prompt: str) -> list[Any]:
         return [*self._rows(session), *self._colours(session, prompt)]
@@ -323,7 +340,7 @@ class _DrawTab:
         triggers = {lora.name: lora.triggers or (lora.name,) for lora in session.loras if lora.on}
         # A LoRA keeps its colour when another is switched off.
         every = {lora.name: triggers.get(lora.name, ()) for lora in session.loras}
-        return [coloured(prompt, every), drawn_regions.show(list(every))]
+        return [coloured(prompt[: form.LONGEST_PROMPT], every), drawn_regions.show(list(every))]
 
 
 def _edit_quietly(session: Session, fields: list[Any]) -> None:

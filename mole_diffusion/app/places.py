@@ -47,6 +47,19 @@ class Places:
             )
         return found
 
+    def below(self, given: str) -> Path:
+        """A folder to write, with a name of its own: what is written beside it stays in the folders too.
+
+        Raises:
+            MoLEError: It has no name, or lies outside of the folders.
+        """
+        if not given.strip():
+            raise MoLEError("the folder to write has no name. Write one, such as my-folder.")
+        found = self.path(given)
+        if found in self.folders:
+            raise MoLEError(f"{printable(given)} is the page's own folder. Write the name of one in it: my-folder.")
+        return found
+
     def model(self, given: str) -> str:
         """A base model or gates: "toybox" and Hub ids as they are, else a path that may be named.
 

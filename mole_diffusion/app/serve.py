@@ -13,6 +13,7 @@ from .places import Places
 from .studio import Studio
 
 LOOPBACK = "127.0.0.1"
+OWN_NAMES = ["127.0.0.1", "localhost", "[::1]"]
 LARGEST_UPLOAD = "2gb"
 
 
@@ -46,9 +47,14 @@ def serve(
     """
     with needs("app", "the page"):
         import gradio
+        from starlette.middleware import Middleware
+        from starlette.middleware.trustedhost import TrustedHostMiddleware
+
     from .page import BEGIN, STATIC, build
 
     page = build(Studio(device, dtype), Places(folders), begin or BEGIN)
+    # A page of somebody else's can have its name lead to this computer, and would be let in by it.
+    trusted = [Middleware(TrustedHostMiddleware, allowed_hosts=OWN_NAMES)] if host in (*OWN_NAMES, "::1") else []
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none from elsewhere
     script = (STATIC / "canvas.js").read_text(encoding="utf-8")
     try:
@@ -66,6 +72,7 @@ def serve(
             css=(STATIC / "page.css").read_text(encoding="utf-8"),
             head=f"<script>{script}</script>",
             enable_monitoring=False,
+            app_kwargs={"middleware": trusted},
         )
     except OSError as error:
         raise MoLEError(f"the page cannot be served on {host}: {error}. Choose another --port or --host.") from None

@@ -22,6 +22,7 @@ from . import form
 from .comparison import comparison
 from .gate_pictures import by_layer_and_step
 from .places import Places
+from .space import write_space
 from .studio import Drawn, Progress, Studio, Ticket
 from .verdict import look
 
@@ -41,7 +42,8 @@ class Session:
     Attributes:
         rows: The LoRAs, in the order of their colours.
         refused: Lines on files that were dropped and cannot be used.
-        ticket: The ticket of the job that runs or waits.
+        ticket: The ticket of the drawing that runs or waits.
+        training: The ticket of the training that runs or waits.
         drawn: The latest pictures.
         files: The file of each picture in `drawn`.
         folder: Where this visitor's pictures lie; it is deleted with the session.
@@ -50,6 +52,7 @@ class Session:
     rows: list[Row] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     ticket: Ticket = field(default_factory=Ticket)
+    training: Ticket = field(default_factory=Ticket)
     drawn: list[Drawn] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
     folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="mole-app-")))
@@ -71,6 +74,16 @@ class Session:
                 self.refused.append(f"✗ {Path(file).name} is there already.")
             else:
                 self.rows.append(Row(verdict.lora, verdict.line))
+
+    def ask(self) -> None:
+        """From now on `ticket` is that of the next drawing, also while it waits; the one before it ends."""
+        self.ticket.cancel()
+        self.ticket = Ticket()
+
+    def ask_to_train(self) -> None:
+        """The same for a training, which drawing leaves alone."""
+        self.training.cancel()
+        self.training = Ticket()
 
     def take(self, loras: Sequence[LoRASettings]) -> None:
         """Takes LoRAs in with the settings they have; each names a file that is there."""
@@ -138,6 +151,16 @@ class Session:
         """Python call, command line and settings of a picture that was drawn."""
         settings = self.drawn[index].settings
         return as_python(settings), as_command(settings), json.dumps(settings.to_dict(), indent=2, ensure_ascii=False)
+
+    def space(self, out: Path) -> Path:
+        """A Space of the first of the latest pictures; see `write_space`.
+
+        Raises:
+            MoLEError: There is no picture, or as `write_space`.
+        """
+        if not self.drawn:
+            raise MoLEError("there is no picture yet. Draw one, and the Space begins with its settings.")
+        return write_space(self.drawn[0].settings, out)
 
     def gates(self, index: int) -> list[Path]:
         """Pictures of what the gates gave: by layer, and by layer and step; none without gates."""

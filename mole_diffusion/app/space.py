@@ -1,4 +1,4 @@
-"""A model with its card, and a Space around it, ready to upload, from a folder of gates."""
+"""A model with its card, and a Space around it, ready to upload, from a folder of gates or the settings of a picture."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from .. import __version__
+from ..drawing.as_python import as_python
 from ..drawing.settings import TOYBOX, LoRASettings, PictureSettings
 from ..errors import MoLEError
 from ..files import atomic_path, file_name, try_folder, write_json
@@ -18,7 +19,7 @@ from ..reading import parse_json, read_text
 GATES = ("config.json", "diffusion_pytorch_model.safetensors")
 BESIDE = ("README.md", "training.json", "curves.png", "gates.png", "samples.png")
 SETTINGS = "settings.json"
-APP = f'''"""A page with this folder's gates and LoRAs, as `mole space` wrote it."""
+APP = f'''"""A page with this folder's LoRAs and settings, as `mole space` wrote it."""
 
 import json
 from dataclasses import replace
@@ -30,7 +31,7 @@ from mole_diffusion.drawing.settings import PictureSettings
 HERE = Path(__file__).resolve().parent
 begin = PictureSettings.from_dict(json.loads((HERE / "{SETTINGS}").read_text(encoding="utf-8")))
 loras = tuple(replace(lora, file=str(HERE / lora.file)) for lora in begin.loras)
-begin = replace(begin, gates=str(HERE / begin.gates), loras=loras)
+begin = replace(begin, gates=begin.gates and str(HERE / begin.gates), loras=loras)
 
 if __name__ == "__main__":
     serve([HERE], host="0.0.0.0", port=7860, begin=begin)
@@ -38,39 +39,43 @@ if __name__ == "__main__":
 
 
 def write_space(settings: PictureSettings, out: str | os.PathLike[str]) -> Path:
-    """Writes a folder that is a Space, and in it `model`, a repository of its own: gates, LoRAs and their card.
+    """Writes a folder that is a Space, and in it `model`, a repository of its own: LoRAs, gates if any, and their card.
 
     Args:
-        settings: What the page begins with; its `gates` are a folder as `train_gates` leaves it.
+        settings: What the page begins with. `gates`, if any, are a folder as `train_gates` leaves it.
         out: Where to; missing, or empty.
 
     Raises:
-        MoLEError: Gates are missing or are not for these LoRAs; the base is not one that a Space can fetch; or `out`
-            holds something.
+        MoLEError: A LoRA cannot be read, or is another file than the one that the settings mean; gates are missing or
+            are not for these LoRAs; the base is not one that a Space can fetch; or `out` holds something.
     """
-    source, target = Path(settings.gates or ""), Path(out)
-    missing = [name for name in GATES if not (source / name).is_file()]
-    if settings.gates is None or missing:
-        raise MoLEError(f"{source} has no {missing[0]}. Give a folder as `mole train-gates` or `save_gates` writes it.")
-    config = parse_json(read_text(source / GATES[0]))
-    names, given = [lora["name"] for lora in config["loras"]], [lora.name for lora in settings.loras]
-    if names != given:
-        raise MoLEError(f"these gates are for {', '.join(names)}, in that order; given are {', '.join(given)}.")
+    target, names = Path(out), [lora.name for lora in settings.loras]
+    if not names:
+        raise MoLEError("a Space needs LoRAs, and these settings have none. Draw with one, or more.")
     if settings.base != TOYBOX and (Path(settings.base).exists() or settings.base.count("/") != 1):
         raise MoLEError(f"a Space fetches its base, and {settings.base} is no Hub id such as owner/name.")
+    if settings.gates is not None:
+        _check_gates(Path(settings.gates), names)
+    for lora in settings.loras:
+        found = inspect_lora(lora.path)  # which says what is wrong with it
+        if lora.sha256 and lora.sha256 != found.sha256:
+            raise MoLEError(f"{Path(lora.path).name} is another file than the one that {lora.name} was drawn with.")
     try_folder(target)
     if target.is_dir() and any(target.iterdir()):
         raise MoLEError(f"{target} is not empty. Choose another folder.")
     loras: list[LoRASettings] = []
-    for lora in settings.loras:
-        inspect_lora(lora.path)  # which says what is wrong with it
-        file = f"model/loras/{file_name(lora.name)}.safetensors"
+    for number, lora in enumerate(settings.loras, start=1):
+        file = f"model/loras/{number}-{file_name(lora.name)}.safetensors"
         _copy(Path(lora.path), target / file)
         loras.append(replace(lora, file=file))
-    for name in (*GATES, *BESIDE):
-        if (source / name).is_file():
-            _copy(source / name, target / "model" / name)
-    begin = replace(settings, gates="model", loras=tuple(loras), device="cpu", dtype="float32")
+    begin = replace(settings, loras=tuple(loras), device="cpu", dtype="float32")
+    if settings.gates is None:
+        _write(target / "model" / "README.md", _model_card(begin))
+    else:
+        begin = replace(begin, gates="model")
+        for name in (*GATES, *BESIDE):
+            if (Path(settings.gates) / name).is_file():
+                _copy(Path(settings.gates) / name, target / "model" / name)
     write_json(target / SETTINGS, begin.to_dict())
     _write(target / "README.md", _card(names))
     _write(target / "requirements.txt", f"mole-diffusion[app]=={__version__}\n")
@@ -78,9 +83,32 @@ def write_space(settings: PictureSettings, out: str | os.PathLike[str]) -> Path:
     return target
 
 
+def _check_gates(folder: Path, names: Sequence[str]) -> None:
+    missing = [name for name in GATES if not (folder / name).is_file()]
+    if missing:
+        raise MoLEError(f"{folder} has no {missing[0]}. Give a folder as `mole train-gates` or `save_gates` writes it.")
+    config = parse_json(read_text(folder / GATES[0]))
+    own = [lora["name"] for lora in config["loras"]]
+    if own != list(names):
+        raise MoLEError(f"these gates are for {', '.join(own)}, in that order; given are {', '.join(names)}.")
+
+
 def _card(names: Sequence[str]) -> str:
     title = json.dumps(" + ".join(names), ensure_ascii=False)
     return f"---\ntitle: {title}\nsdk: gradio\napp_file: app.py\n---\n\nDraws {' + '.join(names)} in one picture.\n"
+
+
+def _model_card(settings: PictureSettings) -> str:
+    """Of LoRAs without gates: what draws a picture with them."""
+    base = "" if settings.base == TOYBOX else f"base_model: {json.dumps(settings.base)}\n"
+    title = " + ".join(lora.name for lora in settings.loras)
+    from_here = replace(
+        settings, loras=tuple(replace(lora, file=lora.file.removeprefix("model/")) for lora in settings.loras)
+    )
+    return (
+        f"---\nlibrary_name: mole_diffusion\n{base}tags:\n- lora\n---\n\n# {title}\n\n"
+        f"LoRAs that are drawn with together. In this folder:\n\n```python\n{as_python(from_here)}```\n"
+    )
 
 
 def _copy(source: Path, target: Path) -> None:

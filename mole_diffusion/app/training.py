@@ -11,13 +11,16 @@ from .. import toybox
 from ..drawing.settings import TOYBOX, LoRASettings, PictureSettings
 from ..errors import MoLEError
 from ..files import try_folder
-from .studio import Studio, Ticket
+from .form import whole
+from .places import Places
+from .studio import Progress, Studio, Ticket
 
 if TYPE_CHECKING:
     from ..training import Concept
 
 CHECKPOINT_EVERY = 5  # steps: as many are done again after a stop
 MOST_STEPS = 20_000
+MOST_PICTURES = 64  # a step
 
 
 @dataclass(frozen=True)
@@ -41,13 +44,25 @@ class Plan:
     settings: PictureSettings
     concepts: Mapping[str, Concept]
     prompts: Sequence[str]
+    clip: str
     steps: int
-    batch_size: int
     out: Path
+
+    @property
+    def work(self) -> Path:
+        """Where checkpoints go."""
+        return self.out.with_name(f"{self.out.name}.work")
 
 
 def plan(
-    settings: PictureSettings, templates: str, steps: float, batch_size: float, guidance_scale: float, out: Path
+    settings: PictureSettings,
+    templates: str,
+    steps: float,
+    batch_size: float,
+    guidance_scale: float,
+    clip: str,
+    folder: str,
+    places: Places,
 ) -> tuple[Plan, Any]:
     """Checks everything that is quick to check, and returns it with the configuration of the training.
 
@@ -55,7 +70,9 @@ def plan(
         settings: Of a picture; base and the LoRAs that are on count.
         templates: A line each, with the place {concepts}.
         steps, batch_size, guidance_scale: Of the training.
-        out: Where the gates go.
+        clip: The CLIP that guides; empty is the toybox's own.
+        folder: Where the gates go.
+        places: What may be read and written.
 
     Raises:
         MoLEError: Something is missing or cannot be.
@@ -65,29 +82,62 @@ def plan(
     on = tuple(lora for lora in settings.loras if lora.on)
     if len(on) < 2:
         raise MoLEError("gates weigh two LoRAs or more. Switch on those that they are for.")
-    if settings.base != TOYBOX:
-        raise MoLEError(
-            "the page trains gates on the toybox, whose CLIP comes along. For another base use `mole train-gates`, "
-            "which takes the CLIP that guides: --clip ViT-B-32 --clip-pretrained laion2b_s34b_b79k."
-        )
-    if steps != int(steps) or not 1 <= steps <= MOST_STEPS:
-        raise MoLEError(f"the number of steps must be a whole number from 1 to {MOST_STEPS}, got {steps}.")
+    pictures = whole("the number of pictures a step", batch_size, 1, MOST_PICTURES)
+    count = whole("the number of training steps", steps, 1, MOST_STEPS)
+    guide = read_clip(clip, settings.base, places)
     concepts = {lora.name: concept(lora) for lora in on}
     prompts = prompts_from_templates([line.strip() for line in templates.splitlines() if line.strip()], concepts)
     if not prompts:
         raise MoLEError('there is no prompt. Write one a line, such as "a photo of {concepts} on grass".')
+    if guidance_scale is None:
+        raise MoLEError("the guidance scale of training is empty. Write a number, such as 3; 1 is none.")
+    out = places.below(folder)  # its checkpoints lie beside it
     try_folder(out)
+    # Models of real size have no room for more than one picture at a time on most GPUs.
+    size = {} if settings.base == TOYBOX else {"preset": "real", "gradient_accumulation": pictures}
     config = GateTrainingConfig.from_dict(
         {
-            "steps": int(steps),
-            "batch_size": int(batch_size),
+            **size,
+            "steps": count,
+            "batch_size": pictures,
             "guidance_scale": float(guidance_scale),
-            "warmup_steps": min(50, int(steps) // 4),
+            "warmup_steps": min(50, count // 4),
             "checkpoint_every": CHECKPOINT_EVERY,
         }
     )
     plain = replace(settings, loras=on, gates=None, composition=None, composition_options={}, regions={})
-    return Plan(plain, concepts, prompts, int(steps), int(batch_size), out), config
+    return Plan(plain, concepts, prompts, guide, count, out), config
+
+
+def read_clip(given: str, base: str, places: Places) -> str:
+    """The CLIP that guides, as `metrics.load_clip` takes it.
+
+    Args:
+        given: "toybox", a folder, "architecture:weights"; empty on the toybox means its own.
+        base: The base model.
+        places: What may be read.
+
+    Raises:
+        MoLEError: None is named, there are no such weights, or the folder may not be read.
+    """
+    import open_clip
+
+    given = given.strip() or (TOYBOX if base == TOYBOX else "")
+    if not given:
+        raise MoLEError(
+            "the CLIP that guides is missing: only the toybox has its own. Write architecture:weights as open_clip "
+            "knows them, such as ViT-B-32:laion2b_s34b_b79k, or a folder in its format."
+        )
+    if given == TOYBOX:
+        return given
+    architecture, colon, weights = given.partition(":")
+    if not colon:
+        return str(places.path(given))
+    known = open_clip.list_pretrained_tags_by_model(architecture)
+    if weights not in known:  # which might be a file of this computer
+        there = f"it has {', '.join(known)}" if known else "there is no such architecture"
+        raise MoLEError(f"open_clip has no weights {given}: {there}. Take one that it has: ViT-B-32:laion2b_s34b_b79k.")
+    return given
 
 
 def concept(lora: LoRASettings) -> Concept:
@@ -109,41 +159,53 @@ def concept(lora: LoRASettings) -> Concept:
     return Concept(token=token, class_name=kind)
 
 
-def train(studio: Studio, plan: Plan, config: Any, ticket: Ticket) -> Iterator[Step | Path]:
+def train(studio: Studio, plan: Plan, config: Any, ticket: Ticket) -> Iterator[Progress | Step | Path]:
     """Trains; tells every step, and last the folder of the gates. Cancelled and begun again, it goes on.
 
     Raises:
-        MoLEError: As `train_gates`.
+        MoLEError: As `train_gates`; or the studio computes in float16, whose gradients would be zeros.
         Cancelled: It was.
     """
+    import torch
+
+    if studio.dtype is torch.float16:
+        raise MoLEError("gradients are too small for float16. Start `mole app` with --dtype bfloat16, or float32.")
 
     def job(tell: Callable[[Any], None]) -> None:
-        from ..clip import DifferentiableCLIP
+        from ..metrics import load_clip
         from ..training import train_gates
 
         curves: dict[str, list[float]] = {}
+        trained = False
 
         def after_step(number: int, numbers: Mapping[str, float]) -> None:
+            nonlocal trained
+            trained = number == plan.steps
             for name, value in numbers.items():
                 curves.setdefault(name, []).append(value)
             tell(Step(number, plan.steps, {name: list(values) for name, values in curves.items()}))
-            if number < plan.steps:
-                ticket.check()
 
+        tell(Progress(0.0, None, f"opening {plan.settings.base} and the CLIP that guides"))
+        clip = load_clip(plan.clip)
         pipe = studio.pipe(plan.settings)
+        denoiser = getattr(pipe, pipe.family.denoiser)
+        # Asked before every evaluation, until nothing is lost any more by waiting for the report.
+        handle = denoiser.register_forward_pre_hook(lambda *_: None if trained else ticket.check())
+        tell(Progress(0.0, None, "drawing what each LoRA draws alone"))
         try:
             train_gates(
                 pipe,
                 config,
                 prompts=plan.prompts,
                 concepts=plan.concepts,
-                clip=DifferentiableCLIP(toybox.clip_dir()),
+                clip=clip,
                 out=plan.out,
-                work=plan.out.with_name(f"{plan.out.name}.work"),
+                work=plan.work,
                 progress=False,
                 on_step_end=after_step,
             )
         finally:
+            handle.remove()
             studio.forget()
         tell(plan.out)
 

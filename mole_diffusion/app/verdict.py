@@ -41,7 +41,7 @@ def look(file: str, taken: tuple[str, ...] = ()) -> Verdict:
     ranks = sorted(report.ranks)
     strengths = ", ".join(f"{scaling:g}" for scaling in report.scalings[:3])
     parts = [
-        "for an unknown base" if report.family == "unknown" else f"for {report.family}",
+        "for the toybox" if is_toybox else _base(report.family),
         f"{report.layout}, {sum(report.modules.values())} modules",
         f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}",
         f"scaling {strengths}{' …' if len(report.scalings) > 3 else ''}",
@@ -51,6 +51,10 @@ def look(file: str, taken: tuple[str, ...] = ()) -> Verdict:
     ]
     lora = LoRASettings(_free(printable(stem), taken), file, triggers=report.triggers[:1], sha256=report.sha256)
     return Verdict(f"✓ {' · '.join(parts)}", lora)
+
+
+def _base(family: str) -> str:
+    return "its base is not told" if family == "unknown" else f"for {family}"
 
 
 def _free(name: str, taken: tuple[str, ...]) -> str:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 PREFIX = "data:image/png;base64,"
 LONGEST = 4_000_000  # characters
+MOST_PIXELS = 2**25  # a few bytes can stand for many more, which would fill the memory
 
 
 def is_painted(text: str) -> bool:
@@ -47,8 +48,15 @@ def as_mask(text: str) -> Image.Image:
     try:
         data = base64.b64decode(text.removeprefix(PREFIX), validate=True)
         with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
+            if picture.width * picture.height > MOST_PIXELS:
+                raise MoLEError(
+                    f"a painted mask of {picture.width} x {picture.height} pixels is too large; {MOST_PIXELS:,} pixels "
+                    "are the most. Make it smaller: it is stretched over the picture."
+                )
             picture.load()
             # A canvas paints in colours on nothing: what counts is how opaque it is.
             return picture.getchannel("A") if "A" in picture.getbands() else picture.convert("L")
+    except MoLEError:
+        raise
     except (binascii.Error, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise MoLEError(f"a painted mask is no PNG that can be read ({error}). Paint it again.") from None

@@ -17,6 +17,7 @@ from .settings import PictureSettings
 if TYPE_CHECKING:
     from PIL import Image
 
+MOST_PIXELS = 2**26  # a small file can hold more, all of one colour, which would fill the memory
 SETTINGS, PYTHON, COMMAND = "mole_diffusion.settings", "mole_diffusion.python", "mole_diffusion.command"
 
 
@@ -48,8 +49,12 @@ def read_settings(file: str | os.PathLike[str]) -> PictureSettings:
     name = printable(Path(file).name)
     try:
         with Image.open(file, formats=["PNG"]) as picture:
+            if picture.width * picture.height > MOST_PIXELS:
+                raise MoLEError(f"{name} has {picture.width} x {picture.height} pixels; {MOST_PIXELS:,} are the most.")
             picture.load()
             text = getattr(picture, "text", {}).get(SETTINGS)
+    except MoLEError:
+        raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise MoLEError(f"{name} is no PNG that can be read ({error}). Give one that `mole` wrote.") from None
     if text is None:

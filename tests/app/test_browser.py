@@ -9,6 +9,8 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -75,6 +77,13 @@ def quick(page: Any, seed: int = 0) -> None:
     page.get_by_label("Seed", exact=True).fill(str(seed))
 
 
+def choose(page: Any, label: str, option: str) -> None:
+    """With the keyboard."""
+    page.get_by_label(label, exact=True).focus()
+    page.keyboard.type(option)
+    page.keyboard.press("Enter")
+
+
 def drawn(page: Any, tmp_path: Path) -> Path:
     page.get_by_text("is ready").wait_for()
     source = page.locator("#mole-gallery img").first.get_attribute("src")
@@ -125,6 +134,8 @@ def test_a_picture_dropped_again_restores_the_page_with_the_keyboard_alone(
 ) -> None:
     page = visit(browser, address)
     quick(page, seed=5)
+    choose(page, "Composition", "masks")
+    page.get_by_label("Options of the composition").fill("own_words=2.0")
     page.locator("#mole-canvas").focus()
     for key in ("Enter", "ArrowLeft", "Shift+ArrowDown"):
         page.keyboard.press(key)
@@ -133,11 +144,14 @@ def test_a_picture_dropped_again_restores_the_page_with_the_keyboard_alone(
     file = drawn(page, tmp_path)
     settings = png.read_settings(file)
     assert settings.regions == {"cat": ((0.2, 0.25, 0.7, 0.8),)}
+    assert settings.composition_options == {"own_words": 2.0}
     other = visit(browser, address)
     other.locator("#mole-restore input[type=file]").set_input_files(str(file))
     other.get_by_text("are restored").wait_for()
     assert other.get_by_label("Seed", exact=True).input_value() == "5"
     other.get_by_text("cat: 1 box").wait_for()
+    assert other.get_by_label("Composition", exact=True).input_value() == "masks"
+    assert other.get_by_label("Options of the composition").input_value() == "own_words=2.0"
     page.close()
     other.close()
 
@@ -189,4 +203,15 @@ def test_every_field_has_a_name_and_a_phone_shows_all(browser: Any, address: str
     )
     assert nameless == []
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    assert page.locator("#mole-draw").evaluate("one => one.getBoundingClientRect().bottom <= window.innerHeight")
     page.close()
+
+
+def test_names_of_others_and_files_of_this_computer_are_refused(address: str) -> None:
+    """Somebody else's page whose name leads here has the browser say that name."""
+    answer = urllib.request.urlopen(urllib.request.Request(address))
+    assert answer.status == 200
+    for path, name in (("/", "evil.example"), ("/gradio_api/file=/etc/passwd", "127.0.0.1")):
+        asked = urllib.request.Request(address + path, headers={"Host": name})
+        with pytest.raises(urllib.error.HTTPError, match=r"40[03]"):
+            urllib.request.urlopen(asked)

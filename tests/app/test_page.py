@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from mole_diffusion import toybox
 from mole_diffusion.app import drawn_regions, form, said, training
@@ -27,6 +28,8 @@ from mole_diffusion.drawing.as_python import as_python
 from mole_diffusion.drawing.painted import as_text
 from mole_diffusion.drawing.settings import LoRASettings, PictureSettings
 from mole_diffusion.errors import MoLEError
+from tests.tiny import random_lora, tiny_pipeline
+from tests.tiny.clip import write_clip
 
 CAT, BOOT = (
     LoRASettings("cat", "toybox:cat", triggers=("<v1> cat",)),
@@ -67,6 +70,20 @@ def cancel_after(count: int, events: Iterable[Any], ticket: Ticket, seen: list[A
         seen.append(event)
         if len(seen) == count:
             ticket.cancel()
+
+
+class Impatient(Ticket):
+    """Cancelled by itself after so many evaluations of the denoiser."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self.left = after
+
+    def check(self) -> None:
+        self.left -= 1
+        if self.left < 0:
+            self.cancel()
+        super().check()
 
 
 # --- files of this computer --------------------------------------------------------------------------------------
@@ -161,6 +178,8 @@ def test_a_form_becomes_settings_for_every_seed() -> None:
     ("change", "message"),
     [
         ({"prompt": " "}, "the prompt is empty"),
+        ({"prompt": "cat " * 2000}, "the prompt has 8,000 characters"),
+        ({"regions": json.dumps({"boxes": {"cat": [[0, 0, 1, 1]] * 51}})}, "cat has 51 boxes; 50 are the most"),
         ({"base": ""}, "the base is empty"),
         ({"base": "/etc"}, "outside of the folders"),
         ({"gates": "/etc"}, "outside of the folders"),
@@ -285,6 +304,20 @@ def test_an_error_leaves_the_studio_ready(studio: Studio) -> None:
     assert session.drawn[0].settings.composition is None
 
 
+def test_a_drawing_takes_the_place_of_the_last_one_and_leaves_a_training_alone() -> None:
+    session = Session()
+    drawing, trained = session.ticket, session.training
+    session.ask()
+    with pytest.raises(Cancelled):
+        drawing.check()
+    trained.check()
+    session.ask_to_train()
+    with pytest.raises(Cancelled):
+        trained.check()
+    session.ticket.check()
+    session.training.check()
+
+
 def test_rows_take_what_was_typed_and_files_come_once(tmp_path: Path) -> None:
     session = Session()
     copy = tmp_path / "copy.safetensors"
@@ -324,15 +357,20 @@ def test_training_from_the_page_stops_and_goes_on(
 ) -> None:
     monkeypatch.setattr("mole_diffusion.training.gates.report.SEEDS", (0,))
     monkeypatch.setattr("mole_diffusion.training.gates.report.PROMPTS_SHOWN", 1)
-    plan, config = training.plan(BOTH, "a photo of {concepts}", 5, 1, 2.0, tmp_path / "gates")
+    plan, config = training.plan(BOTH, "a photo of {concepts}", 5, 1, 2.0, "", "gates", Places([tmp_path]))
     assert (config.steps, config.batch_size, config.guidance_scale) == (5, 1, 2.0)
     config = replace(config, identity_weight=0.0, rollout_steps=2, checkpoint_every=1)
-    ticket, seen = Ticket(), list[Any]()
+    seen: list[Any] = []
     with pytest.raises(Cancelled):
-        cancel_after(1, training.train(studio, plan, config, ticket), ticket, seen)
-    numbers = [event.number for event in seen]
+        for event in training.train(studio, plan, config, Impatient(after=4)):
+            seen.append(event)
+    assert [event.doing for event in seen[:2]] == [
+        "opening toybox and the CLIP that guides",
+        "drawing what each LoRA draws alone",
+    ]
+    numbers = [event.number for event in seen[2:]]
     assert 1 <= numbers[-1] < 5
-    *steps, out = list(training.train(studio, plan, config, Ticket()))
+    *steps, out = [event for event in training.train(studio, plan, config, Ticket()) if not isinstance(event, Progress)]
     assert steps[0].number == numbers[-1] + 1  # every step left a checkpoint
     assert steps[-1].number == 5
     assert out == tmp_path / "gates"
@@ -343,7 +381,7 @@ def test_training_from_the_page_stops_and_goes_on(
     ("settings", "templates", "message"),
     [
         (replace(BOTH, loras=(CAT,)), "{concepts}", "two LoRAs or more"),
-        (replace(BOTH, base="me/mine"), "{concepts}", "use `mole train-gates`"),
+        (replace(BOTH, base="me/mine"), "{concepts}", "the CLIP that guides is missing: only the toybox has its own"),
         (BOTH, " ", "there is no prompt"),
         (replace(BOTH, loras=(CAT, replace(BOOT, file="b", triggers=("v2",)))), "{concepts}", "token and its class"),
     ],
@@ -352,7 +390,54 @@ def test_what_cannot_be_trained_is_told(
     settings: PictureSettings, templates: str, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(MoLEError, match=message):
-        training.plan(settings, templates, 5, 1, 2.0, tmp_path / "gates")
+        training.plan(settings, templates, 5, 1, 2.0, "", "gates", Places([tmp_path]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"folder": "."}, r"\. is the page's own folder"),
+        ({"folder": " "}, "has no name"),
+        ({"folder": "../gates"}, "outside of the folders"),
+        ({"clip": "/etc"}, "outside of the folders"),
+        ({"clip": "ViT-B-32:/etc/passwd"}, "open_clip has no weights ViT-B-32:/etc/passwd: it has openai"),
+        ({"clip": "ViT-X:openai"}, "there is no such architecture"),
+        ({"batch_size": 65}, "pictures a step must be a whole number from 1 to 64"),
+        ({"guidance_scale": None}, "the guidance scale of training is empty"),
+    ],
+)
+def test_a_training_stays_in_its_folders_and_bounds(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    given = {"steps": 5, "batch_size": 1, "guidance_scale": 2.0, "clip": "", "folder": "gates"}
+    with pytest.raises(MoLEError, match=message):
+        training.plan(BOTH, "{concepts}", places=Places([tmp_path]), **{**given, **change})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_gates_train_on_another_base_with_a_clip_of_its_own(
+    tmp_path: Path, few_steps: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mole_diffusion.training.gates.report.SEEDS", (0,))
+    base = tiny_pipeline()
+    base.save_pretrained(tmp_path / "base")
+    write_clip(tmp_path / "clip")
+    loras = []
+    for seed, (token, kind) in enumerate((("sks", "cat"), ("xyz", "dog"))):
+        file = tmp_path / f"{kind}.safetensors"
+        save_file(random_lora(base.components, seed=seed), file)
+        loras.append(LoRASettings(kind, str(file), triggers=(f"{token} {kind}",)))
+    settings = PictureSettings("gates", base=str(tmp_path / "base"), loras=tuple(loras))
+    plan, config = training.plan(settings, "a {concepts}", 2, 2, 2.0, "clip", "gates", Places([tmp_path]))
+    assert (config.gradient_accumulation, config.gradient_checkpointing) == (2, True)  # a picture at a time
+    *_, out = training.train(Studio("cpu"), plan, replace(config, rollout_steps=2, reference_pictures=1), Ticket())
+    told = json.loads((out / "training.json").read_text())
+    assert told["prompts"]["a a sks cat and a xyz dog"] == "a a cat and a dog"
+    assert (out / "samples.png").is_file()
+
+
+def test_float16_trains_nothing(tmp_path: Path) -> None:
+    plan, config = training.plan(BOTH, "{concepts}", 5, 1, 2.0, "", "gates", Places([tmp_path]))
+    with pytest.raises(MoLEError, match="--dtype bfloat16"):
+        next(training.train(Studio("cpu", "float16"), plan, config, Ticket()))
 
 
 def test_the_python_call_names_a_composition_with_options() -> None:

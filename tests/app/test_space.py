@@ -7,10 +7,13 @@ import runpy
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from mole_diffusion import __version__, toybox
 from mole_diffusion.app.session import Session
 from mole_diffusion.app.space import write_space
+from mole_diffusion.app.studio import Drawn
+from mole_diffusion.drawing import png
 from mole_diffusion.drawing.settings import LoRASettings, PictureSettings
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.gating import MoLEModel
@@ -37,12 +40,58 @@ def test_a_space_is_whole_and_begins_with_its_gates(tmp_path: Path) -> None:
     assert str(tmp_path) not in json.dumps([path.read_text() for path in out.glob("*.*")])
 
 
+def test_a_run_of_the_page_becomes_a_space(tmp_path: Path) -> None:
+    file = tmp_path / "kitty.safetensors"
+    file.write_bytes(toybox.lora_path("cat").read_bytes())
+    session = Session()
+    with pytest.raises(MoLEError, match="no picture yet"):
+        session.space(tmp_path / "none")
+    session.drop([str(file)])
+    settings = PictureSettings(
+        "a <v1> cat", loras=tuple(session.loras), composition="masks", regions={"kitty": ((0.0, 0.0, 0.5, 1.0),)}
+    )
+    session.drawn.append(Drawn(Image.new("RGB", (64, 64)), settings))
+    png.save(session.drawn[0].picture, tmp_path / "it.png", settings)
+    with_button = session.space(tmp_path / "with-button")
+    file.rename(tmp_path / "moved.safetensors")
+    lost = mole("space", "--picture", tmp_path / "it.png", "--out", tmp_path / "lost")
+    assert lost.exit_code == 2
+    assert "kitty.safetensors" in lost.output
+    moved = f"kitty={tmp_path / 'moved.safetensors'}"
+    done = mole("space", "--picture", tmp_path / "it.png", "--lora", moved, "--out", tmp_path / "by-command")
+    assert done.exit_code == 0, done.output
+    for out in (with_button, tmp_path / "by-command"):
+        begin = runpy.run_path(str(out / "app.py"))["begin"]
+        assert (begin.composition, begin.regions, begin.gates) == ("masks", settings.regions, None)
+        assert Path(begin.loras[0].file).read_bytes() == (tmp_path / "moved.safetensors").read_bytes()
+        card = (out / "model" / "README.md").read_text()
+        assert "{'kitty': 'loras/1-kitty.safetensors'}" in card
+        assert str(tmp_path) not in card
+
+
+def test_a_space_of_a_picture_is_of_its_own_loras(tmp_path: Path) -> None:
+    settings = PictureSettings("a <v1> cat", loras=(LoRASettings("cat", "toybox:cat", sha256="0" * 64),))
+    png.save(Image.new("RGB", (64, 64)), tmp_path / "it.png", settings)
+    for options, message in (
+        ((), "is another file than the one that cat was drawn with"),
+        (("--lora", "boot"), "was drawn without such a LoRA; it has cat"),
+        (("--steps", 3), "--steps is told by --picture it.png"),
+    ):
+        done = mole("space", "--picture", tmp_path / "it.png", *options, "--out", tmp_path / "out")
+        assert done.exit_code == 2
+        assert message in done.output
+    done = mole("space", "--lora", "cat", "--out", tmp_path / "out")
+    assert "--prompt is missing" in done.output
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_is_no_space_is_told(tmp_path: Path) -> None:
     loras = tuple(LoRASettings(name, f"toybox:{name}") for name in NAMES)
     gates = str(toybox.gates_dir("+".join(NAMES)))
     good = PictureSettings("a cat", loras=loras, gates=gates)
     for settings, message in (
         (PictureSettings("a cat", loras=loras, gates=str(tmp_path)), "has no config.json"),
+        (PictureSettings("a cat"), "needs LoRAs"),
         (PictureSettings("a cat", loras=loras[::-1], gates=gates), "these gates are for cat, boot, teapot"),
         (PictureSettings("a cat", loras=loras, gates=gates, base=str(tmp_path)), "no Hub id"),
     ):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shlex
+import struct
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -142,6 +145,20 @@ def test_masks_travel_as_text() -> None:
     for text in ("data:image/png;base64,????", "data:image/png;base64,AAAA", "hello"):
         with pytest.raises(MoLEError, match="a painted mask"):
             painted.as_mask(text)
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def test_a_small_file_that_stands_for_many_pixels_is_not_decoded(tmp_path: Path) -> None:
+    header = struct.pack(">IIBBBBB", 9000, 9000, 8, 0, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    (tmp_path / "bomb.png").write_bytes(bomb)
+    with pytest.raises(MoLEError, match="bomb.png has 9000 x 9000 pixels"):
+        png.read_settings(tmp_path / "bomb.png")
+    with pytest.raises(MoLEError, match="a painted mask of 9000 x 9000 pixels is too large"):
+        painted.as_mask(painted.PREFIX + base64.b64encode(bomb).decode())
 
 
 def test_options_of_methods_are_their_plain_arguments() -> None:
