@@ -81,6 +81,17 @@ def test_the_recipe_for_sdxl_runs_on_a_tiny_one(tmp_path: Path, monkeypatch: pyt
     assert names["image"].size[0] > 0
 
 
+def test_what_no_test_runs_is_known() -> None:
+    """What downloads, the recipe for SDXL aside, and moving models off a GPU."""
+    left = {page.name: sum(downloads for downloads, _ in snippets(page, "python")) for page in PAGES}
+    assert {name: count for name, count in left.items() if count} == {
+        "diffusers.md": 1,
+        "own_loras.md": 1,
+        "low_memory.md": 1,
+        "sdxl.md": 1,
+    }
+
+
 def commands(text: str) -> Iterator[list[str]]:
     """The `mole` commands of a piece of shell, as words."""
     for line in text.replace("\\\n", " ").splitlines():

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import statistics
 import time
 from pathlib import Path
@@ -25,6 +26,7 @@ from mole_diffusion.drawing.opening import find_base, load_pipeline, pick_device
 from mole_diffusion.files import atomic_path, write_json
 from mole_diffusion.pictures import read_picture, read_pictures
 from mole_diffusion.reading import parse_json, read_text
+from mole_diffusion.sheets import picture_sheet
 from mole_diffusion.training import LoRATrainingConfig, train_lora
 
 METHODS = ("normalized", "budget", "norm_router", "masks")
@@ -37,6 +39,11 @@ SUBJECTS = {
     "teapot": ("teapot", "qvz"),
     "vase": ("vase", "xrt"),
 }
+
+RIGHTS = (
+    "LoRAs were trained on photos of the [DreamBooth data set](https://github.com/google/dreambooth), CC BY 4.0, some "
+    "under the Unsplash License."
+)
 
 
 def read_options() -> argparse.Namespace:
@@ -138,13 +145,38 @@ def main() -> None:
             }
         )
     write_json(options.out / "rows.json", {"base": options.base, "device": str(device), "rows": rows})
-    lines = [f"# {options.base}: {len(options.subjects)} DreamBooth subjects in pairs, {options.seeds} seeds", ""]
+    write_sheet(options)
+    lines = [f"# {options.base}: {len(options.subjects)} DreamBooth subjects in pairs", "", about(options, device), ""]
     lines += [f"| {' | '.join(rows[0])} |", f"|{'---|' * len(rows[0])}"]
     lines += [f"| {' | '.join(_shown(value) for value in row.values())} |" for row in rows]
+    lines += ["", "![A pair a column, a method a row, the first seed of each](pictures.png)", "", RIGHTS]
     page: Path = options.out / "page.md"
     with atomic_path(page) as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(page)
+
+
+def about(options: argparse.Namespace, device: Any) -> str:
+    """What was done, and what the columns mean."""
+    pairs = math.comb(len(options.subjects), 2)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else str(device)
+    similar = f"CLIP-I ({options.clip})" + (f" and DINOv2 ({options.dino})" if options.dino else "")
+    return (
+        f"LoRAs of {', '.join(options.subjects)}, trained for {options.train_steps} steps each. Pairs: {pairs}; seeds: "
+        f"{options.seeds}; denoising steps: {options.steps}; on {name}.\n\n`text` is the cosine of picture and prompt, "
+        f"without the rare tokens; {similar}: of the picture and the subjects' photos, mean over both subjects; "
+        "`seconds a picture` is a median, `GiB` the largest peak of memory. Higher is better but for the last two."
+    )
+
+
+def write_sheet(options: argparse.Namespace) -> None:
+    """Pictures of the first pairs by every method, to be looked at beside the numbers."""
+    pairs = list(itertools.combinations(options.subjects, 2))[:6]
+    rows = [
+        (method, [read_picture(options.out / "pictures" / method / "+".join(pair) / "0.png") for pair in pairs])
+        for method in METHODS
+    ]
+    picture_sheet(rows, options.out / "pictures.png", columns=["+".join(pair) for pair in pairs], cell=192)
 
 
 def _shown(value: Any) -> str:

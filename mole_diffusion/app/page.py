@@ -106,9 +106,7 @@ class _DrawTab:
             names = [form.BY_ITSELF, *COMPOSITIONS]
             self.composition = gr.Dropdown(names, value=form.BY_ITSELF, label="Composition", min_width=140)
             self.options = gr.Textbox("", label="Options of the composition", min_width=180)
-        self.gates = gr.Textbox(
-            "", label="Gates", info="folder or Hub id of gates trained for these LoRAs, in order"
-        )
+        self.gates = gr.Textbox("", label="Gates", info="folder or Hub id of gates trained for these LoRAs, in order")
         with gr.Row():
             self.steps = gr.Number(label="Steps", precision=0, minimum=1, min_width=90)
             self.guidance = gr.Number(label="Guidance scale", step=0.5, min_width=90)

@@ -72,6 +72,7 @@ def serve(
             css=(STATIC / "page.css").read_text(encoding="utf-8"),
             head=f"<script>{script}</script>",
             enable_monitoring=False,
+            _frontend=False,  # else gradio asks the page, through any proxy, and gives up after three seconds
             app_kwargs={"middleware": trusted},
         )
     except OSError as error:

@@ -1,4 +1,4 @@
-"""A model with its card, and a Space around it, ready to upload, from a folder of gates or the settings of a picture."""
+"""A model with its card, and a Space around it, ready to upload, from gates or the settings of a picture."""
 
 from __future__ import annotations
 

@@ -34,7 +34,8 @@ def demo(
 ) -> None:
     """Compose three subjects of the toybox: by default, with regions of your own, and in other ways beside these.
 
-    Writes a picture sheet and a heat map of learned gates, and prints which LoRA got which weight where.
+    Writes a picture sheet, a strip of what goes in and what comes out at the first seed, and a heat map of learned
+    gates; prints which LoRA got which weight where.
 
     Examples:
 
@@ -91,13 +92,21 @@ def demo(
     rows.append((f"{three},\neach LoRA alone,\nfor comparison", alone))
 
     sheet = picture_sheet(rows, out / "sheet.png", title=prompt, cell=192)
+    first = picture_sheet(
+        [("", [*references, found[0], found_masks[0]])],
+        out / "first.png",
+        title=prompt,
+        columns=[*(f"{name}.safetensors" for name in names), "all three", "which acted where"],
+        cell=192,
+    )
     table = record.table()
     shown = table.values.masked_fill(~record.present(), float("nan"))
     heat_map = gate_heat_map(shown, table.places, table.loras, out / "gates.png", title="mean gate weights")
     console = Console(highlight=False)
     console.print(f'"{prompt}", with gates, seeds {seed} to {seed + NUM_SEEDS - 1}:', markup=False)
     console.print(_gate_table(record))
-    typer.echo(f"gates as a heat map: {heat_map.resolve()}\npicture sheet: {sheet.resolve()}")
+    for what, path in (("gates as a heat map", heat_map), ("picture sheet", sheet), ("in a strip", first)):
+        typer.echo(f"{what}: {path.resolve()}")
 
 
 def _load(names: list[str], device: Any) -> Any:

@@ -64,6 +64,12 @@ def field(**changes: Any) -> form.Form:
     return form.Form(**{**given, **changes})
 
 
+def note(events: Iterable[Any], seen: list[Any]) -> None:
+    """Keeps what was told before an error."""
+    for event in events:
+        seen.append(event)
+
+
 def cancel_after(count: int, events: Iterable[Any], ticket: Ticket, seen: list[Any]) -> None:
     """Iterates; cancels when so many events were seen."""
     for event in events:
@@ -362,8 +368,7 @@ def test_training_from_the_page_stops_and_goes_on(
     config = replace(config, identity_weight=0.0, rollout_steps=2, checkpoint_every=1)
     seen: list[Any] = []
     with pytest.raises(Cancelled):
-        for event in training.train(studio, plan, config, Impatient(after=4)):
-            seen.append(event)
+        note(training.train(studio, plan, config, Impatient(after=4)), seen)
     assert [event.doing for event in seen[:2]] == [
         "opening toybox and the CLIP that guides",
         "drawing what each LoRA draws alone",

@@ -185,6 +185,7 @@ def test_demo_draws_a_sheet_and_says_who_got_what(tmp_path: Path) -> None:
     assert sheet.height > 11 * 192  # references, masks, norm router, regions, sums, gates, each alone
     assert sheet.width > 3 * 192
     assert min(heat_map.size) > 300
+    assert picture(tmp_path / "first.png").width > 5 * 192  # three files, all of them, and where
     assert '"cat dog mug on grass"' in done.stdout
     places = "".join(line.split("│")[1].strip() for line in done.stdout.splitlines() if line.startswith("│"))
     for spec in ("unet.mid_block.attentions.0.transformer_blocks.0", "text_encoder."):
