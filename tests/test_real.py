@@ -40,7 +40,7 @@ def test_the_page_is_written_and_what_is_there_stays(tmp_path: Path, monkeypatch
     page = (out / "page.md").read_text()
     assert "| method | text | CLIP-I | DINOv2 | seconds a picture | GiB |" in page
     assert "| masks |" in page
-    assert "1 pairs, 1 seeds, 2 denoising steps, on cpu" in page
+    assert "Pairs: 1; seeds: 1; denoising steps: 2; on cpu" in page
     assert (out / "pictures.png").is_file()
     before = {file: file.stat().st_mtime_ns for file in (out / "pictures").rglob("*.png")} | {
         file: file.stat().st_mtime_ns for file in (out / "loras").glob("*.safetensors")

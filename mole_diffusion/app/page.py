@@ -88,7 +88,7 @@ class _DrawTab:
         self.rows: list[list[Any]] = []
         for number in range(form.MOST_LORAS):
             with gr.Group(visible=False) as group:
-                with gr.Row():
+                with gr.Row(elem_classes="mole-row"):
                     on = gr.Checkbox(True, label=f"LoRA {number + 1}", min_width=95, scale=1)
                     name = gr.Textbox(label=f"Name {number + 1}", min_width=90, scale=2)
                     weight = gr.Number(1.0, label=f"Weight {number + 1}", step=0.05, min_width=95, scale=1)
@@ -176,6 +176,7 @@ class _DrawTab:
         fields = [*self.told_fields, self.drawn_regions]
         told = [self.python, self.command, self.settings]
         results = [self.status, self.preview, self.gallery, self.masks, self.gate_pictures, *told]
+        self.draw.click(None, None, None, js="() => window.moleCanvas.lookAtPictures()")
         asked = self.draw.click(self._ask, self.session, self.status, **quick)
         asked.then(self._draw, [*self.edit_inputs, *fields], results, show_progress="hidden", concurrency_id="device")
         asked = self.compare.click(self._ask, self.session, self.status, **quick)

@@ -16,6 +16,20 @@ LOOPBACK = "127.0.0.1"
 OWN_NAMES = ["127.0.0.1", "localhost", "[::1]"]
 LARGEST_UPLOAD = "2gb"
 
+# What gradio writes in pale grey and on bright orange has too little contrast to read: WCAG asks for 4.5 to 1.
+READABLE = {
+    "block_info_text_color": "*neutral_600",
+    "block_info_text_color_dark": "*neutral_300",
+    "input_placeholder_color": "*neutral_600",
+    "input_placeholder_color_dark": "*neutral_300",
+    "button_primary_background_fill": "*primary_700",
+    "button_primary_background_fill_dark": "*primary_700",
+    "button_primary_background_fill_hover": "*primary_800",
+    "button_primary_background_fill_hover_dark": "*primary_800",
+    "button_cancel_background_fill": "#b91c1c",
+    "button_cancel_background_fill_dark": "#b91c1c",
+}
+
 
 def serve(
     folders: Sequence[str | Path] = (".",),
@@ -68,7 +82,7 @@ def serve(
             max_file_size=LARGEST_UPLOAD,
             footer_links=[],
             ssr_mode=False,
-            theme=gradio.themes.Default(**fonts),
+            theme=gradio.themes.Default(**fonts).set(**READABLE),
             css=(STATIC / "page.css").read_text(encoding="utf-8"),
             head=f"<script>{script}</script>",
             enable_monitoring=False,

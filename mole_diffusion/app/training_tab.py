@@ -33,7 +33,7 @@ def training_tab(
     """
     gr.Markdown(
         "Gates for the LoRAs that are on, on the base of the other tab. No pictures are needed: CLIP compares what is "
-        'drawn with the prompt. The trigger of each LoRA is its token and its class: "<v1> cat".'
+        "drawn with the prompt. The trigger of each LoRA is its token and its class: `sks dog`."
     )
     templates = gr.Textbox(TEMPLATES, label="Prompts, one a line", lines=3, info="{concepts} names them in every order")
     with gr.Row():
@@ -52,7 +52,7 @@ def training_tab(
     with gr.Row():
         start = gr.Button("Train, or go on", variant="primary", elem_id="mole-train")
         stop = gr.Button("Stop", variant="stop", elem_id="mole-stop")
-    status = gr.HTML("", elem_id="mole-training")
+    status = gr.HTML("", elem_id="mole-training", elem_classes="mole-maybe")
     plot = gr.Image(label="Curves", interactive=False, type="filepath")
     samples = gr.Image(label="Before and after", interactive=False, type="filepath")
 

@@ -58,10 +58,10 @@ def space(
     if picture is None:
         settings = _settings(files, strengths, triggers, prompt, base or "toybox", gates, steps, guidance_scale)
     else:
-        told = {"--gates": gates, "--prompt": prompt, "--base": base, "--trigger": trigger, "--steps": steps}
-        told["--guidance-scale"] = guidance_scale
+        told: dict[str, object] = {"--gates": gates, "--prompt": prompt, "--base": base, "--trigger": trigger}
+        told |= {"--steps": steps, "--guidance-scale": guidance_scale}
         for option, value in told.items():
-            if value:
+            if value not in (None, []):
                 raise MoLEError(f"{option} is told by --picture {picture.name}. Leave one of them out.")
         settings = _of_picture(picture, files)
     typer.echo(f"Space: {write_space(settings, out)}")

@@ -197,6 +197,10 @@
   }
 
   window.moleCanvas = {
+    lookAtPictures() {
+      // On a phone the pictures lie far below the button, which is always in sight.
+      if (window.innerWidth <= 640) document.getElementById("mole-gallery").scrollIntoView({ block: "center" });
+    },
     show(text) {
       if (!text) return;
       const given = JSON.parse(text);
