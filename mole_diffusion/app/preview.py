@@ -33,8 +33,7 @@ class Previews:
         """A preview, if it is time for one.
 
         Args:
-            pipe, latents: As for `preview`.
-            settings: The same.
+            pipe, latents, settings: What `preview` takes.
         """
         now = time.monotonic()
         if now - self.shown < max(EVERY, self.took / SHARE):
@@ -52,7 +51,7 @@ def preview(pipe: Any, latents: Tensor, settings: PictureSettings) -> Image.Imag
     Args:
         pipe: The pipeline.
         latents: Between two steps of a call, as its denoiser is given them.
-        settings: Of the picture; both sides, or none for the base's own.
+        settings: The settings of the picture, with both sides, or with none for the base's own.
     """
     grid = None
     if settings.height and settings.width:

@@ -67,9 +67,9 @@ def plan(
     """Checks everything that is quick to check, and returns it with the configuration of the training.
 
     Args:
-        settings: Of a picture; base and the LoRAs that are on count.
+        settings: The settings of a picture: its base and those of its LoRAs that are on.
         templates: A line each, with the place {concepts}.
-        steps, batch_size, guidance_scale: Of the training.
+        steps, batch_size, guidance_scale: Fields of `GateTrainingConfig`.
         clip: The CLIP that guides; empty is the toybox's own.
         folder: Where the gates go.
         places: What may be read and written.
