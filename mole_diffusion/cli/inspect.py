@@ -59,15 +59,15 @@ def _table(report: LoRAReport, verdicts: list[Verdict], with_base: bool) -> Any:
 
     from mole_diffusion.errors import printable
 
-    ranks = [f"{rank} ({count} modules)" for rank, count in report.ranks.items()]
+    ranks = [f"{rank} ({_counted(count)})" for rank, count in report.ranks.items()]
     # A file's name may hold anything, escape sequences of terminals too.
     table = Table(title=printable(report.source), show_header=False, title_justify="left")
     table.add_row("layout", report.layout)
     table.add_row("written by", report.trainer)
-    fits = [verdict.base for verdict in verdicts if verdict.refusal is None and not with_base]
-    table.add_row("made for", " or ".join(fits) or report.family)
-    table.add_row("modules", ", ".join(f"{count} in {component}" for component, count in report.modules.items()))
-    table.add_row("kinds", _few([f"{kind} ({count} modules)" for kind, count in report.kinds.items()]))
+    fits = [verdict for verdict in verdicts if verdict.refusal is None]
+    table.add_row("made for", " or ".join(verdict.base for verdict in fits if not with_base) or report.family)
+    table.add_row("modules", ", ".join(f"{count} in {_called(name, fits)}" for name, count in report.modules.items()))
+    table.add_row("kinds", _few([f"{kind} ({_counted(count)})" for kind, count in report.kinds.items()]))
     table.add_row("ranks", _few(ranks) or "none")
     table.add_row("alphas", _few([f"{alpha:g}" for alpha in report.alphas]) or "none: scaling 1")
     table.add_row("scaling", _few([f"{scaling:g}" for scaling in report.scalings]))
@@ -76,28 +76,40 @@ def _table(report: LoRAReport, verdicts: list[Verdict], with_base: bool) -> Any:
     )
     if report.embeddings:
         brought = [f"{printable(word)} ({count} vectors)" for word, count in report.embeddings.items()]
-        table.add_row("embeddings", _few(brought))
+        table.add_row("embeddings", f"{_few(brought)}, which `load_loras` loads as textual inversion")
     table.add_row("SHA-256", report.sha256)
     for verdict in verdicts:
-        table.add_row("verdict", _said(verdict))
+        table.add_row("verdict", _said(verdict, sum(report.modules.values())))
         if verdict.energy is not None:
             loudest = [f"{printable(name)} {ratio:.3g}" for name, ratio in verdict.loudest]
             table.add_row("energy", f"|ΔW| / |W| = {verdict.energy:.3g}; most at {', '.join(loudest)}")
     if not verdicts:
-        table.add_row("verdict", "no published base model that is known here has these sizes; see --base")
-    if acting := next((verdict for verdict in verdicts if verdict.refusal is None), None):
-        spikes = [f"{printable(name)} {share:.0%}" for name, share in acting.spikes]
+        table.add_row("verdict", "no published base model that is known here has these names and sizes; see --base")
+    if fits:
+        spikes = [f"{printable(name)} {share:.0%}" for name, share in fits[0].spikes]
         table.add_row("spikes", _few(spikes, 3) or "none: no direction has more than nine tenths of a module's change")
     return table
 
 
-def _said(verdict: Verdict) -> str:
+def _called(component: str, fits: list[Verdict]) -> str:
+    """A component of the file; what files call `unet` may be a transformer, or a nameless one have a name."""
+    if fits and component not in fits[0].modules and len(fits[0].modules) == 1:
+        return next(iter(fits[0].modules))
+    return {"unet": "the denoiser", "unstated": "a component without a name"}.get(component, component)
+
+
+def _counted(count: int) -> str:
+    return f"{count} module" + "s" * (count != 1)
+
+
+def _said(verdict: Verdict, in_file: int) -> str:
     from mole_diffusion.errors import printable
 
     if verdict.refusal is not None:
         return f"refused by {printable(verdict.base)}: {verdict.refusal}"
-    parts = ", ".join(f"{count} modules of {component}" for component, count in verdict.modules.items())
-    return f"all of it acts on {printable(verdict.base)}: {parts}"
+    parts = ", ".join(f"{_counted(count)} of {component}" for component, count in verdict.modules.items())
+    fused = ", fused ones taken apart" if sum(verdict.modules.values()) > in_file else ""
+    return f"all of it acts on {printable(verdict.base)}: {parts}{fused}"
 
 
 def read_models(base: str) -> Mapping[str, Any]:

@@ -15,7 +15,7 @@ from mole_diffusion.lora.factors import LoRA, LoRAFactors
 from mole_diffusion.lora.families import family, text_width
 from mole_diffusion.lora.load import load_lora
 from mole_diffusion.lora.pieces import find_pieces
-from mole_diffusion.lora.skeletons import candidates
+from mole_diffusion.lora.skeletons import candidates, names_of
 from mole_diffusion.lora.sources import read_source
 
 # A share of a change's energy in one direction that is rare in trained LoRAs, and burns when several are stacked.
@@ -67,7 +67,7 @@ def fitting(source: str | os.PathLike[str]) -> list[Verdict]:
 
     Returns:
         A verdict for each model that it fits; where it fits none, the refusal of the one whose names are nearest;
-        nothing where the width of the text it attends to is that of none.
+        nothing where its names are those of none, or the width of the text it attends to is.
 
     Raises:
         LoRAError: The file cannot be read, whatever the model.
@@ -78,7 +78,8 @@ def fitting(source: str | os.PathLike[str]) -> list[Verdict]:
     if width is not None:
         known = [model for model in known if model.title == family(width)]
     found = [judge(source, model.build(), model.title) for model in known]
-    return [verdict for verdict in found if verdict.refusal is None] or found[:1]
+    named = width is not None or names_of(piece.module for piece in pieces) is not None
+    return [verdict for verdict in found if verdict.refusal is None] or (found[:1] if named else [])
 
 
 @torch.no_grad()

@@ -264,4 +264,4 @@ def test_the_commands_say_and_write(kohya: dict[str, Tensor], tmp_path: Path) ->
     assert done.exit_code == 2
     assert "an empty file" in done.stderr
     assert "1 of 2 files cannot be read" in done.stderr
-    assert "no published base model that is known here has these sizes" in " ".join(done.stdout.split())
+    assert "no published base model that is known here has these names" in " ".join(done.stdout.split())

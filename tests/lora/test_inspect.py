@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mole_diffusion.lora import LoRAError, fitting, inspect_lora, judge, load_lora
 from mole_diffusion.lora.skeletons import SKELETONS, candidates, names_of
 from mole_diffusion.lora.trainers import trainer_of
+from tests.command import mole
 from tests.lora_files import to_kohya
 from tests.tiny import random_lora, tiny_components
 
@@ -135,8 +136,33 @@ def test_where_no_published_model_fits_the_nearest_says_why(tmp_path: Path) -> N
     (verdict,) = fitting(tmp_path / "it.safetensors")
     assert verdict.base == "Krea 2"
     assert "do not fit transformer_blocks.3.attn.to_k with weight (1536, 6144)" in str(verdict.refusal)
-    save_file(pair("unet.a.attn2.to_k", 4, 7), tmp_path / "it.safetensors")
-    assert fitting(tmp_path / "it.safetensors") == []
+    for nobodys in ("unet.a.attn2.to_k", "diffusion_model.blocks.0.self_attn.q"):
+        save_file(pair(nobodys, 4, 7), tmp_path / "it.safetensors")
+        assert fitting(tmp_path / "it.safetensors") == []
+
+
+def test_a_stranger_reads_what_acts_and_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The denoiser by its own name, one module in the singular, several that are fused in the file, words it brings."""
+    state = {**pair("diffusion_model.layers.3.attention.qkv", 3 * 3840, 3840)}
+    save_file(state, tmp_path / "fused.safetensors")
+    words = {**pair("lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k", 1280, 768)}
+    save_file({**words, "bundle_emb.<me>.emb_params": torch.ones(3, 768)}, tmp_path / "words.safetensors")
+    save_file(pair("somewhere.else", 4, 4), tmp_path / "other.safetensors")
+    files = [str(tmp_path / f"{name}.safetensors") for name in ("fused", "words", "other")]
+    monkeypatch.setenv("COLUMNS", "200")
+    done = mole("inspect", *files)
+    said = [" ".join(line.strip("│ ").split()) for line in done.stdout.splitlines()]
+    for line in (
+        "made for │ Z-Image",
+        "modules │ 1 in transformer",
+        "kinds │ LoRA (1 module)",
+        "verdict │ all of it acts on Z-Image: 3 modules of transformer, fused ones taken apart",
+        "embeddings │ <me> (3 vectors), which `load_loras` loads as textual inversion",
+        "verdict │ all of it acts on Stable Diffusion 1.x: 1 module of unet",
+        "modules │ 1 in a component without a name",
+        "verdict │ no published base model that is known here has these names and sizes; see --base",
+    ):
+        assert line in said, line
 
 
 def test_names_tell_families() -> None:
