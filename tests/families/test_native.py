@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import (
@@ -15,7 +17,7 @@ from diffusers import (
 )
 
 import mole_diffusion
-from mole_diffusion import MoLEStableDiffusion3Pipeline
+from mole_diffusion import MoLEStableDiffusion3Pipeline, pipelines
 from mole_diffusion.loading import LoadingError
 from mole_diffusion.lora import load_lora, save_lora
 from mole_diffusion.pipelines import pipeline_class
@@ -69,6 +71,19 @@ def test_a_pipeline_is_opened_as_a_custom_one_and_in_a_dtype(tmp_path: Path) -> 
     pipe.load_loras({"cat": lora_state(pipe, 0)})
     assert set(pipe.experts.matches()["cat"]) == {"unet", "text_encoder", "text_encoder_2"}
     assert DiffusionPipeline.from_pretrained(tmp_path / "base").__class__.__name__ == "StableDiffusionXLPipeline"
+
+
+def test_every_pipeline_of_diffusers_for_these_tasks_is_here_and_runs_the_contract() -> None:
+    ours = {name for name in pipelines.__all__ if name.endswith("Pipeline")}
+    for name in ours:
+        for task in ("Img2Img", "Inpaint"):
+            other = f"{name.removeprefix('MoLE').removesuffix('Pipeline')}{task}Pipeline"
+            assert not hasattr(diffusers, other) or f"MoLE{other}" in ours, other
+    cases: set[type] = set()
+    for path in Path(__file__).parent.glob("test_*.py"):
+        module = importlib.import_module(f"tests.families.{path.stem}")
+        cases |= {one.case.ours for one in vars(module).values() if hasattr(one, "case")}
+    assert {getattr(pipelines, name) for name in ours} <= cases
 
 
 @pytest.mark.parametrize("name", MADE)

@@ -10,7 +10,7 @@ import diffusers
 import pytest
 import torch
 import torch._dynamo
-from diffusers import AutoPipelineForInpainting, AutoPipelineForText2Image, hooks
+from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, AutoPipelineForText2Image, hooks
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor, nn
 
@@ -482,6 +482,30 @@ def test_diffusers_goes_from_a_pipeline_of_a_family_to_the_next(family: str, nam
     assert type(painting) is getattr(mole_diffusion, f"MoLE{name}InpaintPipeline")
     assert painting.experts is pipe.experts
     assert type(AutoPipelineForText2Image.from_pipe(painting)) is type(pipe)
+
+
+def test_diffusers_stays_in_the_pipeline_that_has_several_tasks_or_one() -> None:
+    looking = loaded("flux2")
+    assert type(AutoPipelineForImage2Image.from_pipe(looking)) is type(looking)
+    drawing = loaded("krea2")
+    assert AutoPipelineForText2Image.from_pipe(drawing).experts is drawing.experts
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")  # Krea 2's own norms
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_precision_finds_masks_and_draws_near_what_float32_draws(family: str) -> None:
+    """Every transformer as `dtype=torch.bfloat16` loads it."""
+    wide = tiny_dit(family, getattr(mole_diffusion, f"MoLE{MADE[family][0].__name__}"))
+    states = {
+        name: random_lora({"transformer": wide.transformer}, rank=2, targets=".", seed=s) for s, name in [(0, "a")]
+    }
+    narrow = tiny_dit(family, type(wide)).to(torch.bfloat16)
+    drawn = []
+    for pipe in (wide, narrow):
+        pipe.load_loras({**states, "b": states["a"]}, triggers={"a": "cat", "b": "dog"})
+        drawn.append(draw(pipe, family, num_inference_steps=2).float())
+        assert pipe.masks is not None
+    assert (drawn[1] - drawn[0]).norm() < 0.25 * drawn[0].norm()
 
 
 @pytest.mark.parametrize("family", ["z_image", "krea2", "qwen_image"])
