@@ -206,6 +206,7 @@ def asked_for(concepts: Sequence[Sequence[str]] | None, names: Sequence[str], co
     """`(count, len(names))` bool: which picture should show which concept.
 
     Raises:
+        TypeError: An entry is one string.
         MoLEError: There are not as many entries as pictures, or an entry names no known concept.
     """
     if concepts is None:
@@ -214,6 +215,10 @@ def asked_for(concepts: Sequence[Sequence[str]] | None, names: Sequence[str], co
         raise MoLEError(f"there are {count} pictures and {len(concepts)} lists of concepts. Give one per picture.")
     asked = torch.zeros(count, len(names), dtype=torch.bool)
     for row, wanted in enumerate(concepts):
+        if isinstance(wanted, str):
+            raise TypeError(
+                f"`concepts` must be a list of names for each picture, such as [{wanted!r}], got {wanted!r}."
+            )
         for name in wanted:
             if name not in names:
                 raise MoLEError(f"concept {name!r} of picture {row} has no references. Known are {', '.join(names)}.")

@@ -54,6 +54,8 @@ def embed_images(encoder: ImageEncoder, images: Pictures, *, batch_size: int = 3
     Raises:
         TypeError, MoLEError: `images` are of another type, shape or range, there are none, or features are not finite.
     """
+    if batch_size < 1:
+        raise MoLEError(f"`batch_size` must be at least 1, got {batch_size}.")
     pictures = by_picture(images)
     by_size: dict[torch.Size, list[int]] = {}
     for index, picture in enumerate(pictures):

@@ -31,6 +31,8 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF
+_MOST_BYTES = 1024 * 2**20
+_POSTSCRIPT = (b"%!PS", b"\xc5\xd0\xd3\xc6")
 _PNG, _NO_PIXELS = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 
 
@@ -76,6 +78,8 @@ def read_picture(file: str | os.PathLike[str]) -> Image.Image:
         what = "is no file" if path.exists() else "does not exist"
         raise MoLEError(f"{path} cannot be read as a picture: it {what}.")
     try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise MoLEError(f"{path} is larger than {_MOST_BYTES // 2**20} MiB, and read whole. Make it smaller.")
         data = path.read_bytes()
     except OSError as error:
         raise MoLEError(f"{path} cannot be read as a picture: {error.strerror or error}.") from None
@@ -130,6 +134,8 @@ def read_pictures(folder: str | os.PathLike[str]) -> list[Image.Image]:
 
 
 def _decode(data: bytes) -> Image.Image:
+    if data.startswith(_POSTSCRIPT):  # Pillow hands it to Ghostscript, which would run it
+        raise MoLEError("it is PostScript, a program. Save it as .png or .jpg.")
     try:
         picture = Image.open(io.BytesIO(data))
         picture.load()

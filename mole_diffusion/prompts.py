@@ -47,7 +47,7 @@ def read_text(file: str | os.PathLike[str]) -> str:
             f"{path} is not {encoding.removesuffix('-sig').upper()} (line {line}). Save it as UTF-8."
         ) from None
     text = text.replace("\ufeff", "").replace("\r\n", "\n").replace("\r", "\n")
-    odd = next((sign for sign in text if unicodedata.category(sign) == "Cc" and sign not in "\n\t"), None)
+    odd = _no_letter(text)
     if odd is not None:
         line = text[: text.index(odd)].count("\n") + 1
         raise MoLEError(
@@ -117,9 +117,17 @@ def _read_json(path: Path) -> dict[str, str]:
         raise
     except (ValueError, RecursionError) as error:
         raise MoLEError(f"{path} is no JSON: {error}.") from None
+    for name, prompt in by_name.items() if isinstance(by_name, dict) else ():
+        if isinstance(prompt, str) and (odd := _no_letter(prompt)) is not None:
+            raise MoLEError(f"{path}: the prompt of {name!r} has {odd!r}, which is no letter. Take it out.")
     if not isinstance(by_name, dict) or not all(isinstance(p, str) and p.strip() for p in by_name.values()):
         raise MoLEError(f'{path} must hold an object of picture names to prompts, {{"0.png": "a cat", …}}.')
     return by_name
+
+
+def _no_letter(text: str) -> str | None:
+    """The first control character, or half of a UTF-16 pair."""
+    return next((sign for sign in text if unicodedata.category(sign) in ("Cc", "Cs") and sign not in "\n\t"), None)
 
 
 def _composed(name: str) -> str:

@@ -52,8 +52,20 @@ def read_text(path: str | os.PathLike[str], largest: int = LARGEST_TEXT) -> str:
         raise MoLEError(f"{os.fspath(path)}: {error}.") from None
 
 
+def is_text(text: str) -> bool:
+    """Whether a string can be written down: half a UTF-16 pair cannot, and no tokenizer takes it.
+
+    JSON and YAML can spell one, and an argument of a command has one for each byte that is no UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def parse_json(text: str) -> Any:
-    """JSON, strictly: no key twice, no NaN or infinity, no nesting that exhausts the interpreter.
+    """JSON, strictly: no key twice, no NaN or infinity, no nesting that exhausts the interpreter, nothing but text.
 
     Raises:
         MoLEError: It is no such JSON. The message starts with the problem.
@@ -71,7 +83,10 @@ def parse_json(text: str) -> Any:
         raise MoLEError(f"has {name}, which is no number")
 
     try:
-        return json.loads(text, object_pairs_hook=table, parse_constant=no_constant)
+        found = json.loads(text, object_pairs_hook=table, parse_constant=no_constant)
+        if "\\ud" in text.lower() and not is_text(json.dumps(found, ensure_ascii=False)):
+            raise MoLEError("has half a UTF-16 pair, which is no text")
+        return found
     except MoLEError as error:
         raise MoLEError(f"is no JSON that can be read: it {error}") from None
     except (ValueError, RecursionError) as error:

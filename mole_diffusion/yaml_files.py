@@ -9,13 +9,15 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
-from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from mole_diffusion.errors import MoLEError
-from mole_diffusion.reading import read_text
+from mole_diffusion.reading import is_text, read_text
 
 # Far beyond any study; a file that goes beyond is none, or was made to do harm.
 LARGEST, DEEPEST, MOST_VALUES = 256 * 1024, 20, 5_000
+_TAG = "tag:yaml.org,2002:"
+PLAIN = ("str", "int", "float", "bool", "null", "seq", "map", "merge")
 
 
 def read_yaml(path: str | os.PathLike[str]) -> Any:
@@ -35,7 +37,8 @@ def parse_yaml(text: str) -> Any:
     """Plain values of a YAML text.
 
     YAML 1.2: "off" and "no" are words, which settings have among their values, and 1e-5 is a number. No key stands
-    twice in a mapping; with what anchors repeat written out, there are at most 5,000 values, 20 deep.
+    twice in a mapping, and there are no dates, sets and bytes. With what anchors repeat written out, there are at most
+    5,000 values, 20 deep.
 
     Raises:
         MoLEError: It is no such YAML.
@@ -50,7 +53,7 @@ def parse_yaml(text: str) -> Any:
     except MoLEError:
         raise
     except (YAMLError, ValueError, OverflowError, RecursionError, AttributeError, KeyError, TypeError) as error:
-        # The last six: dates that are none, numbers of a million digits, and whatever else YAML's own types fall over.
+        # The last six: numbers of a million digits, and whatever else YAML's own types fall over.
         raise MoLEError(f"no YAML that can be read: {error}. Correct it there.") from None
 
 
@@ -81,6 +84,14 @@ def _count(node: Node, known: dict[int, int]) -> int:
         return known[id(node)]
     known[id(node)] = 0
     total = 1
+    line = node.start_mark.line + 1
+    if node.tag.startswith(_TAG) and node.tag.removeprefix(_TAG) not in PLAIN:
+        raise MoLEError(
+            f"a {node.tag.removeprefix(_TAG)} in line {line}, and there are only words, numbers, lists and mappings. "
+            "Write it in quotes."
+        )
+    if isinstance(node, ScalarNode) and not is_text(node.value):
+        raise MoLEError(f"half a UTF-16 pair in line {line}, which is no text.")
     if isinstance(node, MappingNode):
         keys: set[str] = set()
         for key, value in node.value:
@@ -89,6 +100,7 @@ def _count(node: Node, known: dict[int, int]) -> int:
             if key.value in keys:
                 raise MoLEError(f"the key {key.value!r} twice in one mapping, again in line {key.start_mark.line + 1}.")
             keys.add(key.value)
+            _count(key, known)
             total += _count(value, known)
     elif isinstance(node, SequenceNode):
         total += sum(_count(value, known) for value in node.value)

@@ -160,6 +160,19 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
         read_pictures(tmp_path)
 
 
+def test_what_is_far_too_large_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "a.png").open("wb") as file:
+        file.truncate(20 * 2**30)  # takes no space
+    with pytest.raises(MoLEError, match=r"a\.png is larger than 1024 MiB"):
+        read_picture(tmp_path / "a.png")
+
+
+def test_postscript_is_no_picture_whatever_its_ending(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+    with pytest.raises(MoLEError, match=r"a\.png cannot be read as a picture: it is PostScript, a program"):
+        read_picture(tmp_path / "a.png")
+
+
 def test_training_references_and_measuring_see_the_same(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6

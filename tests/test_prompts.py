@@ -59,6 +59,8 @@ def test_big_endian_marks_and_files_that_were_put_together(tmp_path: Path) -> No
         ("a.json", b'{"0.png": 1, "1.png": "b"}', r"a\.json must hold an object"),
         ("a.json", b'{"0.png": " ", "1.png": "b"}', r"a\.json must hold an object"),
         ("a.json", b'{"0.png": "a", "0.png": "b", "1.png": "c"}', r"a\.json has '0\.png' twice"),
+        ("a.json", b'{"0.png": "a \\ud800 cat", "1.png": "b"}', r"the prompt of '0\.png' has '\\ud800', which is no"),
+        ("a.json", b'{"0.png": "b", "1.png": "a \\u001b cat"}', r"the prompt of '1\.png' has '\\x1b', which is no"),
         ("a.json", b'{"0.png": "a"}', r"a\.json has no prompt for 1 of 2 pictures: 1\.png"),
     ],
 )

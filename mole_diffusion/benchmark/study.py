@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from mole_diffusion.clip import DifferentiableCLIP
+from mole_diffusion.errors import MoLEError
 from mole_diffusion.files import atomic_path, write_json
 from mole_diffusion.sheets import curves, gate_heat_map
 from mole_diffusion.tables import markdown_table, number, write_csv
@@ -57,14 +58,12 @@ def balance_study(
         tenth of training, the mean of every loss term and the mean weight of every LoRA in the last tenth.
 
     Raises:
-        MoLEError: A temperature is not positive, or as in `train_gates`.
+        MoLEError: A temperature is not positive or comes twice, or as in `train_gates`.
     """
-    if config.balance == "off":
-        config = dataclasses.replace(config, balance="uniform")
     folder = Path(out)
     rows: list[dict[str, Any]] = []
     entropies: dict[str, list[float]] = {}
-    for variant, changed in _variants(config, temperatures).items():
+    for variant, changed in variants(config, temperatures).items():
         place = folder / variant.replace(" ", "-")
         train_gates(
             pipe,
@@ -83,8 +82,14 @@ def balance_study(
     return rows
 
 
-def _variants(config: GateTrainingConfig, temperatures: Sequence[float]) -> dict[str, GateTrainingConfig]:
-    """By name, the trainings to compare."""
+def variants(config: GateTrainingConfig, temperatures: Sequence[float]) -> dict[str, GateTrainingConfig]:
+    """By name, the trainings that `balance_study` compares; arguments as there.
+
+    Raises:
+        MoLEError: A temperature is not positive or comes twice, or gates of this config have no balance to keep.
+    """
+    if config.balance == "off":
+        config = dataclasses.replace(config, balance="uniform")
     without = dataclasses.replace(config, balance="off")
     raised = {
         f"temperature {temperature:g}": dataclasses.replace(
@@ -92,6 +97,8 @@ def _variants(config: GateTrainingConfig, temperatures: Sequence[float]) -> dict
         )
         for temperature in temperatures
     }
+    if len(raised) < len(temperatures):
+        raise MoLEError(f"each temperature is a training of its own, and one comes twice in {list(temperatures)}.")
     return {"balance loss": config, "no balance loss": without, **raised}
 
 

@@ -12,6 +12,8 @@ import typer
 from typer.core import TyperGroup
 
 from mole_diffusion import __version__
+from mole_diffusion.errors import MoLEError, printable
+from mole_diffusion.reading import is_text
 
 from .app_page import app_page
 from .balance_study import balance_study
@@ -35,9 +37,14 @@ BAD_INPUT, INTERRUPTED = 2, 130
 class OneLineErrors(TyperGroup):
     """The one place where errors that a user can mend become a line on standard error and exit code 2."""
 
-    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+    def make_context(self, info_name: str | None, args: list[str], *rest: Any, **kwargs: Any) -> Any:
         with _one_line():
-            return super().make_context(*args, **kwargs)
+            for argument in args:
+                if not is_text(argument):
+                    raise MoLEError(
+                        f"'{printable(argument)}' is not UTF-8. Write it as text, and give files such names."
+                    )
+            return super().make_context(info_name, args, *rest, **kwargs)
 
     def invoke(self, ctx: Any) -> Any:
         with _one_line(with_traceback=bool(ctx.params.get("traceback"))):

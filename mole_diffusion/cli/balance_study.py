@@ -54,6 +54,10 @@ def balance_study(
     try_folder(out)
     options = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
     chosen = read_config(preset, config, settings, options)
+    from mole_diffusion.benchmark.study import TEMPERATURES, variants
+
+    temperatures = temperature or TEMPERATURES
+    variants(chosen, temperatures)  # before any model is loaded
     inputs = read_gate_training(
         base=base,
         lora=lora,
@@ -70,7 +74,6 @@ def balance_study(
         config=chosen,
     )
     from mole_diffusion.benchmark import balance_study as study
-    from mole_diffusion.benchmark.study import TEMPERATURES
 
     study(
         inputs.pipe,
@@ -78,7 +81,7 @@ def balance_study(
         prompts=inputs.prompts,
         clip=inputs.clip,
         concepts=inputs.concepts,
-        temperatures=temperature or TEMPERATURES,
+        temperatures=temperatures,
         out=out,
     )
     typer.echo((out / "study.md").read_text(encoding="utf-8"))

@@ -151,6 +151,11 @@ def fold(piece: Piece, parts: Mapping[str, Tensor]) -> Change | None:
     return piece.kind.fold(parts) if piece.kind else None
 
 
+def largest_rank(inputs: int, outputs: int) -> int:
+    """More rank than this no LoRA has for a module of so many inputs (with its kernel) and outputs."""
+    return max(SMALL_MODULE_RANK, 2 * max(inputs, outputs))
+
+
 class _Checker:
     """One piece on its way through the checks; holds what every message names."""
 
@@ -172,7 +177,7 @@ class _Checker:
         if form is None:
             return piece
         side = math.prod(form.inputs)
-        if form.rows > max(SMALL_MODULE_RANK, 2 * max(side, form.out)):
+        if form.rows > largest_rank(side, form.out):
             self._refuse(
                 f"rank {form.rows} for a module of {side} by {form.out} numbers, more than any LoRA has",
                 "The file is damaged, or made to fill the memory; get another.",

@@ -45,6 +45,12 @@ def test_what_a_user_can_mend_is_one_line(monkeypatch: pytest.MonkeyPatch, error
     assert len(result.stderr) < 2100
 
 
+def test_an_argument_that_is_no_text_is_said() -> None:
+    result = CliRunner().invoke(app, ["generate", "--prompt", "a \udcff cat", "--out", "a.png"])
+    assert result.exit_code == BAD_INPUT
+    assert result.stderr == "mole: 'a \\udcff cat' is not UTF-8. Write it as text, and give files such names.\n"
+
+
 def test_the_traceback_of_what_a_user_can_mend_is_shown_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
     def inspect_lora(_: Any) -> None:
         raise MoLEError("wrong file")

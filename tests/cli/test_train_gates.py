@@ -92,6 +92,13 @@ def test_balance_study_prints_its_table(world: Path, tmp_path: Path) -> None:
         assert words in done.stdout
 
 
+def test_balance_study_looks_at_its_temperatures_before_any_model(tmp_path: Path) -> None:
+    lora = ["--lora", f"a={tmp_path}/none.safetensors", "--base", tmp_path / "none", "--template", "{concepts}"]
+    done = mole("balance-study", *lora, "--out", tmp_path / "study", "--temperature", "-1")
+    assert done.exit_code == 2
+    assert "`temperature` must be positive and finite, got -1.0" in " ".join(done.output.split())
+
+
 def test_later_sources_of_settings_go_first(tmp_path: Path) -> None:
     file = tmp_path / "a.yaml"
     file.write_text("{preset: official, steps: 50, seed: 1, eta: 0.1, gates: {scope: layer, temperature: 3}}")

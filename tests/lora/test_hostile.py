@@ -158,7 +158,14 @@ def test_states_that_are_no_tensors(models: Any) -> None:
 
 def test_strict_json() -> None:
     assert parse_json('{"a": [1, {"b": 2}]}') == {"a": [1, {"b": 2}]}
-    for text, message in (('{"a": 1, "a": 2}', "key 'a' twice"), ("[NaN]", "NaN, which"), ("[" * 10**5, "nested")):
+    assert parse_json('["\\ud83d\\ude00"]') == ["\U0001f600"]
+    for text, message in (
+        ('{"a": 1, "a": 2}', "key 'a' twice"),
+        ("[NaN]", "NaN, which"),
+        ("[" * 10**5, "nested"),
+        ('{"\\uD800": 1}', "half a UTF-16 pair"),
+        ('["a\\udc00"]', "half a UTF-16 pair"),
+    ):
         with pytest.raises(MoLEError, match=message):
             parse_json(text)
 

@@ -221,6 +221,12 @@ def test_wrong_input_is_refused_and_leaves_the_metric_as_it_was(clip: Differenti
         (lambda: text.update(["cat.png"], ["a cat"]), TypeError, "must be a tensor or a list of PIL images"),
         (lambda: text.update(255 * as_tensor(pictures()[0]), ["a cat"]), ValueError, r"they must lie in \[0, 1\]"),
         (lambda: TextAlignment(clip, "percent"), ValueError, r"must be one of \['cosine', 'clipscore'\], got 'perce"),
+        (
+            lambda: TextAlignment(clip, batch_size=0).update(pictures(), PROMPTS),
+            ValueError,
+            "`batch_size` must be at l",
+        ),
+        (lambda: image.update(pictures()[:1], ["cat"]), TypeError, r"list of names for each picture, .*\['cat'\]"),
         (lambda: image.update(pictures(), [["cat"]]), ValueError, "3 pictures and 1 lists of concepts"),
         (lambda: image.update(pictures()[:1], [["dog"]]), ValueError, "'dog' of picture 0 has no references. Known"),
         (lambda: ImageAlignment(clip, {"cat": []}), ValueError, "concept 'cat' has no reference pictures"),

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from mole_diffusion.benchmark import balance_study
+from mole_diffusion.benchmark.study import variants
 from mole_diffusion.clip import DifferentiableCLIP
 from mole_diffusion.gating import GateConfig, GateTable
 from mole_diffusion.training.engine.history import History, gate_entropy
@@ -109,3 +110,19 @@ def test_the_study_compares_balance_and_temperatures(clip: DifferentiableCLIP, t
     assert (tmp_path / "study" / "temperature-3" / "config.json").is_file()
     without = dataclasses.replace(settings, balance="off")  # of a training that has none, the paper's is studied
     assert balance_study(mole_pipeline(), without, temperatures=[3.0], **options | {"out": tmp_path / "other"}) == rows
+
+
+@pytest.mark.parametrize(
+    ("temperatures", "changes", "message"),
+    [
+        ([2.0, 2.0000001], {}, "one comes twice in"),
+        ([2.0, 0.0], {}, "`temperature` must be positive and finite, got 0.0"),
+        ([float("nan")], {}, "`temperature` must be positive and finite, got nan"),
+        ([2.0], {"gates": GateConfig(input="hidden", token_axis="token", residual=True)}, "no balance to keep"),
+    ],
+)
+def test_a_study_that_cannot_be_says_so_before_it_trains(
+    temperatures: list[float], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        variants(dataclasses.replace(config(), **changes), temperatures)

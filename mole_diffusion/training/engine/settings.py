@@ -2,10 +2,40 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from numbers import Integral, Real
 from typing import Any
 
 from mole_diffusion.errors import MoLEError
+
+_KINDS: dict[str, type] = {"int": Integral, "float": Real, "bool": bool}
+
+
+def check_types(config: Any) -> None:
+    """Checks that numbers are numbers: whole ones where the field's type is `int`, and true or false where `bool`.
+
+    Raises:
+        MoLEError: A field is of another type; the message has the field, its value and an example.
+    """
+    for field in dataclasses.fields(config):
+        allowed = str(field.type).split(" | ")
+        value, kind = getattr(config, field.name), _KINDS.get(allowed[0])
+        or_a_word = any(one.startswith("Literal") for one in allowed) and isinstance(value, str)
+        if kind is None or or_a_word or (value is None and "None" in allowed):
+            continue
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool) or _too_long(value):
+            also = " or None" if "None" in allowed else f", such as {field.default}"
+            raise MoLEError(f"`{field.name}` must be of type {allowed[0]}{also}, got {value!r}.")
+
+
+def _too_long(value: Any) -> bool:
+    """Whether a whole number has more digits than a float."""
+    try:
+        float(value)
+    except OverflowError:
+        return True
+    return False
 
 
 def check_step_settings(config: Any) -> None:
@@ -14,6 +44,8 @@ def check_step_settings(config: Any) -> None:
     Raises:
         MoLEError: One is out of range; the message has the field, its value and the remedy.
     """
+    if not 0 <= config.seed < 2**63:
+        raise MoLEError(f"`seed` must be 0 or more, and less than 2**63, got {config.seed}.")
     for field in ("steps", "batch_size"):
         if getattr(config, field) < 1:
             raise MoLEError(f"`{field}` must be at least 1, got {getattr(config, field)}.")

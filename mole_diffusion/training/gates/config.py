@@ -12,7 +12,7 @@ from mole_diffusion.errors import MoLEError
 from mole_diffusion.gating import GateConfig
 from mole_diffusion.training.engine.optimizer import LearningRateSchedule
 from mole_diffusion.training.engine.precision import MixedPrecision
-from mole_diffusion.training.engine.settings import check_step_settings
+from mole_diffusion.training.engine.settings import check_step_settings, check_types
 from mole_diffusion.training.gates.presets import PRESETS
 
 LossShape = Literal["linear", "log"]
@@ -98,6 +98,7 @@ class GateTrainingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("global_weight", "local_weight", "identity_weight", "balance_weight"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
@@ -177,30 +178,20 @@ class GateTrainingConfig:
 
 
 def read_fields(config: Any, values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` for a config dataclass: keys checked, and numbers of the kind of each field's default.
+    """`values` for a config dataclass: keys checked, and strings that stand for floats read.
 
     Raises:
-        MoLEError: A key is unknown, or a value is no such number.
+        MoLEError: A key is unknown, or such a string is no number.
     """
     fields: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(config)}
-    unknown = sorted(set(values) - set(fields))
+    unknown = [name for name in values if name not in fields]
     if unknown:
         raise MoLEError(f"unknown settings {unknown} in {config.__name__}; known are {', '.join(sorted(fields))}.")
     read = dict(values)
     for name, value in values.items():
-        default = fields[name]
-        if isinstance(default, bool):
-            fits = isinstance(value, bool)
-        elif isinstance(default, int):
-            fits = isinstance(value, int) and not isinstance(value, bool)
-        elif isinstance(default, float):
+        if isinstance(fields[name], float) and isinstance(value, int | str) and not isinstance(value, bool):
             try:
-                read[name], fits = float(value), not isinstance(value, bool)
-            except (TypeError, ValueError, OverflowError):
-                fits = False
-        else:
-            continue
-        if not fits:
-            kind = type(default).__name__
-            raise MoLEError(f"`{name}` must be of type {kind}, such as {default}, got {value!r}.")
+                read[name] = float(value)
+            except (ValueError, OverflowError):  # a whole number with more digits than a float has
+                raise MoLEError(f"`{name}` must be of type float, such as {fields[name]}, got {value!r}.") from None
     return read

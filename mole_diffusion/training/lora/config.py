@@ -11,7 +11,7 @@ from mole_diffusion.errors import MoLEError
 from mole_diffusion.families.clip import CLIPText
 from mole_diffusion.families.unet import UNet
 from mole_diffusion.training.engine.precision import MixedPrecision
-from mole_diffusion.training.engine.settings import check_step_settings
+from mole_diffusion.training.engine.settings import check_step_settings, check_types
 
 UNET_TARGETS, TEXT_ENCODER_TARGETS = UNet.targets, CLIPText.targets
 
@@ -73,6 +73,7 @@ class LoRATrainingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_types(self)
         targets = ("denoiser_targets", "text_encoder_targets", "text_encoder_2_targets")
         for field in ("captions", "prompts", "triggers", *targets):
             value = getattr(self, field)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.lora import LoRAFactors
+from mole_diffusion.lora.pieces import largest_rank
 from mole_diffusion.training.engine.models import without_gradients
 
 
@@ -63,7 +64,8 @@ class TrainableLoRA:
         seed: Draws the starting factors.
 
     Raises:
-        MoLEError: A target that names nothing, or something that is no Linear and no plain Conv2d.
+        MoLEError: A target that names nothing, or something that is no Linear and no plain Conv2d; or `rank` is more
+            than a LoRA of it can have.
     """
 
     def __init__(
@@ -80,6 +82,12 @@ class TrainableLoRA:
         self.layers: dict[tuple[str, str], tuple[nn.Linear | nn.Conv2d, LoRALayer]] = {}
         for component, model in self._components.items():
             for name, module in _find(component, model, targets[component]).items():
+                most = largest_rank(module.weight[0].numel(), len(module.weight))
+                if rank > most:  # its file would be refused
+                    raise MoLEError(
+                        f"rank {rank} is more than {component}.{name} can have, a module of {len(module.weight)} "
+                        f"outputs: at most {most}. Try rank=8."
+                    )
                 self.layers[component, name] = (module, LoRALayer(module, rank, alpha / rank, generator))
 
     @property
