@@ -40,16 +40,22 @@ def read_text(path: str | os.PathLike[str], largest: int = LARGEST_TEXT) -> str:
         MoLEError: It is no regular file, larger than `largest` bytes, or no text.
     """
     try:
+        return regular_text(path, largest)
+    except MoLEError as error:
+        raise MoLEError(f"{os.fspath(path)}: {error}.") from None
+
+
+def regular_text(path: str | os.PathLike[str], largest: int = LARGEST_TEXT) -> str:
+    """As `read_text`, but the message starts with the problem, for the caller to put the file's name before it."""
+    try:
         size = regular_size(path)
         if size > largest:
             raise MoLEError(f"{size:,} bytes, more than the {largest:,} that such a file may have")
         return Path(path).read_bytes().decode("utf-8-sig")
     except OSError as error:
-        raise MoLEError(f"{os.fspath(path)}: cannot be read ({error.strerror or error}).") from None
+        raise MoLEError(f"cannot be read ({error.strerror or error})") from None
     except UnicodeDecodeError:
-        raise MoLEError(f"{os.fspath(path)}: not a text in UTF-8. Save it as UTF-8.") from None
-    except MoLEError as error:
-        raise MoLEError(f"{os.fspath(path)}: {error}.") from None
+        raise MoLEError("not a text in UTF-8. Save it as UTF-8") from None
 
 
 def is_text(text: str) -> bool:

@@ -85,9 +85,10 @@ def _count(node: Node, known: dict[int, int]) -> int:
     known[id(node)] = 0
     total = 1
     line = node.start_mark.line + 1
-    if node.tag.startswith(_TAG) and node.tag.removeprefix(_TAG) not in PLAIN:
+    tag = str(node.tag)
+    if tag.startswith(_TAG) and tag.removeprefix(_TAG) not in PLAIN:
         raise MoLEError(
-            f"a {node.tag.removeprefix(_TAG)} in line {line}, and there are only words, numbers, lists and mappings. "
+            f"a {tag.removeprefix(_TAG)} in line {line}, and there are only words, numbers, lists and mappings. "
             "Write it in quotes."
         )
     if isinstance(node, ScalarNode) and not is_text(node.value):

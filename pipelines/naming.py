@@ -12,6 +12,7 @@ from torch import Tensor
 from ..composition.call import ROLES, Role
 from ..errors import MoLEError
 from ..lora import LoRA
+from ..reading import is_text
 
 LoRASource: TypeAlias = str | os.PathLike[str] | Mapping[str, Tensor] | LoRA
 
@@ -39,7 +40,7 @@ def named_sources(loras: object) -> dict[str, LoRASource]:
     if not sources:
         raise MoLEError(f"there is nothing to load: `loras` is {loras!r}. Taking all off again is `unload_loras()`.")
     for name in sources:
-        if not isinstance(name, str) or not name:
+        if not isinstance(name, str) or not name.strip() or not is_text(name):
             raise TypeError(f"a LoRA's name must be a non-empty string, got {name!r} ({type(name).__name__}).")
     return sources
 
@@ -63,10 +64,10 @@ def read_triggers(
         phrases = given.get(name, lora.triggers or name)
         phrases = (phrases,) if isinstance(phrases, str) else tuple(phrases)
         if not all(isinstance(phrase, str) for phrase in phrases):
-            raise TypeError(f"`triggers` of {name!r} must be a phrase or a list of phrases, got {given[name]!r}.")
+            raise TypeError(f"`triggers` of {name!r} must be a phrase or a list of phrases, got {phrases!r}.")
         if not phrases or not all(phrase.strip() for phrase in phrases):
             raise MoLEError(
-                f"`triggers` of {name!r} is {given[name]!r}. Give the words that call it, or leave it out: its name "
+                f"`triggers` of {name!r} is {phrases!r}. Give the words that call it, or leave it out: its name "
                 "or what its file tells is taken then."
             )
         words[name] = phrases

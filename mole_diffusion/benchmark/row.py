@@ -14,6 +14,7 @@ from mole_diffusion.benchmark.cell import Cell
 from mole_diffusion.benchmark.measures import IMAGE, MEASURES, TEXT
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.files import write_json
+from mole_diffusion.reading import regular_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +96,8 @@ def read_row(path: Path, cell: Cell) -> Row | None:
     if not path.exists():
         return None
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        values = json.loads(regular_text(path))
+    except (ValueError, RecursionError) as error:
         raise MoLEError(f"{path} is damaged: {error}.") from None
     names = cell_names(cell)
     if not isinstance(values, dict) or any(values.get(key) != value for key, value in names.items()):

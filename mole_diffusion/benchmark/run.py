@@ -28,6 +28,7 @@ from mole_diffusion.benchmark.share import process_share, share
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.files import NotWrittenError, atomic_path, in_use, try_folder, write_json
 from mole_diffusion.progress import ProgressBar, progress_bar
+from mole_diffusion.reading import regular_text
 
 CONFIG, PICTURES, ROWS = "benchmark.json", "pictures", "rows"
 _BY_NAME = (METHODS, LORAS, SHA256)
@@ -116,6 +117,8 @@ def _done(folder: Path, cell: Cell) -> bool:
 
 
 def _is_whole(picture: Path) -> bool:
+    if not picture.is_file():
+        return False
     try:
         with picture.open("rb") as file:
             begins = file.read(len(_PNG_BEGINS))
@@ -161,8 +164,8 @@ def _read_claim(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        before = json.loads(regular_text(path))
+    except (ValueError, RecursionError) as error:
         raise MoLEError(
             f"{path} is damaged: {error}. It says what the rows depend on; choose another folder."
         ) from None

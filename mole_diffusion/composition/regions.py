@@ -19,6 +19,7 @@ from mole_diffusion.composition.overlay import overlay
 from mole_diffusion.composition.region_forms import FORMS, Region, draw, luminance, transparency
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.files import atomic_path, write_json
+from mole_diffusion.reading import regular_text
 
 FINE = 8  # regions are drawn on a canvas this many times finer than the grid, and averaged
 LIST_NAME = "regions.json"
@@ -264,8 +265,8 @@ def _save_picture(picture: Image.Image, path: Path) -> None:
 def _read_list(path: Path) -> tuple[dict[str, list[str]], list[str]]:
     remedy = "Give a folder that `RegionMap.save` wrote."
     try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content: Any = json.loads(regular_text(path))
+    except (ValueError, RecursionError) as error:
         raise MoLEError(f"{path} cannot be read ({type(error).__name__}). {remedy}") from error
     files = content.get("files") if isinstance(content, dict) else None
     fixed = content.get("fixed", []) if isinstance(content, dict) else None

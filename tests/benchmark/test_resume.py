@@ -108,6 +108,8 @@ def test_damaged_rows_and_pictures_are_done_again(place: Path) -> None:
         lambda: row.write_text(other.read_text()),
         lambda: picture.write_bytes(whole[:-20]),
         lambda: picture.unlink(),
+        lambda: (row.unlink(), os.mkfifo(row)),
+        lambda: (picture.unlink(), os.mkfifo(picture)),
     ):
         break_it()
         assert run_benchmark(config(place), out) == 0

@@ -112,6 +112,8 @@ def test_a_model_that_cannot_take_experts_keeps_the_former_ones(pipe: Any) -> No
         ("cat.safetensors", TypeError, r"must be a dict such as .* or a list of files, got 'cat\.safetensors' \(str\)"),
         (None, TypeError, r"must be a dict such as .* got None"),
         ({"": "cat.safetensors"}, TypeError, r"a LoRA's name must be a non-empty string, got ''"),
+        ({" \n": "cat.safetensors"}, TypeError, r"a LoRA's name must be a non-empty string, got ' \\n'"),
+        ({"\ud800": "cat.safetensors"}, TypeError, "a LoRA's name must be a non-empty string, got '.ud800'"),
         ({1: "cat.safetensors"}, TypeError, r"a LoRA's name must be a non-empty string, got 1 \(int\)"),
         (["a/cat.safetensors", "b/cat.safetensors"], ValueError, "several LoRAs .* the same name: cat, cat"),
         ({"fox": "no/such/fox.safetensors"}, (LoRAError, FileNotFoundError), r"no/such/fox\.safetensors"),

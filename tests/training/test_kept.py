@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -57,6 +58,18 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no tensors": (lambda work: tensors(work).unlink(), r"step-0000002\.safetensors is damaged"),
     "empty tensors": (lambda work: tensors(work).write_bytes(b""), r"step-0000002\.safetensors is damaged"),
     "cut tensors": (lambda work: tensors(work).write_bytes(tensors(work).read_bytes()[:-9]), "is damaged"),
+    "a pipe": (
+        lambda work: ((work / "state.json").unlink(), os.mkfifo(work / "state.json")),
+        r"state\.json is damaged: a pipe, not a file",
+    ),
+    "tensors in a pipe": (
+        lambda work: (tensors(work).unlink(), os.mkfifo(tensors(work))),
+        r"step-0000002\.safetensors is damaged: a pipe, not a file",
+    ),
+    "a device": (
+        lambda work: ((work / "state.json").unlink(), (work / "state.json").symlink_to("/dev/zero")),
+        r"state\.json is damaged: a device, not a file",
+    ),
     "a folder": (
         lambda work: ((work / "state.json").unlink(), (work / "state.json").mkdir()),
         r"state\.json is damaged",

@@ -19,6 +19,7 @@ from torch import Tensor
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.families import family_of
 from mole_diffusion.files import write_json, write_safetensors
+from mole_diffusion.reading import regular_size, regular_text
 
 STATE_FILE = "state.json"
 
@@ -137,8 +138,8 @@ class CheckpointFolder:
         if not file.exists():
             return None
         try:
-            state = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
+            state = json.loads(regular_text(file))
+        except (ValueError, RecursionError) as error:
             raise self._damaged(STATE_FILE, str(error) or type(error).__name__) from None
         kinds = {"run": str, "step": int, "tensors": str, "extra": dict}
         if not isinstance(state, dict) or not all(isinstance(state.get(key), kind) for key, kind in kinds.items()):
@@ -152,8 +153,9 @@ class CheckpointFolder:
     ) -> tuple[dict[str, Tensor], dict[int, dict[str, Tensor]]]:
         """What was learned by name, and the optimiser's state by the number of the parameter."""
         try:
+            regular_size(self.folder / file)  # a pipe would be waited for
             tensors = load_file(self.folder / file)
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, MoLEError) as error:
             raise self._damaged(file, str(error)) from None
         names = list(parameters)
         values: dict[str, Tensor] = {}

@@ -16,6 +16,7 @@ from PIL import Image
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.files import atomic_path, try_folder, write_json, write_last
 from mole_diffusion.gating import MoLEModel
+from mole_diffusion.reading import regular_text
 from mole_diffusion.sheets import curves, gate_heat_maps, picture_sheet
 from mole_diffusion.tables import markdown_table, number
 from mole_diffusion.training.engine.history import History
@@ -213,7 +214,10 @@ def _is_config(file: Path) -> bool:
 
 
 def _is_card(file: Path) -> bool:
-    return LIBRARY in file.read_text(encoding="utf-8", errors="replace")
+    try:
+        return LIBRARY in regular_text(file)
+    except MoLEError:
+        return False
 
 
 def _has_record(file: Path) -> bool:
@@ -222,8 +226,8 @@ def _has_record(file: Path) -> bool:
 
 def _json(file: Path) -> Any:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return json.loads(regular_text(file, largest=2**30))
+    except (ValueError, RecursionError):
         return None
 
 
