@@ -111,7 +111,7 @@ class LoRA:
     Attributes:
         name: What the user calls it.
         source: Path as given, or `<state dict>`.
-        layout: `"diffusers"`, `"diffusers-old"`, `"peft"`, `"kohya"`, `"original"` or `"xlabs"`.
+        layout: The layout of its keys, one of `lora.layouts.LAYOUTS`, such as `"kohya"`.
         sha256: Of the file's bytes; of the sorted tensors for a state dict. What a LoRA *does* has `fingerprint`.
         factors: Component (`"unet"`, `"text_encoder"`, …) to module name, as in `named_modules()`, to factors.
             fp32, on the CPU.

@@ -27,7 +27,7 @@ class LoRAReport:
     Attributes:
         source: Path as given.
         sha256: SHA-256 of the file's bytes.
-        layout: `"diffusers"`, `"diffusers-old"`, `"peft"`, `"kohya"`, `"original"` or `"xlabs"`.
+        layout: The layout of its keys, one of `lora.layouts.LAYOUTS`, such as `"kohya"`.
         trainer: Program that wrote it, or `"unknown"`.
         modules: Number of modules by component; `"unstated"` where the keys name none.
         kinds: How many modules have which kind of adapter, by kind.
