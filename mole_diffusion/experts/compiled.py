@@ -20,7 +20,6 @@ from torch import Tensor
 
 from ..errors import MoLEError
 from ..families import Joint, Told
-from .run import Run
 
 _NUMBERS = itertools.count()
 # What runs in Python is not in a recorded CUDA graph: inductor records around it. Older versions have no such tag.
@@ -192,38 +191,4 @@ def refuse_learning(weigher: Any) -> None:
         raise MoLEError(
             "a compiled model gives gates no gradient. Train them on the model without `torch.compile`; to draw, call "
             "it inside `torch.no_grad()`."
-        )
-
-
-def refuse_method(component: str, run: Run, reads_attention: bool) -> None:
-    """Raises MoLEError where a method needs more of a pass than a compiled graph has.
-
-    Args:
-        component: The denoiser.
-        run: The pass.
-        reads_attention: Whether attention is read by hooks there, which a graph passes by.
-    """
-    name = getattr(run.weigher, "name", "in use")
-    if run.passes > 1:
-        raise MoLEError(
-            f"composition {name!r} runs the denoiser {run.passes} times at once, "
-            f"and a compiled graph of {component} is for one. Draw with it before `torch.compile`, or choose a "
-            "composition of one pass, such as masks or budget."
-        )
-    if reads_attention:
-        refuse_unseen(component, run)
-
-
-def refuse_unseen(component: str, run: Run) -> None:
-    """Raises MoLEError for a method that reads attention, where that lies in a compiled graph and is read by hooks.
-
-    Args:
-        component: The denoiser.
-        run: The pass.
-    """
-    if run.active and "attention" in getattr(run.weigher, "needs", ()):
-        raise MoLEError(
-            f"composition {getattr(run.weigher, 'name', 'in use')!r} reads the attention of {component}, which a "
-            "compiled graph does not show here. Draw with it before `torch.compile` and `compile_repeated_blocks`, or "
-            "choose another, such as budget."
         )

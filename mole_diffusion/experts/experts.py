@@ -19,9 +19,9 @@ from . import adapter_calls
 from .adding import add_experts
 from .attach import ENGINES, Attachment, Engine, refuse_unfit
 from .beside import settle
-from .compiled import refuse_learning, refuse_method, refuse_unseen
+from .compiled import refuse_learning
 from .packed import packed, unpacked
-from .refusals import AttachError, refuse_caches, refuse_compiled
+from .refusals import AttachError, refuse_caches, refuse_compiled, refuse_method, refuse_unseen
 from .run import Run, Weigher
 from .runs import Runs
 from .seam import LayerSeam

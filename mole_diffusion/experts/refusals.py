@@ -1,4 +1,4 @@
-"""Models that experts cannot hang on, or on which they would silently do nothing."""
+"""Models that experts cannot hang on or would silently do nothing on, and methods that need more than a pass has."""
 
 from __future__ import annotations
 
@@ -116,3 +116,37 @@ def _cache_hooks(model: nn.Module) -> list[str]:
             if "cache" in home or home == "pyramid_attention_broadcast":
                 found[name] = None
     return list(found)
+
+
+def refuse_method(component: str, run: Run, reads_attention: bool) -> None:
+    """Raises MoLEError where a method needs more of a pass than a compiled graph has.
+
+    Args:
+        component: The denoiser.
+        run: The pass.
+        reads_attention: Whether attention is read by hooks there, which a graph passes by.
+    """
+    name = getattr(run.weigher, "name", "in use")
+    if run.passes > 1:
+        raise MoLEError(
+            f"composition {name!r} runs the denoiser {run.passes} times at once, "
+            f"and a compiled graph of {component} is for one. Draw with it before `torch.compile`, or choose a "
+            "composition of one pass, such as masks or budget."
+        )
+    if reads_attention:
+        refuse_unseen(component, run)
+
+
+def refuse_unseen(component: str, run: Run) -> None:
+    """Raises MoLEError for a method that reads attention, where that lies in a compiled graph and is read by hooks.
+
+    Args:
+        component: The denoiser.
+        run: The pass.
+    """
+    if run.active and "attention" in getattr(run.weigher, "needs", ()):
+        raise MoLEError(
+            f"composition {getattr(run.weigher, 'name', 'in use')!r} reads the attention of {component}, which a "
+            "compiled graph does not show here. Draw with it before `torch.compile` and `compile_repeated_blocks`, or "
+            "choose another, such as budget."
+        )
