@@ -18,7 +18,7 @@ class MissingPackageError(MoLEError, ImportError):
 
 @contextmanager
 def needs(extra: Extra, what: str) -> Iterator[None]:
-    """Around imports that a bare ``pip install mole-diffusion`` does not bring.
+    """Around imports that a bare `pip install mole-diffusion` does not bring.
 
     Args:
         extra: Which brings them.

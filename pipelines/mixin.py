@@ -203,8 +203,8 @@ class MoLEPipelineMixin(GateCalls):
         Args:
             loras: `None` draws with all loaded LoRAs, a list with those named, a dict also scales each weight, and
                 `[]` is the bare base model, bit for bit. Text encoders use the same choice.
-            regions: Where LoRAs act, for methods that bind them to their subjects: name to a box ``(left, top, right,
-                bottom)`` in fractions of the picture or pixels, a polygon, a painted mask, or several of these; or
+            regions: Where LoRAs act, for methods that bind them to their subjects: name to a box `(left, top, right,
+                bottom)` in fractions of the picture or pixels, a polygon, a painted mask, or several of these; or
                 `{"region": box, "prompt": "a <v1> cat asleep"}` for one with words of its own. LoRAs without a region
                 are found automatically. Or the `masks` of an earlier call.
             spans: Beside `prompt_embeds`, whose words nobody can read: name to the positions of its LoRA's tokens.

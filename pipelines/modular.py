@@ -9,7 +9,7 @@
     state.get("images")[0], state.get("masks")
 
 Everything else is that of the modular pipeline: `MoLEStableDiffusionXLBlocks().sub_blocks` may be exchanged, and
-``pipe.blocks.doc`` tells all inputs.
+`pipe.blocks.doc` tells all inputs.
 """
 
 from __future__ import annotations
@@ -167,10 +167,10 @@ class MoLEBlocks(SequentialPipelineBlocks):
 
     The blocks are `loras` (:class:`LoadLoRAs`), `gates` (:class:`LoadGates`) and then those of diffusers; words are
     looked for where `text_encoder` encodes them, and where a method finds masks first, `denoise` runs its first steps
-    without LoRAs. A call also takes ``loras`` and ``regions``, as a call of our pipelines does, and its state has
-    ``masks``: which pixels were whose.
+    without LoRAs. A call also takes `loras` and `regions`, as a call of our pipelines does, and its state has
+    `masks`: which pixels were whose.
 
-    `save_pretrained` writes what ``ModularPipeline.from_pretrained(folder, trust_remote_code=True)`` reads, also into
+    `save_pretrained` writes what `ModularPipeline.from_pretrained(folder, trust_remote_code=True)` reads, also into
     the folder of a base model.
 
     Attributes:
@@ -255,7 +255,7 @@ class MoLEBlocks(SequentialPipelineBlocks):
         return on_models(self.task, components)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Writes ``modular_config.json`` and ``block.py``, which takes the blocks from the installed package.
+        """Writes `modular_config.json` and `block.py`, which takes the blocks from the installed package.
 
         Args:
             save_directory: A folder, of its own or of a base model.

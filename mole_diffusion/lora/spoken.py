@@ -12,7 +12,7 @@ _PART = re.compile(r"<(\w+)>")
 
 
 def spoken(message: str, keys: Mapping[str, str], layout: str) -> str:
-    """A message in which parts stand as ``<down>``, with what the file calls them: ``lora_A.weight``.
+    """A message in which parts stand as `<down>`, with what the file calls them: `lora_A.weight`.
 
     Args:
         message: The message.

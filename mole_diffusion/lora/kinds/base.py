@@ -18,7 +18,7 @@ Change = tuple[Tensor, Tensor] | Kronecker
 
 
 class KindError(ValueError):
-    """The parts are not those of one module. In the message they stand as ``<down>``, for each file has its own words.
+    """The parts are not those of one module. In the message they stand as `<down>`, for each file has its own words.
 
     Attributes:
         remedy: What was expected.
