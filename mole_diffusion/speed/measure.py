@@ -50,6 +50,7 @@ class Row:
             with less where nothing is merged.
         bytes: What it reads and writes over the same of the bare model, counted operator by operator.
         products: How many products of two tensors.
+        operators: How many operators at all, of which each takes a moment of Python and of a GPU's queue.
         memory: MiB at the peak of a call beyond weights and inputs; `None` where nobody knows.
     """
 
@@ -61,6 +62,7 @@ class Row:
     operations: float
     bytes: float
     products: int
+    operators: int
     memory: float | None
 
 
@@ -175,6 +177,7 @@ def _measure(speed: Speed, model: Any, inputs: dict[str, Any], number: int, tell
                 counts[side].operations / bare.operations,
                 counts[side].bytes / bare.bytes,
                 counts[side].count,
+                counts[side].operators,
                 memory[side],
             )
         )

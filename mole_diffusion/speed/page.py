@@ -18,6 +18,8 @@ NAMES = {
     "peft": "diffusers + peft",
     "merged": "merged beforehand",
 }
+COUNTED = ("operations", "bytes", "products", "operators")
+HEAD = ["side", "LoRAs", "seconds", "processor time", "clock", *COUNTED, "MiB"]
 
 
 def speed_tables(speed: Speed) -> str:
@@ -30,10 +32,7 @@ def speed_tables(speed: Speed) -> str:
         f"{config.latent or size.latent}², batch {config.batch}; LoRAs of rank {config.rank} on {speed.sites} modules "
         f"({config.targets}){used}; {speed.device}{', compiled' if config.compiled else ''}; {config.rounds} rounds.",
         "",
-        *_table(
-            ["side", "LoRAs", "seconds", "processor time", "clock", "operations", "bytes", "products", "MiB"],
-            [_row(row) for row in speed.rows],
-        ),
+        *_table(HEAD, [_row(row) for row in speed.rows]),
         "",
         *_table(
             ["LoRAs", "load, s", "load with peft, s", "new choice, ms per 100 modules", "used before, ms"],
@@ -73,7 +72,8 @@ def speed_page(speeds: Sequence[Speed], command: str) -> str:
         f"Made by `{command}`. One process, sides interleaved round by round, random weights, real shapes.",
         "Ratios are to the bare base in the same round: median [quartiles]. *Operations* are those of all products and",
         "*bytes* what all operators read and write, both counted and over those of the bare base: what the arithmetic",
-        "asks for on any machine. *MiB* is the peak of a call beyond weights and inputs.",
+        "asks for on any machine; no side can cost less than its operations. *Operators* are all that torch runs,",
+        "views too, which bind small models. *MiB* is the peak of a call beyond weights and inputs.",
     ]
     return "\n".join([*head, *(f"\n{speed_tables(speed)}" for speed in speeds), ""])
 
@@ -88,6 +88,7 @@ def _row(row: Row) -> list[str]:
         f"{row.operations:.3f}",
         f"{row.bytes:.3f}",
         str(row.products),
+        str(row.operators),
         "–" if row.memory is None else f"{row.memory:.0f}",
     ]
 

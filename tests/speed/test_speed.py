@@ -51,6 +51,7 @@ def test_a_table_of_a_tiny_model() -> None:
     assert rows["sum"].operations == pytest.approx(rows["peft"].operations, rel=1e-9)
     assert rows["masks"].products >= rows["sum"].products  # every LoRA has joined in
     assert rows["gates"].operations < 1.2 * rows["sum"].operations
+    assert rows["bare"].operators < rows["sum"].operators < rows["gates"].operators < rows["peft"].operators
     assert all(row.seconds > 0 and row.memory is not None for row in speed.rows)
     (setting,) = speed.settings
     assert setting.load > 0
