@@ -11,16 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
 from mole_diffusion import __version__, toybox
 from mole_diffusion.composition import COMPOSITIONS
-from mole_diffusion.lora import load_lora, save_lora
+from mole_diffusion.lora import inspect_lora, load_lora, save_lora
 from mole_diffusion.pipelines import MoLEStableDiffusionPipeline
 from mole_diffusion.training import LoRATrainingConfig
 from tests import ROOT
 from tests.command import mole, picture
 from tests.composing import NAMES, composing_pipeline, lora_states
+from tests.tiny import families
 
 PROMPT = "a cat, a dog and a mug"
 
@@ -151,6 +153,16 @@ def test_train_lora_writes_a_lora_that_loads(world: Path, tmp_path: Path) -> Non
     assert done.exit_code == 0, done.output
     pipe.load_loras({"other": out})
     assert pipe.experts.loras[1].triggers == ("mug",)
+
+
+def test_train_lora_trains_a_base_of_another_family_with_both_its_text_encoders(world: Path, tmp_path: Path) -> None:
+    StableDiffusionXLPipeline(**families.sdxl()).save_pretrained(tmp_path / "xl")
+    out = tmp_path / "new.safetensors"
+    options = ["--images", world / "pictures", "--token", "mug", "--class", "dog", "--rank", 2, "--device", "cpu"]
+    options += ["--steps", 1, "--batch-size", 1, "--text-encoder"]
+    done = mole("train-lora", "--base", tmp_path / "xl", *options, "--out", out)
+    assert done.exit_code == 0, done.output
+    assert inspect_lora(out).modules.keys() == {"unet", "text_encoder", "text_encoder_2"}
 
 
 def test_train_lora_has_the_defaults_of_the_training() -> None:
