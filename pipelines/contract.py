@@ -15,6 +15,7 @@ from torch import nn
 from ..errors import MoLEError, printable
 from ..loading import LoadingError, loading
 from ..reading import regular_size
+from .read_wrongly import refuse_random_text_encoders
 
 if TYPE_CHECKING:
     from typing import Self
@@ -76,7 +77,9 @@ class DiffusersContract(Base):
             LoadingError: The folder or repository is not there, or cannot be read.
         """
         with loading(f"the base model {pretrained_model_name_or_path}"):
-            return super().from_pretrained(pretrained_model_name_or_path, **{"use_safetensors": True, **kwargs})
+            pipe = super().from_pretrained(pretrained_model_name_or_path, **{"use_safetensors": True, **kwargs})
+        refuse_random_text_encoders({name: part for name, part in pipe.components.items() if name not in kwargs})
+        return pipe
 
     @classmethod
     def from_single_file(cls, pretrained_model_link_or_path: Any, **kwargs: Any) -> Self:

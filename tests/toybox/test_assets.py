@@ -42,6 +42,14 @@ def _latents(pipe: StableDiffusionPipeline, prompt: str = PROMPT, **kwargs: obje
     return pipe(prompt, num_inference_steps=4, generator=generator, output_type="latent", **kwargs).images
 
 
+def test_every_version_of_transformers_finds_the_text_encoder() -> None:
+    """Stable Diffusion's own files say `text_model.`; without it older versions would leave the weights random."""
+    from safetensors import safe_open
+
+    with safe_open(toybox.base_dir() / "text_encoder" / "model.safetensors", "pt") as file:
+        assert all(key.startswith("text_model.") for key in file.keys())
+
+
 def test_stock_diffusers_opens_the_base_and_draws(stock: StableDiffusionPipeline) -> None:
     picture = stock("a photo of a mug on grass", num_inference_steps=2).images[0]
     assert picture.size == (64, 64)

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from mole_diffusion.errors import MoLEError
-from mole_diffusion.files import write_json
+from mole_diffusion.families.names import TEXT_MODEL
+from mole_diffusion.files import write_json, write_safetensors
 
 from .. import base_dir
 from ..subjects import SUBJECTS
@@ -137,3 +139,8 @@ def save_base(
         requires_safety_checker=False,
     )
     pipe.save_pretrained(folder)
+    # As in Stable Diffusion's own files. Newer versions of transformers write names without it, and older ones, which
+    # do not find those, would leave the text encoder random.
+    file = folder / "text_encoder" / "model.safetensors"
+    named = {TEXT_MODEL + key.removeprefix(TEXT_MODEL): tensor for key, tensor in load_file(file).items()}
+    write_safetensors(file, named, {"format": "pt"})
