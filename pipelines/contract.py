@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Mapping
-from functools import reduce
+from functools import reduce, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +46,11 @@ class DiffusersContract(Base):
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             return super(cls, self).__call__(*args, **kwargs)
 
+        def encode_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return super(cls, self).encode_prompt(*args, **kwargs)
+
+        if hasattr(_stock_class(cls), "encode_prompt"):  # its arguments are looked at too, and its source
+            cls.encode_prompt = wraps(_stock_class(cls).encode_prompt)(encode_prompt)
         ours, stock = super(cls, cls).__call__, _stock_class(cls).__call__
         parameters = list(inspect.signature(stock).parameters.values())
         catch_all = parameters.pop() if parameters[-1].kind is inspect.Parameter.VAR_KEYWORD else None

@@ -252,10 +252,12 @@ class MoLEPipelineMixin(GateCalls):
         args = tuple(list(one) if isinstance(one, list) else one for one in args)
         kwargs = {name: list(one) if isinstance(one, list) else one for name, one in kwargs.items()}
         call = current_call()
-        loaded = self._loaded
-        weigher = None if call is None or loaded.experts is None else loaded.experts.chosen
         encode = super().encode_prompt
-        if call is None or call.names != tuple(loaded.loras) or "words" not in getattr(weigher, "needs", ()):
+        if call is None:  # perhaps of a pipeline with text encoders alone
+            return encode(*args, **kwargs)
+        loaded = self._loaded
+        weigher = None if loaded.experts is None else loaded.experts.chosen
+        if call.names != tuple(loaded.loras) or "words" not in getattr(weigher, "needs", ()):
             return encode(*args, **kwargs)
         given = inspect.signature(encode).bind_partial(*args, **kwargs).arguments
         prompt = given.get("prompt")

@@ -39,6 +39,20 @@ def test_without_loras_it_draws_what_the_stock_pipeline_draws() -> None:
     assert torch.equal(draw(composing_pipeline()), draw(tiny_pipeline()))
 
 
+def test_encode_prompt_has_the_stock_signature_and_needs_text_encoders_alone(components: dict[str, Any]) -> None:
+    assert inspect.signature(MoLEStableDiffusionPipeline.encode_prompt) == inspect.signature(
+        StableDiffusionPipeline.encode_prompt
+    )
+    alone: Any = dict.fromkeys(("vae", "unet", "scheduler", "safety_checker", "feature_extractor"))
+    alone |= {"text_encoder": components["text_encoder"], "tokenizer": components["tokenizer"]}
+    encoded = [
+        cls(**alone, requires_safety_checker=False).encode_prompt("a cat", "cpu", 1, True, "a dog")
+        for cls in (MoLEStableDiffusionPipeline, StableDiffusionPipeline)
+    ]
+    for ours, stock in zip(*encoded, strict=True):
+        assert torch.equal(ours, stock)
+
+
 def test_the_signature_is_the_stock_one_and_loras() -> None:
     ours = inspect.signature(MoLEStableDiffusionPipeline.__call__).parameters
     stock = inspect.signature(StableDiffusionPipeline.__call__).parameters
