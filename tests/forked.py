@@ -137,22 +137,7 @@ def benchmark(folder: Path, path: Path) -> None:
     codes = [wait(worker) for worker in workers]
     there = len(read_rows(study, place))
     codes += [wait(fork(launch)), wait(fork(lambda: run_benchmark(study, folder / "whole")))]
-    print(json.dumps([codes, there, *one_dies()]))
-
-
-def one_dies() -> tuple[int, float]:
-    """What `accelerate launch` does when one of its processes dies: its exit code, and after how many seconds."""
-    worker = (
-        "import os, signal, time; os.environ['RANK'] == '1' and os.kill(os.getpid(), signal.SIGKILL); time.sleep(600)"
-    )
-
-    def launch() -> None:
-        options = ["--multi_gpu", "--no_python", "--num_processes", "2", "--main_process_port", "0"]
-        sys.argv = ["accelerate", *options, sys.executable, "-c", worker]
-        launch_command(launch_command_parser().parse_args())
-
-    started = time.monotonic()
-    return wait(fork(launch)), time.monotonic() - started
+    print(json.dumps([codes, there]))
 
 
 if __name__ == "__main__":

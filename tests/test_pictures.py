@@ -182,7 +182,7 @@ def test_training_references_and_measuring_see_the_same(tmp_path: Path) -> None:
     seen = torch.from_numpy(pixels(read_picture(tmp_path / "a.png"))).permute(2, 0, 1).float() / 255
     with Image.open(tmp_path / "a.png") as image:
         trained, reference, measured = (
-            groups_by_size([image], 8, None)[0][1][0] / 2 + 0.5,
+            groups_by_size([image], 8, 8)[0][1][0] / 2 + 0.5,
             _as_tensor(image)[0],
             by_picture(image)[0],
         )

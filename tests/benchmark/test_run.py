@@ -300,13 +300,10 @@ def test_killed_and_started_again_it_gives_the_same_table(tmp_path: Path) -> Non
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path)}  # no configuration of the user's
     done = subprocess.run(command, cwd=ROOT, env=environment, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    codes, there, code_of_dead, seconds_to_die = json.loads(done.stdout.splitlines()[-1])
+    codes, there = json.loads(done.stdout.splitlines()[-1])
     assert -9 in codes[:2], done.stderr
     assert codes[2:] == [0, 0], done.stderr
     assert 0 < there < len(study.cells())
-    # One process of `accelerate launch` dies: the other, which would sleep for ten minutes, is ended.
-    assert code_of_dead != 0
-    assert seconds_to_die < 300
     assert scores(read_rows(study, killed)) == scores(read_rows(study, whole))
     assert len(read_rows(study, killed)) == len(study.cells())
     assert [row.evaluations for row in read_rows(study, whole)][:6] == [1, 1, 1, 3, 3, 3]

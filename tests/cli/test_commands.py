@@ -132,7 +132,7 @@ def test_generate_with_a_plain_method_and_masked_loras(world: Path, tmp_path: Pa
 def test_inspect(world: Path) -> None:
     done = mole("inspect", world / "dog.safetensors")
     assert done.exit_code == 0, done.output
-    for word in ("diffusers", "in unet", "in text_encoder", "6 (", "SHA-256"):
+    for word in ("diffusers", "in the denoiser", "in text_encoder", "6 (", "SHA-256"):
         assert word in done.stdout
 
 

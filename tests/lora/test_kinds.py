@@ -220,7 +220,7 @@ def test_float8_with_scales_is_scaled() -> None:
     factors = read(state, nn.Linear(D_IN, D_OUT))
     assert torch.equal(factors.down, down.float() * 0.5)
     assert torch.equal(factors.up, up.float() * torch.arange(1.0, 1 + D_OUT)[:, None])
-    with pytest.raises(LoRAError, match=r"scales \(3,\) of down \(2, 6\)"):
+    with pytest.raises(LoRAError, match=r"scales \(3,\) of lora_down.weight \(2, 6\)"):
         read({**state, "lora_down.scale_weight": torch.ones(3)}, nn.Linear(D_IN, D_OUT))
 
 

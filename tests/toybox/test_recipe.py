@@ -196,7 +196,7 @@ def small_world(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in set(toybox.subjects()) - {"cat", "boot", "teapot", "mug", "clock"}:
         monkeypatch.delitem(SUBJECTS, name)
     monkeypatch.setattr(recipe.gates, "SETS", recipe.gates.SETS[:1])
-    monkeypatch.setattr(recipe.measure, "NUM_INFERENCE_STEPS", 1)
+    monkeypatch.setattr("mole_diffusion.toybox.recipe.draw.NUM_INFERENCE_STEPS", 1)
 
 
 @pytest.mark.slow
