@@ -246,16 +246,18 @@ def png(folder: Path) -> bytes:
     return (folder / "whole.png").read_bytes()
 
 
-WORKER = """
-import sys, torch, torch.distributed as dist
-from mole_diffusion.clip import DifferentiableCLIP
-from mole_diffusion import toybox
-from mole_diffusion.metrics import ConceptPresence, ImageAlignment, TextAlignment
+WORKERS = """
+import sys, torch.distributed as dist
+from tests.forked import fork, wait
 from tests.metrics.test_alignment import measure
-rank, port = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-print(measure(slice(0, 1) if rank == 0 else slice(1, None)))
-dist.destroy_process_group()
+
+def work(rank):
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{sys.argv[1]}", rank=rank, world_size=2)
+    sys.stdout.write(f"{measure(slice(0, 1) if rank == 0 else slice(1, None))}\\n")  # as one
+    dist.destroy_process_group()
+
+children = [fork(lambda rank=rank: work(rank)) for rank in range(2)]
+sys.exit(any([wait(child) for child in children]))
 """
 
 
@@ -272,16 +274,10 @@ def test_two_processes_give_what_one_gives() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    command = [sys.executable, "-c", WORKER]
-    workers = [
-        subprocess.Popen(
-            [*command, str(rank), port], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    outputs = [worker.communicate() for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], outputs
-    first, second = (ast.literal_eval(output) for output, _ in outputs)
+    command = [sys.executable, "-c", WORKERS, port]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    first, second = (ast.literal_eval(line) for line in done.stdout.splitlines() if line.startswith("["))
     assert first == second
     for shared, alone in zip(first, measure(slice(None)), strict=True):
         assert shared == pytest.approx(alone, abs=1e-6)  # features, not sums, round otherwise in batches of other sizes
