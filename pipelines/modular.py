@@ -73,8 +73,8 @@ from mole_diffusion.pipelines.modular import {name}
 '''
 
 
-class LoadLoRAs(ModularPipelineBlocks):
-    """Loads LoRAs as experts. They stay on the models until a call names other files.
+class _Loading(ModularPipelineBlocks):
+    """A block that loads something for the models of the pipeline it stands in.
 
     Args:
         task: The pipeline of ours for the same models.
@@ -83,6 +83,10 @@ class LoadLoRAs(ModularPipelineBlocks):
     def __init__(self, task: type[MoLEPipelineMixin]) -> None:
         super().__init__()
         self._task = task
+
+
+class LoadLoRAs(_Loading):
+    """Loads LoRAs as experts. They stay on the models until a call names other files."""
 
     @property
     def description(self) -> str:
@@ -122,16 +126,8 @@ class LoadLoRAs(ModularPipelineBlocks):
         return components, state
 
 
-class LoadGates(ModularPipelineBlocks):
-    """Loads trained gates, and chooses how LoRAs share the picture. Both stay until a call names others.
-
-    Args:
-        task: The pipeline of ours for the same models.
-    """
-
-    def __init__(self, task: type[MoLEPipelineMixin]) -> None:
-        super().__init__()
-        self._task = task
+class LoadGates(_Loading):
+    """Loads trained gates, and chooses how LoRAs share the picture. Both stay until a call names others."""
 
     @property
     def description(self) -> str:
