@@ -126,8 +126,9 @@ class Attachment:
                 attention.processor = original
         for ours in self._made:
             ours.retire()
-        for handle in [*self._handles, *self._site_hooks.values(), *self._watch_hooks.values(), *self._meetings]:
-            handle.remove()
+        hooks: list[RemovableHandle | SiteHook | Watch | Meeting] = [*self._handles, *self._meetings]
+        for hook in (*hooks, *self._site_hooks.values(), *self._watch_hooks.values()):
+            hook.remove()
         for place in self._places:
             place.retire()  # a compiled graph may go on without
         self._swapped.clear()

@@ -126,7 +126,7 @@ class Beside:
         added = torch.zeros_like(base)
         if term.kronecker is not None:
             added = self._per_position(term.kronecker(self._scaled(x, term.columns), self._convolution))
-        if term.rows is not None:
+        if term.rows is not None and term.rows_beyond is not None:
             added = added * term.rows + term.rows_beyond * base
         if term.columns is not None:
             again = self._positions(self.module.forward(self._scaled(x, term.columns_beyond)).to(base.dtype))

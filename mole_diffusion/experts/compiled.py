@@ -28,7 +28,7 @@ _UNRECORDED = getattr(torch.Tag, "cudagraph_unsafe", None)
 
 def _operator(name: str, changes: tuple[str, ...]) -> Callable[[Callable[..., Any]], Any]:
     """Makes a function an operator of torch that changes these of its arguments."""
-    tags = {} if _UNRECORDED is None else {"tags": (_UNRECORDED,)}
+    tags: dict[str, Any] = {} if _UNRECORDED is None else {"tags": (_UNRECORDED,)}
     return torch.library.custom_op(f"mole_diffusion::{name}", mutates_args=changes, **tags)
 
 

@@ -47,8 +47,11 @@ def _add(
 
 
 class Watch:
-    """The seam of a layer with somebody else's processor, by hooks: its own projections of the same input show what it
-    attends to, and a bias goes in as the attention mask that every processor knows."""
+    """The seam of a layer with somebody else's processor, by hooks.
+
+    Its own projections of the same input show what it attends to, and a bias goes in as the attention mask that every
+    processor knows.
+    """
 
     def __init__(self, layer: Attention, seam: AttentionSeam) -> None:
         self._seam = seam

@@ -17,8 +17,10 @@ from .run import Run, Weigher, in_backward
 
 
 class _Thread(threading.local):
-    """The forward passes of one thread, by component: the latest, those that run now, those that are recomputed, and
-    those of parts that are called alone."""
+    """The forward passes of one thread, by component.
+
+    The latest, those that run now, those that are recomputed, and those of parts that are called alone.
+    """
 
     def __init__(self) -> None:
         self.latest: dict[str, Run] = {}

@@ -66,8 +66,7 @@ class ExpertStack:
         )
         self._same_rank = len(set(self._ranks)) == 1
         self._scales = any(scaling != 1 for scaling in self._scalings)
-        self._up: Tensor | None = None
-        self._up_turned: Tensor | None = None
+        self._ups: tuple[Tensor, Tensor] | None = None  # B, and the same turned
 
     def only(self, kept: Collection[int]) -> ExpertStack:
         """The same place with the rows of the `kept` LoRAs alone; their indices stay, the others have rank 0.
@@ -115,15 +114,19 @@ class ExpertStack:
 
     def up_like(self, output: Tensor) -> Tensor:
         """B of all LoRAs, unscaled, `(d_out, R)` on the device and in the dtype of `output`; kept."""
-        up = self._up
-        if up is None or up.device != output.device or up.dtype != output.dtype:
-            ups = [factor.up.flatten(1).to(output.device, output.dtype) for factor in self._present]
-            self._up = up = torch.cat(ups, dim=1) if len(ups) > 1 else ups[0]
-            self._up_turned = up.t()
+        return self._ups_like(output)[0]
+
+    def _ups_like(self, output: Tensor) -> tuple[Tensor, Tensor]:
+        """`up_like`, and the same turned, `(R, d_out)`."""
+        ups = self._ups
+        if ups is None or ups[0].device != output.device or ups[0].dtype != output.dtype:
+            parts = [factor.up.flatten(1).to(output.device, output.dtype) for factor in self._present]
+            up = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+            self._ups = ups = up, up.t()
             if self._whole and _as_they_are(self._present, output):
                 for factor, part in zip(self._present, up.split(self._ranks, dim=1), strict=True):
                     factor.lie_in(up=part)
-        return up
+        return ups
 
     def lie_in(self, down: Tensor) -> None:
         """Let the factors be parts of `down`, which holds their values, where that is of their device and dtype."""
@@ -133,12 +136,12 @@ class ExpertStack:
 
     def let_go(self) -> None:
         """Forget what was made for the products; it is made again when it is needed."""
-        self._up = self._up_turned = None
+        self._ups = None
 
     @property
     def up_ready(self) -> Tensor | None:
         """What `up_like` keeps."""
-        return self._up
+        return None if self._ups is None else self._ups[0]
 
     def add_to(self, output: Tensor, projected: Tensor, weights: Tensor) -> Tensor:
         """`output + up (gamma * s * z)`: into `output` itself, except where autograd needs what it was.
@@ -149,15 +152,15 @@ class ExpertStack:
                 convolution: nothing is turned round.
             weights: gamma, `(batch | 1, tokens | 1, N)`.
         """
-        up = self.up_like(output)
+        up, turned = self._ups_like(output)
         weighted = self._weighted(projected, self.scaled(weights, output.dtype), len(output))
         if not self.is_convolution:
-            place, factors = output.reshape(-1, self.out_features), (weighted, self._up_turned)
+            place, factors = output.reshape(-1, self.out_features), (weighted, turned)
         elif output.is_contiguous():
             place, factors = output.flatten(2), (up.expand(len(output), -1, -1), weighted)
         else:  # channels last
             place = output.permute(0, 2, 3, 1).reshape(-1, self.out_features)
-            factors = weighted.transpose(1, 2).flatten(0, 1), self._up_turned
+            factors = weighted.transpose(1, 2).flatten(0, 1), turned
         in_place = place.data_ptr() == output.data_ptr() and not (
             torch.is_grad_enabled() and (output.requires_grad or weighted.requires_grad)
         )

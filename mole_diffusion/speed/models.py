@@ -130,7 +130,7 @@ def merged(model: nn.Module, loras: list[LoRA], component: str) -> Any:
     changes: Mapping[str, LoRAFactors] = loras[0].factors[component]
     for name in changes:
         module = other.get_submodule(name)
-        change = sum(lora.factors[component][name].delta() for lora in loras)
+        change = torch.stack([lora.factors[component][name].delta() for lora in loras]).sum(dim=0)
         weight = module.weight + change.to(module.weight.device, module.weight.dtype)
         module.weight = nn.Parameter(weight, requires_grad=False)
     return other
