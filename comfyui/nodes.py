@@ -65,13 +65,13 @@ class LoRAWithRole(io.ComfyNode):
     def execute(
         cls, file: str, name: str, strength: float, trigger: str, role: Any, loras: tuple[LoRASettings, ...] = ()
     ) -> io.NodeOutput:
-        from mole_diffusion.app.verdict import look
+        from mole_diffusion.app.offered_lora import inspect_offered
 
-        verdict = look(file.strip(), tuple(lora.name for lora in loras))
-        if verdict.lora is None:
-            raise MoLEError(verdict.line.removeprefix("✗ "))
+        offered = inspect_offered(file.strip(), tuple(lora.name for lora in loras))
+        if offered.lora is None:
+            raise MoLEError(offered.line.removeprefix("✗ "))
         words = tuple(phrase.strip() for phrase in trigger.split(",") if phrase.strip())
-        own = replace(verdict.lora, strength=float(strength), role=role, triggers=words or verdict.lora.triggers)
+        own = replace(offered.lora, strength=float(strength), role=role, triggers=words or offered.lora.triggers)
         return io.NodeOutput((*loras, replace(own, name=name.strip() or own.name)))
 
 
@@ -152,7 +152,7 @@ class Compose(io.ComfyNode):
         seed: int,
         regions: dict[str, tuple[str, ...]] | None = None,
     ) -> io.NodeOutput:
-        from mole_diffusion.app.studio import Drawn, Ticket
+        from mole_diffusion.app.studio import FinishedPicture, Ticket
         from mole_diffusion.drawing.as_python import as_python
 
         name = None if composition == BY_ITSELF else composition
@@ -175,7 +175,7 @@ class Compose(io.ComfyNode):
             seed=seed,
         )
         checked = PictureSettings.from_dict(wanted.to_dict())
-        drawn = next(event for event in studio().draw([checked], Ticket()) if isinstance(event, Drawn))
+        drawn = next(event for event in studio().draw([checked], Ticket()) if isinstance(event, FinishedPicture))
         pixels = torch.from_numpy(np.asarray(drawn.picture).astype(np.float32) / 255)[None]
         return io.NodeOutput(pixels, (drawn.masks, drawn.picture.size), as_python(drawn.settings))
 

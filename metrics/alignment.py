@@ -13,7 +13,7 @@ from ..errors import MoLEError
 from .averages import Averages
 from .encoders import ImageEncoder, TextImageEncoder
 from .features import TextCache, embed_images
-from .pictures import Pictures, by_picture
+from .pictures import Pictures, picture_tensors
 
 Scale = Literal["cosine", "clipscore"]
 SCALES: tuple[Scale, ...] = get_args(Scale)
@@ -95,7 +95,7 @@ class TextAlignment(Averages):
         Raises:
             TypeError, MoLEError: As `update`.
         """
-        if isinstance(prompts, str) and len(by_picture(images)) == 1:
+        if isinstance(prompts, str) and len(picture_tensors(images)) == 1:
             prompts = [prompts]
         texts = self._texts.embed(prompts) if len(prompts) else torch.empty(0, 1)
         features = embed_images(self.clip, images, batch_size=self.batch_size)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import MoLEError
 from .encoders import ImageEncoder, TextImageEncoder
-from .pictures import Pictures, by_picture
+from .pictures import Pictures, picture_tensors
 
 
 class SharedEncoder:
@@ -56,7 +56,7 @@ def embed_images(encoder: ImageEncoder, images: Pictures, *, batch_size: int = 3
     """
     if batch_size < 1:
         raise MoLEError(f"`batch_size` must be at least 1, got {batch_size}.")
-    pictures = by_picture(images)
+    pictures = picture_tensors(images)
     by_size: dict[torch.Size, list[int]] = {}
     for index, picture in enumerate(pictures):
         by_size.setdefault(picture.shape, []).append(index)
@@ -96,10 +96,10 @@ class TextCache:
         return torch.stack([self._features[prompt] for prompt in prompts])
 
 
-def _finite(features: Tensor, of: str) -> Tensor:
+def _finite(features: Tensor, what: str) -> Tensor:
     if not features.isfinite().all():
         raise MoLEError(
-            f"the features of the {of} are not finite: the encoder overflows in its precision, or its weights are "
+            f"the features of the {what} are not finite: the encoder overflows in its precision, or its weights are "
             "broken. Use it in float32."
         )
     return features

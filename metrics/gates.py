@@ -74,14 +74,14 @@ class GateReport(Averages):
                 f"{self.places[:3]}… and {self.loras}."
             )
         for place in record.names:
-            passes = record.passes[place]
+            by_step = record.by_pass[place]
             denoiser = not place.startswith("text_encoder")
-            if denoiser and len(passes) != self.steps:
+            if denoiser and len(by_step) != self.steps:
                 raise MoLEError(
-                    f"the record has {len(passes)} passes at {place}, and this report is for {self.steps} steps. "
+                    f"the record has {len(by_step)} passes at {place}, and this report is for {self.steps} steps. "
                     "Record one whole call with `record(accumulate=True)`."
                 )
-            for step, gates in enumerate(passes):
+            for step, gates in enumerate(by_step):
                 share, entropy, effective = gate_statistics(gates)
                 rows = torch.cat([share, entropy[:, None], effective[:, None]], dim=1)
                 self._add_line(self.places.index(place), rows)

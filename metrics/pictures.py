@@ -21,7 +21,7 @@ A tensor `(batch, 3, height, width)` is many.
 """
 
 
-def by_picture(images: Pictures) -> list[Tensor]:
+def picture_tensors(images: Pictures) -> list[Tensor]:
     """Each picture as `(3, height, width)` of floats in [0, 1].
 
     Raises:
@@ -32,7 +32,7 @@ def by_picture(images: Pictures) -> list[Tensor]:
 
 
 def as_images(images: Pictures) -> list[Image.Image]:
-    """Each picture as an RGB image, for what looks at pixels of 8 bits. Raises as `by_picture`."""
+    """Each picture as an RGB image, for what looks at pixels of 8 bits. Raises as `picture_tensors`."""
     return [image if isinstance(image, Image.Image) else _to_image(image) for image in _one_by_one(images)]
 
 

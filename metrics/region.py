@@ -17,8 +17,8 @@ from .encoders import ImageEncoder
 from .features import embed_images
 from .pictures import Pictures, as_images
 
-Box: TypeAlias = tuple[int, int, int, int]
-Detector: TypeAlias = Callable[[Image.Image, str], Box | None]
+PixelBox: TypeAlias = tuple[int, int, int, int]
+Detector: TypeAlias = Callable[[Image.Image, str], PixelBox | None]
 """Where a picture shows a concept: left, top, right, bottom in pixels, or `None` where it does not."""
 
 
@@ -51,7 +51,7 @@ def reference_regions(detector: Detector, concept: str, references: Sequence[Ima
 
 
 def region_alignment(
-    encoder: ImageEncoder, image: Image.Image, box: Box | None, reference_features: Tensor
+    encoder: ImageEncoder, image: Image.Image, box: PixelBox | None, reference_features: Tensor
 ) -> tuple[float, bool]:
     """Alignment of what is inside a box with a concept's pictures, and whether there was one.
 
@@ -74,7 +74,7 @@ def region_alignment(
     return image_alignment(features, reference_features).item(), True
 
 
-def _cut(image: Image.Image, box: Box) -> Image.Image:
+def _cut(image: Image.Image, box: PixelBox) -> Image.Image:
     left, top, right, bottom = box
     if not (0 <= left < right <= image.width and 0 <= top < bottom <= image.height):
         raise MoLEError(f"the detector gave the box {box} in a picture of {image.width}×{image.height} pixels.")

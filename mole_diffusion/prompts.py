@@ -23,7 +23,7 @@ _TABLES = (".csv", ".tsv", ".jsonl", ".yaml", ".yml", ".xml", ".html", ".xlsx", 
 _MOST_BYTES = 64 * 2**20
 
 
-def read_text(file: str | os.PathLike[str]) -> str:
+def read_prompt_text(file: str | os.PathLike[str]) -> str:
     """The text of a file: UTF-8, or what its byte order mark says.
 
     Raises:
@@ -61,14 +61,14 @@ def read_prompt_lines(file: str | os.PathLike[str]) -> list[str]:
     """The prompts of a text file, a line each; empty lines are left out.
 
     Raises:
-        MoLEError: As `read_text`, or it is a table by its ending.
+        MoLEError: As `read_prompt_text`, or it is a table by its ending.
     """
     path = Path(file)
     if path.suffix.lower() in _TABLES:
         raise MoLEError(
             f"{path}: prompts are read from a text file with a prompt a line, or from .json, not from {path.suffix}."
         )
-    return [line.strip() for line in read_text(path).split("\n") if line.strip()]
+    return [line.strip() for line in read_prompt_text(path).split("\n") if line.strip()]
 
 
 def read_prompts(file: str | os.PathLike[str], names: Sequence[str]) -> list[str]:
@@ -80,7 +80,7 @@ def read_prompts(file: str | os.PathLike[str], names: Sequence[str]) -> list[str
         names: Names of the pictures.
 
     Raises:
-        MoLEError: As `read_text`; or there are not as many prompts as pictures, or a picture has none.
+        MoLEError: As `read_prompt_text`; or there are not as many prompts as pictures, or a picture has none.
     """
     path = Path(file)
     if path.suffix.lower() == ".json":
@@ -110,7 +110,7 @@ def _read_json(path: Path) -> dict[str, str]:
             found[_composed(name)] = value
         return found
 
-    text = read_text(path)
+    text = read_prompt_text(path)
     try:
         by_name = json.loads(text, object_pairs_hook=once)
     except MoLEError:

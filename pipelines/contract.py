@@ -28,7 +28,7 @@ else:
     Base = object  # at run time the mixin stands before the diffusers class and has no ancestor of its own
 
 
-SINGLE_FILE = (
+SINGLE_FILE_HINT = (
     "How such a model is built diffusers looks up on the Hub; without a network say config=FOLDER, a model of the same "
     "kind as a folder (--base-config on the command line)."
 )
@@ -104,7 +104,7 @@ class DiffusersContract(Base):
                 regular_size(file)
             except MoLEError as error:
                 raise LoadingError(f"{printable(file)}: {error}.") from None
-        with loading(f"the model {file}", SINGLE_FILE):
+        with loading(f"the model {file}", SINGLE_FILE_HINT):
             return super().from_single_file(pretrained_model_link_or_path, **kwargs)
 
     @classmethod

@@ -16,7 +16,7 @@ from ..families import COMPONENTS, Family, family_of
 from ..lora import LoRA, load_lora
 from .embeddings import add_embeddings, check_embeddings, remove_embeddings
 from .loaded import Loaded, loaded_into
-from .naming import LoRASource, named_sources, read_roles, read_triggers
+from .naming import LoRASource, choose_roles, choose_triggers, named_sources
 from .selection import check_names
 from .stock_lora import StockLoRACalls
 
@@ -100,8 +100,8 @@ class LoRACalls(StockLoRACalls):
             name: replace(source, name=name) if isinstance(source, LoRA) else load_lora(source, components, name=name)
             for name, source in sources.items()
         }
-        words, called_by_name = read_triggers(triggers, read)
-        of_roles = read_roles(roles, read)
+        words, called_by_name = choose_triggers(triggers, read)
+        of_roles = choose_roles(roles, read)
         check_embeddings(self, read)
         loaded.hang(components, {**loaded.loras, **read})
         add_embeddings(self, read)

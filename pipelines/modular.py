@@ -31,7 +31,7 @@ from .flux import MoLEFluxPipeline
 from .flux2 import MoLEFlux2KleinPipeline, MoLEFlux2Pipeline
 from .krea2 import MoLEKrea2Pipeline
 from .mixin import MoLEPipelineMixin
-from .naming import named_sources, read_roles, read_triggers
+from .naming import choose_roles, choose_triggers, named_sources
 from .newer import OlderDiffusersError
 from .prior import drawing_prior
 from .qwen_image import MoLEQwenImagePipeline
@@ -118,8 +118,8 @@ class LoadLoRAs(_Loading):
         if given.lora_files:
             for name, source in named_sources(given.lora_files).items():
                 read[name] = source if isinstance(source, LoRA) else load_lora(source, pipe.lora_components, name=name)
-        read_triggers(given.triggers, read)  # so that nothing is taken off for what will be refused
-        read_roles(given.roles, read)
+        choose_triggers(given.triggers, read)  # so that nothing is taken off for what will be refused
+        choose_roles(given.roles, read)
         pipe.unload_loras()
         if read:
             pipe.load_loras(read, triggers=given.triggers, roles=given.roles)

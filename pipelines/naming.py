@@ -45,7 +45,7 @@ def named_sources(loras: object) -> dict[str, LoRASource]:
     return sources
 
 
-def read_triggers(
+def choose_triggers(
     given: Mapping[str, str | Sequence[str]] | None, loras: Mapping[str, LoRA]
 ) -> tuple[dict[str, tuple[str, ...]], frozenset[str]]:
     """The words that call each LoRA: those given, else those its file tells, else its name.
@@ -75,7 +75,7 @@ def read_triggers(
     return words, by_name
 
 
-def read_roles(given: Mapping[str, Role] | None, loras: Mapping[str, LoRA]) -> dict[str, Role]:
+def choose_roles(given: Mapping[str, Role] | None, loras: Mapping[str, LoRA]) -> dict[str, Role]:
     """The role of each LoRA; by default a subject.
 
     Raises:

@@ -12,7 +12,7 @@ from torch import Generator
 from ..composition import Call, Composition
 
 
-class _Seen(BaseException):
+class _SeenEnough(BaseException):
     """Enough was seen; ends the pass. No error, so that nobody on the way out takes it for one and logs it."""
 
 
@@ -35,7 +35,7 @@ def drawing_prior(pipe: Any, method: Composition, call: Call, kwargs: Mapping[st
         run = pipe.experts.context
         # Other threads may draw with these models too.
         if run is not None and run.call is call and method.prior_done(run):
-            raise _Seen
+            raise _SeenEnough
 
     given = kwargs.get("generator")
     generators: list[Generator] = [given] if isinstance(given, Generator) else list(given or ())
@@ -49,7 +49,7 @@ def drawing_prior(pipe: Any, method: Composition, call: Call, kwargs: Mapping[st
         pipe.set_progress_bar_config(**{**settings, "desc": "looking for subjects", "leave": False})
         with torch.random.fork_rng(devices):
             yield prior
-    except _Seen:
+    except _SeenEnough:
         pass
     finally:
         call.prior = False

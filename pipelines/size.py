@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-LATENT_SIDE = 128  # of transformers that say nothing of it; their pipelines draw pictures of 1024 x 1024
+from ..families.latents import LATENT_SIDE
 
 
 def picture_size(pipe: Any, given: Mapping[str, Any]) -> tuple[int, int]:

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps, PngImagePlugin
 
-from mole_diffusion.cli.inputs import read_pictures as read_for_the_command_line
+from mole_diffusion.cli.inputs import read_reference_pictures
 from mole_diffusion.errors import MoLEError
-from mole_diffusion.metrics.pictures import by_picture
+from mole_diffusion.metrics.pictures import picture_tensors
 from mole_diffusion.pictures import as_seen, picture_files, read_picture, read_pictures
 from mole_diffusion.training.gates.references import _as_tensor
 from mole_diffusion.training.lora.data import groups_by_size
@@ -144,7 +144,7 @@ def test_files_of_a_folder_are_read_or_named_in_natural_order(tmp_path: Path) ->
     with pytest.raises(
         MoLEError, match=r"--images .*z\.heic cannot be read as a picture: it is no picture, or of a kind"
     ):
-        read_for_the_command_line("--images", tmp_path)
+        read_reference_pictures("--images", tmp_path)
     with pytest.raises(MoLEError, match="no picture in this folder"):
         picture_files(tmp_path / "inside")
     with pytest.raises(MoLEError, match="there is no such folder"):
@@ -184,7 +184,7 @@ def test_training_references_and_measuring_see_the_same(tmp_path: Path) -> None:
         trained, reference, measured = (
             groups_by_size([image], 8, 8)[0][1][0] / 2 + 0.5,
             _as_tensor(image)[0],
-            by_picture(image)[0],
+            picture_tensors(image)[0],
         )
     for given_to in (trained, reference, measured):
         torch.testing.assert_close(given_to, seen, rtol=0, atol=1e-6)

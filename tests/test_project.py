@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shutil
 import subprocess
@@ -102,3 +103,16 @@ def test_what_a_user_can_mend_is_one_class_of_errors() -> None:
     bare = [file.name for file in files if "raise ValueError(" in file.read_text(encoding="utf-8")]
     assert len(files) > 100
     assert not bare, f"raise MoLEError instead, in {bare}"
+
+
+def test_no_two_classes_have_one_name() -> None:
+    files = [file for room in ("mole_diffusion", "metrics", "pipelines") for file in (ROOT / room).rglob("*.py")]
+    found = [
+        (node.name, file.name)
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef)
+    ]
+    names = [name for name, _ in found]
+    assert len(set(names)) > 100
+    assert [entry for entry in found if names.count(entry[0]) > 1] == []

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..composition import RegionMap
 from ..drawing.painted import PREFIX, as_mask, as_text
-from ..drawing.settings import PictureSettings, Region
+from ..drawing.settings import PictureSettings, SavedRegion
 from ..errors import MoLEError
 from ..reading import parse_json
 from .coloured import css_colour
@@ -22,7 +22,7 @@ MOST_BOXES = 50  # of a LoRA
 SMALLEST = 0.01  # side of a box, as a part of the picture; less is a slip of the mouse
 
 
-def read(text: str, names: Sequence[str]) -> dict[str, list[Region]]:
+def read(text: str, names: Sequence[str]) -> dict[str, list[SavedRegion]]:
     """Regions by LoRA, as settings take them.
 
     Args:
@@ -45,7 +45,7 @@ def read(text: str, names: Sequence[str]) -> dict[str, list[Region]]:
         raise MoLEError(f"the regions of the page: {error}. Clear them, and draw them again.") from None
     except (AttributeError, TypeError, ValueError):
         raise MoLEError("the regions of the page cannot be read. Clear them, and draw them again.") from None
-    found: dict[str, list[Region]] = {
+    found: dict[str, list[SavedRegion]] = {
         name: [box for box in own if box[2] - box[0] >= SMALLEST and box[3] - box[1] >= SMALLEST]
         for name, own in regions.items()
     }

@@ -12,8 +12,8 @@ from ..drawing.settings import TOYBOX, LoRASettings, PictureSettings
 from ..errors import MoLEError
 from ..yaml_files import parse_yaml
 from . import drawn_regions
-from .places import Places
-from .verdict import look
+from .allowed_folders import AllowedFolders
+from .offered_lora import inspect_offered
 
 MOST_LORAS = 8
 MOST_SEEDS = 8
@@ -25,7 +25,7 @@ BY_ITSELF = "by itself"
 
 
 @dataclass(frozen=True)
-class Form:
+class PageFields:
     """The fields of the page, as they are typed."""
 
     base: str
@@ -45,7 +45,7 @@ class Form:
     regions: str
 
 
-def read(form: Form, places: Places) -> list[PictureSettings]:
+def read(form: PageFields, allowed: AllowedFolders) -> list[PictureSettings]:
     """Settings of every picture that is asked for: one for each seed.
 
     Raises:
@@ -65,9 +65,9 @@ def read(form: Form, places: Places) -> list[PictureSettings]:
     on = [lora.name for lora in form.loras if lora.on]
     given = PictureSettings(
         prompt=form.prompt.strip(),
-        base=places.model(form.base),
+        base=allowed.model(form.base),
         loras=tuple(form.loras),
-        gates=places.model(form.gates) if form.gates.strip() else None,
+        gates=allowed.model(form.gates) if form.gates.strip() else None,
         composition=name,
         composition_options=options,
         regions={key: tuple(parts) for key, parts in drawn_regions.read(form.regions, on).items()},
@@ -109,7 +109,7 @@ def write_options(options: dict[str, Any]) -> str:
 
 
 def find_again(
-    settings: PictureSettings, dropped: Sequence[LoRASettings], places: Places
+    settings: PictureSettings, dropped: Sequence[LoRASettings], allowed: AllowedFolders
 ) -> list[tuple[LoRASettings, str]]:
     """The LoRAs of settings from elsewhere, each with a line that says what became of it.
 
@@ -118,7 +118,7 @@ def find_again(
     Args:
         settings: The settings of a picture.
         dropped: What lies on the page.
-        places: What else may be read.
+        allowed: What else may be read.
     """
     by_hash = {lora.sha256: lora.file for lora in dropped if lora.sha256}
     found = []
@@ -126,14 +126,14 @@ def find_again(
         file = by_hash.get(lora.sha256, lora.file)
         if file == lora.file and not file.startswith(f"{TOYBOX}:"):
             try:
-                file = str(places.path(file))
+                file = str(allowed.path(file))
             except MoLEError as error:
                 found.append((replace(lora, on=False), f"✗ drop {Path(lora.file).name} on the page again: {error}"))
                 continue
-        verdict = look(file)
-        same = verdict.lora is None or not lora.sha256 or verdict.lora.sha256 == lora.sha256
-        line = verdict.line if same else "✗ this file has changed since the picture was drawn. " + verdict.line
-        found.append((replace(lora, file=file, on=lora.on and verdict.lora is not None and same), line))
+        offered = inspect_offered(file)
+        same = offered.lora is None or not lora.sha256 or offered.lora.sha256 == lora.sha256
+        line = offered.line if same else "✗ this file has changed since the picture was drawn. " + offered.line
+        found.append((replace(lora, file=file, on=lora.on and offered.lora is not None and same), line))
     return found
 
 

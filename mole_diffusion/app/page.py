@@ -17,8 +17,8 @@ from ..drawing.methods import options
 from ..drawing.settings import LoRASettings, PictureSettings
 from ..errors import MoLEError
 from . import drawn_regions, form, said
+from .allowed_folders import AllowedFolders
 from .coloured import coloured, css_colour
-from .places import Places
 from .session import Session
 from .studio import Cancelled, Studio
 from .training_tab import training_tab
@@ -33,29 +33,29 @@ BEGIN = PictureSettings(
 FIELDS = 5  # of a row: on, name, weight, trigger, role
 
 
-def build(studio: Studio, places: Places, begin: PictureSettings) -> gr.Blocks:
+def build(studio: Studio, allowed: AllowedFolders, begin: PictureSettings) -> gr.Blocks:
     """The page.
 
     Args:
         studio: What draws.
-        places: What may be read by its name.
+        allowed: What may be read by its name.
         begin: What it shows to a new visitor.
     """
     with gr.Blocks(title="mole", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         session = gr.State(None, time_to_live=86400)
         gr.Markdown("# mole: several LoRAs in one picture")
         with gr.Tab("Draw"):
-            draw = _DrawTab(studio, places, session, begin)
+            draw = _DrawTab(studio, allowed, session, begin)
         with gr.Tab("Train gates"):
-            training_tab(studio, places, session, draw.edit_inputs, draw.base, draw.gates)
+            training_tab(studio, allowed, session, draw.edit_inputs, draw.base, draw.gates)
         page.load(draw.begin, outputs=[session, *draw.told_fields, *draw.row_outputs, *draw.colours])
     page.queue(default_concurrency_limit=1, max_size=64)  # one device: jobs come one after another
     return page
 
 
 class _DrawTab:
-    def __init__(self, studio: Studio, places: Places, session: gr.State, begin: PictureSettings) -> None:
-        self.studio, self.places, self.session, self.first = studio, places, session, begin
+    def __init__(self, studio: Studio, allowed: AllowedFolders, session: gr.State, begin: PictureSettings) -> None:
+        self.studio, self.allowed, self.session, self.first = studio, allowed, session, begin
         with gr.Row():
             with gr.Column(scale=5, min_width=320):
                 self._inputs()
@@ -244,8 +244,8 @@ class _DrawTab:
         rows, fields = rest[: FIELDS * form.MOST_LORAS], rest[FIELDS * form.MOST_LORAS :]
         session.edit(rows)
         base, *others = fields
-        given = form.Form(base, session.loras, *others)
-        return form.read(given, self.places)
+        given = form.PageFields(base, session.loras, *others)
+        return form.read(given, self.allowed)
 
     def _draw(self, session: Session, *rest: Any) -> Iterator[list[Any]]:
         nothing: list[Any] = [gr.skip()] * 6
@@ -293,7 +293,7 @@ class _DrawTab:
 
     def _restore(self, session: Session, file: str) -> list[Any]:
         try:
-            own = session.restore(file, self.places)
+            own = session.restore(file, self.allowed)
         except MoLEError as error:
             nothing = [gr.skip()] * len([*self.told_fields, *self.row_outputs, *self.colours])
             return [said.wrong(error), None, *nothing]
@@ -301,7 +301,7 @@ class _DrawTab:
 
     def _make_space(self, session: Session, folder: str) -> str:
         try:
-            return said.done(f"The Space lies in {session.space(self.places.below(folder))}.")
+            return said.done(f"The Space lies in {session.space(self.allowed.below(folder))}.")
         except MoLEError as error:
             return said.wrong(error)
 

@@ -9,7 +9,7 @@ from typing import Any
 from ..drawing.settings import PictureSettings
 from ..errors import MoLEError
 from ..extras import needs
-from .places import Places
+from .allowed_folders import AllowedFolders
 from .studio import Studio
 
 LOOPBACK = "127.0.0.1"
@@ -66,7 +66,7 @@ def serve(
 
     from .page import BEGIN, STATIC, build
 
-    page = build(Studio(device, dtype), Places(folders), begin or BEGIN)
+    page = build(Studio(device, dtype), AllowedFolders(folders), begin or BEGIN)
     # A page of somebody else's can have its name lead to this computer, and would be let in by it.
     trusted = [Middleware(TrustedHostMiddleware, allowed_hosts=OWN_NAMES)] if host in (*OWN_NAMES, "::1") else []
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none from elsewhere

@@ -19,17 +19,17 @@ from ..errors import MoLEError
 from ..files import file_name
 from ..sheets import gate_heat_map, picture_sheet
 from . import form
+from .allowed_folders import AllowedFolders
 from .comparison import comparison
 from .gate_pictures import by_layer_and_step
-from .places import Places
+from .offered_lora import inspect_offered
 from .space import write_space
-from .studio import Drawn, Progress, Studio, Ticket
-from .verdict import look
+from .studio import FinishedPicture, Progress, Studio, Ticket
 
 
 @dataclass
-class Row:
-    """A LoRA on the page: its settings, and the verdict on its file."""
+class LoRARow:
+    """A LoRA on the page: its settings, and what was said of its file."""
 
     lora: LoRASettings
     line: str
@@ -49,11 +49,11 @@ class Session:
         folder: Where this visitor's pictures lie; it is deleted with the session.
     """
 
-    rows: list[Row] = field(default_factory=list)
+    rows: list[LoRARow] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     ticket: Ticket = field(default_factory=Ticket)
     training: Ticket = field(default_factory=Ticket)
-    drawn: list[Drawn] = field(default_factory=list)
+    drawn: list[FinishedPicture] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
     folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="mole-app-")))
 
@@ -67,13 +67,13 @@ class Session:
             if len(self.rows) >= form.MOST_LORAS:
                 self.refused.append(f"✗ {Path(file).name}: the page has {form.MOST_LORAS} rows, and all are taken.")
                 continue
-            verdict = look(file, tuple(row.lora.name for row in self.rows))
-            if verdict.lora is None:
-                self.refused.append(verdict.line)
-            elif any(row.lora.sha256 == verdict.lora.sha256 for row in self.rows):
+            offered = inspect_offered(file, tuple(row.lora.name for row in self.rows))
+            if offered.lora is None:
+                self.refused.append(offered.line)
+            elif any(row.lora.sha256 == offered.lora.sha256 for row in self.rows):
                 self.refused.append(f"✗ {Path(file).name} is there already.")
             else:
-                self.rows.append(Row(verdict.lora, verdict.line))
+                self.rows.append(LoRARow(offered.lora, offered.line))
 
     def ask(self) -> None:
         """From now on `ticket` is that of the next drawing, also while it waits; the one before it ends."""
@@ -88,10 +88,10 @@ class Session:
     def take(self, loras: Sequence[LoRASettings]) -> None:
         """Takes LoRAs in with the settings they have; each names a file that is there."""
         for lora in loras:
-            verdict = look(lora.file)
-            seen = verdict.lora or lora
+            offered = inspect_offered(lora.file)
+            seen = offered.lora or lora
             self.rows.append(
-                Row(replace(lora, triggers=lora.triggers or seen.triggers, sha256=seen.sha256), verdict.line)
+                LoRARow(replace(lora, triggers=lora.triggers or seen.triggers, sha256=seen.sha256), offered.line)
             )
 
     def edit(self, fields: Sequence[Any]) -> None:
@@ -126,7 +126,7 @@ class Session:
     def compare(self, studio: Studio, settings: PictureSettings, path: Path) -> Iterator[Progress]:
         """Draws each LoRA alone, the sum and this, and writes them side by side."""
         wanted = comparison(settings)
-        pictures: list[Drawn] = []
+        pictures: list[FinishedPicture] = []
         yield from self._run(studio, [own for _, own in wanted], pictures.append)
         labels = [label for label, _ in wanted]
         row = ("seed " + str(settings.seed), [own.picture for own in pictures])
@@ -136,15 +136,15 @@ class Session:
         """A path in this visitor's folder."""
         return self.folder / name
 
-    def restore(self, file: str, places: Places) -> PictureSettings:
+    def restore(self, file: str, allowed: AllowedFolders) -> PictureSettings:
         """What a PNG was made from; its LoRAs become the rows.
 
         Raises:
             MoLEError: It does not tell.
         """
         settings = png.read_settings(file)
-        found = form.find_again(settings, self.loras, places)
-        self.rows, self.refused = [Row(lora, line) for lora, line in found], []
+        found = form.find_again(settings, self.loras, allowed)
+        self.rows, self.refused = [LoRARow(lora, line) for lora, line in found], []
         return settings
 
     def told(self, index: int) -> tuple[str, str, str]:
@@ -172,17 +172,17 @@ class Session:
         gate_heat_map(weights.mean(dim=-1), places, loras, layers, title="mean gate weights")
         return [layers, by_layer_and_step(weights, places, loras, steps)]
 
-    def _keep(self, drawn: Drawn) -> None:
+    def _keep(self, drawn: FinishedPicture) -> None:
         name = file_name("+".join(lora.name for lora in drawn.settings.loras if lora.on) or "base")
         path = self.place(f"{name}-seed{drawn.settings.seed}-{len(self.files)}.png")
         self.files.append(png.save(drawn.picture, path, drawn.settings))
         self.drawn.append(drawn)
 
     def _run(
-        self, studio: Studio, wanted: Sequence[PictureSettings], take: Callable[[Drawn], None]
+        self, studio: Studio, wanted: Sequence[PictureSettings], take: Callable[[FinishedPicture], None]
     ) -> Iterator[Progress]:
         for event in studio.draw(wanted, self.ticket):
-            if isinstance(event, Drawn):
+            if isinstance(event, FinishedPicture):
                 take(event)
             else:
                 yield event

@@ -59,7 +59,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class FinishedPicture:
     """A picture that is ready.
 
     Attributes:
@@ -94,7 +94,7 @@ class Studio:
         self._base: Any = None
         self._prepared: Any = None
 
-    def draw(self, wanted: Sequence[PictureSettings], ticket: Ticket) -> Iterator[Progress | Drawn]:
+    def draw(self, wanted: Sequence[PictureSettings], ticket: Ticket) -> Iterator[Progress | FinishedPicture]:
         """Draws one picture after another.
 
         Args:
@@ -158,7 +158,7 @@ class Studio:
                 # Asked before every evaluation: a prior pass has no steps of its own that could be called back.
                 handle = denoiser.register_forward_pre_hook(lambda *_: ticket.check())
                 try:
-                    tell(_drawn(pipe, settings, watch))
+                    tell(_draw_one(pipe, settings, watch))
                 finally:
                     handle.remove()
 
@@ -189,21 +189,21 @@ class _Watch:
         return {}
 
 
-def _drawn(pipe: Any, settings: PictureSettings, after_step: Callable[..., Any]) -> Drawn:
+def _draw_one(pipe: Any, settings: PictureSettings, after_step: Callable[..., Any]) -> FinishedPicture:
     import torch
 
     if settings.gates is None or settings.composition not in (None, "mole"):
         picture = draw(pipe, settings, after_step)[0]
-        return Drawn(picture, settings, pipe.masks)
+        return FinishedPicture(picture, settings, pipe.masks)
     with pipe.gates.record(accumulate=True) as record:
         picture = draw(pipe, settings, after_step)[0]
-    steps = min(len(passes) for passes in record.passes.values())
+    steps = min(len(weights) for weights in record.by_pass.values())
     weights = torch.stack(
-        [torch.stack([own.mean(dim=0) for own in record.passes[name][-steps:]], dim=-1) for name in record.names]
+        [torch.stack([own.mean(dim=0) for own in record.by_pass[name][-steps:]], dim=-1) for name in record.names]
     )
     absent = ~record.present()
     weights = weights.detach().float().cpu().masked_fill(absent[..., None], float("nan"))
-    return Drawn(picture, settings, pipe.masks, (weights, record.names, record.lora_names))
+    return FinishedPicture(picture, settings, pipe.masks, (weights, record.names, record.lora_names))
 
 
 def _in_a_thread(job: Callable[[Callable[[Any], None]], None], ticket: Ticket) -> Iterator[Any]:

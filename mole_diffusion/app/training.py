@@ -11,20 +11,20 @@ from .. import toybox
 from ..drawing.settings import TOYBOX, LoRASettings, PictureSettings
 from ..errors import MoLEError
 from ..files import try_folder
+from .allowed_folders import AllowedFolders
 from .form import whole
-from .places import Places
 from .studio import Progress, Studio, Ticket
 
 if TYPE_CHECKING:
     from ..training import Concept
 
 CHECKPOINT_EVERY = 5  # steps: as many are done again after a stop
-MOST_STEPS = 20_000
-MOST_PICTURES = 64  # a step
+MOST_TRAINING_STEPS = 20_000
+MOST_PICTURES_A_STEP = 64
 
 
 @dataclass(frozen=True)
-class Step:
+class StepDone:
     """A step of a training is done.
 
     Attributes:
@@ -62,7 +62,7 @@ def plan(
     guidance_scale: float,
     clip: str,
     folder: str,
-    places: Places,
+    allowed: AllowedFolders,
 ) -> tuple[Plan, Any]:
     """Checks everything that is quick to check, and returns it with the configuration of the training.
 
@@ -72,7 +72,7 @@ def plan(
         steps, batch_size, guidance_scale: Fields of `GateTrainingConfig`.
         clip: The CLIP that guides; empty is the toybox's own.
         folder: Where the gates go.
-        places: What may be read and written.
+        allowed: What may be read and written.
 
     Raises:
         MoLEError: Something is missing or cannot be.
@@ -82,16 +82,16 @@ def plan(
     on = tuple(lora for lora in settings.loras if lora.on)
     if len(on) < 2:
         raise MoLEError("gates weigh two LoRAs or more. Switch on those that they are for.")
-    pictures = whole("the number of pictures a step", batch_size, 1, MOST_PICTURES)
-    count = whole("the number of training steps", steps, 1, MOST_STEPS)
-    guide = read_clip(clip, settings.base, places)
+    pictures = whole("the number of pictures a step", batch_size, 1, MOST_PICTURES_A_STEP)
+    count = whole("the number of training steps", steps, 1, MOST_TRAINING_STEPS)
+    guide = read_clip(clip, settings.base, allowed)
     concepts = {lora.name: concept(lora) for lora in on}
     prompts = prompts_from_templates([line.strip() for line in templates.splitlines() if line.strip()], concepts)
     if not prompts:
         raise MoLEError('there is no prompt. Write one a line, such as "a photo of {concepts} on grass".')
     if guidance_scale is None:
         raise MoLEError("the guidance scale of training is empty. Write a number, such as 3; 1 is none.")
-    out = places.below(folder)  # its checkpoints lie beside it
+    out = allowed.below(folder)  # its checkpoints lie beside it
     try_folder(out)
     # Models of real size have no room for more than one picture at a time on most GPUs.
     size = {} if settings.base == TOYBOX else {"preset": "real", "gradient_accumulation": pictures}
@@ -109,13 +109,13 @@ def plan(
     return Plan(plain, concepts, prompts, guide, count, out), config
 
 
-def read_clip(given: str, base: str, places: Places) -> str:
+def read_clip(given: str, base: str, allowed: AllowedFolders) -> str:
     """The CLIP that guides, as `metrics.load_clip` takes it.
 
     Args:
         given: "toybox", a folder, "architecture:weights"; empty on the toybox means its own.
         base: The base model.
-        places: What may be read.
+        allowed: What may be read.
 
     Raises:
         MoLEError: None is named, there are no such weights, or the folder may not be read.
@@ -132,7 +132,7 @@ def read_clip(given: str, base: str, places: Places) -> str:
         return given
     architecture, colon, weights = given.partition(":")
     if not colon:
-        return str(places.path(given))
+        return str(allowed.path(given))
     known = open_clip.list_pretrained_tags_by_model(architecture)
     if weights not in known:  # which might be a file of this computer
         there = f"it has {', '.join(known)}" if known else "there is no such architecture"
@@ -159,7 +159,7 @@ def concept(lora: LoRASettings) -> Concept:
     return Concept(token=token, class_name=kind)
 
 
-def train(studio: Studio, plan: Plan, config: Any, ticket: Ticket) -> Iterator[Progress | Step | Path]:
+def train(studio: Studio, plan: Plan, config: Any, ticket: Ticket) -> Iterator[Progress | StepDone | Path]:
     """Trains; tells every step, and last the folder of the gates. Cancelled and begun again, it goes on.
 
     Raises:
@@ -183,7 +183,7 @@ def train(studio: Studio, plan: Plan, config: Any, ticket: Ticket) -> Iterator[P
             trained = number == plan.steps
             for name, value in numbers.items():
                 curves.setdefault(name, []).append(value)
-            tell(Step(number, plan.steps, {name: list(values) for name, values in curves.items()}))
+            tell(StepDone(number, plan.steps, {name: list(values) for name, values in curves.items()}))
 
         tell(Progress(0.0, None, f"opening {plan.settings.base} and the CLIP that guides"))
         clip = load_clip(plan.clip)

@@ -12,21 +12,21 @@ from ..drawing.settings import PictureSettings
 from ..errors import MoLEError
 from ..sheets import curves
 from . import said, training
-from .places import Places
+from .allowed_folders import AllowedFolders
 from .session import Session
 from .studio import Cancelled, Progress, Studio
 
 TEMPLATES = "a photo of {concepts} on grass\na photo of {concepts} on sand"
-SHOWN = ("loss", "global", "local", "identity", "entropy")
+CURVES = ("loss", "global", "local", "identity", "entropy")
 
 
 def training_tab(
-    studio: Studio, places: Places, session: gr.State, rows: Sequence[Any], base: gr.Textbox, gates: gr.Textbox
+    studio: Studio, allowed: AllowedFolders, session: gr.State, rows: Sequence[Any], base: gr.Textbox, gates: gr.Textbox
 ) -> None:
     """Lays it out.
 
     Args:
-        studio, places, session: As for the page.
+        studio, allowed, session: As for the page.
         rows: The session and the fields of the LoRAs' rows.
         base: The base's field.
         gates: The field that takes the trained gates.
@@ -64,8 +64,8 @@ def training_tab(
         *fields, base_given, lines, number, pictures, scale, guide, folder = rest
         try:
             own.edit(fields)
-            settings = PictureSettings("gates", base=places.model(base_given), loras=tuple(own.loras))
-            plan, config = training.plan(settings, lines, number, pictures, scale, guide, folder, places)
+            settings = PictureSettings("gates", base=allowed.model(base_given), loras=tuple(own.loras))
+            plan, config = training.plan(settings, lines, number, pictures, scale, guide, folder, allowed)
             for event in training.train(studio, plan, config, own.training):
                 if isinstance(event, Path):
                     drawn = event / "samples.png"
@@ -91,12 +91,12 @@ def training_tab(
     stop.click(lambda own: own.training.cancel(), session, None, queue=False, show_progress="hidden")
 
 
-def _progress(step: training.Step) -> Progress:
+def _progress(step: training.StepDone) -> Progress:
     doing = f"step {step.number} of {step.total}"
     return Progress(step.number / step.total, None, doing if step.number < step.total else "drawing before and after")
 
 
 def _plot(own: Session, numbers: Mapping[str, Sequence[float]]) -> str:
-    panels: dict[str, dict[str, Sequence[float]]] = {name: {name: numbers[name]} for name in SHOWN if name in numbers}
+    panels: dict[str, dict[str, Sequence[float]]] = {name: {name: numbers[name]} for name in CURVES if name in numbers}
     weights = {name.removeprefix("weight/"): v for name, v in numbers.items() if name.startswith("weight/")}
     return str(curves({**panels, "mean weight": weights}, own.place("curves.png")))

@@ -157,7 +157,7 @@ def gates_by_picture(record: GateRecord, pictures: int) -> list[dict[str, list[f
     means = []
     for place in record.names:
         # A pass has the pictures' rows once, or twice under guidance; one row where gates do not look at the picture.
-        rows = [gates.detach().double().cpu() for gates in record.passes[place]]
+        rows = [gates.detach().double().cpu() for gates in record.by_pass[place]]
         rows = [gates.expand(pictures, -1) if len(gates) == 1 else gates for gates in rows]
         means.append(torch.stack([part for gates in rows for part in gates.split(pictures)]).mean(dim=0))
     values, present = torch.stack(means, dim=1), record.present()

@@ -9,9 +9,8 @@ from typing import Annotated
 import typer
 
 from ..drawing.opening import pick_device, quiet_loading
+from .edge import SOME_FAILED
 from .inputs import Device, warnings_in_a_line
-
-SOME_FAILED = 1
 
 benchmark = typer.Typer(
     no_args_is_help=True,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from mole_diffusion.errors import LONGEST_MESSAGE, MoLEError, printable
 
 MENDABLE = (MoLEError, OSError)
+SOME_FAILED = 1
+"""Exit code where the work was done but for some pictures, each of which says why."""
 
 
 def one_line(error: Exception) -> str:

@@ -9,9 +9,8 @@ import typer
 
 from ..drawing.opening import pick_device, quiet_loading
 from ..errors import MoLEError
+from .edge import SOME_FAILED
 from .inputs import Device, read_pairs, warnings_in_a_line
-
-SOME_FAILED = 1
 
 
 def evaluate(

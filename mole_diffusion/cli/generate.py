@@ -25,7 +25,7 @@ from ..drawing.settings import LARGEST_SEED
 from ..errors import MoLEError
 from .generate_inputs import output_files, read_prompt, read_size
 from .inputs import Device
-from .lora_entries import read_chosen, read_loras, read_roles, read_triggers, toybox_name
+from .lora_entries import read_chosen, read_loras, read_role_entries, read_trigger_entries, toybox_name
 from .method_entries import check_places, read_composition, read_composition_options
 from .region_entries import read_regions
 
@@ -142,8 +142,8 @@ def generate(
     found = {name: inspect_lora(file) for name, file in files.items()}
     written = {name: report.triggers for name, report in found.items()}
     chosen = read_chosen(only, strengths)
-    triggers = read_triggers(trigger or [], files)
-    roles = read_roles(role or [], files)
+    triggers = read_trigger_entries(trigger or [], files)
+    roles = read_role_entries(role or [], files)
     regions = read_regions(region or [], files, height, width)
     options = read_composition_options(composition_option or [], composition)
     method = read_composition(composition, options, gates=gates is not None)

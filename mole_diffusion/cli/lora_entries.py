@@ -74,7 +74,7 @@ def read_chosen(only: str | None, strengths: Mapping[str, float]) -> dict[str, f
     return {name: strengths[name] for name in names}
 
 
-def read_triggers(entries: Sequence[str], names: Collection[str]) -> dict[str, list[str]]:
+def read_trigger_entries(entries: Sequence[str], names: Collection[str]) -> dict[str, list[str]]:
     """The words that call each LoRA; several for a LoRA that has several entries.
 
     Raises:
@@ -85,7 +85,7 @@ def read_triggers(entries: Sequence[str], names: Collection[str]) -> dict[str, l
     return triggers
 
 
-def read_roles(entries: Sequence[str], names: Collection[str]) -> dict[str, Role]:
+def read_role_entries(entries: Sequence[str], names: Collection[str]) -> dict[str, Role]:
     """The role of each LoRA that has an entry.
 
     Raises:

@@ -14,12 +14,12 @@ from .inputs import read_several
 from .lora_entries import NUMBER, check_known
 
 if TYPE_CHECKING:
-    from mole_diffusion.drawing.settings import Region
+    from mole_diffusion.drawing.settings import SavedRegion
 
 
 def read_regions(
     entries: Sequence[str], names: Collection[str], height: int | None, width: int | None
-) -> dict[str, tuple[Region, ...]] | None:
+) -> dict[str, tuple[SavedRegion, ...]] | None:
     """Where each LoRA belongs: boxes "cat=0,0,0.5,1" and painted pictures "cat=mask.png"; `None` without any.
 
     Args:
@@ -37,17 +37,17 @@ def read_regions(
     return read or None
 
 
-def _region(name: str, text: str, height: int | None, width: int | None) -> Region:
+def _region(name: str, text: str, height: int | None, width: int | None) -> SavedRegion:
     numbers = re.fullmatch(rf"\s*{NUMBER}\s*(?:,\s*{NUMBER}\s*)*", text)
     region: Any = tuple(float(number) for number in text.split(",")) if numbers else _painted(name, text)
-    from mole_diffusion.composition.region_forms import draw
+    from mole_diffusion.composition.region_forms import region_mask
     from mole_diffusion.drawing.painted import as_text
 
     # Where the size of the picture is the base's, which nobody knows yet, it is taken to be large enough for the box.
     right, bottom = (math.ceil(max(region[i::2], default=1)) for i in (0, 1)) if numbers else (1, 1)
     size = height or max(bottom, 1), width or max(right, 1)
     try:
-        draw(region, name, size, (64, 64))
+        region_mask(region, name, size, (64, 64))
     except MoLEError as error:
         raise MoLEError(f"--region {name}={printable(text)}: {error}") from None
     return region if numbers else as_text(region)

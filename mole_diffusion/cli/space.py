@@ -10,7 +10,7 @@ import typer
 from mole_diffusion.errors import MoLEError
 
 from .generate_inputs import read_prompt
-from .lora_entries import read_loras, read_triggers
+from .lora_entries import read_loras, read_trigger_entries
 
 if TYPE_CHECKING:
     from mole_diffusion.drawing.settings import PictureSettings
@@ -54,7 +54,7 @@ def space(
     from mole_diffusion.app.space import write_space
 
     files, strengths = read_loras(lora or [], with_toybox=base in (None, "toybox"))
-    triggers = read_triggers(trigger or [], files)
+    triggers = read_trigger_entries(trigger or [], files)
     if picture is None:
         settings = _settings(files, strengths, triggers, prompt, base or "toybox", gates, steps, guidance_scale)
     else:

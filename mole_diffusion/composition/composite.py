@@ -26,10 +26,10 @@ class Composite(StepComposition):
 
     def weights_by_pass(self, keep: Tensor, step: Step) -> Tensor:
         kept_by_any = keep.any(dim=0).nonzero().flatten()  # LoRAs, one pass each
-        passes = torch.zeros(len(kept_by_any), *keep.shape, dtype=keep.dtype, device=keep.device)
+        weights = torch.zeros(len(kept_by_any), *keep.shape, dtype=keep.dtype, device=keep.device)
         for index, lora in enumerate(kept_by_any.tolist()):
-            passes[index, :, lora] = keep[:, lora]
-        return passes
+            weights[index, :, lora] = keep[:, lora]
+        return weights
 
     def mix(self, predictions: Tensor, weights: Tensor) -> Tensor:
         # Where rows keep different LoRAs, a row counts the passes of its own; one that keeps none has the base in all.

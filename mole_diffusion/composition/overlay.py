@@ -53,7 +53,7 @@ def colour_of(index: int) -> tuple[int, int, int]:
 
 
 def _outline(share: np.ndarray, line: int) -> np.ndarray:
-    """The `line` pixels inside the edge where a region passes half of its own maximum."""
+    """The `line` pixels inside the edge where a region falls below half of its own maximum."""
     inside = share > 0.5 * max(float(share.max()), 1e-6)
     within = np.pad(inside, line, mode="edge")
     core = inside.copy()

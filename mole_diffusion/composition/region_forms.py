@@ -27,7 +27,9 @@ FORMS = (
 SMALLEST = 2.0  # pixels; less is a slip of the units
 
 
-def draw(region: Region | Sequence[Region], name: str, image_size: tuple[int, int], canvas: tuple[int, int]) -> Tensor:
+def region_mask(
+    region: Region | Sequence[Region], name: str, image_size: tuple[int, int], canvas: tuple[int, int]
+) -> Tensor:
     """Draws one LoRA's region, or the union of several.
 
     Args:

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from mole_diffusion.composition.overlay import overlay
-from mole_diffusion.composition.region_forms import FORMS, Region, draw, luminance, transparency
+from mole_diffusion.composition.region_forms import FORMS, Region, luminance, region_mask, transparency
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.files import atomic_path, write_json
 from mole_diffusion.reading import regular_text
@@ -115,7 +115,7 @@ class RegionMap:
 
         Args:
             regions: LoRA to its region or a list of them, which are united: a box `(left, top, right, bottom)`, a
-                polygon `[(x, y), …]`, or a painted mask (PIL image, array, tensor), see `region_forms.draw`. Or the
+                polygon `[(x, y), …]`, or a painted mask (PIL image, array, tensor), see `region_forms`. Or the
                 `RegionMap` of an earlier call, which is taken as it is, with all its LoRAs fixed.
             names: The LoRAs of the map, in order.
             image_size: Height and width of the picture in pixels.
@@ -142,7 +142,7 @@ class RegionMap:
         canvas = (FINE * grid[0], FINE * grid[1])
         planes = torch.zeros(len(names), *canvas)
         for name, region in regions.items():
-            planes[names.index(name)] = draw(region, name, image_size, canvas)
+            planes[names.index(name)] = region_mask(region, name, image_size, canvas)
         # Shared on the fine canvas: two boxes that meet inside a cell split it, they do not overlap there.
         values = F.avg_pool2d(_shared(planes[None]), FINE)
         if feather:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..composition import COMPOSITIONS
-from .settings import TOYBOX, LoRASettings, PictureSettings, Region
+from .settings import TOYBOX, LoRASettings, PictureSettings, SavedRegion
 
 
 def as_python(settings: PictureSettings) -> str:
@@ -80,7 +80,7 @@ def _arguments(settings: PictureSettings) -> list[str]:
     ]
 
 
-def _regions(parts: tuple[Region, ...]) -> str:
+def _regions(parts: tuple[SavedRegion, ...]) -> str:
     written = [f"as_mask({part!r})" if isinstance(part, str) else repr(part) for part in parts]
     return f"[{', '.join(written)}]"
 

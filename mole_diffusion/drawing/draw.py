@@ -50,7 +50,7 @@ def prepare(pipe: Any, settings: PictureSettings) -> None:
 
 
 def sized(pipe: Any, settings: PictureSettings) -> PictureSettings:
-    """The settings with both sides of the picture: diffusers passes over one without the other."""
+    """The settings with both sides of the picture: diffusers ignores one without the other."""
     if not (settings.height or settings.width):
         return settings
     height, width = picture_size(pipe, {"height": settings.height, "width": settings.width})

@@ -6,16 +6,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from numbers import Real
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from ..errors import MoLEError, printable
 from .painted import is_painted
 
 if TYPE_CHECKING:
     from ..composition.call import Role
+    from ..composition.region_forms import Box
 
-Box = tuple[float, float, float, float]
-Region = Box | str
+SavedRegion: TypeAlias = "Box | str"
 """A box `(left, top, right, bottom)`, in fractions of the picture or pixels, or a mask as `painted` writes it."""
 
 TOYBOX = "toybox"
@@ -78,7 +78,7 @@ class PictureSettings:
     gates: str | None = None
     composition: str | None = None
     composition_options: Mapping[str, Any] = field(default_factory=dict)
-    regions: Mapping[str, tuple[Region, ...]] = field(default_factory=dict)
+    regions: Mapping[str, tuple[SavedRegion, ...]] = field(default_factory=dict)
     negative_prompt: str | None = None
     width: int | None = None
     height: int | None = None
@@ -176,15 +176,15 @@ def _lora(given: Any) -> LoRASettings:
     return LoRASettings(**values)
 
 
-def _parts(name: str, parts: Any, names: list[str]) -> tuple[Region, ...]:
+def _parts(name: str, parts: Any, names: list[str]) -> tuple[SavedRegion, ...]:
     if name not in names:
         raise MoLEError(f"`regions` has {_shown(name)}, which is none of the LoRAs: {', '.join(names)}.")
     if not isinstance(parts, list) or not parts:
         raise MoLEError(f"the regions of {_shown(name)} must be a list, got {_shown(parts)}.")
-    read: list[Region] = []
+    read: list[SavedRegion] = []
     for part in parts:
         if isinstance(part, list) and len(part) == 4:
-            read.append(cast(Box, tuple(_finite(f"region of {name}", number) for number in part)))
+            read.append(cast("Box", tuple(_finite(f"region of {name}", number) for number in part)))
         elif isinstance(part, str) and is_painted(part):
             read.append(part)
         else:

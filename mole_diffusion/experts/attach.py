@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..families import Architecture, Joint, Told
 from . import compiled
-from .compiled import Place
+from .compiled import Callback
 from .hooks import SiteHook, Watch
 from .meeting import Meeting
 from .processor import AddExperts, MoLEAttnProcessor
@@ -81,11 +81,11 @@ class Attachment:
         self._swapped: dict[str, tuple[Attention, Any, MoLEAttnProcessor]] = {}
         self._all_reached = False
         self._order = compiled.new_order()
-        self._places = [Place(self._order, tell), Place(self._order, functools.partial(end, None))]
+        self._callbacks = [Callback(self._order, tell), Callback(self._order, functools.partial(end, None))]
         self._argument_names = tuple(inspect.signature(model.forward).parameters)
         for site in self.sites:
-            site.place = Place(self._order, functools.partial(serve, site))
-            self._places.append(site.place)
+            site.callback = Callback(self._order, functools.partial(serve, site))
+            self._callbacks.append(site.callback)
         self._parents = {site.module_name: _parent(model, site.module_name) for site in self.sites}
         self._seen_modules: list[tuple[Any, str, nn.Module | None]] = []
         self._seen_processors: list[tuple[Attention, Any]] = []
@@ -129,8 +129,8 @@ class Attachment:
         hooks: list[RemovableHandle | SiteHook | Watch | Meeting] = [*self._handles, *self._meetings]
         for hook in (*hooks, *self._site_hooks.values(), *self._watch_hooks.values()):
             hook.remove()
-        for place in self._places:
-            place.retire()  # a compiled graph may go on without
+        for callback in self._callbacks:
+            callback.retire()  # a compiled graph may go on without
         self._swapped.clear()
         self._handles.clear()
         self._site_hooks.clear()
@@ -146,7 +146,7 @@ class Attachment:
 
     @property
     def meets(self) -> bool:
-        """Whether attention is read by hooks, which a compiled graph passes by."""
+        """Whether attention is read by hooks, which a compiled graph leaves out."""
         return bool(self._meetings or self._watch_hooks)
 
     @property
@@ -178,8 +178,8 @@ class Attachment:
                     self._swapped[name][2].retire()
                 attention.processor = ours = MoLEAttnProcessor(sites, self._add, seam, attention)
                 if seam is not None:
-                    ours.place = Place(self._order, ours.attend)
-                    self._places.append(ours.place)
+                    ours.callback = Callback(self._order, ours.attend)
+                    self._callbacks.append(ours.callback)
                 self._swapped[name] = (attention, original, ours)
                 self._made.append(ours)
 
@@ -211,7 +211,7 @@ class Attachment:
         # projections, or exchanged modules (PEFT, when its adapters are loaded and unloaded).
         if torch.compiler.is_compiling():
             given = {**dict(zip(self._argument_names, args, strict=False)), **kwargs}
-            compiled.begin(self._places[0], self.architecture.told(model, given))
+            compiled.begin(self._callbacks[0], self.architecture.told(model, given))
             return None
         if not self._unchanged():
             self._find_modules()
@@ -263,7 +263,7 @@ class Attachment:
 
     def _after_forward(self, model: nn.Module, args: Any, output: Any) -> Any:
         if torch.compiler.is_compiling():
-            compiled.end(self._places[1])
+            compiled.end(self._callbacks[1])
             return None
         result = self._end(output)
         if output is None or self._all_reached:  # an exception is on its way, or the check was passed before

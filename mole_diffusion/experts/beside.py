@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from ..errors import MoLEError
 from ..lora import LoRAFactors
+from ..lora.effect import COMPUTED
 from ..lora.kinds import dora
 from ..lora.kronecker import Kronecker
-
-COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, eq=False)

@@ -33,12 +33,12 @@ def _operator(name: str, changes: tuple[str, ...]) -> Callable[[Callable[..., An
 
 
 class Served(Protocol):
-    """What happens at a place."""
+    """What a graph calls."""
 
     def __call__(self, *args: Any) -> Any: ...
 
 
-class Place:
+class Callback:
     """Where a graph calls back: a module, an attention layer, the beginning or end of a pass.
 
     Args:
@@ -54,17 +54,17 @@ class Place:
         self.number = torch.tensor([number])
         self.order = order
         self.serve: Served | None = serve
-        _PLACES[number] = self
+        _CALLBACKS[number] = self
 
     def retire(self) -> None:
         self.serve = None
 
 
-_PLACES: WeakValueDictionary[int, Place] = WeakValueDictionary()
+_CALLBACKS: WeakValueDictionary[int, Callback] = WeakValueDictionary()
 
 
 def new_order() -> Tensor:
-    """See `Place`."""
+    """See `Callback`."""
     return torch.zeros(1)
 
 
@@ -74,8 +74,8 @@ def _served(number: Tensor) -> Served | None:
             f"torch {torch.__version__} would record what the LoRAs do here into a CUDA graph, which then never asks "
             "again. Compile without mode='reduce-overhead' and 'max-autotune', or upgrade torch."
         )
-    place = _PLACES.get(int(number))
-    return None if place is None else place.serve
+    callback = _CALLBACKS.get(int(number))
+    return None if callback is None else callback.serve
 
 
 @_operator("begin", ("order",))
@@ -114,26 +114,26 @@ def _(order: Tensor, number: Tensor, query: Tensor, key: Tensor, value: Tensor, 
     return query.new_empty(batch, tokens, heads * value.shape[-1])
 
 
-def begin(place: Place, told: Told) -> None:
+def begin(callback: Callback, told: Told) -> None:
     """In a graph: a pass of a component begins."""
-    _begin(place.order, place.number, *_packed(told))
+    _begin(callback.order, callback.number, *_packed(told))
 
 
-def add(place: Place, hidden_states: Tensor, output: Tensor) -> Tensor:
+def add(callback: Callback, hidden_states: Tensor, output: Tensor) -> Tensor:
     """In a graph: what the experts add at a module goes into its output."""
-    _add(output, place.order, place.number, hidden_states, torch.is_grad_enabled())
+    _add(output, callback.order, callback.number, hidden_states, torch.is_grad_enabled())
     return output
 
 
-def attend(place: Place, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+def attend(callback: Callback, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """In a graph: attention that somebody may watch or add a bias to. `(batch, tokens, heads * d)`."""
-    attended: Tensor = _attend(place.order, place.number, query, key, value, mask)
+    attended: Tensor = _attend(callback.order, callback.number, query, key, value, mask)
     return attended
 
 
-def end(place: Place) -> None:
+def end(callback: Callback) -> None:
     """In a graph: the pass ends."""
-    _end(place.order, place.number)
+    _end(callback.order, callback.number)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:

@@ -41,8 +41,8 @@ def _add(
     add: AddExperts, site: Site, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
 ) -> Tensor:
     hidden_states: Tensor = args[0] if args else next(iter(kwargs.values()))
-    if site.place is not None and torch.compiler.is_compiling():
-        return compiled.add(site.place, hidden_states, output)
+    if site.callback is not None and torch.compiler.is_compiling():
+        return compiled.add(site.callback, hidden_states, output)
     return add(site, hidden_states, output)
 
 

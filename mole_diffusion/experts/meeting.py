@@ -52,7 +52,7 @@ class Meeting:
         watched, biased = self._crossed.watched(), self._crossed.biased()
         joint = self._where() if watched or biased else None
         if joint is not None:
-            self._open.mode = mode = _Seen(self._crossed, self._among, joint, watched, biased)
+            self._open.mode = mode = _WatchedAttention(self._crossed, self._among, joint, watched, biased)
             mode.__enter__()
 
     def _after(self, layer: nn.Module, args: Any, output: Any) -> None:
@@ -72,7 +72,7 @@ class Meeting:
             )
 
 
-class _Seen(TorchFunctionMode):
+class _WatchedAttention(TorchFunctionMode):
     """Inside of it, `scaled_dot_product_attention` is shown and biased."""
 
     def __init__(self, crossed: LayerSeam, among: LayerSeam, joint: Joint, watched: bool, biased: bool) -> None:

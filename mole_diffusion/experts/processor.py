@@ -66,7 +66,7 @@ class MoLEAttnProcessor:
         self._add = add
         self._seam = seam
         self._attention = attention
-        self.place: compiled.Place | None = None
+        self.callback: compiled.Callback | None = None
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -75,7 +75,7 @@ class MoLEAttnProcessor:
 
     def retire(self) -> None:
         """Become the stock processor: somebody may have kept this one and put it back after the LoRAs are gone."""
-        self.sites, self._add, self._seam, self._attention, self.place = {}, None, None, None, None
+        self.sites, self._add, self._seam, self._attention, self.callback = {}, None, None, None, None
 
     def __call__(
         self,
@@ -128,8 +128,8 @@ class MoLEAttnProcessor:
             query = attn.norm_q(query)
         if attn.norm_k is not None:
             key = attn.norm_k(key)
-        if self.place is not None and torch.compiler.is_compiling():
-            attended = compiled.attend(self.place, query, key, value, attention_mask)
+        if self.callback is not None and torch.compiler.is_compiling():
+            attended = compiled.attend(self.callback, query, key, value, attention_mask)
         else:
             attended = self.attend(query, key, value, attention_mask)
 
@@ -156,6 +156,6 @@ class MoLEAttnProcessor:
         site = self.sites.get(name)
         if site is None or self._add is None:
             return output
-        if site.place is not None and torch.compiler.is_compiling():
-            return compiled.add(site.place, hidden_states, output)
+        if site.callback is not None and torch.compiler.is_compiling():
+            return compiled.add(site.callback, hidden_states, output)
         return self._add(site, hidden_states, output)

@@ -124,7 +124,7 @@ def refuse_method(component: str, run: Run, reads_attention: bool) -> None:
     Args:
         component: The denoiser.
         run: The pass.
-        reads_attention: Whether attention is read by hooks there, which a graph passes by.
+        reads_attention: Whether attention is read by hooks there, which a graph leaves out.
     """
     name = getattr(run.weigher, "name", "in use")
     if run.passes > 1:

@@ -15,7 +15,7 @@ from mole_diffusion.errors import MoLEError
 
 from ..families import Architecture, Reads
 from .beside import Beside
-from .compiled import Place
+from .compiled import Callback
 from .stack import ExpertStack
 
 CHOICES_KEPT = 4  # of the LoRAs left out, for which the others' rows lie ready; each may take as much memory as they do
@@ -49,7 +49,7 @@ class Site:
         self.group = SiteGroup([self])
         self.reads: Reads = "pixels"
         self.seen: tuple[torch.Size, torch.Size] | None = None
-        self.place: Place | None = None
+        self.callback: Callback | None = None
         _check_fit(self)
 
     def move_to(self, module: nn.Module) -> None:

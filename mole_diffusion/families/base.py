@@ -82,14 +82,14 @@ class Conditions(NamedTuple):
             rows: Their numbers, in the order of the result.
         """
 
-        def of(value: Any) -> Any:
+        def rows_of(value: Any) -> Any:
             return (
-                {key: of(one) for key, one in value.items()}
+                {key: rows_of(one) for key, one in value.items()}
                 if isinstance(value, dict)
                 else value[rows.to(value.device)]
             )
 
-        return Conditions(of(self.prompt_embeds), of(self.others))
+        return Conditions(rows_of(self.prompt_embeds), rows_of(self.others))
 
 
 class Family:

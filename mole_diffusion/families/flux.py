@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .architecture import Architecture, Joint, Told, packed_grid, unit
 from .base import Conditions, Family, Text
 from .clip import CLIPText
-from .latents import from_patches, latent_side, places, size_shift, to_patches
+from .latents import from_patches, latent_side, positions, size_shift, to_patches
 from .t5 import T5
 
 GUIDANCE = 3.5  # that models of embedded guidance are told where nobody says another, as in diffusers
@@ -156,7 +156,7 @@ class Flux(Family):
             guidance=latents.new_full((len(latents),), GUIDANCE, dtype=torch.float32) if guided else None,
             encoder_hidden_states=conditions.prompt_embeds,
             txt_ids=latents.new_zeros(conditions.prompt_embeds.shape[1], 3),
-            img_ids=places(side, side, 3, latents),
+            img_ids=positions(side, side, 3, latents),
             return_dict=False,
             **conditions.others,
         )[0]

@@ -13,7 +13,7 @@ from .architecture import Architecture, Told, packed_grid, unit
 from .base import Conditions, Family, Reading
 from .chats import MARK, QWEN_END, chat_reading
 from .flux import DOUBLE_ATTENTION, TIMESTEPS, words_then_pixels
-from .latents import from_patches, latent_side, places, time_shift, to_patches
+from .latents import from_patches, latent_side, positions, time_shift, to_patches
 
 
 class Flux2Transformer(Architecture):
@@ -128,14 +128,14 @@ class Flux2(Family):
     def predict(self, pipe: Any, latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         rows, side = len(latents), math.isqrt(latents.shape[1])
         guided = pipe.transformer.config.guidance_embeds
-        words = places(1, conditions.prompt_embeds.shape[1], 4, latents).roll(1, dims=1)  # counted on the last axis
+        words = positions(1, conditions.prompt_embeds.shape[1], 4, latents).roll(1, dims=1)  # counted on the last axis
         prediction: Tensor = pipe.transformer(
             hidden_states=latents,
             timestep=timesteps / TIMESTEPS,
             guidance=latents.new_full((rows,), GUIDANCE, dtype=torch.float32) if guided else None,
             encoder_hidden_states=conditions.prompt_embeds,
             txt_ids=words.expand(rows, -1, -1),
-            img_ids=places(side, side, 4, latents).expand(rows, -1, -1),
+            img_ids=positions(side, side, 4, latents).expand(rows, -1, -1),
             return_dict=False,
         )[0]
         return prediction

@@ -54,7 +54,7 @@ def to_patches(latents: Tensor) -> Tensor:
     return grid.reshape(rows, height // 2 * (width // 2), channels * 4)
 
 
-def places(rows: int, columns: int, axes: int, like: Tensor) -> Tensor:
+def positions(rows: int, columns: int, axes: int, like: Tensor) -> Tensor:
     """`(rows * columns, axes)`: row and column of every token on the axes 1 and 2, zeros on the others."""
     found = torch.zeros(rows, columns, axes, device=like.device, dtype=like.dtype)
     found[..., 1] = torch.arange(rows, device=like.device)[:, None]

@@ -20,18 +20,18 @@ class BlockExperts:
     LoRA with gate 1 is that LoRA exactly.
 
     Args:
-        experts: Indices of the LoRAs that touch the block.
+        indices: Those of the LoRAs that touch the block.
         num_experts: N of the whole model.
     """
 
-    def __init__(self, experts: tuple[int, ...], num_experts: int) -> None:
-        self.experts = experts
-        self._alone = torch.eye(num_experts)
+    def __init__(self, indices: tuple[int, ...], num_experts: int) -> None:
+        self.indices = indices
+        self._one_hot = torch.eye(num_experts)
 
     def weights(self, run: Run) -> Tensor | None:
         """Weights of the modules inside the block just now: the LoRA that acts alone in full, or none."""
         solo = run.notes.get(self)
-        return None if solo is None else self._alone[solo][None, None]
+        return None if solo is None else self._one_hot[solo][None, None]
 
     def mix(
         self,
@@ -50,8 +50,8 @@ class BlockExperts:
             args: What it was called with.
             kwargs: What it was called with.
             output: What the base answered, `(batch, tokens, features)`.
-            weigh: Turns the expert outputs `(batch, tokens, len(experts), features)` into final weights
-                `(batch, len(experts))`.
+            weigh: Turns the expert outputs `(batch, tokens, len(indices), features)` into final weights
+                `(batch, len(indices))`.
         """
         if not isinstance(output, Tensor):
             raise MoLEError(
@@ -60,7 +60,7 @@ class BlockExperts:
             )
         changes = []
         try:
-            for index in self.experts:
+            for index in self.indices:
                 run.notes[self] = index
                 changes.append(block.forward(*args, **kwargs) - output)
         finally:

@@ -141,8 +141,8 @@ def _expected_shapes(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for values in settings["gate_table"]:
         spec = GateSpec.from_dict(values)
-        stem, logits = f"gates.{key_of(spec.name)}", len(spec.experts) + config.null_expert
-        beside = len(spec.experts) if config.residual else 0
+        stem, logits = f"gates.{key_of(spec.name)}", len(spec.indices) + config.null_expert
+        beside = len(spec.indices) if config.residual else 0
         shapes[f"{stem}.weight"] = (logits, spec.positions, spec.width + beside)
         shapes[f"{stem}.log_temperature"] = ()
         if config.normalization == "layer_norm" and spec.hidden_features != 0:

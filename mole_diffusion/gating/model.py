@@ -277,7 +277,7 @@ class MoLEModel(ModelMixin, ConfigMixin):
     def _make_gate(self, spec: GateSpec) -> Gate:
         config = self.gate_config
         return Gate(
-            num_experts=len(spec.experts) + config.null_expert,
+            num_experts=len(spec.indices) + config.null_expert,
             positions=spec.positions,
             width=spec.width,
             num_features=spec.num_features,
@@ -285,7 +285,7 @@ class MoLEModel(ModelMixin, ConfigMixin):
             normalization="l2" if spec.hidden_features == 0 else config.normalization,
             temperature=config.temperature,
             learn_temperature=config.learn_temperature,
-            beside=len(spec.experts) if config.residual else 0,
+            beside=len(spec.indices) if config.residual else 0,
         )
 
     def _gate(self, spec: GateSpec) -> Gate:
@@ -295,7 +295,7 @@ class MoLEModel(ModelMixin, ConfigMixin):
 
     def _hook_block(self, binding: Binding, spec: GateSpec, experts: Experts) -> None:
         """Makes a block run once more under each LoRA whenever these gates weigh it."""
-        binding.blocks[spec.name] = mixer = BlockExperts(spec.experts, self.num_experts)
+        binding.blocks[spec.name] = mixer = BlockExperts(spec.indices, self.num_experts)
 
         def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
             run = experts.run(spec.component)
@@ -305,7 +305,7 @@ class MoLEModel(ModelMixin, ConfigMixin):
             def weigh(expert_outputs: Tensor) -> Tensor:
                 features = expert_outputs.flatten(2)
                 weights = self._routing.weigh(self._gate(spec), spec, features, None, run, None, self._record)
-                return weights[:, 0, list(spec.experts)]
+                return weights[:, 0, list(spec.indices)]
 
             return mixer.mix(run, block, args, kwargs, output, weigh)
 

@@ -43,7 +43,7 @@ class GateRecord:
 
     Attributes:
         gates: Gate name to `(batch, N)`, with graph, of the latest pass: means over the tokens, where these differ.
-        passes: Gate name to the list of all recorded passes, each `(batch, N)`.
+        by_pass: Gate name to the list of its weights in every recorded pass, each `(batch, N)`.
         tokens: Gate name to `(batch, tokens, N)` of the latest pass, without graph; one token where all share a gate.
     """
 
@@ -51,7 +51,7 @@ class GateRecord:
         self._specs = {spec.name: spec for spec in specs}
         self.lora_names = tuple(lora_names)
         self.accumulate = accumulate
-        self.passes: dict[str, list[Tensor]] = {}
+        self.by_pass: dict[str, list[Tensor]] = {}
         self.tokens: dict[str, Tensor] = {}
 
     def add(self, name: str, run: Run, gates: Tensor) -> None:
@@ -61,22 +61,22 @@ class GateRecord:
         self.tokens[name] = gates.detach()
         gates = gates.mean(dim=1)
         if self.accumulate:
-            self.passes.setdefault(name, []).append(gates)
+            self.by_pass.setdefault(name, []).append(gates)
         else:
-            self.passes[name] = [gates]
+            self.by_pass[name] = [gates]
 
     @property
     def gates(self) -> dict[str, Tensor]:
-        return {name: self.passes[name][-1] for name in self.names}
+        return {name: self.by_pass[name][-1] for name in self.names}
 
     @property
     def names(self) -> tuple[str, ...]:
         """Gates that were reached, in the order of a forward pass."""
-        return tuple(name for name in self._specs if name in self.passes)
+        return tuple(name for name in self._specs if name in self.by_pass)
 
     def mean(self) -> dict[str, Tensor]:
         """Gate name to `(N,)`: the mean over the batch and the recorded passes, with graph."""
-        return {name: torch.cat(self.passes[name]).mean(dim=0) for name in self.names}
+        return {name: torch.cat(self.by_pass[name]).mean(dim=0) for name in self.names}
 
     def places(self) -> Tensor:
         """`(places, N)`, the means stacked, with graph: what `balance_loss` takes.
@@ -108,7 +108,7 @@ class GateRecord:
         """`(places, N)` bool: which LoRA touches which of the recorded places."""
         present = torch.zeros(len(self.names), len(self.lora_names), dtype=torch.bool)
         for row, name in enumerate(self.names):
-            present[row, list(self._specs[name].experts)] = True
+            present[row, list(self._specs[name].indices)] = True
         return present
 
     def table(self) -> GateTable:

@@ -62,7 +62,7 @@ class Routing:
             if masks is not None:
                 gates = masks.to(features.device, features.dtype).expand(*features.shape[:2], -1)
                 return self._correct(gate, spec, features, gates, run, record)
-            keep, shares, final = self._factors(spec.experts, features.device, run)
+            keep, shares, final = self._factors(spec.indices, features.device, run)
             if self._config.token_axis == "token":
                 logits = gate.at_every_token(features)  # (batch, tokens, experts here)
             else:
@@ -73,16 +73,16 @@ class Routing:
             # With a graph also where nobody records: a checkpoint's recomputation, which may come when the recording is
             # over, must keep as many tensors as the pass it repeats.
             if record is not None or torch.is_grad_enabled():
-                shown = self._spread(kept * shares, spec.experts)
+                shown = self._spread(kept * shares, spec.indices)
                 if record is not None:
                     record.add(spec.name, run, shown)
-            return self._spread(kept * final, spec.experts)
+            return self._spread(kept * final, spec.indices)
 
     def _correct(
         self, gate: Gate, spec: GateSpec, features: Tensor, masks: Tensor, run: Run, record: GateRecord | None
     ) -> Tensor:
         """What a `residual` gate adds to masks, at most 1 either way, and nothing for LoRAs that are left out."""
-        index = list(spec.experts)
+        index = list(spec.indices)
         added = gate.at_every_token(features, masks[..., index]).tanh() * run.keep.to(masks.device)[:, None, index]
         gates = masks.index_add(-1, torch.tensor(index, device=masks.device), added)
         if record is not None:

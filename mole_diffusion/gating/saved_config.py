@@ -46,28 +46,36 @@ def check_config(config: Any) -> dict[str, Any]:
 
 
 def _with_later_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of gates that were saved before there were these, with what they were then."""
+    """Settings of gates that were saved before there were these, with what they were then, by today's names."""
     config, table = settings["gate_config"], settings["gate_table"]
     if not isinstance(config, dict):
         return settings
-    rows = table if isinstance(table, list) else []
+    rows = [_renamed(row) for row in table] if isinstance(table, list) else []
     # Those of one version came together: a folder has all of them or none.
     if not config.keys() & _WITH_HIDDEN.keys() and all(
         isinstance(row, dict) and "hidden_features" not in row for row in rows
     ):
         config = {**config, **_WITH_HIDDEN}
-        table = [{**row, "hidden_features": None} for row in rows]
+        rows = [{**row, "hidden_features": None} for row in rows]
+    table = rows if isinstance(table, list) else table
     return {**settings, "gate_config": {**_WITH_RESIDUAL, **config}, "gate_table": table}
+
+
+def _renamed(row: Any) -> Any:
+    """A gate whose `indices` were called `experts`."""
+    if not isinstance(row, dict) or "experts" not in row or "indices" in row:
+        return row
+    return {"indices" if key == "experts" else key: value for key, value in row.items()}
 
 
 def _check_spec(spec: Mapping[str, Any], config: GateConfig, num_loras: int) -> None:
     where = "has a gate in gate_table"
     _need(_is_text(spec["name"]) and _is_text(spec["component"]), f"{where} without a name or component")
     place = f"has a gate {printable(spec['name'])} in gate_table"
-    experts, modules = spec["experts"], spec["modules"]
+    indices, modules = spec["indices"], spec["modules"]
     _need(
-        _are_numbers(experts, 0) and experts == sorted(set(experts)) and len(experts) > 0 and experts[-1] < num_loras,
-        f"{place} whose experts are no indices of its LoRAs",
+        _are_numbers(indices, 0) and indices == sorted(set(indices)) and len(indices) > 0 and indices[-1] < num_loras,
+        f"{place} whose indices are not those of its LoRAs",
     )
     _need(
         isinstance(modules, list) and len(modules) > 0 and all(_is_text(module) for module in modules),

@@ -44,7 +44,7 @@ class GateSpec:
     Attributes:
         name: Its place, `component.module` of what it covers.
         component: Name of the model it lies in.
-        experts: Indices of the LoRAs that touch its scope; the others take no share of its softmax.
+        indices: Those of the LoRAs that touch its scope; the others take no share of its softmax.
         modules: The adapted modules it weighs.
         entries: Where it reads: the first of them to run, with those that read the same tensor.
         block: Name of the block it re-runs under each LoRA, or `None` where experts are those of modules.
@@ -56,7 +56,7 @@ class GateSpec:
 
     name: str
     component: str
-    experts: tuple[int, ...]
+    indices: tuple[int, ...]
     modules: tuple[str, ...]
     entries: tuple[Entry, ...]
     block: str | None
@@ -68,7 +68,7 @@ class GateSpec:
     def from_dict(cls, values: Mapping[str, Any]) -> GateSpec:
         """Reads plain values, as JSON gives them back; a name may be that of another version of transformers."""
         entries = tuple(Entry(e["module"], tuple(e["ranks"]), e["features"]) for e in values["entries"])
-        plain = {**values, "experts": tuple(values["experts"]), "modules": tuple(values["modules"])}
+        plain = {**values, "indices": tuple(values["indices"]), "modules": tuple(values["modules"])}
         name = canonical_place(values["component"], values["name"])
         return cls(**{**plain, "name": name, "entries": entries})
 
@@ -99,7 +99,7 @@ class GateSpec:
         if self.hidden_features is not None:
             return max(self.hidden_features, 1)
         if self.block is not None:
-            return len(self.experts) * self.entries[0].features
+            return len(self.indices) * self.entries[0].features
         return sum(sum(entry.ranks) for entry in self.entries)
 
     @property
@@ -171,7 +171,7 @@ def _plan(name: str, members: Sequence[Site], config: GateConfig, architecture: 
     return GateSpec(
         name=name,
         component=first.component,
-        experts=tuple(present),
+        indices=tuple(present),
         modules=tuple(site.module_name for site in members),
         entries=tuple(Entry(site.module_name, site.stack.ranks, site.stack.out_features) for site in entries),
         block=block,

@@ -71,7 +71,7 @@ class AdapterSettings:
     dora: bool
 
 
-def read_settings(file: LoRAFile, layout: str) -> dict[str | None, AdapterSettings]:
+def read_adapter_settings(file: LoRAFile, layout: str) -> dict[str | None, AdapterSettings]:
     """Settings that travel with a file, by component; the key None is for whatever the file holds.
 
     They come from PEFT's `adapter_config.json`, or from the JSON text that diffusers writes into the safetensors

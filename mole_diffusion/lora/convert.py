@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.families.names import canonical_name
 from mole_diffusion.files import atomic_path
-from mole_diffusion.lora.adapter import DIFFUSERS_METADATA, read_settings, strength
+from mole_diffusion.lora.adapter import DIFFUSERS_METADATA, read_adapter_settings, strength
 from mole_diffusion.lora.embeddings import is_embedding
 from mole_diffusion.lora.errors import refusal
 from mole_diffusion.lora.kinds import Change, dora
@@ -25,7 +25,7 @@ from mole_diffusion.lora.kronecker import Kronecker, Rows
 from mole_diffusion.lora.layouts.diffusers import write as diffusers_key
 from mole_diffusion.lora.layouts.kohya import write as kohya_key
 from mole_diffusion.lora.layouts.peft import write as peft_key
-from mole_diffusion.lora.layouts.place import Place
+from mole_diffusion.lora.layouts.slot import Slot
 from mole_diffusion.lora.modules import ModuleIndex
 from mole_diffusion.lora.pieces import Piece, find_pieces, fold, read_alpha, read_parts
 from mole_diffusion.lora.save import in_files, stable_bytes
@@ -102,8 +102,8 @@ def convert_lora(
     several = any(component == "text_encoder_2" for component, _ in modules)
     for (component, name), module in modules.items():
         for part, tensor in module.tensors.items():
-            place = Place(component, in_files(component, name), part)
-            tensors[diffusers_key(place) if to == "diffusers" else kohya_key(place, several)] = tensor
+            slot = Slot(component, in_files(component, name), part)
+            tensors[diffusers_key(slot) if to == "diffusers" else kohya_key(slot, several)] = tensor
     if to == "diffusers":
         kept |= _diffusers_config(modules)
     with atomic_path(target) as temporary:
@@ -123,7 +123,7 @@ def _untouched(
             layout=layout,
             keys=of_parts,
         )
-    settings = read_settings(file, layout)
+    settings = read_adapter_settings(file, layout)
     nameless = any(piece.component is None for piece in pieces)
     indices = _indices(file, "kohya", components) if nameless else {}
     found = {}
@@ -144,7 +144,7 @@ def _untouched(
             tensors["alpha"] = file.tensors[piece.keys["alpha"]]
         elif alpha is not None:
             tensors["alpha"] = torch.tensor(scaling * piece.r)
-        component = piece.component or _places(file, layout, piece, indices)[0]
+        component = piece.component or _targets(file, layout, piece, indices)[0]
         found[component, piece.module] = _Module({k: v.contiguous() for k, v in tensors.items()}, piece.r, alpha)
     return found
 
@@ -153,7 +153,7 @@ def _plain(
     file: LoRAFile, layout: str, pieces: list[Piece], to: Target, components: Mapping[str, nn.Module] | None
 ) -> dict[tuple[str, str], _Module]:
     """Every piece as plain factors of a module of diffusers; for PEFT with DoRA's magnitudes of rows beside them."""
-    settings = read_settings(file, layout)
+    settings = read_adapter_settings(file, layout)
     indices = _indices(file, layout, components)
     found: dict[tuple[str, str], _Module] = {}
     for piece in pieces:
@@ -171,7 +171,7 @@ def _plain(
         r = len(down)
         if alpha is not None and (piece.r != r or (config is not None and config.rslora)):
             alpha = scaling * r  # of which this is the scaling again
-        component, targets = _places(file, layout, piece, indices)
+        component, targets = _targets(file, layout, piece, indices)
         inputs = tuple(down.shape[1:])
         if indices:  # as the module has its weight: kernels of a LoHa are hidden in its factors
             inputs = indices[component].shape(indices[component].find(piece.module))[1:]
@@ -227,7 +227,7 @@ def _indices(file: LoRAFile, layout: str, components: Mapping[str, nn.Module] | 
     return {name: ModuleIndex(model) for name, model in components.items() if isinstance(model, nn.Module)}
 
 
-def _places(
+def _targets(
     file: LoRAFile, layout: str, piece: Piece, indices: dict[str, ModuleIndex]
 ) -> tuple[str, list[tuple[str, Rows | None]]]:
     """The component and the modules, with rows, that a piece is for."""
@@ -290,7 +290,7 @@ def _write_peft(
     if len(magnitudes) > 1:
         raise refusal(file.source, "DoRA at some modules only", "Convert it to `kohya`, which takes every kind.")
     tensors = {
-        peft_key(Place(None, name, part)): tensor
+        peft_key(Slot(None, name, part)): tensor
         for (_, name), module in modules.items()
         for part, tensor in module.tensors.items()
     }

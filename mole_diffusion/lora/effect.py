@@ -16,6 +16,7 @@ CANCELLED = 1e-5
 BELOW_LAST_DIGIT = 1e-3
 LARGEST_PRODUCT = 1e30
 COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Number formats in which torch multiplies matrices; weights in others are quantised."""
 
 
 def changes_nothing(factors: Mapping[str, Mapping[str, LoRAFactors]], models: Mapping[str, nn.Module]) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mole_diffusion.families import Original
-from mole_diffusion.lora.adapter import read_settings, strength
+from mole_diffusion.lora.adapter import read_adapter_settings, strength
 from mole_diffusion.lora.effect import changes_nothing, overflows
 from mole_diffusion.lora.embeddings import Embeddings, read_embeddings
 from mole_diffusion.lora.errors import refusal
@@ -68,7 +68,7 @@ class _Reader:
         self.layout, self.pieces = find_pieces(file)
         self.models = {key: model for key, model in components.items() if isinstance(model, nn.Module)}
         self.indices = {key: ModuleIndex(model) for key, model in self.models.items()}
-        self.settings = read_settings(file, self.layout)
+        self.settings = read_adapter_settings(file, self.layout)
 
     def lora(self, name: str | None) -> LoRA:
         homes = self._homes()

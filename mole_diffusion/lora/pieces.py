@@ -100,19 +100,19 @@ def find_pieces(file: LoRAFile) -> tuple[str, list[Piece]]:
         problem, remedy = explain_unplaced(unplaced)
         raise refusal(file.source, f"{len(unplaced)} keys {problem}", remedy, layout=layout, keys=unplaced)
     parts: dict[tuple[str | None, str], dict[str, str]] = defaultdict(dict)
-    for place, key, _ in placed:
-        owner = parts[place.component, place.module]
-        if place.part in owner:
+    for slot, key, _ in placed:
+        owner = parts[slot.component, slot.module]
+        if slot.part in owner:
             raise refusal(
                 file.source,
-                spoken(f"two keys for the <{place.part}> of one module", {"": key}, layout),
+                spoken(f"two keys for the <{slot.part}> of one module", {"": key}, layout),
                 "Keep one adapter per file.",
                 layout=layout,
-                components=_said(place.component),
-                keys=[owner[place.part], key],
+                components=_said(slot.component),
+                keys=[owner[slot.part], key],
             )
-        owner[place.part] = key
-    if SCALES_MARKER in file.entries and not any(place.part.startswith("scale_of_") for place, _, _ in placed):
+        owner[slot.part] = key
+    if SCALES_MARKER in file.entries and not any(slot.part.startswith("scale_of_") for slot, _, _ in placed):
         raise refusal(
             file.source,
             "its values are float8 with scales of their own, and the scales are missing",

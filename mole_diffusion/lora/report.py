@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mole_diffusion.families import COMPONENTS
-from mole_diffusion.lora.adapter import read_settings, strength
+from mole_diffusion.lora.adapter import read_adapter_settings, strength
 from mole_diffusion.lora.embeddings import read_embeddings
 from mole_diffusion.lora.families import family, text_width
 from mole_diffusion.lora.pieces import Piece, find_pieces, read_alpha, read_parts
@@ -62,7 +62,7 @@ def inspect_lora(path: str | os.PathLike[str]) -> LoRAReport:
     """
     file = read_source(path)
     layout, pieces = find_pieces(file)
-    settings = read_settings(file, layout)
+    settings = read_adapter_settings(file, layout)
     embeddings = read_embeddings(file)
     counts = Counter(piece.component or UNSTATED for piece in pieces)
     ranks = Counter(piece.r for piece in pieces if piece.r is not None)

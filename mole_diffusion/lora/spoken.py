@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from .layouts.place import KOHYA_ENDINGS, PEFT_ENDINGS, take_ending
+from .layouts.slot import KOHYA_ENDINGS, PEFT_ENDINGS, take_ending
 
 _OLD_ENDINGS = {"down": "down.weight", "up": "up.weight"}
 _PART = re.compile(r"<(\w+)>")

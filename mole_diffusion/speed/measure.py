@@ -17,7 +17,7 @@ from .config import Side, SpeedConfig
 from .counted import Counted
 from .models import component_of, load_into_peft, make_inputs, make_loras, make_model, state_dict, twin
 from .sides import make_sides
-from .train import TrainingStep, training_steps
+from .train import TrainingCost, training_costs
 
 Told = Callable[[str], None]
 
@@ -31,13 +31,13 @@ class Ratio:
     high: float
 
     @classmethod
-    def of(cls, side: list[float], other: list[float]) -> Ratio:
+    def between(cls, side: list[float], other: list[float]) -> Ratio:
         quotients = np.array(side) / np.array(other)
         return cls(*(float(x) for x in np.quantile(quotients, [0.25, 0.5, 0.75])))
 
 
 @dataclass(frozen=True)
-class Row:
+class SideCost:
     """One side with one number of LoRAs.
 
     Attributes:
@@ -103,9 +103,9 @@ class Speed:
     device: str
     parameters: int
     sites: int
-    rows: list[Row] = field(default_factory=list)
+    rows: list[SideCost] = field(default_factory=list)
     settings: list[Setting] = field(default_factory=list)
-    training: list[TrainingStep] = field(default_factory=list)
+    training: list[TrainingCost] = field(default_factory=list)
 
 
 def measure_speed(config: SpeedConfig, tell: Told | None = None) -> Speed:
@@ -133,7 +133,7 @@ def measure_speed(config: SpeedConfig, tell: Told | None = None) -> Speed:
             _measure(speed, model, inputs, number, tell)
         if config.train:
             tell("training")
-            speed.training = training_steps(config, model, inputs, min(config.loras))
+            speed.training = training_costs(config, model, inputs, min(config.loras))
     finally:
         torch.set_num_threads(threads)
     return speed
@@ -168,12 +168,12 @@ def _measure(speed: Speed, model: Any, inputs: dict[str, Any], number: int, tell
             continue
         times = processor[side] if config.device == "cpu" else clock[side]
         speed.rows.append(
-            Row(
+            SideCost(
                 side,
                 number,
                 float(np.median(times)),
-                Ratio.of(processor[side], processor["bare"]),
-                Ratio.of(clock[side], clock["bare"]),
+                Ratio.between(processor[side], processor["bare"]),
+                Ratio.between(clock[side], clock["bare"]),
                 counts[side].operations / bare.operations,
                 counts[side].bytes / bare.bytes,
                 counts[side].count,

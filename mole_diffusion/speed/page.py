@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .config import SIZES
-from .measure import Ratio, Row, Speed
+from .measure import Ratio, SideCost, Speed
 
 NAMES = {
     "bare": "bare base",
@@ -78,7 +78,7 @@ def speed_page(speeds: Sequence[Speed], command: str) -> str:
     return "\n".join([*head, *(f"\n{speed_tables(speed)}" for speed in speeds), ""])
 
 
-def _row(row: Row) -> list[str]:
+def _row(row: SideCost) -> list[str]:
     return [
         NAMES[row.side],
         str(row.loras),

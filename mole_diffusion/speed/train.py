@@ -20,7 +20,7 @@ from .models import component_of, make_inputs, make_loras, make_model, twin
 
 
 @dataclass(frozen=True)
-class TrainingStep:
+class TrainingCost:
     """One forward and backward pass.
 
     Attributes:
@@ -36,7 +36,7 @@ class TrainingStep:
     saved: float
 
 
-def training_steps(config: SpeedConfig, model: Any, inputs: dict[str, Any], number: int) -> list[TrainingStep]:
+def training_costs(config: SpeedConfig, model: Any, inputs: dict[str, Any], number: int) -> list[TrainingCost]:
     """Both sides, with and without gradient checkpointing.
 
     Time is taken on the model; what is kept is counted on one without values, of the same shapes.
@@ -55,7 +55,7 @@ def training_steps(config: SpeedConfig, model: Any, inputs: dict[str, Any], numb
             module, given = calls[side]
             with _checkpointing(module, bool(how)):
                 spent = min(_step(functools.partial(_loss, module, given)) for _ in range(2))
-            steps.append(TrainingStep(name, spent, kept))
+            steps.append(TrainingCost(name, spent, kept))
     return steps
 
 
@@ -67,7 +67,7 @@ def saved_activations(config: SpeedConfig, number: int) -> dict[str, float]:
         number: Of LoRAs.
 
     Returns:
-        By the names of `TrainingStep`.
+        By the names of `TrainingCost`.
     """
     config = replace(config, device="meta")
     model = make_model(config)

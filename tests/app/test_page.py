@@ -16,12 +16,12 @@ from safetensors.torch import save_file
 
 from mole_diffusion import toybox
 from mole_diffusion.app import drawn_regions, form, said, training
+from mole_diffusion.app.allowed_folders import AllowedFolders
 from mole_diffusion.app.coloured import coloured, css_colour
 from mole_diffusion.app.comparison import comparison
-from mole_diffusion.app.places import Places
+from mole_diffusion.app.offered_lora import inspect_offered
 from mole_diffusion.app.session import Session
 from mole_diffusion.app.studio import Cancelled, Progress, Studio, Ticket
-from mole_diffusion.app.verdict import look
 from mole_diffusion.composition import RegionMap
 from mole_diffusion.drawing import png
 from mole_diffusion.drawing.as_python import as_python
@@ -43,7 +43,7 @@ def studio() -> Studio:
     return Studio("cpu")
 
 
-def field(**changes: Any) -> form.Form:
+def field(**changes: Any) -> form.PageFields:
     given: dict[str, Any] = {
         "base": "toybox",
         "loras": [CAT, BOOT],
@@ -61,7 +61,7 @@ def field(**changes: Any) -> form.Form:
         "seed": 0,
         "count": 1,
     }
-    return form.Form(**{**given, **changes})
+    return form.PageFields(**{**given, **changes})
 
 
 def note(events: Iterable[Any], seen: list[Any]) -> None:
@@ -100,22 +100,22 @@ def test_paths_outside_of_the_folders_are_refused(tmp_path: Path) -> None:
     inside.mkdir()
     outside.mkdir()
     (inside / "way").symlink_to(outside)
-    places = Places([inside])
-    assert places.path("sd") == inside / "sd"
-    assert places.model(str(inside)) == str(inside)
-    assert places.model("toybox") == "toybox"
-    assert places.model("me/my-model") == "me/my-model"
+    allowed = AllowedFolders([inside])
+    assert allowed.path("sd") == inside / "sd"
+    assert allowed.model(str(inside)) == str(inside)
+    assert allowed.model("toybox") == "toybox"
+    assert allowed.model("me/my-model") == "me/my-model"
     for bad in ("../secret", str(outside), "/etc/passwd", "way", "way/it", "~", "\0"):
         with pytest.raises(MoLEError, match=r"outside of the folders|is no path"):
-            places.path(bad)
+            allowed.path(bad)
     with pytest.raises(MoLEError, match="outside of the folders"):
-        places.model("../secret")
+        allowed.model("../secret")
     with pytest.raises(MoLEError, match="there is no such folder"):
-        Places([tmp_path / "none"])
+        AllowedFolders([tmp_path / "none"])
 
 
 def test_a_verdict_says_what_a_file_is_or_why_not(tmp_path: Path) -> None:
-    good = look(str(toybox.lora_path("cat", "kohya")), taken=("cat",))
+    good = inspect_offered(str(toybox.lora_path("cat", "kohya")), taken=("cat",))
     assert good.lora is not None
     assert good.lora.name == "cat-2"
     assert good.lora.triggers == ("<v1> cat",)
@@ -124,7 +124,7 @@ def test_a_verdict_says_what_a_file_is_or_why_not(tmp_path: Path) -> None:
     assert "called by <v1> cat" in good.line
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(toybox.lora_path("cat").read_bytes()[:200])
-    bad = look(str(broken))
+    bad = inspect_offered(str(broken))
     assert bad.lora is None
     assert bad.line.startswith("✗ broken.safetensors")
     assert str(tmp_path) not in bad.line
@@ -173,7 +173,7 @@ def test_masks_of_a_picture_go_to_the_canvas_and_come_back() -> None:
 def test_a_form_becomes_settings_for_every_seed() -> None:
     regions = json.dumps({"boxes": {"cat": [[0, 0, 0.5, 1]]}})
     given = field(composition="masks", options="own_words=2.0, online=true", regions=regions, seed=7, count=2)
-    first, second = form.read(given, Places(["."]))
+    first, second = form.read(given, AllowedFolders(["."]))
     assert (first.seed, second.seed) == (7, 8)
     assert first.composition_options == {"own_words": 2.0, "online": True}
     assert first.regions == {"cat": ((0.0, 0.0, 0.5, 1.0),)}
@@ -201,7 +201,7 @@ def test_a_form_becomes_settings_for_every_seed() -> None:
 )
 def test_what_a_form_cannot_say_is_told_in_a_line(change: dict[str, Any], message: str) -> None:
     with pytest.raises(MoLEError, match=message):
-        form.read(field(**change), Places(["."]))
+        form.read(field(**change), AllowedFolders(["."]))
 
 
 def test_a_comparison_is_each_alone_the_sum_and_this() -> None:
@@ -247,7 +247,7 @@ def test_a_picture_of_the_page_is_that_of_its_python_call(studio: Studio, tmp_pa
     assert made["image"].tobytes() == session.drawn[0].picture.tobytes()
     # Dropped again, the picture restores the page.
     other = Session()
-    again = other.restore(str(session.files[1]), Places([tmp_path]))
+    again = other.restore(str(session.files[1]), AllowedFolders([tmp_path]))
     assert again == session.drawn[1].settings == png.read_settings(session.files[1])
     assert other.loras == list(again.loras)
 
@@ -348,12 +348,12 @@ def test_loras_of_a_restored_picture_are_known_by_their_bytes(tmp_path: Path) ->
     there = session.loras[0]
     elsewhere = replace(there, file="/home/somebody/mug.safetensors")
     settings = PictureSettings("a mug", loras=(elsewhere, replace(CAT, sha256="0" * 64)))
-    (mug, line), (cat, changed) = form.find_again(settings, session.loras, Places([tmp_path]))
+    (mug, line), (cat, changed) = form.find_again(settings, session.loras, AllowedFolders([tmp_path]))
     assert (mug.file, mug.on) == (str(file), True)
     assert line.startswith("✓")
     assert not cat.on
     assert "has changed" in changed
-    (gone, line), *_ = form.find_again(settings, [], Places([tmp_path]))
+    (gone, line), *_ = form.find_again(settings, [], AllowedFolders([tmp_path]))
     assert not gone.on
     assert line.startswith("✗ drop mug.safetensors on the page again")
 
@@ -363,7 +363,7 @@ def test_training_from_the_page_stops_and_goes_on(
 ) -> None:
     monkeypatch.setattr("mole_diffusion.training.gates.report.SEEDS", (0,))
     monkeypatch.setattr("mole_diffusion.training.gates.report.PROMPTS_SHOWN", 1)
-    plan, config = training.plan(BOTH, "a photo of {concepts}", 5, 1, 2.0, "", "gates", Places([tmp_path]))
+    plan, config = training.plan(BOTH, "a photo of {concepts}", 5, 1, 2.0, "", "gates", AllowedFolders([tmp_path]))
     assert (config.steps, config.batch_size, config.guidance_scale) == (5, 1, 2.0)
     config = replace(config, identity_weight=0.0, rollout_steps=2, checkpoint_every=1)
     seen: list[Any] = []
@@ -395,7 +395,7 @@ def test_what_cannot_be_trained_is_told(
     settings: PictureSettings, templates: str, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(MoLEError, match=message):
-        training.plan(settings, templates, 5, 1, 2.0, "", "gates", Places([tmp_path]))
+        training.plan(settings, templates, 5, 1, 2.0, "", "gates", AllowedFolders([tmp_path]))
 
 
 @pytest.mark.parametrize(
@@ -414,7 +414,7 @@ def test_what_cannot_be_trained_is_told(
 def test_a_training_stays_in_its_folders_and_bounds(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     given = {"steps": 5, "batch_size": 1, "guidance_scale": 2.0, "clip": "", "folder": "gates"}
     with pytest.raises(MoLEError, match=message):
-        training.plan(BOTH, "{concepts}", places=Places([tmp_path]), **{**given, **change})
+        training.plan(BOTH, "{concepts}", allowed=AllowedFolders([tmp_path]), **{**given, **change})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -431,7 +431,7 @@ def test_gates_train_on_another_base_with_a_clip_of_its_own(
         save_file(random_lora(base.components, seed=seed), file)
         loras.append(LoRASettings(kind, str(file), triggers=(f"{token} {kind}",)))
     settings = PictureSettings("gates", base=str(tmp_path / "base"), loras=tuple(loras))
-    plan, config = training.plan(settings, "a {concepts}", 2, 2, 2.0, "clip", "gates", Places([tmp_path]))
+    plan, config = training.plan(settings, "a {concepts}", 2, 2, 2.0, "clip", "gates", AllowedFolders([tmp_path]))
     assert (config.gradient_accumulation, config.gradient_checkpointing) == (2, True)  # a picture at a time
     *_, out = training.train(Studio("cpu"), plan, replace(config, rollout_steps=2, reference_pictures=1), Ticket())
     told = json.loads((out / "training.json").read_text())
@@ -440,7 +440,7 @@ def test_gates_train_on_another_base_with_a_clip_of_its_own(
 
 
 def test_float16_trains_nothing(tmp_path: Path) -> None:
-    plan, config = training.plan(BOTH, "{concepts}", 5, 1, 2.0, "", "gates", Places([tmp_path]))
+    plan, config = training.plan(BOTH, "{concepts}", 5, 1, 2.0, "", "gates", AllowedFolders([tmp_path]))
     with pytest.raises(MoLEError, match="--dtype bfloat16"):
         next(training.train(Studio("cpu", "float16"), plan, config, Ticket()))
 

@@ -12,7 +12,7 @@ from PIL import Image
 from mole_diffusion import __version__, toybox
 from mole_diffusion.app.session import Session
 from mole_diffusion.app.space import write_space
-from mole_diffusion.app.studio import Drawn
+from mole_diffusion.app.studio import FinishedPicture
 from mole_diffusion.drawing import png
 from mole_diffusion.drawing.settings import LoRASettings, PictureSettings
 from mole_diffusion.errors import MoLEError
@@ -50,7 +50,7 @@ def test_a_run_of_the_page_becomes_a_space(tmp_path: Path) -> None:
     settings = PictureSettings(
         "a <v1> cat", loras=tuple(session.loras), composition="masks", regions={"kitty": ((0.0, 0.0, 0.5, 1.0),)}
     )
-    session.drawn.append(Drawn(Image.new("RGB", (64, 64)), settings))
+    session.drawn.append(FinishedPicture(Image.new("RGB", (64, 64)), settings))
     png.save(session.drawn[0].picture, tmp_path / "it.png", settings)
     with_button = session.space(tmp_path / "with-button")
     file.rename(tmp_path / "moved.safetensors")

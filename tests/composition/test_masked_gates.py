@@ -64,7 +64,7 @@ def test_a_lora_masked_out_has_no_weight_anywhere(pipe: Any) -> None:
     with pipe.gates.record(accumulate=True) as record:
         four(pipe, loras=["cat", "dog"])
     assert record.names
-    for passes in record.passes.values():
+    for passes in record.by_pass.values():
         for weights in passes:
             assert not weights[:, 2].any()
             assert weights[:, :2].any()

@@ -103,11 +103,11 @@ def test_a_method_of_several_passes_is_refused(experts: Experts, run: Any) -> No
 def test_gates_that_would_get_no_gradient_are_refused(experts: Experts) -> None:
     """The operator itself, as a graph calls it where gradients are wanted."""
     site = next(site for site in experts.sites.values() if site.module_name.endswith("attn1.to_q"))
-    assert site.place is not None
+    assert site.callback is not None
     x = torch.randn(2, 6, *site.stack.input_shape)
     output = torch.zeros(2, 6, site.stack.out_features)
     with experts.using(weigher=gates_of(experts)), pytest.raises(MoLEError, match="gives gates no gradient"):
-        compiled.add(site.place, x, output)
+        compiled.add(site.callback, x, output)
     assert not output.any()
 
 

@@ -324,8 +324,8 @@ CONFIGS: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (_set("gate_table", 0, "positions", to=10**12), "positions are no number"),
     (_set("gate_table", 0, "positions", to=10**9), "keys of another shape"),
     (_set("gate_table", 0, "positions", to=True), "positions are no number"),
-    (_set("gate_table", 0, "experts", to=[0, 5]), "experts are no indices"),
-    (_set("gate_table", 0, "experts", to=[]), "experts are no indices"),
+    (_set("gate_table", 0, "indices", to=[0, 5]), "indices are not those"),
+    (_set("gate_table", 0, "indices", to=[]), "indices are not those"),
     (_set("gate_table", 0, "entries", 0, "features", to=-1), "features are no number"),
     (_set("gate_table", 0, "entries", 0, "module", to="elsewhere"), "reads a module it does not weigh"),
     (_set("gate_table", 0, "hidden_features", to=8), "do not go with input"),
@@ -393,3 +393,13 @@ def test_pipes_in_the_place_of_files(experts: Experts, tmp_path: Path) -> None:
         MoLEModel.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(GatesError, match="cannot be had from the Hub"):
         MoLEModel.from_pretrained("me/nowhere", local_files_only=True)
+
+
+def test_gates_whose_indices_were_called_experts_are_read(experts: Experts, tmp_path: Path) -> None:
+    gates = random_gates(experts)
+    gates.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for row in config["gate_table"]:
+        row["experts"] = row.pop("indices")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert MoLEModel.from_pretrained(tmp_path).specs == gates.specs

@@ -81,9 +81,9 @@ def test_a_gate_that_reads_nothing_is_one_number_per_lora(components: dict[str, 
         run_unet(components), run_text(components)
     for spec in gates.specs:
         gate: Any = gates.gates[spec.name.replace(".", "/")]
-        assert gate.weight.shape == (len(spec.experts), 1, 1)
+        assert gate.weight.shape == (len(spec.indices), 1, 1)
         expected = torch.zeros(3)
-        expected[list(spec.experts)] = torch.softmax(gate.weight[:, 0, 0] / gate.temperature, dim=0)
+        expected[list(spec.indices)] = torch.softmax(gate.weight[:, 0, 0] / gate.temperature, dim=0)
         for row in record.gates[spec.name]:
             torch.testing.assert_close(row, expected)
     inputs = unet_inputs(size=24)

@@ -233,7 +233,7 @@ def test_checkpointing_and_training_mode_change_nothing(
         with gates.record(accumulate=True) as during_backward:
             loss.backward()  # recomputes outside `using`
         assert during_backward.names == ()
-        assert all(len(passes) == 1 for passes in record.passes.values())
+        assert all(len(passes) == 1 for passes in record.by_pass.values())
         gradients = [p.grad for p in gates.parameters() if p.grad is not None]
         assert len(gradients) > 0
         results.append([output.detach(), record.places().detach(), *gradients])
@@ -353,20 +353,20 @@ def test_records_and_tables(components: dict[str, Any], experts: Experts) -> Non
         for timestep in (900, 500, 100):
             run_unet(components, timestep=timestep)
     run_unet(components)  # outside: not recorded
-    assert all(len(passes) == 3 for passes in record.passes.values())
+    assert all(len(passes) == 3 for passes in record.by_pass.values())
     table = record.table()
     assert table.places[0] == "unet.down_blocks.0.attentions.0.transformer_blocks.0"
     assert table.places == tuple(spec.name for spec in gates.specs if spec.component == "unet")
     assert table.loras == ("cat", "boot", "mug")
     name = table.places[2]
-    expected = sum(passes.mean(dim=0) for passes in record.passes[name]) / 3
+    expected = sum(passes.mean(dim=0) for passes in record.by_pass[name]) / 3
     torch.testing.assert_close(table.values[2], expected)
     torch.testing.assert_close(record.mean()[name], expected)
     with gates.record() as latest:
         run_unet(components, timestep=900)
         run_unet(components, timestep=100)
-    assert all(len(passes) == 1 for passes in latest.passes.values())
-    torch.testing.assert_close(latest.gates[name], record.passes[name][2])
+    assert all(len(passes) == 1 for passes in latest.by_pass.values())
+    torch.testing.assert_close(latest.gates[name], record.by_pass[name][2])
     with gates.record() as empty:
         pass
     with pytest.raises(ValueError, match="No gate was recorded"):

@@ -90,7 +90,7 @@ def test_entries_are_the_first_modules_that_read_the_same_tensor(components: dic
     assert entries("layer")["text_encoder.encoder.layers.1.self_attn"] == ["q_proj", "k_proj", "v_proj"]
     assert entries("matrix")[f"{block}.attn1.to_k"] == ["to_k"]
     assert entries("network") == {"unet": ["conv1"], "text_encoder": ["q_proj", "k_proj", "v_proj"]}
-    present = {spec.name: spec.experts for spec in plan_gates(experts, GateConfig(scope="layer"))}
+    present = {spec.name: spec.indices for spec in plan_gates(experts, GateConfig(scope="layer"))}
     assert present[f"{block}.attn1"] == (0, 1)
     assert present[f"{block}.ff"] == (0,)
 

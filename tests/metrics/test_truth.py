@@ -124,10 +124,10 @@ def test_the_report_has_every_place_and_step() -> None:
     report.update(record)
     result = report.compute()
     place = record.names[-1]
-    rows = torch.cat(record.passes[place]).double()
+    rows = torch.cat(record.by_pass[place]).double()
     rows = rows / rows.sum(dim=-1, keepdim=True)  # which fp32 gates do to 1e-7
     assert result[f"{place}: share of dog"] == pytest.approx(rows[:, 1].mean().item(), abs=1e-9)
-    at_step = torch.cat([record.passes[p][1] for p in record.names if not p.startswith("text_encoder")]).double()
+    at_step = torch.cat([record.by_pass[p][1] for p in record.names if not p.startswith("text_encoder")]).double()
     entropy = -(at_step * at_step.clamp(min=1e-300).log()).sum(-1)
     assert result["step 1: entropy"] == pytest.approx(entropy.mean().item(), abs=1e-6)
     assert result["step 1: effective LoRAs"] == pytest.approx(entropy.exp().mean().item(), abs=1e-6)

@@ -22,7 +22,7 @@ from mole_diffusion.benchmark.stats import correlation, paired_bootstrap, rank_c
 from mole_diffusion.tables import markdown_table, number
 
 ALIGNMENTS = (TEXT, IMAGE, REGION)
-TRUTHS = (PRESENCE, ALL_PRESENT, CONFUSION)
+SHOWN_TRUTHS = (PRESENCE, ALL_PRESENT, CONFUSION)
 BY_LORAS = (TEXT, IMAGE, PRESENCE, ALL_PRESENT)
 """Measures with a table of their own. More is better in all of them."""
 
@@ -113,7 +113,7 @@ def cost_table(config: BenchmarkConfig, rows: Sequence[Row], training: Mapping[s
 
 def correlation_table(config: BenchmarkConfig, rows: Sequence[Row]) -> str:
     """How well the alignments predict the oracle's truth; empty where there is none."""
-    truths = [measure for measure in TRUTHS if measure in measured(rows)]
+    truths = [measure for measure in SHOWN_TRUTHS if measure in measured(rows)]
     if not truths:
         return ""
     means = [line for line in means_by_method(config, rows) if line["pictures"]]

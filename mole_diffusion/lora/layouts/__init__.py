@@ -1,7 +1,7 @@
-"""Key layouts: what the keys of a file mean, as `Place`s, which are the same in all layouts.
+"""Key layouts: what the keys of a file mean, as `Slot`s, which are the same in all layouts.
 
-A layout is one function, key in, `Place` out, or `None` where the key is not its own. It needs no model; which module
-of a model a place means is decided in `modules.py`. A new layout is one function and one entry of `LAYOUTS`.
+A layout is one function, key in, `Slot` out, or `None` where the key is not its own. It needs no model; which module
+of a model a slot means is decided in `modules.py`. A new layout is one function and one entry of `LAYOUTS`.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from .diffusers import diffusers, diffusers_old
 from .kohya import kohya
 from .original import original
 from .peft import peft
-from .place import Place
+from .slot import Slot
 from .xlabs import xlabs
 
-__all__ = ["LAYOUTS", "Place", "read_layout"]
+__all__ = ["LAYOUTS", "Slot", "read_layout"]
 
-LAYOUTS: dict[str, Callable[[str], Place | None]] = {
+LAYOUTS: dict[str, Callable[[str], Slot | None]] = {
     "diffusers": diffusers,
     "peft": peft,
     "xlabs": xlabs,
@@ -29,8 +29,8 @@ LAYOUTS: dict[str, Callable[[str], Place | None]] = {
 T = TypeVar("T")
 
 
-def read_layout(state: Mapping[str, T]) -> tuple[str | None, list[tuple[Place, str, T]], list[str]]:
-    """A state dict by places instead of keys.
+def read_layout(state: Mapping[str, T]) -> tuple[str | None, list[tuple[Slot, str, T]], list[str]]:
+    """A state dict by slots instead of keys.
 
     Args:
         state: The file's keys, with anything as values: tensors, or what the header says of them.
@@ -41,14 +41,14 @@ def read_layout(state: Mapping[str, T]) -> tuple[str | None, list[tuple[Place, s
         understand.
     """
     ordered = sorted(state)
-    best: tuple[str | None, dict[str, Place]] = (None, {})
+    best: tuple[str | None, dict[str, Slot]] = (None, {})
     for name, layout in LAYOUTS.items():
-        places = {key: place for key in ordered if (place := layout(key)) is not None}
-        if len(places) > len(best[1]):
-            best = (name, places)
-    layout_name, places = best
+        slots = {key: slot for key in ordered if (slot := layout(key)) is not None}
+        if len(slots) > len(best[1]):
+            best = (name, slots)
+    layout_name, slots = best
     return (
         layout_name,
-        [(place, key, state[key]) for key, place in places.items()],
-        [k for k in ordered if k not in places],
+        [(slot, key, state[key]) for key, slot in slots.items()],
+        [k for k in ordered if k not in slots],
     )

@@ -6,7 +6,7 @@ import re
 
 from mole_diffusion.families import COMPONENTS
 
-from .place import PEFT_ENDINGS, Place, take_ending
+from .slot import PEFT_ENDINGS, Slot, take_ending
 
 _OWNER = re.compile(
     rf"(?:base_model\.model\.)?(?P<component>{'|'.join(COMPONENTS)})\.(?:base_model\.model\.)?(?P<rest>.+)"
@@ -23,24 +23,24 @@ def owner_of(key: str) -> tuple[str | None, str]:
     return (match["component"], match["rest"]) if match else (None, key)
 
 
-def diffusers(key: str) -> Place | None:
+def diffusers(key: str) -> Slot | None:
     """`unet.<module>.lora_A.weight`, `text_encoder.<module>.lora_B.weight`: what diffusers and PEFT write today.
 
     OneTrainer and DiffSynth put other endings behind the same names, so any is read.
     """
     component, rest = owner_of(key)
     found = take_ending(rest) if component else None
-    return Place(component, *found) if found else None
+    return Slot(component, *found) if found else None
 
 
-def diffusers_old(key: str) -> Place | None:
+def diffusers_old(key: str) -> Slot | None:
     """`unet.….attn1.processor.to_q_lora.down.weight`, `….lora_linear_layer.up.weight`, `….lora.down.weight`.
 
     What diffusers wrote until 2023; keys without a component are those of `unet.save_attn_procs`.
     """
     component, rest = owner_of(key)
     if match := _OLD_LINEAR.fullmatch(rest):
-        return Place(component, match["module"], match["part"])
+        return Slot(component, match["module"], match["part"])
     if not (match := _OLD_ATTENTION.fullmatch(rest)):
         return None
     parent, leaf = match["parent"], match["leaf"]
@@ -48,9 +48,9 @@ def diffusers_old(key: str) -> Place | None:
         leaf = _OLD_TEXT_ENCODER_LEAVES.get(leaf, leaf)
     elif leaf == "to_out":
         leaf = "to_out.0"
-    return Place(component, f"{parent}.{leaf}", match["part"])
+    return Slot(component, f"{parent}.{leaf}", match["part"])
 
 
-def write(place: Place) -> str:
+def write(slot: Slot) -> str:
     """The key of today's layout."""
-    return f"{place.component}.{place.module}.{PEFT_ENDINGS.get(place.part, place.part)}"
+    return f"{slot.component}.{slot.module}.{PEFT_ENDINGS.get(slot.part, slot.part)}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from .place import KOHYA_ENDINGS, Place, take_ending
+from .slot import KOHYA_ENDINGS, Slot, take_ending
 
 _STEM = re.compile(
     r"(?:lora_(?P<owner>unet|transformer|te[123]?)|(?P<lycoris>lycoris))_(?P<module>(?!diffusion_model_)[^.]+)"
@@ -21,23 +21,23 @@ _COMPONENTS = {
 OWNERS = {"unet": "unet", "transformer": "unet", "text_encoder_2": "te2", "text_encoder_3": "te3"}
 
 
-def kohya(key: str) -> Place | None:
+def kohya(key: str) -> Slot | None:
     """`lora_unet_<module with underscores>.lora_down.weight`, `lora_te1_…`, `lora_transformer_…`, `lycoris_…`."""
     found = take_ending(key)
     match = _STEM.fullmatch(found[0]) if found else None
     if not found or not match:
         return None
-    return Place(_COMPONENTS.get(match["owner"]), match["module"], found[1])
+    return Slot(_COMPONENTS.get(match["owner"]), match["module"], found[1])
 
 
-def write(place: Place, first_of_several: bool = False) -> str:
+def write(slot: Slot, first_of_several: bool = False) -> str:
     """The key.
 
     Args:
-        place: What to write; its component must be known.
+        slot: What to write; its component must be known.
         first_of_several: Whether the file has a second text encoder, so that the first is `te1`.
     """
-    component = str(place.component)
+    component = str(slot.component)
     owner = OWNERS.get(component, "te1" if first_of_several else "te")
-    module = place.module.replace(".", "_")
-    return f"lora_{owner}_{module}.{KOHYA_ENDINGS.get(place.part, place.part)}"
+    module = slot.module.replace(".", "_")
+    return f"lora_{owner}_{module}.{KOHYA_ENDINGS.get(slot.part, slot.part)}"

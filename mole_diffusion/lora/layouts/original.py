@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from .kohya import kohya
-from .place import Place, take_ending
+from .slot import Slot, take_ending
 
 _DENOISER = re.compile(r"(?:base_model\.model\.)?(?:model\.)?diffusion_model\.(?P<module>.+)")
 _UNDERSCORED = re.compile(r"lora_unet_diffusion_model_(?P<module>[^.]+)")
@@ -18,14 +18,14 @@ def is_original(key: str) -> bool:
     return any(pattern.match(key) for pattern in (_DENOISER, _UNDERSCORED, _TEXT_ENCODER))
 
 
-def original(key: str) -> Place | None:
+def original(key: str) -> Slot | None:
     """`diffusion_model.<module>.lora_A.weight`, with any ending; text encoders as ComfyUI or kohya name them."""
     found = take_ending(key)
     if not found:
         return None
     stem, part = found
     if match := _DENOISER.fullmatch(stem) or _UNDERSCORED.fullmatch(stem):
-        return Place("unet", match["module"], part)
+        return Slot("unet", match["module"], part)
     if match := _TEXT_ENCODER.fullmatch(stem):
-        return Place(_TEXT_ENCODERS[match["name"]], match["module"], part)
+        return Slot(_TEXT_ENCODERS[match["name"]], match["module"], part)
     return kohya(key) if stem.startswith("lora_te") else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from .place import Place
+from .slot import Slot
 
 _KEY = re.compile(
     r"(?:diffusion_model\.)?(?P<block>(?:double|single)_blocks)\.(?P<index>\d+)\.processor"
@@ -22,10 +22,10 @@ _MODULES = {
 }
 
 
-def xlabs(key: str) -> Place | None:
+def xlabs(key: str) -> Slot | None:
     """`double_blocks.0.processor.qkv_lora1.down.weight`, `single_blocks.0.processor.proj_lora.up.weight`."""
     match = _KEY.fullmatch(key)
     module = _MODULES[match["block"]].get(match["factors"]) if match else None
     return (
-        Place("transformer", f"{match['block']}.{match['index']}.{module}", match["part"]) if match and module else None
+        Slot("transformer", f"{match['block']}.{match['index']}.{module}", match["part"]) if match and module else None
     )

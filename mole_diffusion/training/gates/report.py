@@ -16,6 +16,7 @@ from PIL import Image
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.files import atomic_path, try_folder, write_json, write_last
 from mole_diffusion.gating import MoLEModel
+from mole_diffusion.gating.card import LIBRARY
 from mole_diffusion.reading import regular_text
 from mole_diffusion.sheets import curves, gate_heat_maps, picture_sheet
 from mole_diffusion.tables import markdown_table, number
@@ -24,7 +25,6 @@ from mole_diffusion.training.gates.concepts import Concept
 from mole_diffusion.training.gates.config import GateTrainingConfig
 
 TRAINING_FILE, CARD_FILE = "training.json", "README.md"
-LIBRARY = "library_name: mole_diffusion"
 SEEDS = (0, 1, 2, 3)
 PROMPTS_SHOWN = 2
 STEPS = 25
@@ -271,5 +271,5 @@ def _panels(history: History) -> dict[str, dict[str, list[float]]]:
 
 def _present(gates: MoLEModel, places: Sequence[str]) -> torch.Tensor:
     """(places, N) bool: which LoRA touches which place."""
-    experts = {spec.name: spec.experts for spec in gates.specs}
+    experts = {spec.name: spec.indices for spec in gates.specs}
     return torch.tensor([[index in experts[place] for index in range(gates.num_experts)] for place in places])

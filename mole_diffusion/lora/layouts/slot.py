@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Place:
+class Slot:
     """Where one tensor of a file belongs.
 
     Attributes:

@@ -12,7 +12,7 @@ from ..errors import MoLEError, printable
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
-class Places:
+class AllowedFolders:
     """Folders that may be read, and written where a training ends.
 
     Args:

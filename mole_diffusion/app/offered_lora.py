@@ -1,4 +1,4 @@
-"""What a dropped LoRA file is, in one line: what it is for, what calls it, or why it cannot be used."""
+"""What an offered LoRA file is, in one line: what it is for, what calls it, or why it cannot be used."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..lora import inspect_lora
 
 
 @dataclass(frozen=True)
-class Verdict:
+class OfferedLoRA:
     """A LoRA that can be used, or why it cannot.
 
     Attributes:
@@ -24,7 +24,7 @@ class Verdict:
     lora: LoRASettings | None
 
 
-def look(file: str, taken: tuple[str, ...] = ()) -> Verdict:
+def inspect_offered(file: str, taken: tuple[str, ...] = ()) -> OfferedLoRA:
     """Looks into a LoRA.
 
     Args:
@@ -37,7 +37,7 @@ def look(file: str, taken: tuple[str, ...] = ()) -> Verdict:
         path = str(toybox.lora_path(stem)) if is_toybox else file
         report = inspect_lora(path)
     except MoLEError as error:
-        return Verdict(f"✗ {_without_folder(str(error), file)}", None)
+        return OfferedLoRA(f"✗ {_without_folder(str(error), file)}", None)
     ranks = sorted(report.ranks)
     strengths = ", ".join(f"{scaling:g}" for scaling in report.scalings[:3])
     parts = [
@@ -50,7 +50,7 @@ def look(file: str, taken: tuple[str, ...] = ()) -> Verdict:
         else "names no words: say its trigger",
     ]
     lora = LoRASettings(_free(printable(stem), taken), file, triggers=report.triggers[:1], sha256=report.sha256)
-    return Verdict(f"✓ {' · '.join(parts)}", lora)
+    return OfferedLoRA(f"✓ {' · '.join(parts)}", lora)
 
 
 def _base(family: str) -> str:
