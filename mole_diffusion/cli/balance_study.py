@@ -10,7 +10,7 @@ import typer
 from . import gate_options as given
 from .gate_inputs import read_gate_training
 from .gate_settings import read_config
-from .inputs import Base, Device
+from .inputs import Base, BaseDtype, Device
 
 
 def balance_study(
@@ -37,6 +37,7 @@ def balance_study(
     learning_rate: given.LearningRate = None,
     seed: given.Seed = None,
     device: Device = "auto",
+    dtype: BaseDtype = "float32",
 ) -> None:
     """Train gates with the balance loss, without it, and with raised temperatures, and compare them.
 
@@ -71,6 +72,7 @@ def balance_study(
         clip=clip,
         clip_pretrained=clip_pretrained,
         device=device,
+        dtype=dtype,
         config=chosen,
     )
     from mole_diffusion.benchmark import balance_study as study

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mole_diffusion.errors import MoLEError
 
 from ..drawing.opening import find_base, pick_device, quiet_loading
-from .inputs import read_pairs, read_reference_pictures
+from .inputs import read_base_dtype, read_pairs, read_reference_pictures
 
 if TYPE_CHECKING:
     from mole_diffusion.clip import DifferentiableCLIP
@@ -42,6 +42,7 @@ def read_gate_training(
     clip: str | None,
     clip_pretrained: str | None,
     device: str,
+    dtype: str,
     config: GateTrainingConfig,
 ) -> GateTrainingInputs:
     """Loads the models, after everything that is quick to check.
@@ -59,11 +60,11 @@ def read_gate_training(
     from mole_diffusion.clip import DifferentiableCLIP
     from mole_diffusion.pipelines import pipeline_class
 
-    where = pick_device(device)
+    precision, where = read_base_dtype(dtype), pick_device(device)
     guide = DifferentiableCLIP(toybox.clip_dir() if clip is None else clip, clip_pretrained)
     with quiet_loading():
         found = find_base(base)
-        pipe = pipeline_class(found).from_pretrained(found).to(where)
+        pipe = pipeline_class(found).from_pretrained(found, dtype=precision).to(where)
     # What gates are trained on the masks of is found by these words.
     words = {name: (f"{item.token} {item.class_name}", item.token) for name, item in concepts.items()}
     pipe.load_loras(files, triggers=words)

@@ -13,10 +13,15 @@ import typer
 from ..errors import MoLEError
 
 if TYPE_CHECKING:
+    import torch
     from PIL import Image
 
 Device = Annotated[str, typer.Option(help="cpu, cuda, mps …; auto takes a GPU if there is one.")]
 Base = Annotated[str, typer.Option(help='Base model: a folder, a Hub id, or "toybox" for the one that comes along.')]
+BaseDtype = Annotated[
+    str,
+    typer.Option("--dtype", help="Number format of the base: float32 or bfloat16. What is trained is float32 in both."),
+]
 
 
 def read_pairs(option: str, pairs: Sequence[str], example: str = "cat=cat.safetensors") -> dict[str, str]:
@@ -30,6 +35,20 @@ def read_pairs(option: str, pairs: Sequence[str], example: str = "cat=cat.safete
         if len(values) > 1:
             raise MoLEError(f"{option} has the name {name!r} twice, for {values[0]} and {values[1]}.")
     return {name: value for name, (value,) in found.items()}
+
+
+def read_base_dtype(name: str) -> torch.dtype:
+    """The number format of a base that something is trained on.
+
+    Raises:
+        MoLEError: It is another than float32 and bfloat16; in float16 small gradients become zero.
+    """
+    import torch
+
+    formats = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if name not in formats:
+        raise MoLEError(f"--dtype {name}: must be one of {', '.join(formats)}, where something is trained.")
+    return formats[name]
 
 
 def read_several(option: str, pairs: Sequence[str], example: str) -> dict[str, list[str]]:

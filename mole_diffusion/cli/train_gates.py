@@ -10,7 +10,7 @@ import typer
 from . import gate_options as given
 from .gate_inputs import read_gate_training
 from .gate_settings import read_config
-from .inputs import Base, Device
+from .inputs import Base, BaseDtype, Device
 
 
 def train_gates(
@@ -39,6 +39,7 @@ def train_gates(
     ] = None,
     log_with: Annotated[str, typer.Option(help="none, tensorboard or wandb.")] = "none",
     device: Device = "auto",
+    dtype: BaseDtype = "float32",
 ) -> None:
     """Train gates for a set of LoRAs: no pictures, only prompts; CLIP says what the pictures should show.
 
@@ -75,6 +76,7 @@ def train_gates(
         clip=clip,
         clip_pretrained=clip_pretrained,
         device=device,
+        dtype=dtype,
         config=chosen,
     )
     from accelerate import PartialState

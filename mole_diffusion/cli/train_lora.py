@@ -9,7 +9,7 @@ import typer
 
 from ..drawing.opening import find_base, pick_device, quiet_loading
 from ..errors import MoLEError
-from .inputs import Base, Device, read_reference_pictures
+from .inputs import Base, BaseDtype, Device, read_base_dtype, read_reference_pictures
 
 
 def train_lora(
@@ -36,6 +36,7 @@ def train_lora(
         ),
     ] = None,
     device: Device = "auto",
+    dtype: BaseDtype = "float32",
 ) -> None:
     """Train a LoRA for one concept, as in DreamBooth: few pictures, a rare token, the denoising loss.
 
@@ -79,9 +80,9 @@ def train_lora(
         resolution=resolution,
         seed=seed,
     )
-    where = pick_device(device)
+    precision, where = read_base_dtype(dtype), pick_device(device)
     with quiet_loading(), loading(f"--base {base}"):
-        pipe = pipeline_class(base_found).from_pretrained(base_found, use_safetensors=True).to(where)
+        pipe = pipeline_class(base_found).from_pretrained(base_found, dtype=precision, use_safetensors=True).to(where)
     train(pipe, pictures, config, out=out, work=place)
     if work is None:  # nobody asked for it, and the next training of this name may be another
         clear_checkpoints(place)

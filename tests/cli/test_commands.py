@@ -18,7 +18,7 @@ from mole_diffusion import __version__, toybox
 from mole_diffusion.composition import COMPOSITIONS
 from mole_diffusion.lora import inspect_lora, load_lora, save_lora
 from mole_diffusion.pipelines import MoLEStableDiffusionPipeline
-from mole_diffusion.training import LoRATrainingConfig
+from mole_diffusion.training import LoRATrainingConfig, train_lora
 from tests import ROOT
 from tests.command import mole, picture
 from tests.composing import NAMES, composing_pipeline, lora_states
@@ -165,10 +165,31 @@ def test_train_lora_trains_a_base_of_another_family_with_both_its_text_encoders(
     assert inspect_lora(out).modules.keys() == {"unet", "text_encoder", "text_encoder_2"}
 
 
-def test_train_lora_has_the_defaults_of_the_training() -> None:
-    from mole_diffusion.cli.train_lora import train_lora
+def test_train_lora_trains_on_a_base_in_either_format(world: Path, tmp_path: Path) -> None:
+    """As `train_lora` does on a pipeline that was opened so; the two formats round apart."""
+    out = tmp_path / "new.safetensors"
+    options = ["--images", world / "pictures", "--token", "mug", "--class", "dog", "--rank", 2, "--device", "cpu"]
+    options += ["--steps", 1, "--batch-size", 1, "--out", out]
+    images = [picture(world / "pictures" / f"{name}.png") for name in sorted(NAMES)]
+    config = LoRATrainingConfig(prompts=["a photo of a mug dog"], rank=2, steps=1, warmup_steps=0, batch_size=1)
+    written = []
+    for dtype in ("float32", "bfloat16"):
+        done = mole("train-lora", "--base", world / "base", *options, "--dtype", dtype)
+        assert done.exit_code == 0, done.output
+        pipe = MoLEStableDiffusionPipeline.from_pretrained(world / "base", dtype=getattr(torch, dtype))
+        wanted = train_lora(pipe, images, config, progress=False)["unet"]
+        written.append(load_lora(out, pipe.components).factors["unet"])
+        assert wanted.keys() == written[-1].keys()
+        for name, one in written[-1].items():
+            assert one.up.dtype == torch.float32
+            assert torch.equal(one.up, wanted[name].up), name
+    assert any(not torch.equal(one.up, written[1][name].up) for name, one in written[0].items())
 
-    ours, config = inspect.signature(train_lora).parameters, LoRATrainingConfig(prompts=["it"])
+
+def test_train_lora_has_the_defaults_of_the_training() -> None:
+    from mole_diffusion.cli.train_lora import train_lora as command
+
+    ours, config = inspect.signature(command).parameters, LoRATrainingConfig(prompts=["it"])
     for name in ("rank", "steps", "batch_size", "learning_rate", "resolution", "seed"):
         assert ours[name].default == getattr(config, name), name
 
@@ -236,6 +257,10 @@ def bad_calls(world: Path, tmp: Path) -> dict[str, tuple[list[object], str]]:
         "gates without loras": (
             ["generate", "--base", world / "base", "--prompt", "x", "--gates", world / "gates", "--device", "cpu"],
             "--gates weigh LoRAs, and there is no --lora",
+        ),
+        "number format": (
+            [*train, "--images", world / "pictures", "--out", tmp / "x.safetensors", "--dtype", "float16"],
+            "--dtype float16: must be one of float32, bfloat16, where something is trained",
         ),
         "no such base": (
             ["generate", "--base", "./nowhere", "--prompt", "x"],

@@ -11,7 +11,12 @@ import pytest
 import torch
 
 from mole_diffusion import toybox
-from mole_diffusion.cli.gate_inputs import read_concepts, read_training_prompts, toybox_loras
+from mole_diffusion.cli.gate_inputs import (
+    read_concepts,
+    read_gate_training,
+    read_training_prompts,
+    toybox_loras,
+)
 from mole_diffusion.cli.gate_settings import read_config
 from mole_diffusion.gating import GateConfig
 from mole_diffusion.lora import load_lora, save_lora
@@ -86,10 +91,33 @@ def test_train_gates_trains_what_it_was_told(world: Path, tmp_path: Path) -> Non
 @pytest.mark.usefixtures("few_steps")
 def test_balance_study_prints_its_table(world: Path, tmp_path: Path) -> None:
     options = ["--clip", world / "clip", "--template", "{concepts}", "--steps", 1, "--temperature", 4]
+    options += ["--dtype", "bfloat16"]
     done = mole(*call(world, "balance-study", *options, "--out", tmp_path / "study"))
     assert done.exit_code == 0, (done.output, done.exception)
     for words in ("| balance loss |", "| no balance loss |", "| temperature 4 |", f"study: {tmp_path / 'study'}"):
         assert words in done.stdout
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_base_is_opened_in_the_format_that_was_asked_for(world: Path, dtype: str) -> None:
+    names = ("cat", "dog")
+    found = read_gate_training(
+        base=str(world / "base"),
+        lora=[f"{name}={world / name}.safetensors" for name in names],
+        token=[f"{name}={name}" for name in names],
+        class_name=[f"{name}={name}" for name in names],
+        description=None,
+        references=None,
+        prompt=["a cat and a dog"],
+        prompts=None,
+        template=None,
+        clip=str(world / "clip"),
+        clip_pretrained=None,
+        device="cpu",
+        dtype=dtype,
+        config=GateTrainingConfig(),
+    )
+    assert {found.pipe.unet.dtype, found.pipe.text_encoder.dtype} == {getattr(torch, dtype)}
 
 
 def test_balance_study_looks_at_its_temperatures_before_any_model(tmp_path: Path) -> None:
