@@ -54,7 +54,7 @@ def test_auto_pipelines_find_the_pipeline_of_another_task_with_its_loras(name: s
 
 
 def test_a_pipeline_is_opened_as_a_custom_one_and_in_a_dtype(tmp_path: Path) -> None:
-    """The three lines of docs/families.md, for `DiffusionPipeline.from_pretrained(..., custom_pipeline=folder)`."""
+    """As docs/families.md says, `DiffusionPipeline.from_pretrained(..., custom_pipeline=...)`: a file or a folder."""
     made("StableDiffusionXL").save_pretrained(tmp_path / "base")
     (tmp_path / "custom").mkdir()
     (tmp_path / "custom" / "pipeline.py").write_text(
@@ -70,6 +70,10 @@ def test_a_pipeline_is_opened_as_a_custom_one_and_in_a_dtype(tmp_path: Path) -> 
     assert pipe.unet.dtype == torch.bfloat16
     pipe.load_loras({"cat": lora_state(pipe, 0)})
     assert set(pipe.experts.matches()["cat"]) == {"unet", "text_encoder", "text_encoder_2"}
+    line = tmp_path / "composing.py"
+    line.write_text("from mole_diffusion import MoLEStableDiffusionXLPipeline\n")
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "base", custom_pipeline=str(line), trust_remote_code=True)
+    assert type(pipe) is mole_diffusion.MoLEStableDiffusionXLPipeline
     assert DiffusionPipeline.from_pretrained(tmp_path / "base").__class__.__name__ == "StableDiffusionXLPipeline"
 
 

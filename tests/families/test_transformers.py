@@ -12,6 +12,7 @@ import torch
 import torch._dynamo
 from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, AutoPipelineForText2Image, hooks
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+from PIL import Image
 from torch import Tensor, nn
 
 import mole_diffusion
@@ -21,8 +22,10 @@ from mole_diffusion.experts import Run
 from mole_diffusion.experts.seam import LayerSeam
 from mole_diffusion.families import architecture_of
 from mole_diffusion.gating import GateConfig
+from mole_diffusion.pipelines import MoLEPipelineMixin
+from tests.merging import merge_state
 from tests.tiny import random_lora
-from tests.tiny.dits import MADE, denoiser_call, draw, tiny_dit
+from tests.tiny.dits import MADE, denoiser_call, draw, stock, tiny_dit
 
 FAMILIES = list(MADE)
 CAPTIONS = ["a cat and a dog", "a red mug and a green boot in the grass with a clock"]
@@ -35,8 +38,7 @@ REGIONS = {"a": (0, 0, 0.5, 1.0), "b": (0.5, 0, 1.0, 1.0)}
 @functools.cache
 def loaded(family: str) -> Any:
     """A pipeline of ours with two LoRAs on every Linear of its transformer."""
-    stock = MADE[family][0].__name__
-    pipe = tiny_dit(family, getattr(mole_diffusion, f"MoLE{stock}"))
+    pipe = tiny_dit(family, getattr(mole_diffusion, f"MoLE{stock(family).__name__}"))
     parts = {"transformer": pipe.transformer}
     pipe.load_loras({name: random_lora(parts, rank=2, targets=".", seed=seed) for seed, name in enumerate("ab")})
     return pipe
@@ -96,15 +98,10 @@ def test_modules_are_given_what_is_said_of_them(family: str, several: bool) -> N
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_lora_on_every_linear_is_its_weights_merged(family: str, pipe: Any) -> None:
-    stock = tiny_dit(family)
-    base = draw(stock, family, CAPTIONS[:])
-    for name, down in random_lora({"transformer": stock.transformer}, rank=2, targets=".", seed=1).items():
-        if name.endswith("lora_A.weight"):
-            module = stock.transformer.get_submodule(name.removeprefix("transformer.").removesuffix(".lora_A.weight"))
-            up = random_lora({"transformer": stock.transformer}, rank=2, targets=".", seed=1)
-            with torch.no_grad():
-                module.weight += up[name.replace("lora_A", "lora_B")] @ down
-    merged = draw(stock, family, CAPTIONS[:])
+    bare = tiny_dit(family)
+    base = draw(bare, family, CAPTIONS[:])
+    merge_state(bare, random_lora({"transformer": bare.transformer}, rank=2, targets=".", seed=1))
+    merged = draw(bare, family, CAPTIONS[:])
     assert (merged - base).abs().max() > 0.1
     torch.testing.assert_close(draw(pipe, family, CAPTIONS[:], loras=["b"]), merged, rtol=0, atol=1e-4)
     assert torch.equal(draw(pipe, family, CAPTIONS[:], loras=[]), base)
@@ -273,6 +270,28 @@ def test_keys_and_values_kept_from_an_earlier_step_are_refused(family: str, pipe
     model, given = pipe.transformer, denoiser_call(family)[1]
     with pipe.experts.using(weigher=Switch()), pytest.raises(MoLEError, match="kv_cache_mode='extract'"):
         model(**{**given, "kv_cache_mode": "extract"})
+
+
+@pytest.mark.skipif(not hasattr(diffusers, "Flux2KleinKVPipeline"), reason="an older diffusers")
+def test_the_pipeline_that_keeps_keys_of_pictures_draws_with_weights_that_stay() -> None:
+    """As with the LoRA merged into the weights; with others, and a picture to keep, it is refused."""
+    kept = diffusers.Flux2KleinKVPipeline
+    merged, pipe = tiny_dit("flux2_klein", kept), tiny_dit("flux2_klein", type("MoLEKV", (MoLEPipelineMixin, kept), {}))
+    state = random_lora({"transformer": pipe.transformer}, rank=2, targets=r"attn\.", seed=0)
+    given = {"image": Image.new("RGB", (64, 64), "red"), "height": 32, "width": 32, "num_inference_steps": 2}
+    given |= {"max_sequence_length": 48, "output_type": "latent"}
+
+    def drawn(which: Any) -> Tensor:
+        latents: Tensor = which(prompt="a cat", generator=torch.manual_seed(0), **given).images
+        return latents
+
+    merge_state(merged, state)
+    pipe.load_loras({"a": state})
+    pipe.set_composition("linear")
+    torch.testing.assert_close(drawn(pipe), drawn(merged), rtol=0, atol=1e-4)
+    pipe.set_composition("switch")
+    with pytest.raises(MoLEError, match=r"kv_cache_mode='extract'.*`set_composition\(\"linear\"\)`"):
+        drawn(pipe)
 
 
 @pytest.mark.parametrize("family", ["flux"])
@@ -478,10 +497,13 @@ def test_experts_run_beside_quantised_layers() -> None:
 )
 def test_diffusers_goes_from_a_pipeline_of_a_family_to_the_next(family: str, name: str) -> None:
     pipe = loaded(family)
-    painting = AutoPipelineForInpainting.from_pipe(pipe)
-    assert type(painting) is getattr(mole_diffusion, f"MoLE{name}InpaintPipeline")
-    assert painting.experts is pipe.experts
-    assert type(AutoPipelineForText2Image.from_pipe(painting)) is type(pipe)
+    for auto, task in ((AutoPipelineForImage2Image, "Img2Img"), (AutoPipelineForInpainting, "Inpaint")):
+        # FLUX.2's pipelines for text take a picture too.
+        same = family == "flux2_klein" and task == "Img2Img"
+        other = auto.from_pipe(pipe)
+        assert type(other) is (type(pipe) if same else getattr(mole_diffusion, f"MoLE{name}{task}Pipeline"))
+        assert other.experts is pipe.experts
+        assert type(AutoPipelineForText2Image.from_pipe(other)) is type(pipe)
 
 
 def test_diffusers_stays_in_the_pipeline_that_has_several_tasks_or_one() -> None:
@@ -495,7 +517,7 @@ def test_diffusers_stays_in_the_pipeline_that_has_several_tasks_or_one() -> None
 @pytest.mark.parametrize("family", FAMILIES)
 def test_half_precision_finds_masks_and_draws_near_what_float32_draws(family: str) -> None:
     """Every transformer as `dtype=torch.bfloat16` loads it."""
-    wide = tiny_dit(family, getattr(mole_diffusion, f"MoLE{MADE[family][0].__name__}"))
+    wide = tiny_dit(family, getattr(mole_diffusion, f"MoLE{stock(family).__name__}"))
     states = {
         name: random_lora({"transformer": wide.transformer}, rank=2, targets=".", seed=s) for s, name in [(0, "a")]
     }

@@ -164,32 +164,35 @@ def test_every_layout_and_kind_loads_to_its_factors(family: str, model: tuple[st
 @torch.no_grad()
 def test_every_kind_acts_as_the_merged_weights(family: str, model: tuple[str, Any]) -> None:
     component, denoiser = model
-    state: Parts = {}
-    torch.manual_seed(2)
-    for index, kind in enumerate(("LoKr", "DoRA")):
-        name, _, parts, _ = list(cases(denoiser, family, kind, True))[index]
-        state |= {f"diffusion_model.{name}.{DOWN_UP.get(part, part)}": tensor for part, tensor in parts.items()}
-    lora = load_lora(state, {component: denoiser})
     run = caller(family, denoiser)
     base = run()
-    experts = Experts([lora])
-    experts.attach({component: denoiser})
-    try:
-        experts.weigher = Linear()
-        ours = run()
-    finally:
-        experts.detach()
-    kept = {}
-    for name, factors in lora.factors[component].items():
-        module = denoiser.get_submodule(name)
-        kept[name] = module.weight.detach().clone()
-        module.weight += factors.delta(kept[name])
-    merged = run()
-    for name, weight in kept.items():
-        denoiser.get_submodule(name).weight.copy_(weight)
-    assert (merged - base).abs().max() > 1e-3
-    torch.testing.assert_close(ours, merged, atol=2e-5, rtol=1e-4)
-    assert torch.equal(run(), base)
+    torch.manual_seed(2)
+    for kind in KINDS:
+        made = list(cases(denoiser, family, kind, True))
+        state = {
+            f"diffusion_model.{name}.{DOWN_UP.get(part, part)}": tensor
+            for name, _, parts, _ in made
+            for part, tensor in parts.items()
+        }
+        experts = Experts([load_lora(state, {component: denoiser})])
+        experts.attach({component: denoiser})
+        try:
+            experts.weigher = Linear()
+            ours = run()
+        finally:
+            experts.detach()
+        kept = {}
+        for _, meant, _, change in made:  # in float64, of the known factors
+            modules = [denoiser.get_submodule(name) for name in meant]
+            for module, part in zip(modules, change.split([len(module.weight) for module in modules]), strict=True):
+                kept[module] = module.weight.clone()
+                module.weight.copy_(module.weight.double() + part)
+        merged = run()
+        for module, weight in kept.items():
+            module.weight.copy_(weight)
+        assert (merged - base).abs().max() > 1e-3, kind
+        torch.testing.assert_close(ours, merged, atol=2e-5, rtol=1e-4, msg=f"{family}, {kind}")
+        assert torch.equal(run(), base)
 
 
 def caller(family: str, denoiser: Any) -> Callable[[], Tensor]:

@@ -337,6 +337,13 @@ CALL: dict[str, dict[str, Any]] = {
 """What a call of each is given beside the prompt."""
 
 
+def stock(family: str) -> Any:
+    """A family's stock pipeline; skips the test where diffusers has none."""
+    if MADE[family][0] is None:
+        pytest.skip(f"diffusers {diffusers.__version__} has no pipeline for {family}")
+    return MADE[family][0]
+
+
 def tiny_parts(family: str, seed: int = 0) -> dict[str, Any]:
     """The components of a family's pipeline, and what else it is made with; skips the test where diffusers has none.
 
@@ -344,8 +351,7 @@ def tiny_parts(family: str, seed: int = 0) -> dict[str, Any]:
         family: A key of `MADE`.
         seed: Of the weights.
     """
-    if MADE[family][0] is None:
-        pytest.skip(f"diffusers {diffusers.__version__} has no pipeline for {family}")
+    stock(family)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         parts = MADE[family][1]()
@@ -364,7 +370,7 @@ def tiny_dit(family: str, cls: type | None = None, seed: int = 0) -> Any:
         cls: Another class than the stock one, with the same components.
         seed: Of the weights.
     """
-    pipe: Any = (cls or MADE[family][0])(**tiny_parts(family, seed))
+    pipe: Any = (cls or stock(family))(**tiny_parts(family, seed))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
