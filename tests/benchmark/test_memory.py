@@ -31,6 +31,17 @@ def test_what_was_there_does_not_count() -> None:
     assert call_memory(lambda: None, torch.device("cpu")) == pytest.approx(0, abs=1e-3)
 
 
+def test_what_an_earlier_call_left_and_this_one_gives_back_saves_it_nothing() -> None:
+    left: list[torch.Tensor] = []
+    call_memory(lambda: left.append(torch.ones(8 * MIB)), torch.device("cpu"))
+
+    def call() -> None:
+        left.clear()
+        torch.ones(2 * MIB)
+
+    assert call_memory(call, torch.device("cpu")) == pytest.approx(2, abs=1e-3)
+
+
 def test_garbage_is_not_collected_in_between() -> None:
     def call() -> None:
         assert not gc.isenabled()

@@ -132,7 +132,6 @@ def test_batches_come_out_the_same_when_a_part_is_missing(done: Path) -> None:
     assert run_benchmark(config(compositions=["cat+boot"]), done) == 0
     assert picture.read_bytes() == before
     again = json.loads(gone.read_text())
-    assert again.pop("memory") == pytest.approx(row.pop("memory"), abs=1e-3)
     assert {**again, "seconds": 0} == {**row, "seconds": 0}
     assert others.items() <= written(done).items()
 
