@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +28,12 @@ def build(
         int | None,
         typer.Option(min=1, help="Steps of the base model; more make it better [default: the shipped one's]."),
     ] = None,
+    clip_steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Steps of CLIP [default: 2500]; with --reuse clip, to train it on for [default: none]."
+        ),
+    ] = None,
     compile_base: Annotated[
         bool, typer.Option("--compile", help="Compile the base for training: a fifth faster, needs a C++ compiler.")
     ] = False,
@@ -48,14 +55,16 @@ def build(
       mole toybox build --out runs/toybox
       mole toybox build --out runs/toybox --device cuda --base-steps 60000
       mole toybox build --out runs/toybox --reuse vae --reuse clip --compile
-      mole toybox build --out runs/longer --reuse base --reuse clip --base-steps 3000
+      mole toybox build --out runs/longer --reuse base --reuse clip --base-steps 3000 --clip-steps 2400
     """
     from mole_diffusion.files import in_use, try_folder
 
     try_folder(out)
     from mole_diffusion.toybox import recipe
 
-    effort = recipe.Effort() if base_steps is None else recipe.Effort(base_steps=base_steps)
+    effort = recipe.Effort(clip_steps=clip_steps)
+    if base_steps is not None:
+        effort = replace(effort, base_steps=base_steps)
     where = pick_device(device)
     with in_use(out):
         assets = recipe.build(

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from mole_diffusion import toybox
+from mole_diffusion.clip import DifferentiableCLIP
 from mole_diffusion.toybox import recipe
 from mole_diffusion.toybox.recipe.base import _LAYOUT_LABELS as LABELS
 from mole_diffusion.toybox.recipe.base import layout, layout_loss, load_base, train_base
-from mole_diffusion.toybox.recipe.clip import wrong_scenes
+from mole_diffusion.toybox.recipe.clip import clip_config, encode, train_clip, wrong_scenes
 from mole_diffusion.toybox.recipe.loop import AveragedWeights, run_stage, step_rng, trapezoid
 from mole_diffusion.toybox.recipe.loras import company_scenes, lora_config
 from mole_diffusion.toybox.recipe.text_encoder import IGNORED, NOUN_LABELS, reading
@@ -23,7 +29,16 @@ from mole_diffusion.toybox.recipe.vae import load_vae
 from mole_diffusion.toybox.shapes import CLASSES, PATTERNS
 from mole_diffusion.toybox.subjects import SUBJECTS
 from mole_diffusion.toybox.vocabulary import MAX_TOKENS
-from mole_diffusion.toybox.world import COLORS, GROUNDS, Look, Scene, SceneObject, full_caption, random_scene
+from mole_diffusion.toybox.world import (
+    COLORS,
+    GROUNDS,
+    IMAGE_SIZE,
+    Look,
+    Scene,
+    SceneObject,
+    full_caption,
+    random_scene,
+)
 
 
 def _train(work_dir: Path, num_steps: int, stop: bool = False, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -218,20 +233,33 @@ def test_the_whole_recipe_runs_and_a_second_run_finds_all_done(tmp_path: Path, m
     assert {path: path.read_bytes() for path in assets.rglob("*.safetensors")} == files
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("small_world")
-@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_build_takes_over_the_installed_parts_it_is_told_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recipe.measure, "measure", lambda *_, **__: {})  # weights are looked at, not pictures
-    assets = recipe.build(tmp_path, effort=SHORT, reuse=("vae", "clip"))
+    monkeypatch.setattr(recipe, "SUBJECTS", {})  # LoRAs and gates are of the whole recipe
+    monkeypatch.setattr(recipe.gates, "SETS", [])
+    assets = recipe.build(tmp_path, effort=replace(SHORT, clip_steps=None), reuse=("vae", "clip"))
     for part in ("base/vae/diffusion_pytorch_model.safetensors", "clip/open_clip_model.safetensors"):
         assert (assets / part).read_bytes() == (toybox.base_dir().parent / part).read_bytes()
     assert not (tmp_path / "vae").exists()
 
 
-def test_the_base_goes_on_from_the_installed_one_and_resumes_bit_by_bit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@contextmanager
+def interrupted_in_the_third_step() -> Iterator[None]:
+    step, calls = torch.optim.AdamW.step, []
+
+    def breaking(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        calls.append(None)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mole_diffusion.toybox.recipe.loop._SAVE_EVERY_SECONDS", 0.0)
+        patch.setattr(torch.optim.AdamW, "step", breaking)
+        yield
+
+
+def test_the_base_goes_on_from_the_installed_one_and_resumes_bit_by_bit(tmp_path: Path) -> None:
     """Both sides of picture are among the few scenes, and the first step must start from what ships."""
 
     def train(work_dir: Path, num_steps: int = 3) -> torch.Tensor:
@@ -258,20 +286,42 @@ def test_the_base_goes_on_from_the_installed_one_and_resumes_bit_by_bit(
     assert 0 < (straight - before).abs().max() < 1e-3
     assert len(list((tmp_path / "straight").glob("scenes-*.safetensors"))) == 2
 
-    step, calls = torch.optim.AdamW.step, []
-
-    def breaking(self, *args, **kwargs):  # type: ignore[no-untyped-def]
-        calls.append(None)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return step(self, *args, **kwargs)
-
-    monkeypatch.setattr("mole_diffusion.toybox.recipe.loop._SAVE_EVERY_SECONDS", 0.0)
-    monkeypatch.setattr(torch.optim.AdamW, "step", breaking)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_in_the_third_step(), pytest.raises(KeyboardInterrupt):
         train(tmp_path / "broken")
-    monkeypatch.undo()
     assert torch.equal(train(tmp_path / "broken"), straight)
+
+
+def test_captions_padded_to_the_longest_have_the_features_of_the_full_length() -> None:
+    torch.manual_seed(0)
+    model, tokenizer = open_clip.CLIP(**clip_config()["model_cfg"]).eval(), make_tokenizer()
+    captions = ["a photo of a cat", "a photo of a red striped cat and a blue boat on grass"]
+    pictures = torch.rand(2, 3, IMAGE_SIZE, IMAGE_SIZE)
+    short, full = (
+        tokenizer(captions, padding=padding, max_length=MAX_TOKENS, return_tensors="pt").input_ids
+        for padding in ("longest", "max_length")
+    )
+    assert short.shape[1] < full.shape[1] == MAX_TOKENS
+    for ours, theirs in zip(encode(model, pictures, short), model(pictures, full), strict=False):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_the_clip_goes_on_from_the_installed_one_and_resumes_bit_by_bit(tmp_path: Path) -> None:
+    installed = toybox.base_dir().parent / "clip"
+
+    def train(name: str) -> dict[str, torch.Tensor]:
+        folder = tmp_path / name
+        train_clip(folder, folder, seed=0, device=torch.device("cpu"), num_steps=3, batch_size=2, start=installed)
+        return load_file(folder / "open_clip_model.safetensors")
+
+    straight, before = train("straight"), load_file(installed / "open_clip_model.safetensors")
+    changes = [(straight[name] - tensor).abs().max().item() for name, tensor in before.items()]
+    assert 0 < max(changes) < 5e-3
+    DifferentiableCLIP(tmp_path / "straight")
+
+    with interrupted_in_the_third_step(), pytest.raises(KeyboardInterrupt):
+        train("broken")
+    again = train("broken")
+    assert all(torch.equal(again[name], tensor) for name, tensor in straight.items())
 
 
 def test_a_part_that_cannot_be_reused_is_refused(tmp_path: Path) -> None:

@@ -28,7 +28,10 @@ REUSABLE = ("vae", "clip", "base")
 
 @dataclass(frozen=True, kw_only=True)
 class Effort:
-    """Steps and batch sizes of every training, and pictures a row when measuring; the defaults made what ships."""
+    """Steps and batch sizes of every training, and pictures a row when measuring; the defaults made what ships.
+
+    `clip_steps` is `None` for the steps of a CLIP from nothing, and for none where the installed one is taken over.
+    """
 
     vae_steps: int = 2600
     vae_batch: int = 16
@@ -37,8 +40,8 @@ class Effort:
     base_steps: int = 9000
     base_batch: int = 32
     num_scenes: int = 40960
-    clip_steps: int = 1000
-    clip_batch: int = 64
+    clip_steps: int | None = None
+    clip_batch: int = 32
     lora_steps: int = 600
     gate_steps: int = 40
     pictures: int = 200
@@ -62,7 +65,8 @@ def build(
         effort: How many steps each training takes.
         compile_model: Compile the base for training; a fifth faster on CPU, after two minutes of compiling.
         reuse: Which of `REUSABLE` to take from the installed toybox instead of training it. "base" goes on from the
-            installed denoiser and text encoder for `effort.base_steps` more steps, with the installed autoencoder.
+            installed denoiser and text encoder for `effort.base_steps` more steps, with the installed autoencoder;
+            "clip" goes on from the installed one for `effort.clip_steps` more, if they are given.
 
     Returns:
         The `assets` folder, laid out as inside the package.
@@ -105,11 +109,17 @@ def build(
         start=start,
     )
     save_base(assets / "base", autoencoder, unet, text_encoder, tokenizer)
-    if "clip" in reuse:
+    if "clip" in reuse and effort.clip_steps is None:
         shutil.copytree(installed / "clip", assets / "clip", dirs_exist_ok=True)
     else:
         clip.train_clip(
-            assets / "clip", work, seed=seed, device=device, num_steps=effort.clip_steps, batch_size=effort.clip_batch
+            assets / "clip",
+            work,
+            seed=seed,
+            device=device,
+            num_steps=effort.clip_steps or clip.NUM_STEPS,
+            batch_size=effort.clip_batch,
+            start=installed / "clip" if "clip" in reuse else None,
         )
     for name in SUBJECTS:
         pipe = StableDiffusionPipeline.from_pretrained(assets / "base").to(device)

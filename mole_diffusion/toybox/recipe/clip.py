@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
+from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mole_diffusion.extras import needs
@@ -21,7 +23,7 @@ from ..render import render_array
 from ..shapes import CLASSES
 from ..vocabulary import MAX_TOKENS
 from ..world import IMAGE_SIZE, Scene, full_caption, random_look, random_scenes
-from .loop import AveragedWeights, run_stage, step_rng
+from .loop import AveragedWeights, decline, run_stage, step_rng
 from .precision import fast_autocast
 from .tokenizer import make_tokenizer
 
@@ -29,6 +31,8 @@ with needs("train", "building the toybox"):
     import open_clip
 
 _WIDTH = 128
+NUM_STEPS = 2500  # of a CLIP from nothing
+_WEIGHTS = "open_clip_model.safetensors"
 
 
 def clip_config() -> dict[str, Any]:
@@ -92,18 +96,51 @@ def wrong_scenes(scene: Scene, rng: np.random.Generator) -> list[Scene]:
     return [replace(scene, objects=tuple(objects)) for objects in (swapped, worn, missing)]
 
 
+def encode(model: open_clip.CLIP, pictures: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Unit-length features of pictures and of captions, which may be padded to the longest among them only.
+
+    Nothing that comes after a caption's end is seen from it, so the features are those of captions of full length.
+    """
+    length = tokens.shape[1]
+    shorter = {
+        "positional_embedding": model.positional_embedding[:length],
+        "attn_mask": model.attn_mask[:length, :length],
+    }
+    image_features, text_features, _ = functional_call(model, shorter, (pictures, tokens))
+    return image_features, text_features
+
+
 def train_clip(
-    folder: Path, work_dir: Path, *, seed: int, device: torch.device, num_steps: int, batch_size: int
+    folder: Path,
+    work_dir: Path,
+    *,
+    seed: int,
+    device: torch.device,
+    num_steps: int,
+    batch_size: int,
+    start: Path | None = None,
 ) -> None:
     """Contrastive training on scenes, their full captions and hard negatives; saved into `folder`.
 
     A picture must find its caption among those of the batch and its own `NUM_WRONG` wrong ones.
+
+    Args:
+        folder: Where the CLIP is written, as open_clip reads it.
+        work_dir: Where checkpoints lie.
+        seed: Seed of the weights, the scenes and the noise.
+        device: Where to train.
+        num_steps: How many steps.
+        batch_size: Scenes a step.
+        start: Folder of a CLIP to train on; its weights instead of random ones.
     """
     torch.manual_seed(seed + 2)
     config = clip_config()
     tokenizer = make_tokenizer()
     model = open_clip.CLIP(**config["model_cfg"]).to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.05)
+    if start is not None:
+        model.load_state_dict(load_file(start / _WEIGHTS))
+    learning_rate = 1e-3 if start is None else 5e-4
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
     average = AveragedWeights(model, 0.998)
     targets = torch.arange(batch_size, device=device)
 
@@ -120,28 +157,27 @@ def train_clip(
         pictures = (pictures + noise * float(rng.uniform(0, 0.15))).to(device) * 2 - 1
         if rng.random() < 0.5:
             pictures = F.avg_pool2d(F.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, 1)
-        tokens = tokenizer(
-            captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
-        ).input_ids.to(device)
+        tokens = tokenizer(captions, padding="longest", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
         # The fused attention's backward pass is several times slower than the plain one on CPU.
         with sdpa_kernel(SDPBackend.MATH), fast_autocast(device):
-            image_features, text_features, scale = model(pictures, tokens)
+            image_features, text_features = encode(model, pictures, tokens.input_ids.to(device))
+        scale = model.logit_scale.exp()
         right, wrong_ones = text_features.float().split([batch_size, NUM_WRONG * batch_size])
-        logits = scale.float() * image_features.float() @ right.T  # (batch, batch)
+        logits = scale * image_features.float() @ right.T  # (batch, batch)
         own = torch.einsum("bw,bnw->bn", image_features.float(), wrong_ones.unflatten(0, (batch_size, NUM_WRONG)))
         by_text = F.cross_entropy(logits.T, targets)
-        logits = torch.cat([logits, scale.float() * own], dim=1)  # (batch, batch + NUM_WRONG)
+        logits = torch.cat([logits, scale * own], dim=1)  # (batch, batch + NUM_WRONG)
         by_image = F.cross_entropy(logits, targets)
         hits = (logits.argmax(dim=1) == targets).float().mean()
         return {"loss": (by_image + by_text) / 2, "accuracy": hits}
 
     run_stage(
-        "clip",
+        "clip" if start is None else "clip-on",
         model,
         optimizer,
         step,
         num_steps=num_steps,
-        schedule=partial(learning_rate_factor, warmup_steps=100),
+        schedule=partial(learning_rate_factor, warmup_steps=100) if start is None else decline,
         work_dir=work_dir,
         seed=seed,
         average=average,
@@ -149,4 +185,4 @@ def train_clip(
     write_json(folder / "open_clip_config.json", config)
     tokenizer.save_pretrained(folder)
     weights = {name: t.half() for name, t in model.state_dict().items()}
-    write_safetensors(folder / "open_clip_model.safetensors", weights)
+    write_safetensors(folder / _WEIGHTS, weights)
