@@ -65,8 +65,7 @@ def _changes(profiler: profile) -> Iterator[int]:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Garbage is collected now and not in between, where it would come at another moment each time."""
-    gc.collect()
+    """Garbage of the call is not collected in between, where that would come at another moment each time."""
     was_on = gc.isenabled()
     gc.disable()
     try:
