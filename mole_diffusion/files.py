@@ -53,7 +53,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix=prefix, suffix=".part", dir=target.parent) as folder:
             temporary = Path(folder) / target.name
             yield temporary
-            os.replace(temporary, target)
+            _put(temporary, target)
 
 
 @contextmanager
@@ -73,7 +73,17 @@ def atomic_files(folder: str | os.PathLike[str]) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix=prefix, suffix=".part", dir=target) as temporary:
             yield Path(temporary)
             for file in sorted(Path(temporary).iterdir()):
-                os.replace(file, target / file.name)
+                _put(file, target / file.name)
+
+
+def _put(file: Path, target: Path) -> None:
+    """Moves a finished file to its place, with the mode that new files have here: safetensors writes for the owner."""
+    ordinary = file.with_name(".mode")
+    ordinary.touch()
+    if file.is_file():
+        file.chmod(ordinary.stat().st_mode)
+    ordinary.unlink()
+    os.replace(file, target)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> Path:

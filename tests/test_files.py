@@ -126,6 +126,22 @@ def test_files_of_a_folder_come_together_or_not_at_all(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.skipif(os.name != "posix", reason="modes of files are POSIX'")
+def test_files_have_the_mode_that_the_umask_gives(tmp_path: Path) -> None:
+    def write() -> None:
+        os.umask(0o027)
+        write_safetensors(tmp_path / "one.safetensors", {"a": torch.ones(1)})
+        with atomic_files(tmp_path / "folder") as folder:
+            write_safetensors(folder / "two.safetensors", {"a": torch.ones(1)})
+            (folder / "two.json").write_text("{}")
+            (folder / "two.json").chmod(0o600)
+
+    assert forked(write) == 0
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert sorted(path.name for path in files) == ["one.safetensors", "two.json", "two.safetensors"]
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o640}
+
+
 def test_a_folder_is_used_by_one_process_and_free_when_that_dies(tmp_path: Path) -> None:
     code = (
         f"import time\nfrom mole_diffusion.files import in_use\nwith in_use({str(tmp_path)!r}):\n print(1, flush=True)"

@@ -183,6 +183,6 @@ def train_clip(
         average=average,
     )
     write_json(folder / "open_clip_config.json", config)
-    tokenizer.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)  # the one that was used would write down how it padded last
     weights = {name: t.half() for name, t in model.state_dict().items()}
     write_safetensors(folder / _WEIGHTS, weights)
