@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -32,8 +33,6 @@ LATENT_SIZE = 16
 _SHARPNESS = 3.0
 _NULL_CAPTION_PROBABILITY = 0.1
 _FULL_CAPTION_PROBABILITY = 0.5
-_LAYOUT_WEIGHT = 0.1
-_TIMESTEP_POWER = 0.7
 # What the layout heads must name in each cell, and how many answers there are; 0 is "no object here".
 _LAYOUT_LABELS = {
     "class": len(CLASSES) + 1,
@@ -44,6 +43,27 @@ _LAYOUT_LABELS = {
     "column": 3 + 1,
     "ground": len(GROUNDS),
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseSettings:
+    """What a training of the base may do otherwise; the defaults are what `benchmarks/toybox_recipes.py` compares with.
+
+    Args:
+        learning_rate: The highest; `None` is 1e-3 from nothing and 7e-4 where a trained base is trained on.
+        timestep_power: Timesteps are `1000 u ** timestep_power` with u uniform: below 1 they lie towards the noise,
+            where it is decided what stands where, above 1 towards the picture, where fills and patterns are.
+        layout_weight: Of the loss of the layout heads beside the denoising loss.
+        average: Decay per step of the averaged weights, which are what is kept.
+        make_optimizer: Parameters and learning rate in, optimiser out; `None` is AdamW. All of its parameter groups
+            get the one learning rate that follows the schedule.
+    """
+
+    learning_rate: float | None = None
+    timestep_power: float = 0.7
+    layout_weight: float = 0.1
+    average: float = 0.999
+    make_optimizer: Callable[[list[nn.Parameter], float], torch.optim.Optimizer] | None = None
 
 
 def make_scheduler() -> DDIMScheduler:
@@ -212,6 +232,7 @@ def train_base(
     num_scenes: int,
     compile_model: bool = False,
     start: UNet2DConditionModel | None = None,
+    settings: BaseSettings | None = None,
 ) -> UNet2DConditionModel:
     """Velocity loss on captioned scenes; one caption in ten is empty, for classifier-free guidance.
 
@@ -220,7 +241,9 @@ def train_base(
     Args:
         start: A trained denoiser to go on from, and `text_encoder` is the one that was trained with it. The learning
             rate then falls from the first step on, and the layout heads, which start from nothing, get a say slowly.
+        settings: What to do otherwise than what ships was made.
     """
+    settings = settings or BaseSettings()
     torch.manual_seed(seed + 1)
     # Channels last is a tenth faster in fp32 on a CPU, and what GPUs want in bfloat16.
     module = _Trained(start or make_unet(), text_encoder).to(device).to(memory_format=torch.channels_last).train()
@@ -234,10 +257,9 @@ def train_base(
     shares = [len(pool.scenes) / num_scenes for pool in pools]
     alphas = make_scheduler().alphas_cumprod.to(device)
     learning_rate, schedule = (1e-3, trapezoid) if start is None else (7e-4, decline)
-    optimizer = torch.optim.AdamW(
-        module.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
-    )
-    average = AveragedWeights(module, 0.999)
+    make_optimizer = settings.make_optimizer or _adamw
+    optimizer = make_optimizer(list(module.parameters()), settings.learning_rate or learning_rate)
+    average = AveragedWeights(module, settings.average)
     forward = torch.compile(module, dynamic=False) if compile_model else module
 
     def step(k: int) -> dict[str, Tensor]:
@@ -257,9 +279,8 @@ def train_base(
         clean = pool.latents[chosen].to(device).float()
         noise = torch.from_numpy(rng.standard_normal(clean.shape, np.float32)).to(device)
         # One timestep in each of as many equal strata as samples: the loss is less noisy than with independent draws.
-        # The power draws them towards the noise, where it is decided what stands where.
         strata = (rng.permutation(count) + rng.random(count)) / count
-        timesteps = torch.from_numpy((strata**_TIMESTEP_POWER * 1000).astype(np.int64)).to(device)
+        timesteps = torch.from_numpy((strata**settings.timestep_power * 1000).astype(np.int64)).to(device)
         signal, spread = (x.sqrt().view(-1, 1, 1, 1) for x in (alphas[timesteps], 1 - alphas[timesteps]))
         with fast_autocast(device):
             noisy = (signal * clean + spread * noise).contiguous(memory_format=torch.channels_last)
@@ -269,7 +290,7 @@ def train_base(
         placing = torch.stack([layout_loss(answer, labels) for answer in answers]).mean()
         say = 1.0 if start is None else min(1.0, k / 300) / 2
         return {
-            "loss": denoising + say * _LAYOUT_WEIGHT * placing,
+            "loss": denoising + say * settings.layout_weight * placing,
             "denoising": denoising.detach(),
             "placing": placing.detach(),
         }
@@ -287,3 +308,7 @@ def train_base(
     )
     text_encoder.eval()
     return module.unet.eval()
+
+
+def _adamw(parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
