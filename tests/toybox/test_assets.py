@@ -182,7 +182,8 @@ def test_the_report_says_how_good_it_is() -> None:
 
 def test_the_clip_sees_what_the_report_says() -> None:
     seen = measure_clip(DifferentiableCLIP(toybox.clip_dir()), num_scenes=60)
-    assert seen == pytest.approx(json.loads((toybox.base_dir().parent / "report.json").read_text())["clip"], abs=0.15)
+    assert seen == pytest.approx(json.loads((toybox.base_dir().parent / "report.json").read_text())["clip"], abs=0.1)
+    assert min(seen.values()) > 0.9
 
 
 def test_the_clip_tells_a_subjects_crop_from_the_same_class_in_another_look() -> None:
