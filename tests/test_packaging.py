@@ -1,4 +1,4 @@
-"""What an installation brings: dependencies and extras, and what each says where it is missing."""
+"""What an installation brings: modules, dependencies and extras, and what each extra says where it is missing."""
 
 from __future__ import annotations
 
@@ -6,10 +6,16 @@ import ast
 import importlib.metadata
 import os
 import re
+import runpy
+import shutil
 import subprocess
 import sys
+import sysconfig
+import tarfile
 import tomllib
+import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from packaging.requirements import Requirement
@@ -17,7 +23,8 @@ from packaging.utils import canonicalize_name
 
 from tests import ROOT
 
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT, SETUPTOOLS = PYPROJECT["project"], PYPROJECT["tool"]["setuptools"]
 # Import name to package, where they differ.
 NAMED = {"PIL": "pillow", "open_clip": "open-clip-torch", "ruamel": "ruamel-yaml", "huggingface_hub": "huggingface-hub"}
 EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
@@ -70,7 +77,79 @@ def test_errors_name_the_extras_that_there_are() -> None:
     assert [*Extra.__args__, "docs", "dev"] == list(EXTRAS)  # type: ignore[attr-defined]
 
 
+class Built(NamedTuple):
+    """What `pip` gets to install: folders of what lies in the archives."""
+
+    source: Path
+    wheel: Path
+    sdist: Path
+    editable: Path
+
+
+BUILD = """
+import setuptools.build_meta as backend
+
+backend.build_wheel("../wheel"), backend.build_sdist("../sdist"), backend.build_editable("../editable")
+"""
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """Built from a copy of the source, in which weights and pictures are left out."""
+    folder = tmp_path_factory.mktemp("built")
+    built = Built(*(folder / name for name in Built._fields))
+    heavy = shutil.ignore_patterns("__pycache__", "*.safetensors", "*.png")
+    for name in {path.partition("/")[0] for path in SETUPTOOLS["package-dir"].values()}:
+        shutil.copytree(ROOT / name, built.source / name, ignore=heavy)
+    for name in ("pyproject.toml", PROJECT["readme"], *PROJECT["license-files"]):
+        shutil.copy(ROOT / name, built.source)
+    for archives in built[1:]:
+        archives.mkdir()
+    command = [sys.executable, "-c", BUILD]
+    done = subprocess.run(command, cwd=built.source, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for archive in (*built.wheel.iterdir(), *built.editable.iterdir()):
+        with zipfile.ZipFile(archive) as wheel:
+            wheel.extractall(archive.parent)
+    [archive] = built.sdist.iterdir()
+    with tarfile.open(archive) as sdist:
+        sdist.extractall(built.sdist, filter="data")
+    return built._replace(sdist=built.sdist / archive.name.removesuffix(".tar.gz"))
+
+
+def installed_files(folders: dict[str, Path]) -> set[str]:
+    """The modules and data of all packages, by the folder that each lies in."""
+    return {
+        f"{package}:{file.name}"
+        for package, folder in folders.items()
+        for file in folder.iterdir()
+        if file.suffix in (".py", ".yaml", ".typed")
+    }
+
+
+def package_folders(root: Path, places: dict[str, str]) -> dict[str, Path]:
+    """Where each package lies below `root`, if the packages in `places` and what is below them lie there."""
+    found = {}
+    for package in SETUPTOOLS["packages"]:
+        above = max((name for name in places if f"{package}.".startswith(f"{name}.")), key=len)
+        found[package] = root.joinpath(places[above], *package.removeprefix(above).strip(".").split("."))
+    return found
+
+
+def test_wheel_sdist_and_editable_install_have_the_same_modules(built: Built) -> None:
+    places = SETUPTOOLS["package-dir"]
+    [finder] = built.editable.glob("__editable__*_finder.py")
+    wheel = installed_files(package_folders(built.wheel, {"mole_diffusion": "mole_diffusion"}))
+    assert wheel == installed_files(package_folders(built.source, places))
+    assert wheel == installed_files(package_folders(built.sdist, places))
+    assert wheel == installed_files(package_folders(Path(), runpy.run_path(str(finder))["MAPPING"]))
+    assert {"mole_diffusion.pipelines:mixin.py", "mole_diffusion.benchmark.shipped:table1.yaml"} < wheel
+    assert len(wheel) > 300
+    assert not list(built.wheel.glob("[!m]*"))  # nothing beside the package and what describes it
+
+
 CORE = """
+import sys
 import mole_diffusion
 from mole_diffusion import MoLEStableDiffusionPipeline, toybox
 
@@ -91,12 +170,26 @@ for module in ("training", "metrics", "benchmark", "speed", "clip", "toybox.reci
         mole_diffusion.importlib.import_module("mole_diffusion." + module)
     except mole_diffusion.errors.MoLEError as error:
         print(error)
+everything, *reference = sys.argv[1:]
+sys.path.append(everything)
+for name in reference:
+    module = mole_diffusion.importlib.import_module(name)
+    listed = getattr(module, "__all__", None) or [
+        key for key, value in vars(module).items() if getattr(value, "__module__", None) == name and key[0] != "_"
+    ]
+    for one in listed:
+        assert getattr(module, one) is not None
+    print(len(listed), module.__file__)
 """
+REFERENCE = re.compile(r"^::: (\S+)$", re.MULTILINE)
 
 
 @pytest.mark.slow
-def test_a_pipeline_needs_no_extra(tmp_path: Path) -> None:
-    """Draws where nothing is installed but what `pip install mole-diffusion` brings."""
+def test_a_wheel_draws_without_extras_and_has_all_that_the_reference_lists(built: Built, tmp_path: Path) -> None:
+    """Draws where nothing is installed but what `pip install mole-diffusion` brings; then extras are there too."""
+    for weights in (ROOT / "mole_diffusion" / "toybox" / "assets").rglob("*"):
+        if not (beside := built.wheel / weights.relative_to(ROOT)).exists():
+            beside.symlink_to(weights)
     wanted, there = list(requirements()), set()
     while wanted:
         name = canonicalize_name(wanted.pop())
@@ -109,13 +202,21 @@ def test_a_pipeline_needs_no_extra(tmp_path: Path) -> None:
         for part in {file.parts[0] for file in distribution.files or () if file.parts[0] not in ("..", "__pycache__")}:
             if not (tmp_path / part).exists():
                 (tmp_path / part).symlink_to(Path(str(distribution.locate_file(part))))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
-    command = [sys.executable, "-S", "-c", CORE]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(built.wheel), str(tmp_path)])}
+    pages = [page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs" / "reference").glob("*.md"))]
+    rooms = [name for page in pages for name in REFERENCE.findall(page)]
+    everything = sysconfig.get_path("purelib")
+    command = [sys.executable, "-S", "-c", CORE, everything, *rooms]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    drawn, *missing = done.stdout.splitlines()
+    drawn, *told = done.stdout.splitlines()
+    missing, there = told[:6], told[6:]
     assert drawn == "True True True"
-    assert len(missing) == 6
+    assert len(there) == len(rooms) >= 10
+    for line in there:
+        count, file = line.split(" ", 1)
+        assert int(count) > 0
+        assert Path(file).is_relative_to(built.wheel)
     for message in missing:
         said = re.search(r"needs (\w+), which is not .* Install it: pip install 'mole-diffusion\[(\w+)\]'$", message)
         assert said is not None, message

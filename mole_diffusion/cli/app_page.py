@@ -38,5 +38,6 @@ def app_page(
     """
     from mole_diffusion.app.serve import serve
 
-    typer.echo("Ctrl-C ends the page.", err=True)
-    serve(folder or ["."], host=host, port=port, device=device, dtype=dtype, open_browser=browser)
+    page = serve(folder or ["."], host=host, port=port, device=device, dtype=dtype, open_browser=browser, wait=False)
+    typer.echo(f"The page is at {page.local_url} and Ctrl-C ends it.", err=True)
+    page.block_thread()

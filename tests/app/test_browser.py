@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -41,22 +40,19 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def address(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """`mole app` in a process of its own, as people start it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     command = "import sys; from mole_diffusion.cli import main; sys.argv[0] = 'mole'; main()"
-    folder = tmp_path_factory.mktemp("models")
-    options = ["app", "--port", str(port), "--no-browser", "--device", "cpu", "--folder", str(folder)]
-    process = subprocess.Popen([sys.executable, "-c", command, *options], cwd=ROOT)
+    folder, log = tmp_path_factory.mktemp("models"), tmp_path_factory.mktemp("log") / "stderr"
+    options = ["app", "--no-browser", "--device", "cpu", "--folder", str(folder)]
+    with log.open("w") as errors:
+        process = subprocess.Popen([sys.executable, "-c", command, *options], cwd=ROOT, stderr=errors)
     try:
-        for _ in range(600):
-            with socket.socket() as probe:
-                probe.settimeout(1)
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            assert process.poll() is None
+        for _ in range(3000):
+            said = re.search(r"The page is at (http://127\.0\.0\.1:\d+)/ and", log.read_text())
+            if said is not None or process.poll() is not None:
+                break
             time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}"
+        assert said is not None, log.read_text()
+        yield said[1]
     finally:
         process.terminate()
         process.wait()
