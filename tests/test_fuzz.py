@@ -7,6 +7,7 @@ and do something.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import struct
 import tempfile
@@ -29,6 +30,7 @@ from mole_diffusion.gating import GateConfig, MoLEModel
 from mole_diffusion.lora import LoRA, convert_lora, inspect_lora, load_lora
 from mole_diffusion.yaml_files import read_yaml
 from tests import ROOT
+from tests.lora import test_families
 from tests.lora_files import to_kohya, to_peft
 from tests.running import make_lora, models, run_unet
 from tests.tiny import ATTENTION, random_lora, tiny_components
@@ -128,7 +130,14 @@ def refusing() -> Iterator[None]:
     assert len(message) <= 2000
 
 
-def check_lora(content: bytes, config: str | None = None, *, whole: bool = False, converted: bool = False) -> None:
+def check_lora(
+    content: bytes,
+    config: str | None = None,
+    *,
+    whole: bool = False,
+    converted: bool = False,
+    components: dict[str, Any] = COMPONENTS,
+) -> None:
     """Loading, inspecting and, if told so, converting a file with a config beside it; one that is whole must load."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "adapter_model.safetensors"
@@ -138,13 +147,13 @@ def check_lora(content: bytes, config: str | None = None, *, whole: bool = False
         with refusing():
             inspect_lora(path)
         with contextlib.nullcontext() if whole else refusing():
-            lora = load_lora(path, COMPONENTS)
+            lora = load_lora(path, components)
             if converted:
                 check_converted(path, lora)
             changes = []
             for component, modules in lora.factors.items():
                 for name, factors in modules.items():
-                    changes.append(factors.delta(COMPONENTS[component].get_submodule(name).weight.detach()))
+                    changes.append(factors.delta(components[component].get_submodule(name).weight.detach()))
                     changes += [] if factors.bias is None else [factors.bias]
             assert all(change.isfinite().all() for change in changes)
             assert any(change.any() for change in changes)
@@ -202,6 +211,45 @@ def test_whole_adapters_of_every_kind_and_layout(
         texts = st.one_of(st.text(st.characters(exclude_categories=["Cs"]), max_size=40), ODD.map(json.dumps))
         metadata = data.draw(st.dictionaries(names, texts, max_size=3))
     check_lora(save(state, metadata=metadata), whole=damage == "nothing", converted=True)
+
+
+@functools.cache
+def model_of(family: str) -> tuple[str, Any]:
+    return test_families.denoiser(family)
+
+
+@settings(bounded, max_examples=60)
+@given(
+    st.sampled_from(["flux", "z_image", "stable_diffusion_3"]),
+    st.sampled_from(list(test_families.LAYOUTS)),
+    st.sampled_from(list(test_families.KINDS)),
+    st.sampled_from(["nothing", "key", "gone", "rows", "dtype", "added"]),
+    st.data(),
+)
+def test_files_of_families_whose_authors_have_one_module_where_there_are_several(
+    family: str, layout: str, kind: str, damage: str, data: st.DataObject
+) -> None:
+    """In every layout: undamaged they load; damaged they load as what they are then, or are refused."""
+    component, model = model_of(family)
+    torch.manual_seed(0)
+    state = {}
+    for name, _, parts, _ in test_families.cases(model, family, kind, test_families.LAYOUTS[layout][0]):
+        state |= test_families.written(layout, component, name, parts)
+    key = data.draw(st.sampled_from(sorted(state)))
+    if damage == "key":
+        place = data.draw(st.integers(0, len(key) - 1))
+        new = key[:place] + data.draw(st.sampled_from(["", ".", "_", "x", "1"])) + key[place + 1 :]
+        state[new] = state.pop(key)
+    elif damage == "gone":
+        del state[key]
+    elif damage == "rows" and state[key].ndim:
+        state[key] = state[key][: data.draw(st.integers(0, len(state[key])))]
+    elif damage == "dtype":
+        state[key] = state[key].to(data.draw(st.sampled_from([torch.int8, torch.bool, torch.float64])))
+    elif damage == "added":
+        state[data.draw(st.sampled_from([f"{key}.x", key.replace("0", "7"), f"x.{key}"]))] = state[key].clone()
+    content = save({name: tensor.contiguous() for name, tensor in state.items()})
+    check_lora(content, whole=damage == "nothing", components={component: model})
 
 
 @bounded

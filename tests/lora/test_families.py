@@ -142,16 +142,22 @@ def cases(
             yield name, meant, parts, change
 
 
+def written(layout: str, component: str, name: str, parts: Parts) -> Parts:
+    """The tensors of a module under the keys that a layout has for them."""
+    _, prefix, underscored, endings = LAYOUTS[layout]
+    stem = prefix.format(component=component) + (name.replace(".", "_") if underscored else name)
+    return {f"{stem}.{endings.get(part, part)}": tensor for part, tensor in parts.items()}
+
+
 def test_every_layout_and_kind_loads_to_its_factors(family: str, model: tuple[str, Any]) -> None:
     component, denoiser = model
     torch.manual_seed(1)
     for kind in KINDS:
         made = {authors: list(cases(denoiser, family, kind, authors)) for authors in (False, True)}
-        for layout, (authors, prefix, underscored, endings) in LAYOUTS.items():
+        for layout, (authors, *_) in LAYOUTS.items():
             state: Parts = {}
             for name, _, parts, _ in made[authors]:
-                stem = prefix.format(component=component) + (name.replace(".", "_") if underscored else name)
-                state |= {f"{stem}.{endings.get(part, part)}": tensor for part, tensor in parts.items()}
+                state |= written(layout, component, name, parts)
             found = load_lora(state, {component: denoiser}).factors[component]
             assert len(found) == sum(len(meant) for _, meant, _, _ in made[authors])
             for _, meant, _, change in made[authors]:
@@ -169,11 +175,9 @@ def test_every_kind_acts_as_the_merged_weights(family: str, model: tuple[str, An
     torch.manual_seed(2)
     for kind in KINDS:
         made = list(cases(denoiser, family, kind, True))
-        state = {
-            f"diffusion_model.{name}.{DOWN_UP.get(part, part)}": tensor
-            for name, _, parts, _ in made
-            for part, tensor in parts.items()
-        }
+        state: Parts = {}
+        for name, _, parts, _ in made:
+            state |= written("ComfyUI, down and up", component, name, parts)
         experts = Experts([load_lora(state, {component: denoiser})])
         experts.attach({component: denoiser})
         try:

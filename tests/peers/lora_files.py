@@ -28,7 +28,7 @@ from mole_diffusion.experts import Experts
 from mole_diffusion.lora import load_lora
 from tests import ROOT
 from tests.lora import test_families
-from tests.lora.test_families import FAMILIES, LAYOUTS, Parts, caller, cases
+from tests.lora.test_families import FAMILIES, LAYOUTS, Parts, caller, cases, written
 from tests.tiny import dits, families, tiny_pipeline
 
 PAGE = ROOT / "docs" / "files.md"
@@ -68,15 +68,14 @@ def pipeline(family: str) -> Any:
 
 def made(family: str, kind: str, layout: str, component: str, model: Any) -> tuple[Parts, dict[str, Tensor]]:
     """A file, and the change of every weight that it tells of."""
-    authors, prefix, underscored, endings = LAYOUTS[layout]
+    authors = LAYOUTS[layout][0]
     state: Parts = {}
     changes: dict[str, Tensor] = {}
     torch.manual_seed(1)
     for name, meant, parts, change in cases(model, family, kind, authors):
         if kind == "LoRA" and layout in NO_ALPHA:  # as such programs write them: alpha is in the header, or the rank
             change = change / float(parts.pop("alpha")) * 2
-        stem = prefix.format(component=component) + (name.replace(".", "_") if underscored else name)
-        state |= {f"{stem}.{endings.get(part, part)}": tensor.contiguous() for part, tensor in parts.items()}
+        state |= {key: tensor.contiguous() for key, tensor in written(layout, component, name, parts).items()}
         sizes = [model.get_submodule(module).weight.shape[0] for module in meant]
         changes |= dict(zip(meant, change.float().split(sizes), strict=True))
     return state, changes
