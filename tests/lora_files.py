@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mole_diffusion.lora import LoRA
+from tests.tiny import random_lora
 
 CLIP = "text_model."
+QUERY = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_q"
+KEY = QUERY.replace("to_q", "to_k")
+CONV = "unet.mid_block.resnets.0.conv1"
+State = dict[str, Tensor]
 
 
 def split(key: str) -> tuple[str, str, str]:
@@ -80,3 +87,9 @@ def stock_deltas(model: nn.Module) -> dict[str, Tensor]:
         for name, module in model.named_modules()
         if isinstance(module, BaseTunerLayer)
     }
+
+
+def breakable(models: Mapping[str, Any]) -> State:
+    """A good LoRA to break: two attention projections, a convolution, one text-encoder module."""
+    targets = [rf"{re.escape(QUERY)}$", rf"{re.escape(KEY)}$", rf"{re.escape(CONV)}$", "text_encoder.*0.mlp.fc1$"]
+    return random_lora(models, targets=targets)

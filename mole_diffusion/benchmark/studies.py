@@ -7,7 +7,7 @@ from pathlib import Path
 from mole_diffusion.errors import MoLEError
 
 # In a checkout they lie in a folder of their own beside the package; a wheel has that folder inside of this room.
-_PLACES = (Path(__file__).with_name("shipped"), Path(__file__).resolve().parents[2] / "benchmarks")
+_FOLDERS = (Path(__file__).with_name("shipped"), Path(__file__).resolve().parents[2] / "benchmarks")
 
 
 def find_study(given: str | Path) -> Path:
@@ -19,7 +19,7 @@ def find_study(given: str | Path) -> Path:
     path = Path(given)
     if path.suffix or path.is_file():
         return path
-    found = {file.stem: file for place in _PLACES for file in sorted(place.glob("*.yaml"))}
+    found = {file.stem: file for folder in _FOLDERS for file in sorted(folder.glob("*.yaml"))}
     if str(given) not in found:
         what = "a folder and no file" if path.is_dir() else "no such file"
         raise MoLEError(f"{given}: {what}, and no study of that name comes along; there are {', '.join(found)}.")

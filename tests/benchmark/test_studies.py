@@ -27,7 +27,7 @@ def test_a_name_is_a_study_that_comes_along_and_a_path_stays_one(tmp_path: Path)
 def test_a_wheel_has_them_in_the_benchmarks_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shipped = tmp_path / "shipped"
     shutil.copytree(ROOT / "benchmarks", shipped)
-    monkeypatch.setattr(studies, "_PLACES", (shipped, tmp_path / "none"))
+    monkeypatch.setattr(studies, "_FOLDERS", (shipped, tmp_path / "none"))
     assert studies.find_study("table1") == shipped / "table1.yaml"
 
 

@@ -14,6 +14,8 @@ from mole_diffusion.composition.norm_router import whole_norms
 from mole_diffusion.experts import Experts, ExpertStack
 from mole_diffusion.experts.beside import settle
 from mole_diffusion.lora import LoRA, LoRAError, LoRAFactors, load_lora
+from mole_diffusion.lora.kinds import KINDS
+from mole_diffusion.lora.layouts.slot import take_ending
 from tests import reference
 from tests.running import run_unet
 from tests.tiny import tiny_components
@@ -80,13 +82,13 @@ def full(conv: bool) -> tuple[Parts, Tensor]:
     return {"diff": diff}, diff.double()
 
 
-KINDS = {
+MADE = {
     f"{make.__name__} of a {'convolution' if conv else 'Linear'}": (make, conv)
     for make in (plain, tucker, loha, large_loha, loha_cores, lokr, lokr_factored, lokr_core, full)
     for conv in (False, True)
     if conv or make not in (tucker, loha_cores, lokr_core)
 }
-OVER = {title: kind for title, kind in KINDS.items() if kind[0] is not full}  # nobody trains magnitudes over it
+OVER = {title: kind for title, kind in MADE.items() if kind[0] is not full}  # nobody trains magnitudes over it
 NO_ALPHA = (lokr, full)  # no factor of them has a rank that alpha could be divided by
 
 
@@ -133,7 +135,7 @@ def inputs(conv: bool) -> Tensor:
     return torch.randn(2, D_IN, 5, 5).double() if conv else torch.randn(2, 3, D_IN).double()
 
 
-@pytest.mark.parametrize(("make", "conv"), KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize(("make", "conv"), MADE.values(), ids=MADE)
 def test_a_kind_is_its_formula_and_runs_as_that(make: Any, conv: bool) -> None:
     torch.manual_seed(0)
     parts, change = make(conv)
@@ -391,3 +393,11 @@ def test_what_peft_trains_acts_as_in_peft(config: str, settings: Any, models: An
         torch.testing.assert_close(run_unet(models), wanted, atol=2e-5, rtol=1e-4)
     finally:
         experts.detach()
+
+
+def test_what_a_kind_takes_is_read_in_every_layout() -> None:
+    """A new kind is one file and its place in `KINDS`: nothing else knows the names of its parts."""
+    parts = {part for kind in KINDS for part in kind.takes} - {"down", "up", "mid"}
+    assert len(parts) > 10
+    for part in parts:
+        assert take_ending(f"unet.mid_block.{part}") == ("unet.mid_block", part)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from ..kinds import KINDS
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -29,10 +31,11 @@ _FACTORS = re.compile(
     r"\.(?P<what>weight|bias|scale_weight|weight_scale)"
 )
 _MAGNITUDE = re.compile(r"(?P<stem>.+)\.lora_magnitude_vector(?:\.(?!weight$)[^.]+)?(?:\.weight)?")
-_OTHERS = re.compile(
-    r"(?P<stem>.+)\.(?P<part>alpha|dora_scale|diff|diff_b|w_norm|b_norm|(?:hada|lokr)_(?:w[12](?:_[ab])?|t[12]))(?:\.default)?"
-)
 _WHICH = {"A": "down", "B": "up", "down": "down", "up": "up", "mid": "mid"}
+_BESIDE = {"alpha", "dora_scale", "diff_b", "w_norm", "b_norm"}
+_WHOLE = (_BESIDE | {part for kind in KINDS for part in kind.takes}) - set(_WHICH.values())
+"""Parts that are their own ending, those of a new kind among them."""
+_OTHERS = re.compile(rf"(?P<stem>.+)\.(?P<part>{'|'.join(sorted(_WHOLE))})(?:\.default)?")
 
 
 def take_ending(key: str) -> tuple[str, str] | None:
