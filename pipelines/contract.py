@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 from collections.abc import Mapping
@@ -63,7 +64,7 @@ class DiffusersContract(Base):
 
     def _refuse_unknown_arguments(self, kwargs: Mapping[str, Any]) -> None:
         """Raises TypeError for an argument that a pipeline with a catch-all `**kwargs` would drop in silence."""
-        known = inspect.signature(_stock_class(type(self)).__call__).parameters
+        known = _arguments(type(self))
         for name in kwargs:
             # The two that diffusers still takes out of its catch-all.
             if name not in known and name not in ("callback", "callback_steps"):
@@ -71,8 +72,7 @@ class DiffusersContract(Base):
 
     def _named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of a call of the diffusers pipeline by their names."""
-        names = list(inspect.signature(_stock_class(type(self)).__call__).parameters)[1:]
-        return {**dict(zip(names, args, strict=False)), **kwargs}
+        return {**dict(zip(_arguments(type(self))[1:], args, strict=False)), **kwargs}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Self:
@@ -130,6 +130,12 @@ class DiffusersContract(Base):
         config = json.loads(super().to_json_string())
         config["_class_name"] = _stock_class(type(self)).__name__
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+@functools.cache  # asked in every call
+def _arguments(cls: type) -> tuple[str, ...]:
+    """Names of the arguments that the call of the diffusers pipeline takes, `self` first."""
+    return tuple(inspect.signature(_stock_class(cls).__call__).parameters)
 
 
 def _stock_class(cls: type) -> Any:

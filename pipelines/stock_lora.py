@@ -130,6 +130,8 @@ class StockLoRACalls(DiffusersContract):
         """Those of them that draw now."""
         active: dict[str, None] = {}
         for model in self.lora_components.values():
+            if not getattr(model, "peft_config", None):
+                continue  # a walk over all modules, for nothing
             for module in model.modules():
                 if _is_adapter(module) and not module.disable_adapters and not module.merged:
                     active |= dict.fromkeys(module.active_adapters)

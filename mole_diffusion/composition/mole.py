@@ -46,9 +46,9 @@ class MoLE(Composition):
         self._gates = gates
 
     def reads_left_out(self, site: Site) -> bool:
-        return self.gates is not None and self.gates.reads_left_out(site)
+        return self._gates is not None and self._gates.reads_left_out(site)
 
     def weigh(self, site: Site, projections: Projections, run: Run) -> Tensor | None:
-        if self.gates is None:
+        if self._gates is None:
             raise MoLEError('composition "mole" has no gates. Load some with `pipe.load_gates`, or pass MoLE(gates).')
-        return self.gates.weigh(site, projections, run)
+        return self._gates.weigh(site, projections, run)

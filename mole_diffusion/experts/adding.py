@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..errors import MoLEError
 from .run import Run, Weigher
-from .site import Projections, Site
+from .site import Site
 
 
 def add_experts(site: Site, hidden_states: Tensor, output: Tensor, run: Run) -> Tensor:
@@ -22,25 +22,33 @@ def add_experts(site: Site, hidden_states: Tensor, output: Tensor, run: Run) -> 
         MoLEError: The weigher's answer does not broadcast to the batch, tokens and experts of this module, or what was
             chosen has rows that the batch has not.
     """
-    assert run.weigher is not None
-    if run.kept is not None and not _reads_left_out(run.weigher, site):
+    weigher = run.weigher
+    assert weigher is not None
+    if run.kept is not None and not _reads_left_out(weigher, site):
         site = site.only(run.kept)
     projections = site.group.project(site, hidden_states, output)
-    batch = projections.batch // run.passes
-    if len(run.keep) not in (1, batch) or len(run.scale) not in (1, batch):
+    rows, batch = projections.batch, projections.batch // run.passes
+    kept, scaled = run.keep.shape[0], run.scale.shape[0]
+    if (kept != 1 and kept != batch) or (scaled != 1 and scaled != batch):
         raise MoLEError(
-            f"`keep` has {len(run.keep)} rows and `scale` {len(run.scale)}, but {site.component} runs a batch of "
+            f"`keep` has {kept} rows and `scale` {scaled}, but {site.component} runs a batch of "
             f"{batch}. Give one row for all, or one for each (with guidance, for both halves)."
         )
     projections.base = output
-    weights = run.weigher.weigh(site, projections, run)
+    weights = weigher.weigh(site, projections, run)
     if weights is None:
         return output
     if weights.device != output.device:
         weights = weights.to(output.device)
-    _check(weights, projections, site)
-    beside = None if site.beside is None else site.beside.add(hidden_states, output, weights, site.stack.indices)
-    added = site.stack.add_to(output, projections.rows[site.name], weights) if site.stack.rank else output
+    stack, shape = site.stack, weights.shape
+    fits = len(shape) == 3 and shape[2] == stack.num_experts and (shape[0] == 1 or shape[0] == rows)
+    if not fits or (shape[1] != 1 and shape[1] != projections.tokens):
+        raise MoLEError(
+            f"The weights for {site.name} must be (1 or {rows}, 1 or {projections.tokens}, {stack.num_experts}), "
+            f"got {tuple(shape)}."
+        )
+    beside = None if site.beside is None else site.beside.add(hidden_states, output, weights, stack.indices)
+    added = stack.add_to(output, projections.rows[site.name], weights) if stack.rank else output
     return added if beside is None else added + beside
 
 
@@ -48,13 +56,3 @@ def _reads_left_out(weigher: Weigher, site: Site) -> bool:
     """Whether a weigher reads what LoRAs that are left out would add at a module."""
     reads = getattr(weigher, "reads_left_out", None)
     return reads is not None and bool(reads(site))
-
-
-def _check(weights: Tensor, projections: Projections, site: Site) -> None:
-    shape, batch = weights.shape, projections.batch
-    fits = len(shape) == 3 and shape[2] == site.stack.num_experts
-    if not fits or shape[0] not in (1, batch) or shape[1] not in (1, projections.tokens):
-        raise MoLEError(
-            f"The weights for {site.name} must be (1 or {batch}, 1 or {projections.tokens}, {site.stack.num_experts}), "
-            f"got {tuple(shape)}."
-        )

@@ -139,9 +139,13 @@ class Attachment:
     def follow(self) -> None:
         """Keep nothing on a device that the component has left, as offloading has it leave a GPU."""
         weight = next(self.model.parameters(), None)
+        if weight is None:
+            return
         for site in self.sites:
-            ready = site.group.ready
-            if weight is not None and ready and ready[0].device != weight.device:
+            device = site.group.device
+            if device == weight.device:
+                return  # they are made ready in a pass, all in the same place
+            if device is not None:
                 site.group.start_again()
 
     @property
@@ -232,9 +236,13 @@ class Attachment:
 
     def _unchanged(self) -> bool:
         """Whether they are all still there."""
-        return all(modules.get(leaf) is module for modules, leaf, module in self._seen_modules) and all(
-            layer.processor is processor for layer, processor in self._seen_processors
-        )
+        for modules, leaf, module in self._seen_modules:
+            if modules.get(leaf) is not module:
+                return False
+        for layer, processor in self._seen_processors:
+            if layer.processor is not processor:
+                return False
+        return True
 
     def _find_modules(self) -> None:
         """Follow a site whose module was exchanged for another with the same weights.

@@ -242,13 +242,16 @@ class Experts:
             MoLEError: If the weigher's answer does not broadcast to the batch, tokens and experts of this module.
         """
         run = self._runs.run(site.component)
-        lengths = self._attachments[site.component].architecture.lengths(site.module_name, run.told)
+        lengths = None if site.lengths is None else site.lengths(run.told)
         if lengths is None:
-            return _add(site, hidden_states, output, run)
+            site.seen = hidden_states.shape, output.shape
+            return add_experts(site, hidden_states, output, run) if run.active else output
         # What follows sees (samples, tokens, features), whatever the module is given.
         lengths *= run.passes
         rows = unpacked(output, lengths)
-        added = _add(site, unpacked(hidden_states, lengths), rows, run)
+        given = unpacked(hidden_states, lengths)
+        site.seen = given.shape, rows.shape
+        added = add_experts(site, given, rows, run) if run.active else rows
         # Rows that lie in the output itself were added to in place.
         unchanged = added is rows and rows.data_ptr() == output.data_ptr()
         return output if unchanged else packed(added, lengths).reshape(output.shape)
@@ -303,6 +306,8 @@ class Experts:
         if engine == "processors" and not architecture.denoiser:
             engine = "auto"  # a text encoder has no attention processors
 
+        groups = [group for group in {site.group for site in sites} if group.several]  # others keep no input
+
         def begin(
             root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -316,8 +321,8 @@ class Experts:
 
         def end(output: Any) -> Any:
             run = self._runs.end(component)
-            for site in sites:
-                site.group.forget()
+            for group in groups:
+                group.forget()
             if output is None or run is None:
                 return None
             for tensor in tensors(output):
@@ -365,11 +370,6 @@ class Experts:
             refuse_unseen(component, run)
         self._runs.begin(run)
         return run
-
-
-def _add(site: Site, hidden_states: Tensor, output: Tensor, run: Run) -> Tensor:
-    site.seen = hidden_states.shape, output.shape
-    return add_experts(site, hidden_states, output, run) if run.active else output
 
 
 def _by_module(loras: Sequence[LoRA]) -> dict[str, dict[str, list[LoRAFactors | None]]]:

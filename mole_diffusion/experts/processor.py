@@ -123,7 +123,10 @@ class MoLEAttnProcessor:
         key = self._project("to_k", attn.to_k, context)
         value = self._project("to_v", attn.to_v, context)
         # (batch, tokens, width) -> (batch, heads, tokens, width / heads)
-        query, key, value = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (query, key, value))
+        heads, width = attn.heads, query.shape[-1] // attn.heads
+        query = query.view(batch, -1, heads, width).transpose(1, 2)
+        key = key.view(batch, -1, heads, width).transpose(1, 2)
+        value = value.view(batch, -1, heads, width).transpose(1, 2)
         if attn.norm_q is not None:
             query = attn.norm_q(query)
         if attn.norm_k is not None:

@@ -109,9 +109,12 @@ def refuse_caches(component: str, model: nn.Module, run: Run, previous: Run | No
 def _cache_hooks(model: nn.Module) -> list[str]:
     """Names of the hooks that `apply_faster_cache` and its kin put on a model, also on one without `enable_cache`."""
     found: dict[str, None] = {}
-    for module in model.modules():
-        hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
-        for name, hook in hooks.items():
+    waiting = [model]  # once a picture: `modules()` takes ten calls a module
+    while waiting:
+        module = waiting.pop()
+        waiting += [part for part in module._modules.values() if part is not None]
+        registry = module.__dict__.get("_diffusers_hook")
+        for name, hook in getattr(registry, "hooks", {}).items():
             home = type(hook).__module__.rpartition(".")[2]
             if "cache" in home or home == "pyramid_attention_broadcast":
                 found[name] = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
@@ -48,7 +49,7 @@ class Run:
     kept: tuple[int, ...] | None = None
     notes: dict[Any, Any] = field(default_factory=dict)
 
-    @property
+    @cached_property  # asked at every module
     def active(self) -> bool:
         """Whether anything can be added in this pass: somebody weighs, and some LoRA is kept."""
         return self.weigher is not None and self.kept != ()

@@ -47,7 +47,8 @@ class LayerSeam:
 
     def attended(self, query: Tensor, key: Tensor, output: Tensor) -> None:
         """Show the weigher what this layer computed, if it wants to see it."""
-        if self.watched():
-            run = self._runs.run(self._component)
-            weigher: Any = run.weigher
+        run = self._runs.run(self._component)
+        weigher: Any = run.weigher
+        watches = getattr(weigher, "watches", None) if run.active else None
+        if watches is not None and watches(run):
             weigher.attended(self, query, key, output, run)

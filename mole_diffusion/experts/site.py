@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 
 from mole_diffusion.errors import MoLEError
 
-from ..families import Architecture, Reads
+from ..families import Architecture, Reads, Told
 from .beside import Beside
 from .compiled import Callback
 from .stack import ExpertStack
@@ -33,6 +34,8 @@ class Site:
         beside: What some LoRAs add here that is no product of small rank, or `None`.
         group: The sites that read the same input tensor, this one included (`to_q, to_k, to_v` of a self-attention).
         reads: What it is given.
+        lengths: How many tokens each sample has, asked of what the model was told, where the module is given those of all
+            samples one after another; `None` where samples come first.
         seen: Shapes of the last input and output, samples first; `None` before the first call.
         place: Where a compiled graph calls back.
     """
@@ -48,6 +51,7 @@ class Site:
         self.beside = beside
         self.group = SiteGroup([self])
         self.reads: Reads = "pixels"
+        self.lengths: Callable[[Told], tuple[int, ...] | None] | None = None
         self.seen: tuple[torch.Size, torch.Size] | None = None
         self.callback: Callback | None = None
         _check_fit(self)
@@ -119,6 +123,7 @@ class Projections:
         batch: Samples.
         spatial: `(height, width)` of the output where it has them (convolutions), else `None`.
         base: What the base module gave that is being served.
+        waiting: Names of the sites that have not been served.
     """
 
     def __init__(
@@ -129,7 +134,7 @@ class Projections:
         self.batch = batch
         self.spatial = spatial
         self.base: Tensor | None = None
-        self._waiting = set(rows)
+        self.waiting = set(rows) if len(rows) > 1 else set()
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
@@ -142,18 +147,7 @@ class Projections:
     def tokens(self) -> int:
         """Positions to weigh in each sample."""
         rows = next(iter(self.rows.values()))
-        return rows.shape[2] if self.spatial is not None else len(rows) // max(self.batch, 1)
-
-    def take(self, site: Site) -> bool:
-        """Mark `site` as served; False if it was already."""
-        if site.name not in self._waiting:
-            return False
-        self._waiting.remove(site.name)
-        return True
-
-    @property
-    def done(self) -> bool:
-        return not self._waiting
+        return rows.shape[2] if self.spatial is not None else rows.shape[0] // max(self.batch, 1)
 
 
 class SiteGroup:
@@ -161,6 +155,7 @@ class SiteGroup:
 
     def __init__(self, sites: Sequence[Site]) -> None:
         self.sites = tuple(sites)
+        self.several = len(self.sites) > 1
         self._down: Tensor | None = None
         self._open: Projections | None = None
         self._chosen: dict[tuple[int, ...], dict[str, Site]] = {}
@@ -187,26 +182,31 @@ class SiteGroup:
         The first site of the group to fire computes them for all; the others take theirs if they were indeed given the
         same tensor, and the memory is let go with the last.
         """
+        if not self.several:
+            return self._computed(site, hidden_states, output)
         shared = self._open
-        if shared is None or shared.hidden_states is not hidden_states or not shared.take(site):
+        if shared is None or shared.hidden_states is not hidden_states or site.name not in shared.waiting:
             shared = self._computed(site, hidden_states, output)
-            shared.take(site)
-        self._open = None if shared.done else shared
+        shared.waiting.discard(site.name)
+        self._open = shared if shared.waiting else None
         return shared
 
     def _computed(self, site: Site, hidden_states: Tensor, output: Tensor) -> Projections:
-        down, batch, several = self._down_like(output), len(output), len(self.sites) > 1
-        spatial = (output.shape[-2], output.shape[-1]) if site.stack.is_convolution else None
-        ranks = [member.stack.rank for member in self.sites] if several else ()
-        parts: Sequence[Tensor]
+        down = self._down  # looked at here, and not in a call of its own: so it is in every pass at every module
+        if down is None or down.device != output.device or down.dtype != output.dtype:
+            down = self._down_like(output)
+        shape = output.shape
+        spatial = (shape[-2], shape[-1]) if site.stack.is_convolution else None
         if down.numel():
             projected = site.project(hidden_states, down)
-            parts = projected.split(ranks, dim=1) if several else (projected,)
+            if not self.several:
+                return Projections(hidden_states, {site.name: projected}, shape[0], spatial)
+            parts: Sequence[Tensor] = projected.split([member.stack.rank for member in self.sites], dim=1)
         else:  # nothing is left of the LoRAs that are kept, but a weigher may read the hidden states
-            shape = (batch, 0, output.shape[2:].numel()) if spatial else (output.shape[:-1].numel(), 0)
-            parts = [output.new_empty(shape)] * len(self.sites)
+            none = (shape[0], 0, shape[2:].numel()) if spatial else (shape[:-1].numel(), 0)
+            parts = [output.new_empty(none)] * len(self.sites)
         rows = {member.name: part for member, part in zip(self.sites, parts, strict=True)}
-        return Projections(hidden_states, rows, batch, spatial)
+        return Projections(hidden_states, rows, shape[0], spatial)
 
     def make_ready(self, like: Tensor) -> None:
         """Make what the products need beside outputs like this one; else the first call does."""
@@ -226,12 +226,16 @@ class SiteGroup:
 
         A compiled graph hands each of them a tensor object of its own. It changes no memory between them.
         """
-        groups = [self, *(next(iter(sites.values())).group for sites in list(self._chosen.values()))]
-        for group in groups:
+        for group in self._with_chosen():
             held = None if group._open is None else group._open.hidden_states
             if held is not None and held.data_ptr() == hidden_states.data_ptr() and held.shape == hidden_states.shape:
                 return held
         return hidden_states
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where what was made for the products lies; `None` as long as nothing is."""
+        return next((group._down.device for group in self._with_chosen() if group._down is not None), None)
 
     def start_again(self) -> None:
         """Let go of what was made for the products: a module was exchanged, or lies on another device now."""
@@ -246,6 +250,9 @@ class SiteGroup:
         for sites in list(self._chosen.values()):
             for site in sites.values():
                 site.group._open = None
+
+    def _with_chosen(self) -> list[SiteGroup]:
+        return [self, *(next(iter(sites.values())).group for sites in list(self._chosen.values()))]
 
     def _down_like(self, output: Tensor) -> Tensor:
         """`down` of all sites below one another, as `Site.project` takes it; kept."""
@@ -262,8 +269,10 @@ class SiteGroup:
 def group_sites(sites: Sequence[Site], model: nn.Module, architecture: Architecture) -> None:
     """Note what the sites of one component read, and find those that read the same tensor."""
     together: dict[tuple[str, tuple[str, ...], Reads], dict[str, Site]] = {}
+    packs = type(architecture).lengths is not Architecture.lengths
     for site in sites:
         site.reads = architecture.reads(model, site.module_name)
+        site.lengths = functools.partial(architecture.lengths, site.module_name) if packs else None
         for names in architecture.siblings:
             found = [(name, p) for name in names if (p := _prefix(site.module_name, name)) is not None]
             for name, prefix in found[:1]:
@@ -293,11 +302,11 @@ def _check_fit(site: Site) -> None:
                 "experts run beside convolutions with groups=1 and zero padding only. Leave it out of the LoRAs."
             )
         if len(stack.input_shape) == 1:
-            stack.input_shape = (*stack.input_shape, 1, 1)  # a 1x1 convolution saved as a matrix
+            stack.take_input((*stack.input_shape, 1, 1))  # a 1x1 convolution saved as a matrix
         expected = (module.out_channels, (module.in_channels, *module.kernel_size))
     elif hasattr(module, "in_features") and hasattr(module, "out_features"):
         if stack.input_shape[1:] == (1, 1):
-            stack.input_shape = stack.input_shape[:1]  # the other way round
+            stack.take_input(stack.input_shape[:1])  # the other way round
         expected = (module.out_features, (module.in_features,))
     else:
         raise TypeError(f"{site.name} is a {type(module).__name__}; experts run beside Linear and Conv2d modules only.")

@@ -13,6 +13,7 @@ from torch import Tensor
 from mole_diffusion.errors import MoLEError
 
 from ..lora import LoRAFactors
+from .uncast import uncast
 
 
 class ExpertStack:
@@ -24,7 +25,9 @@ class ExpertStack:
 
     Attributes:
         input_shape: `(d_in,)` or, for a convolution, `(c_in, kh, kw)`.
+        is_convolution: Whether it is a convolution's.
         out_features: d_out.
+        rank: R.
         ranks: r of every LoRA in order; 0 where a LoRA does not touch this module.
         indices: Of the LoRAs that do.
         expert_of_rank: `(R,)`, the LoRA each row of `down` belongs to.
@@ -49,10 +52,15 @@ class ExpertStack:
                 "They were trained for different base models; load only those that fit yours."
             )
         self.num_experts = len(factors)
-        self.input_shape: tuple[int, ...] = inputs.pop()
+        self.take_input(inputs.pop())
         self.out_features: int = outputs.pop()
         self._whole = True
         self._take(factors)
+
+    def take_input(self, shape: tuple[int, ...]) -> None:
+        """Be those of inputs of this shape: a convolution of one pixel may be written down as a matrix."""
+        self.input_shape = shape
+        self.is_convolution = len(shape) == 3
 
     def _take(self, factors: Sequence[LoRAFactors | None]) -> None:
         self._factors = tuple(factors)
@@ -60,6 +68,7 @@ class ExpertStack:
         self.ranks = tuple(0 if factor is None else factor.r for factor in factors)
         self.indices = tuple(index for index, factor in enumerate(factors) if factor is not None)
         self._ranks = tuple(factor.r for factor in self._present)
+        self.rank = sum(self._ranks)
         self._scalings = tuple(float(factor.scaling) for factor in self._present)
         self.expert_of_rank = torch.tensor(self.indices, dtype=torch.long).repeat_interleave(
             torch.tensor(self._ranks, dtype=torch.long)
@@ -67,6 +76,8 @@ class ExpertStack:
         self._same_rank = len(set(self._ranks)) == 1
         self._scales = any(scaling != 1 for scaling in self._scalings)
         self._ups: tuple[Tensor, Tensor] | None = None  # B, and the same turned
+        self._alike: _Alike | None = None
+        self._spread: Tensor | None = None
 
     def only(self, kept: Collection[int]) -> ExpertStack:
         """The same place with the rows of the `kept` LoRAs alone; their indices stay, the others have rank 0.
@@ -77,15 +88,6 @@ class ExpertStack:
         stack._whole = False
         stack._take([factor if index in kept else None for index, factor in enumerate(self._factors)])
         return stack
-
-    @property
-    def rank(self) -> int:
-        """R."""
-        return sum(self._ranks)
-
-    @property
-    def is_convolution(self) -> bool:
-        return len(self.input_shape) == 3
 
     @property
     def down(self) -> Tensor:
@@ -136,7 +138,7 @@ class ExpertStack:
 
     def let_go(self) -> None:
         """Forget what was made for the products; it is made again when it is needed."""
-        self._ups = None
+        self._ups = self._spread = None
 
     @property
     def up_ready(self) -> Tensor | None:
@@ -152,12 +154,24 @@ class ExpertStack:
                 convolution: nothing is turned round.
             weights: gamma, `(batch | 1, tokens | 1, N)`.
         """
-        up, turned = self._ups_like(output)
-        weighted = self._weighted(projected, self.scaled(weights, output.dtype), len(output))
+        ups, alike, dtype = self._ups, self._alike, output.dtype
+        if ups is None or ups[0].device != output.device or ups[0].dtype != dtype:
+            ups = self._ups_like(output)
+        if alike is None or alike[0]() is not weights or alike[1] != dtype:
+            scaled = self.scaled(weights, dtype)
+            if isinstance(scaled, float) or (scaled.ndim < 3 and not scaled.requires_grad):
+                self._alike = weakref.ref(weights), dtype, scaled
+        else:
+            scaled = alike[2]
+        up, turned = ups
+        if isinstance(scaled, float):  # one number for all: the product itself multiplies by it
+            weighted, factor = projected, scaled
+        else:
+            weighted, factor = self._weighted(projected, scaled, output.shape[0]), 1.0
         if not self.is_convolution:
             place, factors = output.reshape(-1, self.out_features), (weighted, turned)
         elif output.is_contiguous():
-            place, factors = output.flatten(2), (up.expand(len(output), -1, -1), weighted)
+            place, factors = output.flatten(2), (up.expand(output.shape[0], -1, -1), weighted)
         else:  # channels last
             place = output.permute(0, 2, 3, 1).reshape(-1, self.out_features)
             factors = weighted.transpose(1, 2).flatten(0, 1), turned
@@ -165,15 +179,15 @@ class ExpertStack:
             torch.is_grad_enabled() and (output.requires_grad or weighted.requires_grad)
         )
         if in_place:
-            (place.addmm_ if place.ndim == 2 else place.baddbmm_)(*factors)
+            (place.addmm_ if place.ndim == 2 else place.baddbmm_)(*factors, alpha=factor)
             return output
-        added = (torch.addmm if place.ndim == 2 else torch.baddbmm)(place, *factors)
+        added = (torch.addmm if place.ndim == 2 else torch.baddbmm)(place, *factors, alpha=factor)
         if self.is_convolution and added.ndim == 2:
             batch, _, height, width = output.shape
             return added.view(batch, height, width, -1).permute(0, 3, 1, 2)
         return added.view(output.shape)
 
-    def scaled(self, weights: Tensor, dtype: torch.dtype) -> Tensor:
+    def scaled(self, weights: Tensor, dtype: torch.dtype) -> Tensor | float:
         """Weights `(rows, tokens, N)` as `_weighted` takes them, times the scalings of the LoRAs here.
 
         In `dtype` if that is wider than theirs.
@@ -182,7 +196,8 @@ class ExpertStack:
         weigher that gives the same tensor to many modules, or pass after pass, has it worked through once.
 
         Returns:
-            A number for each rank where all rows and tokens weigh alike: `(R,)`, or `(R, 1)` of a convolution.
+            One number where all LoRAs here, in all rows and at all tokens, weigh alike. A number for each rank where
+            rows and tokens do: `(R,)`, or `(R, 1)` of a convolution.
             Else, if all LoRAs here have one rank, a number for each LoRA, which is less to read than one for each rank:
             `(rows, tokens, n, 1)` or `(rows, n, 1, tokens)`. If they have not, `(rows, tokens, R)` or `(rows, R,
             tokens)`, but `(rows, tokens, n)` or `(rows, n, tokens)` where autograd would keep that at each module.
@@ -193,25 +208,53 @@ class ExpertStack:
         key = self.indices, self._ranks, self._scalings, self.is_convolution, dtype
         scaled = known.get(key)
         if scaled is None:
-            scaled = known[key] = self._scale(weights, dtype)
+            one = self._one_number(weights, known)
+            scaled = known[key] = self._scale(weights, dtype) if one is None else one
         return scaled
 
+    def _one_number(self, weights: Tensor, known: dict[Any, Any]) -> float | None:
+        """What all LoRAs here weigh, scalings included; `None` where that is not one number."""
+        if weights.shape[0] != 1 or weights.shape[1] != 1 or not _readable(weights):
+            return None
+        if "numbers" not in known:  # once for all modules: on a GPU, reading waits for what runs
+            known["numbers"] = weights.flatten().tolist()
+        numbers = known["numbers"]
+        found = {numbers[i] * scaling for i, scaling in zip(self.indices, self._scalings, strict=True)}
+        return float(found.pop()) if len(found) == 1 else None
+
     def _scale(self, weights: Tensor, dtype: torch.dtype) -> Tensor:
-        weights = weights.to(torch.promote_types(weights.dtype, dtype))
+        if weights.dtype != dtype:
+            weights = weights.to(torch.promote_types(weights.dtype, dtype))
+        alike = weights.shape[0] == weights.shape[1] == 1
+        if not (alike or self._same_rank or weights.requires_grad):
+            spread = self._spread_like(weights)
+            with uncast(weights.device):
+                return spread.t() @ weights.transpose(1, 2) if self.is_convolution else weights @ spread
         if len(self.indices) < self.num_experts:
             weights = weights[..., list(self.indices)]
         if self._scales:
             weights = weights * weights.new_tensor(self._scalings)
-        alike = weights.shape[0] == weights.shape[1] == 1
-        if alike or not (self._same_rank or weights.requires_grad):
-            of_each = zip(weights.split(1, dim=-1), self._ranks, strict=True)
-            weights = torch.cat([w.expand(*w.shape[:2], r) for w, r in of_each], dim=-1)
-            if alike:
-                return weights.view(-1, 1) if self.is_convolution else weights.flatten()
+        if alike:
+            of_each = zip(weights.flatten().split(1), self._ranks, strict=True)
+            of_ranks = torch.cat([weight.expand(rank) for weight, rank in of_each])
+            return of_ranks[:, None] if self.is_convolution else of_ranks
         if self.is_convolution:
             weights = weights.transpose(1, 2)
         weights = weights.contiguous()  # a product that reads it with jumps takes three times as long
         return weights.unsqueeze(2 if self.is_convolution else 3) if self._same_rank else weights
+
+    def _spread_like(self, weights: Tensor) -> Tensor:
+        """`(N, R)`: the scaling of every LoRA at its own ranks, 0 elsewhere.
+
+        One product makes a number for each rank of a number for each LoRA; all but one of what it adds up are 0.
+        """
+        spread = self._spread
+        if spread is None or spread.device != weights.device or spread.dtype != weights.dtype:
+            numbers = torch.zeros(self.num_experts, self.rank, dtype=torch.float64)
+            scalings = torch.tensor(self._scalings, dtype=torch.float64)
+            numbers[self.expert_of_rank, torch.arange(self.rank)] = scalings.repeat_interleave(torch.tensor(self._ranks))
+            self._spread = spread = numbers.to(weights.device, weights.dtype)
+        return spread
 
     def _weighted(self, z: Tensor, scaled: Tensor, batch: int) -> Tensor:
         """`gamma * s * z` in the layout of z, taken in the wider of both dtypes and rounded once."""
@@ -228,10 +271,17 @@ class ExpertStack:
         return weighted.reshape(z.shape).to(z.dtype)
 
 
-_KEPT: dict[int, tuple[Any, dict[Any, Tensor]]] = {}
+# Weights, a dtype, and what `scaled` makes of them where it is a number for each rank at most.
+_Alike = tuple["weakref.ref[Tensor]", torch.dtype, Tensor | float]
+_KEPT: dict[int, tuple[Any, dict[Any, Any]]] = {}
 
 
-def _kept_with(tensor: Tensor) -> dict[Any, Tensor]:
+def _readable(tensor: Tensor) -> bool:
+    """Whether its numbers can be had now: it has some, and no CUDA graph is being recorded."""
+    return not (tensor.is_meta or (tensor.is_cuda and torch.cuda.is_current_stream_capturing()))
+
+
+def _kept_with(tensor: Tensor) -> dict[Any, Any]:
     """A place for what is worked out from a tensor; it goes with that."""
     key = id(tensor)
     found = _KEPT.get(key)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from ..experts import Run
+from ..experts.uncast import uncast
 from .config import GateConfig
 from .gate import Gate, masked_softmax
 from .record import GateRecord
@@ -55,9 +55,7 @@ class Routing:
         """
         if gate.weight.device != features.device:
             gate.to(features.device)
-        device = features.device.type
-        cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        with torch.autocast(device, enabled=False) if cast else nullcontext():
+        with uncast(features.device):
             features = features.to(gate.weight.dtype)
             if masks is not None:
                 gates = masks.to(features.device, features.dtype).expand(*features.shape[:2], -1)
