@@ -64,7 +64,8 @@ class DiffusersContract(Base):
 
     def _refuse_unknown_arguments(self, kwargs: Mapping[str, Any]) -> None:
         """Raises TypeError for an argument that a pipeline with a catch-all `**kwargs` would drop in silence."""
-        known = _arguments(type(self))
+        kind: Any = type(self)
+        known = _arguments(kind)
         for name in kwargs:
             # The two that diffusers still takes out of its catch-all.
             if name not in known and name not in ("callback", "callback_steps"):
@@ -72,7 +73,8 @@ class DiffusersContract(Base):
 
     def _named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of a call of the diffusers pipeline by their names."""
-        return {**dict(zip(_arguments(type(self))[1:], args, strict=False)), **kwargs}
+        kind: Any = type(self)
+        return {**dict(zip(_arguments(kind)[1:], args, strict=False)), **kwargs}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Self:

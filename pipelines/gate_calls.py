@@ -89,6 +89,8 @@ class GateCalls(LoRACalls):
                     'fresh ones with `init_gates`, or use a method without gates, such as "normalized".'
                 )
             method.gates = self.gates
+        if method is None or not method.constant:
+            self._loaded.refuse_fused("choose a composition whose weights change")
         self._loaded.composition = method
         self._loaded.set_weigher()
 
@@ -98,6 +100,7 @@ class GateCalls(LoRACalls):
         return self.experts
 
     def _use_gates(self, gates: MoLEModel) -> MoLEModel:
+        self._loaded.refuse_fused("choose a composition whose weights change")
         # Binding compares the gates with the LoRAs and the model; nothing has changed if it refuses.
         gates.bind(self._need_experts("gates"))
         self._loaded.gates = gates

@@ -13,6 +13,7 @@ from torch import nn
 from ..composition import Budget, Composition, Role
 from ..errors import MoLEError
 from ..experts import Experts
+from ..experts.merged import refuse_unmergeable
 from ..families.base import unwrapped
 from ..gating import MoLEModel
 from ..lora import LoRA
@@ -53,6 +54,36 @@ class Loaded:
                 "after the call; to change which LoRAs draw from a step on, call `use_loras` in the callback."
             )
 
+    @property
+    def fused(self) -> bool:
+        """Whether the LoRAs are merged into weights."""
+        return self.experts is not None and self.experts.merged
+
+    def fuse(self) -> None:
+        """Merges the LoRAs into weights; see `fuse_lora`."""
+        self.refuse_while_drawing("fuse LoRAs")
+        method = self.composition
+        if method is None or not method.constant:
+            name = "none is chosen" if method is None else f"{method.name!r} weighs anew at every place or step"
+            raise MoLEError(
+                f"the LoRAs {', '.join(self.loras)} can be fused only with weights that stay the same, and of the "
+                f'compositions {name}. Call `set_composition("linear")`, "merge", "normalized" or "budget" first.'
+            )
+        if self.experts is not None:
+            self.experts.merge()
+
+    def unfuse(self) -> None:
+        """Undoes `fuse`."""
+        if self.experts is not None:
+            self.experts.unmerge()
+
+    def refuse_fused(self, wish: str) -> None:
+        """Raises MoLEError for a wish that merged weights would not follow."""
+        if self.fused:
+            raise MoLEError(
+                f"cannot {wish} while the LoRAs {', '.join(self.loras)} are fused. Call `unfuse_lora()` first."
+            )
+
     def check(self, components: Mapping[str, nn.Module]) -> None:
         """Makes sure that what is listed acts on these models, or says why not.
 
@@ -86,7 +117,10 @@ class Loaded:
         """
         experts = Experts(list(loras.values())) if loras else None
         if experts is not None:
-            experts.check(components)
+            planned = experts.check(components)
+            if self.fused:
+                for site in (site for sites in planned.values() for site in sites):
+                    refuse_unmergeable(site)
             for name in experts.components:
                 other = _RECORDS.get(unwrapped(components[name]))
                 if other is not None and other is not self and other.loras:
@@ -94,10 +128,13 @@ class Loaded:
                         f"the {name} carries the LoRAs {', '.join(other.loras)} of another pipeline. Load into that "
                         "pipeline, or call `unload_loras()` there first."
                     )
+        fused = self.fused
         if self.experts is not None:
             self.experts.detach()
         if experts is not None:
             experts.attach(components)
+            if fused:
+                experts.merge()
         self.loras, self.experts = loras, experts
         self.disabled = self.disabled and bool(loras)
         for model in [model for model, record in _RECORDS.items() if record is self]:

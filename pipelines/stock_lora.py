@@ -94,17 +94,39 @@ class StockLoRACalls(DiffusersContract):
             super().set_adapters(adapter_names, *args, **kwargs)
 
     def fuse_lora(self, *args: Any, **kwargs: Any) -> None:
-        """Merges PEFT's adapters into the weights; ours stay beside them."""
-        self._refuse_ours("fuse_lora", kwargs.get("adapter_names") or self._adapters(), FUSE)
-        with answered():
-            super().fuse_lora(*args, **kwargs)
+        """Merges LoRAs into weights, for speed: PEFT's adapters as in diffusers, and where there are none, ours.
+
+        Ours need a composition whose weights stay the same, such as `"linear"`, `"merge"`, `"normalized"` or
+        `"budget"`, and models in float32. Each call still says with which of them it draws: what it asks for is merged
+        when it is asked for first and kept until another choice is. The weights of the models stay as they are, and
+        merged ones lie beside them; `loras=[]` and `unfuse_lora()` draw with the base bit for bit.
+
+        Raises:
+            MoLEError: The composition weighs anew at every place or step, a model is quantised or in half precision,
+                adapters of PEFT are there too, or arguments say what a call's `loras` says.
+        """
+        loaded = self._loaded
+        if not loaded.loras or self._adapters():
+            self._refuse_ours("fuse_lora", kwargs.get("adapter_names") or self._adapters(), FUSE)
+            loaded.refuse_fused("fuse adapters of `load_lora_weights`")
+            with answered():
+                super().fuse_lora(*args, **kwargs)
+            return
+        if args or kwargs:
+            refuse("fuse_lora", list(loaded.loras), f"{FUSE}; {CHOOSE}")
+        loaded.fuse()
 
     def unfuse_lora(self, *args: Any, **kwargs: Any) -> None:
         """Undoes `fuse_lora`."""
-        if self._loaded.loras and not self._adapters() and not self.num_fused_loras:
-            refuse("unfuse_lora", list(self._loaded.loras), UNFUSE)
-        with answered():
-            super().unfuse_lora(*args, **kwargs)
+        loaded = self._loaded
+        if loaded.fused:
+            loaded.refuse_while_drawing("unfuse LoRAs")
+            loaded.unfuse()
+        elif loaded.loras and not self._adapters() and not self.num_fused_loras:
+            refuse("unfuse_lora", list(loaded.loras), UNFUSE)
+        else:
+            with answered():
+                super().unfuse_lora(*args, **kwargs)
 
     def _refuse_ours(self, call: str, given: str | Sequence[str], instead: str) -> None:
         """Raises MoLEError where a call of diffusers would not do for ours what it says."""

@@ -19,9 +19,10 @@ def speed(
     sides: Annotated[
         str,
         typer.Option(
-            help="What stands beside one another, some of: bare,empty,sum,budget,norm_router,masks,gates,peft,merged."
+            help="What stands beside one another, some of: bare,empty,sum,budget,norm_router,masks,gates,fused,peft,"
+            "merged."
         ),
-    ] = "bare,empty,sum,gates,masks,peft,merged",
+    ] = "bare,empty,sum,gates,masks,fused,peft,merged",
     rounds: Annotated[int, typer.Option(help="How often all sides take their turn.")] = 6,
     latent: Annotated[int | None, typer.Option(help="Side of the latents; 64 is a picture of 512 pixels.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16.")] = None,

@@ -19,8 +19,8 @@ from torch import nn
 from ..errors import MoLEError
 
 CHOOSE = 'choose and weigh them in each call: `pipe(prompt, loras={"cat": 0.8})`'
-FUSE = "they draw as fast beside the weights; to merge a file, `load_lora_weights` it"
-UNFUSE = "nothing of them was merged; `unload_loras` takes them off"
+FUSE = "`pipe.fuse_lora()`, without names, merges those that a call draws with"
+UNFUSE = "they are not fused; `unload_loras` takes them off"
 UNLOAD = "`pipe.unload_loras(names)` takes them off"
 HOTSWAP = "`unload_loras` and `load_loras` exchange them, of any rank, and need no preparation"
 

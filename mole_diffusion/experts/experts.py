@@ -20,6 +20,7 @@ from .adding import add_experts
 from .attach import ENGINES, Attachment, Engine, refuse_unfit
 from .beside import settle
 from .compiled import refuse_learning
+from .merged import Merged, refuse_unmergeable
 from .packed import packed, unpacked
 from .refusals import AttachError, refuse_caches, refuse_compiled, refuse_method, refuse_unseen
 from .run import Run, Weigher
@@ -27,6 +28,7 @@ from .runs import Runs
 from .seam import LayerSeam
 from .site import Site, group_sites
 from .stack import ExpertStack
+from .uncast import is_cast
 from .widening import narrow, tensors, widen
 
 
@@ -67,6 +69,7 @@ class Experts:
         self._attachments: dict[str, Attachment] = {}
         self._on_detach: list[Callable[[], None]] = []
         self._runs = Runs(self.names)
+        self._merged = False
 
     @property
     def num_experts(self) -> int:
@@ -168,11 +171,43 @@ class Experts:
         for undo in self._on_detach:
             undo()
         self._on_detach.clear()
+        self.unmerge()
         for site in self._sites.values():
             site.group.start_again()  # what lies on a GPU goes now, and not when garbage is collected
         self._attachments.clear()
         self._sites = {}
         self._runs.forget()
+
+    @property
+    def merged(self) -> bool:
+        """Whether `merge` was called."""
+        return self._merged
+
+    def merge(self) -> None:
+        """Run modules with the LoRAs in their weights wherever a weigher's weights are constant.
+
+        Merged weights are made when a choice of LoRAs is first drawn with and kept until another one is; they take as
+        much memory as those of the adapted modules. The model's own weights stay as they are.
+
+        Raises:
+            MoLEError: The experts are not attached, or a weight is quantised or in half precision.
+        """
+        if not self.attached:
+            raise MoLEError("These experts hang on no model; call `experts.attach(components)` first.")
+        for site in self._sites.values():
+            refuse_unmergeable(site)
+        for site in self._sites.values():
+            if site.merged is None:
+                site.merged = Merged(site, self._runs)
+        self._merged = True
+
+    def unmerge(self) -> None:
+        """Undo `merge`: LoRAs run beside the weights again."""
+        for site in self._sites.values():
+            if site.merged is not None:
+                site.merged.remove()
+                site.merged = None
+        self._merged = False
 
     def component(self, name: str) -> nn.Module:
         """The model a component was attached to."""
@@ -242,6 +277,12 @@ class Experts:
             MoLEError: If the weigher's answer does not broadcast to the batch, tokens and experts of this module.
         """
         run = self._runs.run(site.component)
+        if run.merged:
+            site.seen = hidden_states.shape, output.shape
+            return output
+        return self._add(site, hidden_states, output, run)
+
+    def _add(self, site: Site, hidden_states: Tensor, output: Tensor, run: Run) -> Tensor:
         lengths = None if site.lengths is None else site.lengths(run.told)
         if lengths is None:
             site.seen = hidden_states.shape, output.shape
@@ -260,13 +301,13 @@ class Experts:
         """`add`, as a compiled graph calls it, which has no gradients."""
         if learning:
             refuse_learning(self.run(site.component).weigher)
-        with torch.no_grad():
-            return self.add(site, site.group.same(hidden_states), output)
+        with torch.no_grad():  # a graph has the module's own weight, also where LoRAs are merged elsewhere
+            return self._add(site, site.group.same(hidden_states), output, self.run(site.component))
 
     def _tell(self, component: str, told: Told) -> None:
         """A compiled component begins a pass."""
         device = None if told.encoder_hidden_states is None else told.encoder_hidden_states.device
-        run = self._begin(component, device, told)
+        run = self._begin(component, device, told, compiled=True)
         try:
             refuse_method(component, run, self._attachments[component].meets)
         except MoLEError:
@@ -354,7 +395,7 @@ class Experts:
         self.on_detach(functools.partial(adapter_calls.release, model, self.names))
         self._sites.update({site.name: site for site in sites})
 
-    def _begin(self, component: str, device: torch.device | None, told: Told) -> Run:
+    def _begin(self, component: str, device: torch.device | None, told: Told, compiled: bool = False) -> Run:
         for name, other in self._attachments.items():
             if name != component:
                 other.follow()
@@ -368,6 +409,9 @@ class Experts:
                 self._attachments[component].refuse_widening()
         if self._attachments[component].hides:
             refuse_unseen(component, run)
+        if self._merged and not compiled and run.passes == len(run.keep) == len(run.scale) == 1 and run.active:
+            # Autocast would round merged weights, and with them what LoRAs change.
+            run = replace(run, merged=getattr(run.weigher, "constant", False) and not is_cast(run.keep.device))
         self._runs.begin(run)
         return run
 

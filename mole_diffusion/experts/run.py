@@ -35,6 +35,7 @@ class Run:
             weigher to read. `None` outside of one.
         kept: Indices of the LoRAs that any row of `keep` has a 1 for, `None` where that is all: of the others nothing
             is computed. None of them where all weights are zero.
+        merged: Whether the modules have the LoRAs in their weights in this pass, so that nothing is to be added.
         notes: What a weigher wants to remember for the rest of this pass and for its recomputation.
     """
 
@@ -47,6 +48,7 @@ class Run:
     passes: int = 1
     call: Any = None
     kept: tuple[int, ...] | None = None
+    merged: bool = False
     notes: dict[Any, Any] = field(default_factory=dict)
 
     @cached_property  # asked at every module
@@ -83,6 +85,8 @@ class Weigher(Protocol):
 
     `reads_left_out(site) -> bool`: whether it needs at this module what LoRAs would add that are left out, too; else
     they are not computed, and have no columns in `projections`.
+    `constant`: that its weights are the same in every step and at every place. Where LoRAs are merged into the weights
+    of modules, it is asked for them with `projections` that have no rows.
     `bind(experts)`: told which experts it weighs, when it is set.
     `passes(run) -> int`: the denoiser's batch runs this many times over in one forward pass, all its rows for the
     first pass, then all for the second; `weigh` then answers for the widened batch. Asked once, when the

@@ -34,8 +34,9 @@ class Site:
         beside: What some LoRAs add here that is no product of small rank, or `None`.
         group: The sites that read the same input tensor, this one included (`to_q, to_k, to_v` of a self-attention).
         reads: What it is given.
-        lengths: How many tokens each sample has, asked of what the model was told, where the module is given those of all
-            samples one after another; `None` where samples come first.
+        merged: What stands in for the module's forward where LoRAs are merged into its weight.
+        lengths: Tells from what the model was told how many tokens each sample has, where the module is given those of
+            all samples one after another; `None` where samples come first.
         seen: Shapes of the last input and output, samples first; `None` before the first call.
         place: Where a compiled graph calls back.
     """
@@ -51,6 +52,7 @@ class Site:
         self.beside = beside
         self.group = SiteGroup([self])
         self.reads: Reads = "pixels"
+        self.merged: Any = None
         self.lengths: Callable[[Told], tuple[int, ...] | None] | None = None
         self.seen: tuple[torch.Size, torch.Size] | None = None
         self.callback: Callback | None = None
@@ -67,6 +69,8 @@ class Site:
             self.beside.module = module
         _check_fit(self)
         self.group.start_again()
+        if self.merged is not None:
+            self.merged.hang()
 
     def only(self, kept: tuple[int, ...]) -> Site:
         """This place with the rows of the `kept` LoRAs alone, made once for each such choice and kept for the next.

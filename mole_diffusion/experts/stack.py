@@ -208,17 +208,15 @@ class ExpertStack:
         key = self.indices, self._ranks, self._scalings, self.is_convolution, dtype
         scaled = known.get(key)
         if scaled is None:
-            one = self._one_number(weights, known)
+            one = self._one_number(weights)
             scaled = known[key] = self._scale(weights, dtype) if one is None else one
         return scaled
 
-    def _one_number(self, weights: Tensor, known: dict[Any, Any]) -> float | None:
+    def _one_number(self, weights: Tensor) -> float | None:
         """What all LoRAs here weigh, scalings included; `None` where that is not one number."""
         if weights.shape[0] != 1 or weights.shape[1] != 1 or not _readable(weights):
             return None
-        if "numbers" not in known:  # once for all modules: on a GPU, reading waits for what runs
-            known["numbers"] = weights.flatten().tolist()
-        numbers = known["numbers"]
+        numbers = numbers_of(weights)
         found = {numbers[i] * scaling for i, scaling in zip(self.indices, self._scalings, strict=True)}
         return float(found.pop()) if len(found) == 1 else None
 
@@ -252,7 +250,9 @@ class ExpertStack:
         if spread is None or spread.device != weights.device or spread.dtype != weights.dtype:
             numbers = torch.zeros(self.num_experts, self.rank, dtype=torch.float64)
             scalings = torch.tensor(self._scalings, dtype=torch.float64)
-            numbers[self.expert_of_rank, torch.arange(self.rank)] = scalings.repeat_interleave(torch.tensor(self._ranks))
+            numbers[self.expert_of_rank, torch.arange(self.rank)] = scalings.repeat_interleave(
+                torch.tensor(self._ranks)
+            )
             self._spread = spread = numbers.to(weights.device, weights.dtype)
         return spread
 
@@ -274,6 +274,15 @@ class ExpertStack:
 # Weights, a dtype, and what `scaled` makes of them where it is a number for each rank at most.
 _Alike = tuple["weakref.ref[Tensor]", torch.dtype, Tensor | float]
 _KEPT: dict[int, tuple[Any, dict[Any, Any]]] = {}
+
+
+def numbers_of(weights: Tensor) -> list[float]:
+    """All weights as plain numbers, read once for all modules: on a GPU, reading waits for what runs."""
+    known = _kept_with(weights)
+    if "numbers" not in known:
+        known["numbers"] = weights.flatten().tolist()
+    numbers: list[float] = known["numbers"]
+    return numbers
 
 
 def _readable(tensor: Tensor) -> bool:

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from ..errors import MoLEError
 
-Side = Literal["bare", "empty", "sum", "budget", "norm_router", "masks", "gates", "peft", "merged"]
+Side = Literal["bare", "empty", "sum", "budget", "norm_router", "masks", "gates", "fused", "peft", "merged"]
 SIDES: tuple[Side, ...] = get_args(Side)
 
 TARGETS: dict[str, tuple[str, ...]] = {
@@ -142,8 +142,8 @@ class SpeedConfig:
         sides: What stands beside one another. `"bare"`: the model without LoRAs, what all others are divided by.
             `"empty"`: LoRAs loaded, and none in the call. `"sum"`: all, summed. `"gates"`: weighed by the gates
             that training makes by default. `"budget"`, `"norm_router"`: the methods of these
-            names. `"masks"`: each on its stripe of the picture and on its words. `"peft"`:
-            diffusers' own. `"merged"`: added to the weights beforehand.
+            names. `"masks"`: each on its stripe of the picture and on its words. `"fused"`: the sum after
+            `fuse_lora`, in float32 only. `"peft"`: diffusers' own. `"merged"`: added to the weights beforehand.
         used: How many of the LoRAs a call of ours keeps; `None`: all.
         rounds: How often all sides are run, one after another.
         batch: Rows of the latents; 2 is one picture with guidance.

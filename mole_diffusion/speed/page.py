@@ -15,6 +15,7 @@ NAMES = {
     "norm_router": "norm_router",
     "gates": "gates per token",
     "masks": "masks",
+    "fused": "sum, fused",
     "peft": "diffusers + peft",
     "merged": "merged beforehand",
 }

@@ -57,6 +57,16 @@ def make_sides(config: SpeedConfig, model: Any, inputs: dict[str, Any], loras: l
         sides["gates"] = composed(keep=keep, weigher=gates)
     if call is not None:
         sides["masks"] = composed(keep=keep, weigher=masks, call=call)
+    if "fused" in config.sides and model.dtype == torch.float32:
+        whole_ours, merging = twin(model), Experts(loras)
+        merging.attach({component: whole_ours})
+        merging.merge()
+
+        def call_fused() -> Any:
+            with merging.using(keep=keep, weigher=linear):
+                return whole_ours(**inputs)
+
+        sides["fused"] = call_fused
     if "peft" in config.sides:
         other = twin(model)
         load_into_peft(other, {lora.name: state_dict(lora, component) for lora in loras})

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers.integrations import PeftAdapterMixin
 
 from mole_diffusion.composition import Masks
+from mole_diffusion.errors import MoLEError
 from mole_diffusion.experts import AttachError
 from mole_diffusion.pipelines import MoLEStableDiffusionImg2ImgPipeline, MoLEStableDiffusionPipeline
 from tests.composing import PROMPT, assert_close, composing_pipeline, draw, lora_states
@@ -143,7 +144,6 @@ def test_calls_of_diffusers_do_for_ours_what_their_names_say() -> None:
 @pytest.mark.parametrize(
     ("call", "arguments"),
     [
-        ("fuse_lora", []),
         ("unfuse_lora", []),
         ("set_adapters", [["cat"], [0.3]]),
         ("set_adapters", [[]]),
@@ -237,6 +237,37 @@ def test_calls_of_models_about_adapters_of_peft_go_on_beside_ours() -> None:
         pipe.fuse_lora(adapter_names=["theirs", "cat"])
     pipe.unet.delete_adapters("theirs")
     assert_close(draw(pipe), drawn)
+
+
+def test_fused_loras_draw_as_beside_the_weights_and_leave_them_as_they_were() -> None:
+    pipe = composing_pipeline("cat", "mug")
+    base = draw(pipe, loras=[])
+    with pytest.raises(MoLEError, match=r"cat, mug can be fused only with weights that stay the same.*none is chosen"):
+        pipe.fuse_lora()
+    pipe.set_composition("linear")
+    beside = draw(pipe, loras={"cat": 0.5, "mug": 1.0})
+    with pytest.raises(ValueError, match=r"choose and weigh them in each call"):
+        pipe.fuse_lora(lora_scale=0.5)
+    pipe.fuse_lora()
+    assert_close(draw(pipe, loras={"cat": 0.5, "mug": 1.0}), beside)
+    assert torch.equal(draw(pipe, loras=[]), base)
+    with pytest.raises(
+        MoLEError, match=r"cannot choose a composition whose weights change while .* fused.*unfuse_lora"
+    ):
+        pipe.set_composition("masks")
+    with pytest.raises(MoLEError, match=r"cannot choose a composition whose weights change"):
+        pipe.init_gates()
+    assert pipe.gates is None
+    pipe.unload_loras(["mug"])
+    assert pipe.experts.merged
+    alone = draw(pipe)
+    pipe.unfuse_lora()
+    assert not pipe.experts.merged
+    assert_close(draw(pipe), alone)
+    with pytest.raises(ValueError, match=OURS):
+        pipe.unfuse_lora()
+    pipe.unload_loras()
+    assert torch.equal(draw(pipe), base)
 
 
 def test_lists_of_adapters_have_ours_and_those_of_peft() -> None:
