@@ -277,7 +277,7 @@ class Experts:
             MoLEError: If the weigher's answer does not broadcast to the batch, tokens and experts of this module.
         """
         run = self._runs.run(site.component)
-        if run.merged:
+        if run.merged or not (run.active or site.lengths):  # nothing to add
             site.seen = hidden_states.shape, output.shape
             return output
         return self._add(site, hidden_states, output, run)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+import mole_diffusion
 from mole_diffusion.composition import Linear
 from mole_diffusion.composition.norm_router import output_norms
 from mole_diffusion.experts import Experts, ExpertStack, Site
@@ -79,8 +83,14 @@ def test_two_products_a_module_and_one_for_queries_keys_and_values(tiny: dict[st
 
 
 @torch.no_grad()
-def test_a_sum_runs_six_operators_a_module(tiny: dict[str, Any], loras: list[LoRA]) -> None:
-    """View, product, the module's part, weights, view, product; whatever the ranks are."""
+@pytest.mark.parametrize("alike", [False, True])
+def test_a_sum_runs_six_operators_a_module(tiny: dict[str, Any], loras: list[LoRA], alike: bool) -> None:
+    """View, product, the module's part, weights, view, product; whatever the ranks are.
+
+    Where all LoRAs weigh one number, scalings included, the second product multiplies by it, and it is five.
+    """
+    if alike:
+        loras = [replace(lora, factors=_scaled(lora, 0.5)) for lora in loras]
     experts = attached(tiny, loras)
     experts.weigher = Linear()
     with experts.using(keep=torch.zeros(4)), Counted() as base:
@@ -91,8 +101,49 @@ def test_a_sum_runs_six_operators_a_module(tiny: dict[str, Any], loras: list[LoR
             run_unet(tiny)
     sites = [name for name in experts.sites if name.startswith("unet.")]
     experts.detach()
-    once = 40  # the weights themselves, and how they lie at modules that other LoRAs touch
-    assert ours.operators - base.operators <= 6 * len(sites) + once
+    once = 20 if alike else 40  # the weights themselves, and how they lie at modules that other LoRAs touch
+    assert ours.operators - base.operators <= (5 if alike else 6) * len(sites) + once
+
+
+def _scaled(lora: LoRA, scaling: float) -> dict[str, dict[str, LoRAFactors]]:
+    """The factors of a LoRA, at another scaling."""
+    return {
+        component: {name: replace(factors, scaling=scaling) for name, factors in modules.items()}
+        for component, modules in lora.factors.items()
+    }
+
+
+def calls_of_ours(action: Callable[[], object]) -> int:
+    """How many functions of the package run in Python."""
+    package, count, before = str(Path(mole_diffusion.__file__).parent), 0, sys.getprofile()
+
+    def seen(frame: Any, event: str, _: Any) -> None:
+        nonlocal count
+        count += event == "call" and frame.f_code.co_filename.startswith(package)
+
+    sys.setprofile(seen)
+    try:
+        action()
+    finally:
+        sys.setprofile(before)
+    return count
+
+
+@torch.no_grad()
+def test_what_python_does_beside_a_module_is_counted(tiny: dict[str, Any], loras: list[LoRA]) -> None:
+    """Its time is all that LoRAs cost a small model, or a GPU that waits for it."""
+    experts = attached(tiny, loras)
+    experts.weigher = Linear()
+    counts = []
+    for keep in (torch.zeros(4), torch.ones(4)):
+        with experts.using(keep=keep):
+            run_unet(tiny)
+            counts.append(calls_of_ours(lambda: run_unet(tiny)))
+    sites = sum(name.startswith("unet.") for name in experts.sites)
+    experts.detach()
+    empty, ours = counts
+    assert empty <= 6 * sites
+    assert ours <= 17 * sites
 
 
 @torch.no_grad()
