@@ -30,6 +30,12 @@ def speed(
     threads: Annotated[int, typer.Option(help="Of the CPU.")] = 1,
     train: Annotated[bool, typer.Option("--train", help="Also a step of gate training.")] = False,
     compiled: Annotated[bool, typer.Option("--compile", help="Compile the bare model and ours.")] = False,
+    pipeline: Annotated[
+        bool, typer.Option("--pipeline", help="Also whole calls of the toybox's pipeline beside diffusers' own.")
+    ] = False,
+    whole: Annotated[
+        bool, typer.Option("--whole", help="All tables of the documentation's page instead; ten minutes on two cores.")
+    ] = False,
     page: Annotated[Path | None, typer.Option(help="Write a page of Markdown here.")] = None,
 ) -> None:
     """Measure what LoRAs cost beside the bare model, peft and merged weights: time, memory, loading, operations.
@@ -44,6 +50,7 @@ def speed(
     from mole_diffusion.errors import MoLEError
     from mole_diffusion.files import try_file, write_last
     from mole_diffusion.speed import SpeedConfig, measure_speed, speed_page
+    from mole_diffusion.speed.config import WHOLE
     from mole_diffusion.speed.page import speed_tables
 
     try:
@@ -65,17 +72,22 @@ def speed(
         threads=threads,
         train=train,
         compiled=compiled,
+        pipeline=pipeline,
         **settings,
     )
+    configs = WHOLE if whole else (config,)
     if page is not None:
         try_file(page)
     with Console(stderr=True).status("measuring") as status:
-        measured = measure_speed(config, lambda text: status.update(f"measuring: {text}"))
-    typer.echo(speed_tables(measured))
+        measured = []
+        for one in configs:
+            measured.append(measure_speed(one, lambda text: status.update(f"measuring: {text}")))
+            typer.echo(f"{speed_tables(measured[-1])}\n")
     if page is not None:
         given = {"size": size, "loras": loras, "used": used, "rank": rank, "targets": targets, "rounds": rounds}
         given |= {"sides": sides, "latent": latent, "dtype": dtype, "device": device, "threads": threads}
         words = [f"--{name} {value}" for name, value in given.items() if value is not None]
-        flags = [f"--{name}" for name, on in (("train", train), ("compile", compiled)) if on]
-        text = speed_page([measured], " ".join(["mole speed", *words, *flags]))
+        flags = [f"--{name}" for name, on in (("train", train), ("compile", compiled), ("pipeline", pipeline)) if on]
+        command = ["mole speed --whole"] if whole else ["mole speed", *words, *flags]
+        text = speed_page(measured, " ".join(command))
         write_last(page, lambda path: path.write_text(text, encoding="utf-8"))

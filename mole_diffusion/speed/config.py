@@ -153,6 +153,7 @@ class SpeedConfig:
         threads: Of the CPU.
         train: Also a step of gate training: forward, backward, what it saves for that.
         compiled: Compile the bare model and ours.
+        pipeline: Also whole calls of the toybox's pipeline beside diffusers' own.
 
     Raises:
         MoLEError: A name or a number is not possible.
@@ -172,6 +173,7 @@ class SpeedConfig:
     threads: int = 1
     train: bool = False
     compiled: bool = False
+    pipeline: bool = False
 
     def __post_init__(self) -> None:
         for name, value, known in (("size", self.size, SIZES), ("targets", self.targets, TARGETS)):
@@ -191,3 +193,15 @@ class SpeedConfig:
             )
         if self.latent is not None and (self.latent < 8 or self.latent % 8):
             raise MoLEError(f"`latent` must be a multiple of 8, got {self.latent}. 64 is a picture of 512 pixels.")
+
+
+_EVERY: tuple[Side, ...] = ("bare", "empty", "sum", "gates", "masks", "norm_router", "fused", "peft", "merged")
+WHOLE = (
+    SpeedConfig(size="142m", loras=(3,), rounds=5, sides=_EVERY, train=True),
+    SpeedConfig(size="142m", loras=(8,), rounds=4, sides=("bare", "sum", "gates", "masks", "fused", "peft", "merged")),
+    SpeedConfig(size="142m", loras=(3, 32), used=3, rounds=4, sides=("bare", "sum", "gates", "masks")),
+    SpeedConfig(size="toybox", loras=(3,), rounds=12, sides=_EVERY, train=True, pipeline=True),
+    SpeedConfig(size="tiny", loras=(3,), rounds=12, sides=("bare", "empty", "sum", "gates"), compiled=True),
+)
+"""The tables of the documentation's page, ten minutes on two cores: three and eight LoRAs; three of three and of
+thirty-two; small models; compiled."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -71,3 +73,24 @@ class Counted(TorchDispatchMode):
 def _flat(value: Any) -> list[Any]:
     leaves: list[Any] = torch.utils._pytree.tree_leaves(value)
     return leaves
+
+
+def python_calls(action: Callable[[], Any], within: str = "") -> int:
+    """How many functions run in Python.
+
+    Args:
+        action: What runs them.
+        within: Only those in files below this folder are counted; by default all are.
+    """
+    count, before = 0, sys.getprofile()
+
+    def seen(frame: Any, event: str, _: Any) -> None:
+        nonlocal count
+        count += event == "call" and frame.f_code.co_filename.startswith(within)
+
+    sys.setprofile(seen)
+    try:
+        action()
+    finally:
+        sys.setprofile(before)
+    return count

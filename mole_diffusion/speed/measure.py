@@ -16,24 +16,12 @@ from ..experts import Experts
 from .config import Side, SpeedConfig
 from .counted import Counted
 from .models import component_of, load_into_peft, make_inputs, make_loras, make_model, state_dict, twin
+from .pipeline import PipelineCost, pipeline_costs
+from .ratio import Ratio
 from .sides import make_sides
 from .train import TrainingCost, training_costs
 
 Told = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """A side over another, one quotient for each round: their median and quartiles."""
-
-    low: float
-    middle: float
-    high: float
-
-    @classmethod
-    def between(cls, side: list[float], other: list[float]) -> Ratio:
-        quotients = np.array(side) / np.array(other)
-        return cls(*(float(x) for x in np.quantile(quotients, [0.25, 0.5, 0.75])))
 
 
 @dataclass(frozen=True)
@@ -73,14 +61,14 @@ class Setting:
     Attributes:
         loras: How many.
         load: Ours: checked, stacked and hung.
-        load_peft: `load_lora_adapter` of diffusers, one after another.
+        load_peft: `load_lora_adapter` of diffusers, one after another; `None` where peft is no side.
         choice_first: Milliseconds for a hundred adapted modules when a choice of LoRAs is used for the first time.
         choice_again: The same when it was used before.
     """
 
     loras: int
     load: float
-    load_peft: float
+    load_peft: float | None
     choice_first: float
     choice_again: float
 
@@ -97,6 +85,7 @@ class Speed:
         rows: One for each side and number of LoRAs.
         settings: One for each number of LoRAs.
         training: Steps of gate training, where they were asked for.
+        pipeline: Whole calls of the toybox's pipeline, where they were asked for.
     """
 
     config: SpeedConfig
@@ -106,6 +95,7 @@ class Speed:
     rows: list[SideCost] = field(default_factory=list)
     settings: list[Setting] = field(default_factory=list)
     training: list[TrainingCost] = field(default_factory=list)
+    pipeline: list[PipelineCost] = field(default_factory=list)
 
 
 def measure_speed(config: SpeedConfig, tell: Told | None = None) -> Speed:
@@ -134,6 +124,8 @@ def measure_speed(config: SpeedConfig, tell: Told | None = None) -> Speed:
         if config.train:
             tell("training")
             speed.training = training_costs(config, model, inputs, min(config.loras))
+        if config.pipeline:
+            speed.pipeline = pipeline_costs(config.rounds, tell)
     finally:
         torch.set_num_threads(threads)
     return speed
@@ -196,8 +188,7 @@ def _timed(call: Callable[[], Any], device: str) -> tuple[float, float]:
 
 def _setting(config: SpeedConfig, model: Any, loras: list[Any]) -> Setting:
     component = component_of(config)
-    ours, other = twin(model), twin(model)
-    states = {lora.name: state_dict(lora, component) for lora in loras}
+    ours = twin(model)
     begin = time.process_time()
     experts = Experts(loras)
     experts.attach({component: ours})
@@ -210,9 +201,11 @@ def _setting(config: SpeedConfig, model: Any, loras: list[Any]) -> Setting:
         kept = (0,) if len(loras) == 2 else (0, 2)
         first, again = (_spent(lambda: _make_ready(experts, kept, probe)) for _ in range(2))
     experts.detach()
-    begin = time.process_time()
-    load_into_peft(other, states)
-    return Setting(len(loras), load, time.process_time() - begin, *(1e5 * t / sites for t in (first, again)))
+    load_peft = None
+    if "peft" in config.sides:
+        other, states = twin(model), {lora.name: state_dict(lora, component) for lora in loras}
+        load_peft = _spent(lambda: load_into_peft(other, states))
+    return Setting(len(loras), load, load_peft, *(1e5 * t / sites for t in (first, again)))
 
 
 def _make_ready(experts: Experts, kept: tuple[int, ...] | None, probe: Tensor) -> None:

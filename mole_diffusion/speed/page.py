@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .config import SIZES
-from .measure import Ratio, SideCost, Speed
+from .measure import SideCost, Speed
+from .ratio import Ratio
 
 NAMES = {
     "bare": "bare base",
@@ -41,7 +42,7 @@ def speed_tables(speed: Speed) -> str:
                 [
                     str(one.loras),
                     f"{one.load:.2f}",
-                    f"{one.load_peft:.2f}",
+                    "–" if one.load_peft is None else f"{one.load_peft:.2f}",
                     f"{one.choice_first:.2f}",
                     f"{one.choice_again:.3f}",
                 ]
@@ -55,6 +56,19 @@ def speed_tables(speed: Speed) -> str:
             *_table(
                 ["training step", "seconds", "saved activations, MiB"],
                 [[step.name, f"{step.seconds:.2f}", f"{step.saved:.0f}"] for step in speed.training],
+            ),
+        ]
+    if speed.pipeline:
+        lines += [
+            "",
+            "Whole calls of the toybox's pipeline, four steps, three of its LoRAs, over diffusers' own without LoRAs:",
+            "",
+            *_table(
+                ["pipeline", "seconds a step", "processor time", "calls of Python a step", "operators a step"],
+                [
+                    [one.side, f"{one.seconds:.3f}", _ratio(one.processor), f"{one.calls:.0f}", f"{one.operators:.0f}"]
+                    for one in speed.pipeline
+                ],
             ),
         ]
     return "\n".join(lines)

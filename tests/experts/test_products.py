@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from mole_diffusion.experts.site import CHOICES_KEPT, group_sites
 from mole_diffusion.families.unet import UNet
 from mole_diffusion.lora import LoRA, LoRAFactors
 from mole_diffusion.speed import Counted
+from mole_diffusion.speed.counted import python_calls
 from tests.running import make_lora, models, run_unet
 from tests.tiny import ATTENTION, CONVOLUTIONS, FEED_FORWARD, tiny_components
 from tests.weighing import Numbers
@@ -113,32 +113,16 @@ def _scaled(lora: LoRA, scaling: float) -> dict[str, dict[str, LoRAFactors]]:
     }
 
 
-def calls_of_ours(action: Callable[[], object]) -> int:
-    """How many functions of the package run in Python."""
-    package, count, before = str(Path(mole_diffusion.__file__).parent), 0, sys.getprofile()
-
-    def seen(frame: Any, event: str, _: Any) -> None:
-        nonlocal count
-        count += event == "call" and frame.f_code.co_filename.startswith(package)
-
-    sys.setprofile(seen)
-    try:
-        action()
-    finally:
-        sys.setprofile(before)
-    return count
-
-
 @torch.no_grad()
 def test_what_python_does_beside_a_module_is_counted(tiny: dict[str, Any], loras: list[LoRA]) -> None:
     """Its time is all that LoRAs cost a small model, or a GPU that waits for it."""
     experts = attached(tiny, loras)
     experts.weigher = Linear()
-    counts = []
+    counts, package = [], str(Path(mole_diffusion.__file__).parent)
     for keep in (torch.zeros(4), torch.ones(4)):
         with experts.using(keep=keep):
             run_unet(tiny)
-            counts.append(calls_of_ours(lambda: run_unet(tiny)))
+            counts.append(python_calls(lambda: run_unet(tiny), within=package))
     sites = sum(name.startswith("unet.") for name in experts.sites)
     experts.detach()
     empty, ours = counts

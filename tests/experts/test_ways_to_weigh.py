@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 from mole_diffusion.experts import ExpertStack, Site
 from mole_diffusion.lora import LoRAFactors
+from mole_diffusion.speed import Counted
 
 NUMBER, BATCH, HEIGHT, WIDTH = 3, 2, 3, 5
 TOKENS = HEIGHT * WIDTH
@@ -74,6 +76,28 @@ def test_weights_alike_by_sample_by_token_and_by_both(kind: str, ranks: tuple[in
                     added.sum().backward()
                     assert weights.grad is not None
                     assert (weights.grad[..., [0, 2]] != 0).all()
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("kind", ["linear", "convolution", "channels last"])
+def test_one_number_for_all_is_multiplied_within_the_product(kind: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    module: Any = nn.Linear(D_IN, D_OUT) if kind == "linear" else nn.Conv2d(D_IN, D_OUT, 3, padding=1)
+    factors = [replace(one, scaling=0.75) for one in factors_at((3, 1, 5), () if kind == "linear" else (3, 3))]
+    site = Site("unet", "a", module, ExpertStack(factors, "a"))
+    x = torch.randn((BATCH, TOKENS, D_IN) if kind == "linear" else (BATCH, D_IN, HEIGHT, WIDTH)).to(dtype)
+    if kind == "channels last":
+        x = x.to(memory_format=torch.channels_last)
+    weights = torch.full((1, 1, NUMBER), 0.4)
+    assert site.stack.scaled(weights, dtype) == pytest.approx(0.3)
+    output = x[..., :D_OUT].contiguous() if kind == "linear" else torch.zeros_like(x[:, :D_OUT])
+    output.zero_()
+    with Counted() as counted:
+        added = site.stack.add_to(output, site.group.project(site, x, output).rows["unet.a"], weights)
+    assert counted.count == 2
+    added = (added.flatten(2).transpose(1, 2) if x.ndim == 4 else added).double()
+    expected = literally(factors, x, weights)
+    assert (added - expected).norm() < TOLERANCE[dtype] * expected.norm()
 
 
 def test_what_is_worked_out_of_weights_goes_with_them() -> None:

@@ -12,7 +12,9 @@ from typer.testing import CliRunner
 from mole_diffusion.cli import app
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.speed import SIDES, SIZES, Counted, SpeedConfig, measure_speed
+from mole_diffusion.speed.config import Side
 from mole_diffusion.speed.models import make_inputs, make_model, merged, twin
+from mole_diffusion.speed.pipeline import pipeline_costs
 from mole_diffusion.speed.train import saved_activations
 
 TINY = SpeedConfig(size="tiny", loras=(2,), rounds=1, rank=2, train=True)
@@ -69,10 +71,25 @@ def test_training_gates_keeps_hardly_more_than_the_bare_model_does() -> None:
 
 
 def test_left_out_loras_cost_no_operation() -> None:
-    rows = measure_speed(SpeedConfig(size="tiny", loras=(2, 5), used=2, rounds=1, rank=2, sides=("bare", "sum"))).rows
-    two, five = (row for row in rows if row.side == "sum")
-    assert two.operations == five.operations
-    assert two.products == five.products
+    sides: tuple[Side, ...] = ("bare", "sum", "gates", "masks")
+    rows = measure_speed(SpeedConfig(size="tiny", loras=(3, 32), used=3, rounds=1, rank=2, sides=sides)).rows
+    three, many = ({row.side: row for row in rows if row.loras == loaded} for loaded in (3, 32))
+    assert three["sum"].operations == many["sum"].operations
+    for side in ("sum", "gates", "masks"):  # what gates and masks share out, they share out among all
+        assert three[side].products == many[side].products
+        assert many[side].operations < 1.02 * three[side].operations
+        assert many[side].operators < 1.02 * three[side].operators
+    assert many["sum"].bytes < 1.02 * three["sum"].bytes
+
+
+def test_a_pipeline_calls_little_beside_the_stock_one() -> None:
+    costs = {cost.side: cost for cost in pipeline_costs(1, lambda text: None, steps=1)}
+    stock, empty, fused = costs["diffusers, no LoRA"], costs["`loras=[]`"], costs["sum, fused"]
+    summed, gated = costs["plain sum"], costs["gates per token"]
+    assert stock.calls < empty.calls < summed.calls < gated.calls
+    assert stock.operators < empty.operators < fused.operators < summed.operators < gated.operators
+    assert empty.operators < 1.05 * stock.operators
+    assert fused.operators < 1.15 * stock.operators
 
 
 @torch.no_grad()
