@@ -84,12 +84,14 @@ class Gate(nn.Module):
         self.gram = torch.block_diag(*[block.T @ block for block in blocks])
         self.column_sum = torch.cat([block.sum(dim=0) for block in blocks])
 
-    def forward(self, features: Tensor, beside: Tensor | None = None) -> Tensor:
+    def forward(self, features: Tensor, beside: Tensor | None = None, among: list[int] | None = None) -> Tensor:
         rows = features.to(self.weight.dtype)
         flat = rows.flatten(1)  # (batch, positions * width)
         # Experts first: with a position a row there are thousands of rows and a handful of experts, and whatever comes
         # after runs along the longer axis.
-        scores = self._weight(0, rows.shape[-1]) @ flat.t()  # <flatten(E), e> before the norm, (num_experts, batch)
+        scores = (
+            self._weight(0, rows.shape[-1], among) @ flat.t()
+        )  # <flatten(E), e> before the norm, (num_experts, batch)
         if self.gram is None:
             square_norm = torch.linalg.vector_norm(flat, dim=1).square()  # |E|^2, (batch,), without a copy of E
         else:
@@ -99,20 +101,22 @@ class Gate(nn.Module):
             mean = total.sum(dim=(1, 2)) / self.num_features
             variance = (square_norm / self.num_features - mean.square()).clamp_min(0)
             assert self.weight_sum is not None
-            logits = (scores - self.weight_sum[:, None] * mean) / ((variance + TINY).sqrt() * self.temperature)
+            sums = self.weight_sum if among is None else self.weight_sum[among]
+            logits = (scores - sums[:, None] * mean) / ((variance + TINY).sqrt() * self.temperature)
         else:
             logits = self._divided(scores, square_norm)
         if beside is not None:
-            of_beside = self._weight(rows.shape[-1], None) @ beside.flatten(1).t()
+            of_beside = self._weight(rows.shape[-1], None, among) @ beside.flatten(1).t()
             logits = logits + of_beside / self.temperature
         return logits.t()
 
-    def at_every_token(self, features: Tensor, beside: Tensor | None = None) -> Tensor:
+    def at_every_token(self, features: Tensor, beside: Tensor | None = None, among: list[int] | None = None) -> Tensor:
         """Logits of every position as if it were a sample of its own.
 
         Args:
             features: `(batch, tokens, width)`.
             beside: `(batch, tokens, beside)`.
+            among: The experts whose logits are asked for; `None`: all.
 
         Returns:
             `(batch, tokens, num_experts)`.
@@ -120,7 +124,7 @@ class Gate(nn.Module):
         batch, tokens, width = features.shape
         if self.gram is not None or self.normalization == "layer_norm":
             given = None if beside is None else beside.flatten(0, 1)[:, None]
-            return self(features.flatten(0, 1)[:, None], given).unflatten(0, (batch, tokens))
+            return self(features.flatten(0, 1)[:, None], given, among).unflatten(0, (batch, tokens))
         rows = features.to(self.weight.dtype)
         # As a convolution is given it; to turn it round would take longer than all the rest.
         channels_first = not rows.is_contiguous() and rows.transpose(1, 2).is_contiguous()
@@ -130,16 +134,17 @@ class Gate(nn.Module):
         else:
             columns = rows.flatten(0, 1).t()
             square_norm = torch.linalg.vector_norm(columns, dim=0).square()
-        logits = self._divided(self._weight(0, width) @ columns, square_norm)  # experts before tokens
+        logits = self._divided(self._weight(0, width, among) @ columns, square_norm)  # experts before tokens
         if beside is not None:
             beside = beside.transpose(1, 2) if channels_first else beside.flatten(0, 1).t()
-            logits = logits + self._weight(width, None) @ beside / self.temperature
+            logits = logits + self._weight(width, None, among) @ beside / self.temperature
         return logits.transpose(1, 2) if channels_first else logits.unflatten(1, (batch, tokens)).movedim(0, 2)
 
-    def _weight(self, begin: int, end: int | None) -> Tensor:
+    def _weight(self, begin: int, end: int | None, among: list[int] | None) -> Tensor:
         """Of some of the numbers that a position has, `(num_experts, positions * numbers)`."""
-        whole = begin == 0 and end == self.weight.shape[-1]
-        return (self.weight if whole else self.weight[..., begin:end]).flatten(1)
+        weight = self.weight if among is None else self.weight[among]
+        whole = begin == 0 and end == weight.shape[-1]
+        return (weight if whole else weight[..., begin:end]).flatten(1)
 
     def _divided(self, scores: Tensor, square_norm: Tensor) -> Tensor:
         """`<E, e> / (Norm tau)` for the two norms that do not centre."""

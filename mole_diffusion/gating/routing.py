@@ -60,21 +60,29 @@ class Routing:
             if masks is not None:
                 gates = masks.to(features.device, features.dtype).expand(*features.shape[:2], -1)
                 return self._correct(gate, spec, features, gates, run, record)
-            keep, shares, final = self._factors(spec.indices, features.device, run)
+            here, among = self._asked(spec, run)
+            keep, shares, final = self._factors(here, features.device, run)
             if self._config.token_axis == "token":
-                logits = gate.at_every_token(features)  # (batch, tokens, experts here)
+                logits = gate.at_every_token(features, among=among)  # (batch, tokens, experts here)
             else:
-                logits = gate(reduce_tokens(features, self._config.token_axis, spec.positions, size, spec.name))[
-                    :, None
-                ]
+                reduced = reduce_tokens(features, self._config.token_axis, spec.positions, size, spec.name)
+                logits = gate(reduced, among=among)[:, None]
             kept = masked_softmax(logits, keep, self._config.null_expert)
             # With a graph also where nobody records: a checkpoint's recomputation, which may come when the recording is
             # over, must keep as many tensors as the pass it repeats.
             if record is not None or torch.is_grad_enabled():
-                shown = self._spread(kept * shares, spec.indices)
+                shown = self._spread(kept * shares, here)
                 if record is not None:
                     record.add(spec.name, run, shown)
-            return self._spread(kept * final, spec.indices)
+            return self._spread(kept * final, here)
+
+    def _asked(self, spec: GateSpec, run: Run) -> tuple[tuple[int, ...], list[int] | None]:
+        """The LoRAs of a scope that any row keeps, and the gate's rows for them; `None` for those of all."""
+        if run.kept is None or set(spec.indices) <= set(run.kept):
+            return spec.indices, None
+        rows = [row for row, index in enumerate(spec.indices) if index in run.kept]
+        null = [len(spec.indices)] if self._config.null_expert else []
+        return tuple(spec.indices[row] for row in rows), [*rows, *null]
 
     def _correct(
         self, gate: Gate, spec: GateSpec, features: Tensor, masks: Tensor, run: Run, record: GateRecord | None
@@ -100,7 +108,7 @@ class Routing:
             index = slice(None) if len(experts) == self._num_experts else list(experts)
             keep = run.keep.to(device)[:, None, index]
             shares = keep * keep.sum(dim=-1, keepdim=True).clamp_min(1) ** self._sum_exponent
-            everybody = run.kept is None and len(keep) == 1
+            everybody = len(keep) == 1  # each of them is asked for since some row keeps it
             run.notes[key] = (
                 None if everybody else keep,
                 shares,

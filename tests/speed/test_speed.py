@@ -78,6 +78,7 @@ def test_left_out_loras_cost_no_operation() -> None:
     for side in ("sum", "gates", "masks"):  # what gates and masks share out, they share out among all
         assert three[side].products == many[side].products
         assert many[side].operations < 1.02 * three[side].operations
+    for side in ("sum", "masks"):  # gates pick out rows of their own
         assert many[side].operators < 1.02 * three[side].operators
     assert many["sum"].bytes < 1.02 * three["sum"].bytes
 
