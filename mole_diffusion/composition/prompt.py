@@ -85,6 +85,8 @@ class PromptWords:
     def conditional(self, embeddings: Tensor) -> Tensor:
         """The row of each picture that is given its prompt, `(pictures,)`; empty in a pass of negative prompts only.
 
+        The first, where there are several: perturbed attention guidance appends the same prompts with worse attention.
+
         Args:
             embeddings: What the denoiser is given, `(rows, tokens, width)`.
         """
@@ -93,7 +95,7 @@ class PromptWords:
         whole = (parts >= 0).all(dim=1).nonzero().flatten()
         if not len(whole) or not parts.numel():
             return torch.zeros(0, dtype=torch.long)
-        return whole[-1] * self.pictures + torch.arange(self.pictures)
+        return whole[0] * self.pictures + torch.arange(self.pictures)
 
     def of_embeddings(self, embeddings: Tensor) -> Tensor:
         """Which tokens of the denoiser's rows are whose, `(rows, N, tokens)` bool.

@@ -73,6 +73,12 @@ class RegionalComposition(Composition):
         text, joint, size = run.encoder_hidden_states, run.told.joint, run.sample_size
         if site.reads == "text":
             return self._kept(run, ("words", tokens), (text,), lambda: self._of_words(tokens, run))
+        if rows > run.told.rows:
+            raise MoLEError(
+                f"composition {self.name!r} says pixel by pixel whose they are, and something cuts the picture into "
+                f"tiles at {site.name}: {rows} rows of {run.told.rows}. Take that off the model, or call "
+                '`set_composition("norm_router")`, which need not know where a pixel is.'
+            )
         if joint is None:  # a UNet's layers have fewer pixels than its sample, or as many
             size = projections.spatial or token_grid(tokens, size, site.name)
         if size is None or (site.reads == "both" and joint is None):

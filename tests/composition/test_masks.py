@@ -7,14 +7,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPAGPipeline, StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
 from mole_diffusion.composition import COMPOSITIONS, Masks, RegionalComposition, RegionMap
-from mole_diffusion.pipelines import MoLEStableDiffusionImg2ImgPipeline, MoLEStableDiffusionInpaintPipeline
-from tests.composing import assert_close, composing_pipeline, draw, lora_states
+from mole_diffusion.errors import MoLEError
+from mole_diffusion.pipelines import (
+    MoLEPipelineMixin,
+    MoLEStableDiffusionImg2ImgPipeline,
+    MoLEStableDiffusionInpaintPipeline,
+)
+from tests.composing import NAMES, assert_close, composing_pipeline, draw, lora_states
 from tests.merging import merge_state
+from tests.tiny import tiny_components
 
 PROMPT = "a photo of a cat, a dog and a mug"
 BINDING = ["masks", "freefuse", "norm_router"]
@@ -239,6 +245,38 @@ def test_words_repeated_for_negative_prompts_change_nothing() -> None:
     once = torch.nn.functional.scaled_dot_product_attention(query, key, value)
     again = torch.nn.functional.scaled_dot_product_attention(query, key.repeat(1, 1, 3, 1), value.repeat(1, 1, 3, 1))
     torch.testing.assert_close(once, again)
+
+
+class Perturbed(MoLEPipelineMixin, StableDiffusionPAGPipeline):
+    """A pipeline whose guidance runs every prompt once more, with attention that is spoilt."""
+
+
+@pytest.mark.parametrize("guidance_scale", [0.0, 5.0])
+def test_masks_are_not_read_where_guidance_spoils_attention(guidance_scale: float) -> None:
+    found = []
+    for scale in (0.0, 1e-6):  # the weakest that runs the third part
+        unused = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        pipe: Any = Perturbed(**tiny_components(), **unused, pag_applied_layers=["mid", "up"])
+        pipe.load_loras(lora_states(pipe), triggers={name: name for name in NAMES})
+        draw(pipe, PROMPT, num_inference_steps=5, guidance_scale=guidance_scale, pag_scale=scale)
+        found.append(pipe.masks.values)
+    assert_close(found[1], found[0])
+
+
+def test_a_picture_that_is_cut_into_tiles_inside_the_model_is_refused() -> None:
+    pipe = fresh("masks")
+    layer = pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1
+    whole = layer.forward
+
+    def tiled(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # as HyperTile has it
+        rows, tokens, _ = hidden_states.shape
+        return whole(hidden_states.reshape(rows * 4, tokens // 4, -1), *args, **kwargs).reshape(rows, tokens, -1)
+
+    layer.forward = tiled
+    with pytest.raises(MoLEError, match=r"something cuts the picture into tiles at unet\.down_blocks\.0\."):
+        four(pipe)
+    pipe.set_composition("norm_router")
+    assert four(pipe).isfinite().all()
 
 
 def test_a_missing_word_is_an_error_that_offers_what_to_do(pipe: Any) -> None:
