@@ -118,9 +118,35 @@ class OneNumber(WrapperMetric):
         name: Name of the number; `None` where it gives one only.
     """
 
+    full_state_update = False
+
     def __init__(self, metric: Averages, name: str | None = None) -> None:
         super().__init__()
         self.metric, self.name = metric, name
+        # `Running` keeps the states of what it wraps: these are the metric's own.
+        self._defaults, self._reductions, self._persistent = metric._defaults, metric._reductions, metric._persistent
+
+    @property
+    def total(self) -> Tensor:
+        """The metric's sums."""
+        return self.metric.total
+
+    @total.setter
+    def total(self, value: Tensor) -> None:
+        self.metric.total = value
+
+    @property
+    def count(self) -> Tensor:
+        """How many the metric has counted."""
+        return self.metric.count
+
+    @count.setter
+    def count(self, value: Tensor) -> None:
+        self.metric.count = value
+
+    def _filter_kwargs(self, **kwargs: Any) -> dict[str, Any]:
+        """What a collection hands on of the keywords that it is given for all its metrics."""
+        return self.metric._filter_kwargs(**kwargs)
 
     def update(self, *args: Any, **kwargs: Any) -> None:
         """As the metric's."""
@@ -136,6 +162,7 @@ class OneNumber(WrapperMetric):
         Raises:
             MoLEError: The metric does not give it.
         """
+        self.metric._update_count = max(self.metric._update_count, self._update_count)  # `Running` counts here
         return self._pick(self.metric.compute())
 
     def reset(self) -> None:

@@ -72,6 +72,10 @@ class VisionBackbone(nn.Module):
         self.model: Any = model.eval().requires_grad_(False)
         self._processor = processor
 
+    def train(self, mode: bool = True) -> VisionBackbone:
+        """Stays in evaluation mode, also where a model that it became a part of is trained: it measures."""
+        return super().train(False)
+
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str], **kwargs: Any) -> VisionBackbone:
         """From a folder or the Hub, such as "facebook/dinov2-base"; `kwargs` go to `AutoModel.from_pretrained`.

@@ -76,6 +76,10 @@ class DifferentiableCLIP(nn.Module):
         self.register_buffer("mean", torch.tensor(settings["mean"]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(settings["std"]).view(1, 3, 1, 1), persistent=False)
 
+    def train(self, mode: bool = True) -> DifferentiableCLIP:
+        """Stays in evaluation mode, also where a model that it became a part of is trained: it measures."""
+        return super().train(False)
+
     def preprocess(self, images: Tensor) -> Tensor:
         """Pictures in [0, 1], `(batch, 3, height, width)`, cut and scaled to `(batch, 3, image_size, image_size)`."""
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
-from torchmetrics.wrappers import BootStrapper, MinMaxMetric
+from torchmetrics.wrappers import BootStrapper, MetricTracker, MinMaxMetric, Running
 
 from mole_diffusion import toybox
 from mole_diffusion.clip import DifferentiableCLIP
@@ -27,6 +27,7 @@ from mole_diffusion.metrics import (
     ImageAlignment,
     RegionAlignment,
     TextAlignment,
+    VisionBackbone,
     oracle_detector,
 )
 from tests import ROOT
@@ -178,6 +179,34 @@ def test_wrappers_and_collections(clip: DifferentiableCLIP) -> None:
     copied.update(PICTURES[:1])
     assert copied.count.tolist() == [4, 4]
     assert image.count.tolist() == [3, 3]
+
+
+def test_one_number_of_several_in_every_wrapper(clip: DifferentiableCLIP) -> None:
+    both = MetricCollection({"text": TextAlignment(clip).only(), "cat": ImageAlignment(clip, REFERENCES).only("cat")})
+    tracker = MetricTracker(both, maximize=[True, True])
+    tracker.increment()
+    tracker.update(images=PICTURES, prompts=PROMPTS)  # each metric takes what it knows
+    alone = {"text": next(iter(update(TextAlignment(clip), PICTURES).values()))}
+    alone["cat"] = update(ImageAlignment(clip, REFERENCES), PICTURES)["cat"]
+    assert tracker.compute() == alone
+    assert tracker.best_metric() == {name: value.item() for name, value in alone.items()}
+
+    latest = Running(TextAlignment(clip).only(), window=2)
+    for picture, prompt in zip(PICTURES, PROMPTS, strict=True):
+        latest.update(picture, prompt)
+    last_two = TextAlignment(clip)
+    last_two.update(PICTURES[1:], PROMPTS[1:])
+    (expected,) = last_two.compute().values()
+    assert latest.compute().item() == pytest.approx(expected.item(), abs=1e-5)  # embedded one by one, and together
+
+
+def test_encoders_do_not_begin_to_drop_out(clip: DifferentiableCLIP) -> None:
+    model = nn.ModuleDict({"text": TextAlignment(clip)}).train()
+    assert model.training
+    assert not any(part.training for part in clip.modules())
+    backbone = VisionBackbone(nn.Sequential(nn.Dropout()), None)
+    nn.ModuleList([backbone]).train()
+    assert not any(part.training for part in backbone.modules())
 
 
 def test_weights_are_not_moved_by_a_reset_and_states_are_saved(clip: DifferentiableCLIP) -> None:
