@@ -11,6 +11,7 @@ from ..composition import COMPOSITIONS, Budget, Composition, MaskedGates, Masks,
 from ..errors import MoLEError
 from ..experts import Experts
 from ..gating import GateConfig, MoLEModel
+from .loaded import changing
 from .lora_calls import LoRACalls
 
 
@@ -53,7 +54,8 @@ class GateCalls(LoRACalls):
         """Saves the gates, with names, hashes and ranks of their LoRAs, as a folder that `load_gates` reads.
 
         Raises:
-            MoLEError: There are no gates.
+            MoLEError: There are no gates, or the folder holds another model.
+            NotWrittenError: It cannot be written.
         """
         if self.gates is None:
             raise MoLEError("there are no gates to save. Load some with `load_gates`, or start with `init_gates`.")
@@ -62,8 +64,8 @@ class GateCalls(LoRACalls):
 
     def unload_gates(self) -> None:
         """Removes the gates; a composition that needs them goes too, and each call chooses for itself again."""
-        self._loaded.refuse_while_drawing("unload gates")
-        self._loaded.drop_gates()
+        with changing(self.lora_components, "unload gates"):
+            self._loaded.drop_gates()
 
     def set_composition(self, method: str | Composition | None) -> None:
         """Chooses how the LoRAs share the picture.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -32,7 +32,6 @@ class Loaded:
         called_by_name: The LoRAs whose triggers nobody told, so that their own name stands in for them.
         roles: The role of each LoRA.
         disabled: Whether diffusers' `disable_lora` was called.
-        running: How many calls draw now.
     """
 
     loras: dict[str, LoRA] = field(default_factory=dict)
@@ -43,16 +42,6 @@ class Loaded:
     called_by_name: frozenset[str] = frozenset()
     roles: dict[str, Role] = field(default_factory=dict)
     disabled: bool = False
-    running: int = 0
-    lock: Any = field(default_factory=threading.RLock)
-
-    def refuse_while_drawing(self, wish: str) -> None:
-        """Raises MoLEError while a call draws: what hangs on the models cannot change under it."""
-        if self.running:
-            raise MoLEError(
-                f"cannot {wish} while a picture is being drawn with {', '.join(self.loras) or 'these models'}. Do it "
-                "after the call; to change which LoRAs draw from a step on, call `use_loras` in the callback."
-            )
 
     @property
     def fused(self) -> bool:
@@ -163,6 +152,41 @@ class Loaded:
 
 
 _RECORDS: WeakKeyDictionary[nn.Module, Loaded] = WeakKeyDictionary()
+# How many calls draw with a model now, of whatever pipeline: one that has no LoRAs is disturbed by new ones too.
+_DRAWING: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+_LOCK = threading.RLock()
+
+
+@contextmanager
+def drawing(components: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Inside the `with`, what hangs on these models does not change."""
+    models = [unwrapped(model) for model in components.values()]
+    with _LOCK:
+        for model in models:
+            _DRAWING[model] = _DRAWING.get(model, 0) + 1
+    try:
+        yield
+    finally:
+        with _LOCK:
+            for model in models:
+                _DRAWING[model] -= 1
+
+
+@contextmanager
+def changing(components: Mapping[str, nn.Module], wish: str) -> Iterator[None]:
+    """Inside the `with`, what hangs on these models changes, and no call begins.
+
+    Raises:
+        MoLEError: A call draws with one of them.
+    """
+    with _LOCK:
+        if any(_DRAWING.get(unwrapped(model)) for model in components.values()):
+            names = ", ".join(loaded_into(components, None).loras) or "these models"
+            raise MoLEError(
+                f"cannot {wish} while a picture is being drawn with {names}. Do it after the call; to change which "
+                "LoRAs draw from a step on, call `use_loras` in the callback."
+            )
+        yield
 
 
 def loaded_into(components: Mapping[str, nn.Module], own: Loaded | None) -> Loaded:

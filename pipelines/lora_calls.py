@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -15,7 +15,7 @@ from ..experts.refusals import refuse_adapters
 from ..families import COMPONENTS, Family, family_of
 from ..lora import LoRA, load_lora
 from .embeddings import add_embeddings, check_embeddings, remove_embeddings
-from .loaded import Loaded, loaded_into
+from .loaded import Loaded, changing, loaded_into
 from .naming import LoRASource, choose_roles, choose_triggers, named_sources
 from .selection import check_names
 from .stock_lora import StockLoRACalls
@@ -83,31 +83,37 @@ class LoRACalls(StockLoRACalls):
             MoLEError: A name is taken; a file does not fit (`LoRAError`); or gates are loaded, which know only the
                 LoRAs they were trained for.
         """
-        sources = named_sources(loras)
-        loaded = self._loaded
-        loaded.refuse_while_drawing("load LoRAs")
-        taken = [name for name in sources if name in loaded.loras]
-        if taken:
-            raise MoLEError(
-                f"a LoRA named {taken[0]!r} is loaded already. Loaded are: {', '.join(loaded.loras)}. "
-                f"Choose another name, or call `unload_loras([{taken[0]!r}])` first."
-            )
-        self._refuse_under_gates("load more LoRAs")
-        components = self.lora_components
-        for name, model in components.items():
-            refuse_adapters(name, model)
+        sources, components = named_sources(loras), self.lora_components
+        with changing(components, "load LoRAs"):
+            self._check_names(sources)  # before files are read
         read = {
             name: replace(source, name=name) if isinstance(source, LoRA) else load_lora(source, components, name=name)
             for name, source in sources.items()
         }
         words, called_by_name = choose_triggers(triggers, read)
         of_roles = choose_roles(roles, read)
-        check_embeddings(self, read)
-        loaded.hang(components, {**loaded.loras, **read})
-        add_embeddings(self, read)
-        loaded.triggers |= words
-        loaded.called_by_name |= called_by_name
-        loaded.roles |= of_roles
+        with changing(components, "load LoRAs"):
+            self._check_names(read)  # another thread may have loaded some meanwhile
+            loaded = self._loaded
+            check_embeddings(self, read)
+            loaded.hang(components, {**loaded.loras, **read})
+            add_embeddings(self, read)
+            loaded.triggers |= words
+            loaded.called_by_name |= called_by_name
+            loaded.roles |= of_roles
+
+    def _check_names(self, names: Collection[str]) -> None:
+        """Raises MoLEError where LoRAs of these names cannot be loaded, whatever they are."""
+        loaded = self._loaded
+        taken = [name for name in names if name in loaded.loras]
+        if taken:
+            raise MoLEError(
+                f"a LoRA named {taken[0]!r} is loaded already. Loaded are: {', '.join(loaded.loras)}. "
+                f"Choose another name, or call `unload_loras([{taken[0]!r}])` first."
+            )
+        self._refuse_under_gates("load more LoRAs")
+        for name, model in self.lora_components.items():
+            refuse_adapters(name, model)
 
     def unload_loras(self, names: Sequence[str] | None = None) -> None:
         """Takes the named LoRAs, or all, off the models. Without LoRAs the models are as before, bit for bit.
@@ -118,8 +124,11 @@ class LoRACalls(StockLoRACalls):
         Raises:
             MoLEError: A name is not loaded, gates are loaded and not all LoRAs go, or a picture is being drawn.
         """
+        with changing(self.lora_components, "unload LoRAs"):
+            self._unload(names)
+
+    def _unload(self, names: Sequence[str] | None) -> None:
         loaded = self._loaded
-        loaded.refuse_while_drawing("unload LoRAs")
         if names is None:
             names = list(loaded.loras)
         elif not isinstance(names, list | tuple):

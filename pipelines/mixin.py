@@ -13,7 +13,7 @@ from ..composition import Call, Composition, RegionMap
 from ..composition.call import current_call, running
 from ..errors import MoLEError
 from .gate_calls import GateCalls
-from .loaded import Loaded
+from .loaded import Loaded, drawing
 from .prior import drawing_prior
 from .reading import Spans, add_region_words, given_words, prompt_words, split_prompts, with_region_prompts
 from .refusals import refuse_broken_gates, refuse_half_measures, refuse_not_finite
@@ -80,13 +80,15 @@ class MoLEPipelineMixin(GateCalls):
         Raises:
             TypeError, MoLEError: As in a call of the pipeline, on entering.
         """
-        loras = [] if self._loaded.disabled and loras is None else loras
-        keep, _ = read_selection(loras, list(self._loaded.loras))
-        taking_part = [name for name, kept in zip(self._loaded.loras, keep[0].tolist(), strict=True) if kept]
-        # Nobody says that a prior pass comes first, or that the prompt is told: a default cannot count on either.
-        method = self._loaded.composition or self._default(taking_part, has_prompt=False, regions=regions is not None)
-        with self._composing(loras, method, scale=scale, regions=regions, scheduler=scheduler, size=None):
-            yield
+        with drawing(self.lora_components):
+            loras = [] if self._loaded.disabled and loras is None else loras
+            keep, _ = read_selection(loras, list(self._loaded.loras))
+            taking_part = [name for name, kept in zip(self._loaded.loras, keep[0].tolist(), strict=True) if kept]
+            # Nobody says that a prior pass comes first, or that the prompt is told: a default cannot count on either.
+            told = {"has_prompt": False, "regions": regions is not None}
+            method = self._loaded.composition or self._default(taking_part, **told)
+            with self._composing(loras, method, scale=scale, regions=regions, scheduler=scheduler, size=None):
+                yield
 
     @contextmanager
     def _composing(
@@ -126,9 +128,6 @@ class MoLEPipelineMixin(GateCalls):
         of_roles = tuple(loaded.roles[name] for name in names)
         call = Call(names, of_roles, scheduler or self.scheduler, regions=region_map, region_prompts=prompts)
         with ExitStack() as stack:
-            with loaded.lock:
-                loaded.running += 1
-            stack.callback(_finish, loaded)
             token = _OPEN.set((*_OPEN.get(), (loaded, stack, scale)))
             stack.callback(_OPEN.reset, token)
             stack.enter_context(running(call))
@@ -214,31 +213,32 @@ class MoLEPipelineMixin(GateCalls):
             MoLEError: A name is not loaded or is given twice; a subject's words are missing from a prompt.
         """
         self._refuse_unknown_arguments(kwargs)
-        scale = read_scale(kwargs)
-        refuse_not_finite(kwargs)
-        has_prompt = kwargs.get("prompt_embeds") is None or spans is not None
-        loras, taking_part, method = self._chosen(loras, regions, kwargs, has_prompt=has_prompt)
-        settings: dict[str, Any] = {"scale": scale, "regions": regions, "scheduler": None}
         given = self._named(args, kwargs)
-        settings["size"] = picture_size(self, given) if regions is not None else None
-        settings["count"] = picture_count(given)
-        with turn(self, self.scheduler), self._composing(loras, method, **settings) as call:
-            self.__dict__["_mole_masks"] = None
-            each = int(given.get("num_images_per_prompt") or 1)
-            call.state[EACH] = each
-            if spans is not None:
-                embeds: Any = kwargs.get("prompt_embeds")
-                listed = isinstance(embeds, list)  # not encoded again, and one tensor for each prompt
-                if listed:
-                    embeds = self.family.embedded((embeds,), each)
-                call.words = given_words(spans, call.names, embeds[::each] if listed else embeds)
-                if listed:
-                    call.words.encoded(embeds)
-            if self._looks_first(method, call, taking_part):
-                with drawing_prior(self, method, call, kwargs) as prior_kwargs:
-                    super().__call__(*args, **prior_kwargs)
-            output = super().__call__(*args, **kwargs)
-            self.__dict__["_mole_masks"] = call.found or call.regions
+        scale = read_scale(given)
+        refuse_not_finite(given)
+        with drawing(self.lora_components):
+            has_prompt = kwargs.get("prompt_embeds") is None or spans is not None
+            loras, taking_part, method = self._chosen(loras, regions, kwargs, has_prompt=has_prompt)
+            settings: dict[str, Any] = {"scale": scale, "regions": regions, "scheduler": None}
+            settings["size"] = picture_size(self, given) if regions is not None else None
+            settings["count"] = picture_count(given)
+            with turn(self, self.scheduler), self._composing(loras, method, **settings) as call:
+                self.__dict__["_mole_masks"] = None
+                each = int(given.get("num_images_per_prompt") or 1)
+                call.state[EACH] = each
+                if spans is not None:
+                    embeds: Any = kwargs.get("prompt_embeds")
+                    listed = isinstance(embeds, list)  # not encoded again, and one tensor for each prompt
+                    if listed:
+                        embeds = self.family.embedded((embeds,), each)
+                    call.words = given_words(spans, call.names, embeds[::each] if listed else embeds)
+                    if listed:
+                        call.words.encoded(embeds)
+                if self._looks_first(method, call, taking_part):
+                    with drawing_prior(self, method, call, kwargs) as prior_kwargs:
+                        super().__call__(*args, **prior_kwargs)
+                output = super().__call__(*args, **kwargs)
+                self.__dict__["_mole_masks"] = call.found or call.regions
         return output
 
     def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
@@ -278,8 +278,3 @@ class MoLEPipelineMixin(GateCalls):
         if call.words is not None:
             call.words.encoded(self.family.embedded(encoded, call.state.get(EACH, 1)))
         return encoded
-
-
-def _finish(loaded: Loaded) -> None:
-    with loaded.lock:
-        loaded.running -= 1

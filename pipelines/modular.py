@@ -30,6 +30,7 @@ from ..lora import LoRA, load_lora
 from .flux import MoLEFluxPipeline
 from .flux2 import MoLEFlux2KleinPipeline, MoLEFlux2Pipeline
 from .krea2 import MoLEKrea2Pipeline
+from .loaded import drawing
 from .mixin import MoLEPipelineMixin
 from .naming import choose_roles, choose_triggers, named_sources
 from .newer import OlderDiffusersError
@@ -221,25 +222,26 @@ class MoLEBlocks(SequentialPipelineBlocks):
                 f"regions of {', '.join(prompts)} have prompts of their own, which no block here reads. Write all "
                 f"words into the one prompt, or draw with {self.task.__name__}."
             )
-        loras, taking_part, method = pipe._chosen(given.get("loras"), regions, given, has_prompt=True)
-        settings = {
-            "scale": read_scale(given),
-            "regions": regions,
-            "scheduler": components.scheduler,
-            "size": None if regions is None else picture_size(pipe, given),
-            "count": picture_count(given),
-        }
-        with turn(components, components.scheduler), pipe._composing(loras, method, **settings) as call:
-            for name, block in blocks.items():
-                if name == "text_encoder" and "words" in method.needs and pipe.experts is not None:
-                    call.words = prompt_words(pipe, given["prompt"], pipe._loaded, call, given)
-                if name == "denoise" and pipe._looks_first(method, call, taking_part):
-                    with drawing_prior(pipe, method, call, {"generator": given.get("generator")}):
-                        block(components, _copied(state))
-                components, state = block(components, state)
-                if name == "text_encoder":
-                    _tell_embeddings(pipe, call, given)
-            state.set("masks", call.found or call.regions)
+        with drawing(pipe.lora_components):
+            loras, taking_part, method = pipe._chosen(given.get("loras"), regions, given, has_prompt=True)
+            settings = {
+                "scale": read_scale(given),
+                "regions": regions,
+                "scheduler": components.scheduler,
+                "size": None if regions is None else picture_size(pipe, given),
+                "count": picture_count(given),
+            }
+            with turn(components, components.scheduler), pipe._composing(loras, method, **settings) as call:
+                for name, block in blocks.items():
+                    if name == "text_encoder" and "words" in method.needs and pipe.experts is not None:
+                        call.words = prompt_words(pipe, given["prompt"], pipe._loaded, call, given)
+                    if name == "denoise" and pipe._looks_first(method, call, taking_part):
+                        with drawing_prior(pipe, method, call, {"generator": given.get("generator")}):
+                            block(components, _copied(state))
+                    components, state = block(components, state)
+                    if name == "text_encoder":
+                        _tell_embeddings(pipe, call, given)
+                state.set("masks", call.found or call.regions)
         return components, state
 
     def on(self, components: Any) -> Any:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
+from torch import Tensor
+
 from ..errors import MoLEError
-from .selection import Selection
+from .selection import LARGEST_NUMBER, Selection, is_drawable
 
 
 def refuse_half_measures(pipe: Any, loras: Selection, taking_part: Sequence[str], kwargs: Mapping[str, Any]) -> None:
@@ -42,7 +44,10 @@ def refuse_broken_gates(gates: Any) -> None:
 
 
 def refuse_not_finite(numbers: Mapping[str, Any]) -> None:
-    """Raises MoLEError for a number that would make a black picture."""
+    """Raises MoLEError for a number, or a tensor that has one, which would make a black picture."""
     for name, value in numbers.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise MoLEError(f"`{name}` must be finite, got {value}.")
+        for one in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(one, Tensor) and one.is_floating_point() and not one.isfinite().all():
+                raise MoLEError(f"`{name}` must be finite, and has NaN or infinity.")
+            if isinstance(one, Real) and not is_drawable(one):
+                raise MoLEError(f"`{name}` must be finite, and at most {LARGEST_NUMBER:g}, got {one}.")

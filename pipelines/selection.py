@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
@@ -11,6 +10,9 @@ import torch
 from torch import Tensor
 
 from ..errors import MoLEError
+
+# Beyond it activations overflow, and the picture is black.
+LARGEST_NUMBER = 1e6
 
 Selection = Mapping[str, float] | Sequence[str] | None
 
@@ -61,10 +63,15 @@ def read_scale(kwargs: Mapping[str, Any]) -> float:
         given = kwargs.get(name)
         if given and "scale" in given:
             scale: float = given["scale"]
-            if not math.isfinite(scale):
-                raise MoLEError(f"`{name}['scale']` must be finite, got {scale}.")
+            if not is_drawable(scale):
+                raise MoLEError(f"`{name}['scale']` must be finite, and at most {LARGEST_NUMBER:g}, got {scale}.")
             return scale
     return 1.0
+
+
+def is_drawable(number: Any) -> bool:
+    """Whether a number that multiplies is finite and not so large that the picture would be black."""
+    return bool(-LARGEST_NUMBER <= number <= LARGEST_NUMBER)  # which NaN is not, nor a whole number beyond all floats
 
 
 def check_names(given: Iterable[str], names: Sequence[str], argument: str) -> None:
@@ -84,8 +91,10 @@ def check_names(given: Iterable[str], names: Sequence[str], argument: str) -> No
 def _lora_scale(name: str, scale: object) -> float:
     if isinstance(scale, bool) or not isinstance(scale, Real):
         raise TypeError(f"the scale of {name!r} in `loras` must be a number, got {_shown(scale)}.")
-    if not math.isfinite(scale):
-        raise MoLEError(f"the scale of {name!r} in `loras` must be finite, got {scale}.")
+    if not is_drawable(scale):
+        raise MoLEError(
+            f"the scale of {name!r} in `loras` must be finite, and at most {LARGEST_NUMBER:g}, got {scale}."
+        )
     return float(scale)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -39,6 +38,8 @@ def read_loras(entries: Sequence[str], *, with_toybox: bool) -> tuple[dict[str, 
             f"{match[1]}={toybox.lora_path(match[1])}{match[2] or ''}" if match else entry
             for match, entry in zip(matches, entries, strict=True)
         ]
+    from mole_diffusion.pipelines.selection import LARGEST_NUMBER, is_drawable
+
     files: dict[str, str] = {}
     strengths: dict[str, float] = {}
     for name, given in read_pairs("--lora", entries, "cat=cat.safetensors or cat=cat.safetensors:0.8").items():
@@ -46,8 +47,11 @@ def read_loras(entries: Sequence[str], *, with_toybox: bool) -> tuple[dict[str, 
         has_strength = bool(file) and re.fullmatch(NUMBER, last) is not None
         files[name] = file if has_strength else given
         strengths[name] = float(last) if has_strength else 1.0
-        if not math.isfinite(strengths[name]):
-            raise MoLEError(f"--lora {name}={given}: the strength must be finite, such as 0.8, got {last}.")
+        if not is_drawable(strengths[name]):
+            raise MoLEError(
+                f"--lora {name}={given}: the strength must be finite, such as 0.8, and at most {LARGEST_NUMBER:g}, "
+                f"got {last}."
+            )
     return files, strengths
 
 
@@ -69,7 +73,7 @@ def read_chosen(only: str | None, strengths: Mapping[str, float]) -> dict[str, f
         return dict(strengths)
     from mole_diffusion.pipelines.selection import check_names
 
-    names = [name.strip() for name in only.split(",") if name.strip()]
+    names = [name.strip() for name in only.split(",")] if only.strip() else []
     check_names(names, list(strengths), "--only")
     return {name: strengths[name] for name in names}
 

@@ -146,8 +146,16 @@ LOADED = "Loaded are: cat, dog, mug"
         ([0], TypeError, r"`loras` must hold names of LoRAs, got 0 \(int\)"),
         ({"cat": True}, TypeError, r"the scale of 'cat' in `loras` must be a number, got True \(bool\)"),
         ({"cat": "0.8"}, TypeError, r"the scale of 'cat' in `loras` must be a number, got '0\.8' \(str\)"),
-        ({"cat": float("nan")}, ValueError, r"the scale of 'cat' in `loras` must be finite, got nan"),
-        ({"cat": float("inf")}, ValueError, r"the scale of 'cat' in `loras` must be finite, got inf"),
+        (
+            {"cat": float("nan")},
+            ValueError,
+            r"the scale of 'cat' in `loras` must be finite, and at most 1e\+06, got nan",
+        ),
+        (
+            {"cat": float("inf")},
+            ValueError,
+            r"the scale of 'cat' in `loras` must be finite, and at most 1e\+06, got inf",
+        ),
     ],
 )
 def test_a_wrong_choice_says_what_is_wrong(pipe: Any, loras: Any, error: type[Exception], message: str) -> None:

@@ -116,6 +116,26 @@ def test_nothing_is_unloaded_while_a_picture_is_drawn() -> None:
     pipe.unload_loras()
 
 
+def test_nothing_is_loaded_under_a_pipeline_that_has_none() -> None:
+    pipe = composing_pipeline()
+    other = MoLEStableDiffusionImg2ImgPipeline.from_pipe(pipe)
+    expected = draw(pipe)
+    states = lora_states(pipe)
+
+    def meddle(*_: Any) -> dict[str, Any]:
+        with pytest.raises(MoLEError, match="cannot load LoRAs while a picture is being drawn with these models"):
+            other.load_loras({"cat": states["cat"]})
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        draw(pipe, callback_on_step_end=meddle)
+    other.load_loras({"cat": states["cat"]})  # the call is over, however it ended
+    with pipe.composing(), pytest.raises(MoLEError, match="cannot unload LoRAs while a picture is being drawn with c"):
+        other.unload_loras()
+    other.unload_loras()
+    assert torch.equal(draw(pipe), expected)
+
+
 @pytest.mark.parametrize("cls", [AutoPipelineForImage2Image, AutoPipelineForInpainting, AutoPipelineForText2Image])
 def test_autopipelines_find_ours(cls: Any) -> None:
     pipe = composing_pipeline("cat")
@@ -327,12 +347,24 @@ def test_a_lora_of_the_text_encoder_alone_does_not_meet_prompt_embeddings() -> N
     draw(pipe, None, loras=["cat"], **given)
 
 
-@pytest.mark.parametrize("argument", ["guidance_scale", "eta", "cross_attention_kwargs"])
+BLACK: dict[str, dict[str, Any]] = {
+    "guidance_scale": {"guidance_scale": float("nan")},
+    "guidance_scale`": {"guidance_scale": 1e39},  # infinite in float32
+    "eta": {"eta": float("nan")},
+    "cross_attention_kwargs": {"cross_attention_kwargs": {"scale": float("inf")}},
+    "the scale of 'cat'": {"loras": {"cat": 1e39}},
+    "latents": {"latents": torch.full((1, 4, 16, 16), float("nan"))},
+}
+
+
+@pytest.mark.parametrize("argument", BLACK)
 def test_numbers_that_would_draw_a_black_picture_are_refused(argument: str) -> None:
     pipe = composing_pipeline("cat")
-    value: Any = {"scale": float("inf")} if argument == "cross_attention_kwargs" else float("nan")
-    with pytest.raises(ValueError, match=f"`{argument}.* must be finite"):
-        draw(pipe, **{argument: value})
+    with pytest.raises(ValueError, match=f"`?{argument}.* must be finite"):
+        draw(pipe, **BLACK[argument])
+    if argument == "guidance_scale":
+        with pytest.raises(ValueError, match="`guidance_scale` must be finite"):
+            pipe(PROMPT, None, None, 2, None, None, float("nan"))  # not by its name
 
 
 def test_gates_that_are_no_numbers_draw_no_black_picture() -> None:
