@@ -137,7 +137,7 @@ class BenchmarkConfig:
         if isinstance(seeds, int) and seeds > MOST_SEEDS:
             raise MoLEError(f"`seeds` is {seeds}; at most {MOST_SEEDS} are drawn.")
         values["seeds"] = list(range(seeds)) if isinstance(seeds, int) else seeds
-        if not all(isinstance(seed, int) and seed >= 0 for seed in _list(values, "seeds")):
+        if not all(isinstance(seed, int) and 0 <= seed < 2**63 for seed in _list(values, "seeds")):
             raise MoLEError(f"`seeds` must be a number of seeds or a list of integers, got {seeds!r}.")
         _no_repeats("seeds", values["seeds"])
         for key, kind, least in (

@@ -162,6 +162,11 @@ def _claim(folder: Path, config: BenchmarkConfig, device: torch.device | str) ->
 
 def _read_claim(path: Path) -> dict[str, Any]:
     if not path.exists():
+        if any(path.parent.glob(f"{ROWS}/**/*.json")):
+            raise MoLEError(
+                f"{path} is missing, which says what the rows beside it depend on. Put it back, or choose another "
+                "folder."
+            )
         return {}
     try:
         before = json.loads(regular_text(path))

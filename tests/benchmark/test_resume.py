@@ -125,6 +125,14 @@ def test_a_damaged_benchmark_file_is_named(place: Path, kind: str) -> None:
         run_benchmark(config(place), place / "out")
 
 
+def test_rows_without_their_benchmark_file_are_of_nobody_knows_what(place: Path) -> None:
+    (place / "out" / "benchmark.json").unlink()
+    with pytest.raises(MoLEError, match=r"benchmark\.json is missing, which says what the rows beside it depend on"):
+        run_benchmark(config(place), place / "out")
+    shutil.rmtree(place / "out" / "rows")
+    assert run_benchmark(config(place), place / "out") == 0
+
+
 def test_somebody_elses_file_is_not_replaced(place: Path) -> None:
     (place / "out" / "benchmark.json").write_text('{"mine": 1}')
     with pytest.raises(MoLEError, match="is not of a benchmark, and would be replaced"):
