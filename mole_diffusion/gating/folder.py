@@ -21,7 +21,7 @@ from mole_diffusion.tensor_files import TensorFile, TensorFileError
 from .card import CARD, own_card
 from .config import GateConfig
 from .identity import GatesError
-from .saved_config import check_config
+from .saved_config import CLASS_NAME, check_config
 from .spec import GateSpec
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
@@ -42,6 +42,25 @@ class SavedGates:
     settings: dict[str, Any]
     tensors: dict[str, Tensor]
     card: str | None
+
+
+def is_config(file: Path) -> bool:
+    """Whether a file is the `config.json` of gates."""
+    try:
+        found = parse_json(read_text(file))
+    except MoLEError:
+        return False
+    return isinstance(found, dict) and found.get("_class_name") == CLASS_NAME
+
+
+def refuse_others(folder: Path) -> None:
+    """Raises GatesError where saving gates into a folder would replace the files of another model."""
+    there = [file for file in (folder / CONFIG, folder / WEIGHTS) if file.exists()]
+    if there and not is_config(folder / CONFIG):
+        raise GatesError(
+            f"{printable(str(there[0]))} is there and not of gates; it would be replaced. Choose another folder, or "
+            "move it away."
+        )
 
 
 def key_of(gate: str) -> str:

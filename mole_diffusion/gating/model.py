@@ -27,7 +27,7 @@ from .block import BlockExperts
 from .card import CARD, card_of, own_card
 from .config import GateConfig
 from .features import feature_grid, read_features, without_filling
-from .folder import key_of, read_gates
+from .folder import key_of, read_gates, refuse_others
 from .gate import Gate
 from .identity import check_loras, lora_identity
 from .record import GateRecord
@@ -218,8 +218,13 @@ class MoLEModel(ModelMixin, ConfigMixin):
             save_directory: The folder; made if it does not exist. Each file is replaced in one step.
             push_to_hub: Also upload to the Hugging Face Hub.
             kwargs: For `push_to_hub`: `repo_id` (else the folder's name), `token`, `private` ...
+
+        Raises:
+            GatesError: The folder holds another model.
+            NotWrittenError: It cannot be written.
         """
         folder = Path(save_directory)
+        refuse_others(folder)
         with atomic_files(folder) as temporary:
             super().save_pretrained(temporary)
         if push_to_hub:

@@ -11,6 +11,7 @@ from mole_diffusion.errors import MoLEError, printable
 from .config import GateConfig
 from .spec import GateSpec, canonical_place
 
+CLASS_NAME = "MoLEModel"  # as diffusers writes it, of the class that is saved
 # Settings that came later, with what gates did before there were these.
 _WITH_HIDDEN = {"input": "experts", "gate_sum": 1.0, "null_expert": False}
 _WITH_RESIDUAL = {"residual": False}
@@ -19,7 +20,7 @@ _WITH_RESIDUAL = {"residual": False}
 def check_config(config: Any) -> dict[str, Any]:
     """The arguments of `MoLEModel` in a config; every one is checked, since a default would be another picture."""
     _need(isinstance(config, dict), "is not a JSON object")
-    _need(config.get("_class_name") == "MoLEModel", "is not of gates: its _class_name is not MoLEModel")
+    _need(config.get("_class_name") == CLASS_NAME, f"is not of gates: its _class_name is not {CLASS_NAME}")
     settings = {key: value for key, value in config.items() if not key.startswith("_")}
     _need_keys(settings, ("gate_config", "loras", "gate_table"), "")
     settings = _with_later_settings(settings)

@@ -165,6 +165,23 @@ def test_pickles_are_refused(experts: Experts, tmp_path: Path) -> None:
         MoLEModel.from_pretrained(tmp_path)
 
 
+def test_another_model_is_not_saved_over(experts: Experts, tmp_path: Path) -> None:
+    gates, theirs = random_gates(experts), tmp_path / WEIGHTS
+    theirs.write_text("weights of a UNet")
+    for config in (None, '{"_class_name": "UNet2DConditionModel"}', "[1", "[]"):
+        if config is not None:
+            (tmp_path / "config.json").write_text(config)
+        with pytest.raises(
+            GatesError, match=r"is there and not of gates; it would be replaced\. Choose another folder"
+        ):
+            gates.save_pretrained(tmp_path)
+    assert theirs.read_text() == "weights of a UNet"
+    theirs.unlink()
+    (tmp_path / "config.json").unlink()
+    for _ in range(2):
+        gates.save_pretrained(tmp_path)
+
+
 def test_a_failed_save_leaves_the_old_gates(experts: Experts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     random_gates(experts).save_pretrained(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}

@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.files import NotWrittenError, in_use
 from mole_diffusion.lora import load_lora
 from mole_diffusion.training import Concept, prompts_from_templates
+from mole_diffusion.training.engine.checkpoint import clear_checkpoints
 from mole_diffusion.training.engine.memory import peak_memory
 from mole_diffusion.training.gates.concepts import text_for_clip
 from mole_diffusion.training.gates.report import _base_model, check_out
@@ -127,6 +129,23 @@ def test_one_process_works_in_a_folder(work: Path) -> None:
         train(tiny_pipeline(), config(steps=2), work=work)
 
 
+def test_checkpoints_leave_other_files_of_such_names(tmp_path: Path) -> None:
+    theirs = tmp_path / "step-0000001.safetensors"
+    save_file({"mine": torch.zeros(1)}, theirs)
+    (tmp_path / "step-9.safetensors").write_text("no tensors")
+
+    def killed_between(step: int, loss: float) -> None:
+        if step == 3:  # as a process that dies before it takes the one before away
+            shutil.copy(tmp_path / "step-0000002.safetensors", tmp_path / "step-left.safetensors")
+
+    train(tiny_pipeline(), config(steps=4, checkpoint_every=2), work=tmp_path, on_step_end=killed_between)
+    names = {"step-0000001.safetensors", "step-9.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == names | {"state.json", "step-0000004.safetensors"}
+    shutil.copy(tmp_path / "step-0000004.safetensors", tmp_path / "step-left.safetensors")
+    clear_checkpoints(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
 def test_where_it_goes_is_tried_before_the_first_step(pipe: Any, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "folder.safetensors").mkdir()
@@ -166,9 +185,11 @@ def test_a_folder_with_other_files_is_not_written_over(tmp_path: Path) -> None:
         with pytest.raises(MoLEError, match=rf"{name} is there and was not written by a gate training"):
             check_out(tmp_path)
         (tmp_path / name).unlink()
-    (tmp_path / "samples.png").touch()
-    with pytest.raises(MoLEError, match=r"samples\.png is there"):
-        check_out(tmp_path)
+    for name in ("samples.png", "diffusion_pytorch_model.safetensors"):
+        (tmp_path / name).touch()
+        with pytest.raises(MoLEError, match=rf"{name} is there"):
+            check_out(tmp_path)
+    (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
     (tmp_path / "training.json").write_text('{"config": {}, "prompts": {}, "numbers": {}}')
     (tmp_path / "README.md").write_text("---\nlibrary_name: mole_diffusion\n---\n")
     check_out(tmp_path)

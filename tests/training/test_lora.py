@@ -67,6 +67,8 @@ def flat(factors: dict[str, Any]) -> dict[str, Tensor]:
         ({"seed": -1}, ValueError, "`seed` must be 0 or more, and less than .*, got -1"),
         ({"alpha": -1.0}, ValueError, "`alpha` must be positive .* got -1.0"),
         ({"resolution": 4}, ValueError, "`resolution` must be at least 8 pixels"),
+        ({"resolution": 10**8}, ValueError, "`resolution` must be at most 16384 pixels, got 100000000"),
+        ({"steps": 10**30}, ValueError, "`steps` must be at most 1,000,000,000, got 1000000"),
         ({"resolution": "own"}, ValueError, "`resolution` must be a number of pixels, None or \"native\", got 'own'"),
         ({"steps": 0}, ValueError, "`steps` must be at least 1, got 0"),
         ({"batch_size": 0}, ValueError, "`batch_size` must be at least 1, got 0"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -20,8 +21,10 @@ from mole_diffusion.errors import MoLEError
 from mole_diffusion.families import family_of
 from mole_diffusion.files import write_json, write_safetensors
 from mole_diffusion.reading import regular_size, regular_text
+from mole_diffusion.tensor_files import TensorFile
 
 STATE_FILE = "state.json"
+RUN = "mole_diffusion.run"  # in the header of a checkpoint's tensors
 
 
 def fingerprint(config: Any, tensors: Iterable[Tensor], texts: Iterable[str] = ()) -> str:
@@ -88,13 +91,13 @@ class CheckpointFolder:
             for entry, value in entries.items():
                 tensors[f"optimizer/{entry}/{names[index]}"] = value
         file = f"step-{step:07d}.safetensors"
-        write_safetensors(self.folder / file, tensors)
+        write_safetensors(self.folder / file, tensors, {RUN: self.run})
         state = {"run": self.run, "step": step, "tensors": file, "threads": torch.get_num_threads()}
         write_json(self.folder / STATE_FILE, state | {"extra": dict(extra)})
-        self.latest = self.folder / file
-        for old in self.folder.glob("step-*.safetensors"):
-            if old.name != file:
-                old.unlink()
+        before, self.latest = self.latest, self.folder / file
+        for old in (before, *self.tensors_of(self.run)):
+            if old is not None and old != self.latest:
+                old.unlink(missing_ok=True)
 
     def load(
         self, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, expects: Collection[str] = ()
@@ -109,7 +112,7 @@ class CheckpointFolder:
         Raises:
             MoLEError: The checkpoint is of another config, of other data or of another model, or it is damaged.
         """
-        state = self._read_state()
+        state = self.state()
         if state is None:
             return None
         if state["run"] != self.run:
@@ -133,7 +136,12 @@ class CheckpointFolder:
         self.latest = self.folder / state["tensors"]
         return state["step"], state["extra"]
 
-    def _read_state(self) -> dict[str, Any] | None:
+    def state(self) -> dict[str, Any] | None:
+        """What `state.json` says, or None without one.
+
+        Raises:
+            MoLEError: It is damaged.
+        """
         file = self.folder / STATE_FILE
         if not file.exists():
             return None
@@ -147,6 +155,15 @@ class CheckpointFolder:
         if Path(state["tensors"]).name != state["tensors"]:
             raise self._damaged(STATE_FILE, f"`tensors` is {state['tensors']!r}, which is no name of a file beside it")
         return state
+
+    def tensors_of(self, run: str) -> list[Path]:
+        """Files of tensors of one training: the folder may hold other people's of such names."""
+        found = []
+        for file in self.folder.glob("step-*.safetensors"):
+            with contextlib.suppress(MoLEError):
+                if TensorFile(file).metadata.get(RUN) == run:
+                    found.append(file)
+        return found
 
     def _read_tensors(
         self, file: str, parameters: Mapping[str, Tensor]
@@ -186,7 +203,10 @@ class CheckpointFolder:
 
 def clear_checkpoints(folder: Path) -> None:
     """Takes the checkpoint in a folder away, and the folder where nothing else is in it."""
-    for file in (folder / STATE_FILE, *folder.glob("step-*.safetensors")):
-        file.unlink(missing_ok=True)
+    checkpoints = CheckpointFolder(folder, "")
+    state = checkpoints.state()
+    if state is not None:
+        for file in (folder / state["tensors"], *checkpoints.tensors_of(state["run"]), folder / STATE_FILE):
+            file.unlink(missing_ok=True)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()

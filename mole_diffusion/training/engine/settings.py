@@ -9,6 +9,8 @@ from typing import Any
 
 from mole_diffusion.errors import MoLEError
 
+MOST_STEPS = 10**9  # more than anybody takes, and few enough to count with
+LARGEST_SIDE = 2**14  # pixels
 _KINDS: dict[str, type] = {"int": Integral, "float": Real, "bool": bool}
 
 
@@ -49,6 +51,10 @@ def check_step_settings(config: Any) -> None:
     for field in ("steps", "batch_size"):
         if getattr(config, field) < 1:
             raise MoLEError(f"`{field}` must be at least 1, got {getattr(config, field)}.")
+        if getattr(config, field) > MOST_STEPS:
+            raise MoLEError(f"`{field}` must be at most {MOST_STEPS:,}, got {getattr(config, field)}.")
+    if isinstance(config.resolution, int) and config.resolution > LARGEST_SIDE:
+        raise MoLEError(f"`resolution` must be at most {LARGEST_SIDE} pixels, got {config.resolution}.")
     for field in ("warmup_steps", "checkpoint_every"):
         if getattr(config, field) < 0:
             raise MoLEError(f"`{field}` must be 0 (off) or more, got {getattr(config, field)}.")

@@ -17,6 +17,7 @@ from mole_diffusion.errors import MoLEError
 from mole_diffusion.files import atomic_path, try_folder, write_json, write_last
 from mole_diffusion.gating import MoLEModel
 from mole_diffusion.gating.card import LIBRARY
+from mole_diffusion.gating.folder import CONFIG, WEIGHTS, is_config
 from mole_diffusion.reading import regular_text
 from mole_diffusion.sheets import curves, gate_heat_maps, picture_sheet
 from mole_diffusion.tables import markdown_table, number
@@ -208,11 +209,6 @@ def _is_record(file: Path) -> bool:
     return isinstance(found, dict) and {"config", "prompts", "numbers"} <= set(found)
 
 
-def _is_config(file: Path) -> bool:
-    found = _json(file)
-    return isinstance(found, dict) and found.get("_class_name") == MoLEModel.__name__
-
-
 def _is_card(file: Path) -> bool:
     try:
         return LIBRARY in regular_text(file)
@@ -221,7 +217,7 @@ def _is_card(file: Path) -> bool:
 
 
 def _has_record(file: Path) -> bool:
-    return (file.parent / TRAINING_FILE).is_file() or (file.parent / "config.json").is_file()
+    return (file.parent / TRAINING_FILE).is_file() or (file.parent / CONFIG).is_file()
 
 
 def _json(file: Path) -> Any:
@@ -233,9 +229,9 @@ def _json(file: Path) -> Any:
 
 _OURS: dict[str, Callable[[Path], bool]] = {
     TRAINING_FILE: _is_record,
-    "config.json": _is_config,
+    CONFIG: is_config,
     CARD_FILE: _is_card,
-    "diffusion_pytorch_model.safetensors": _has_record,
+    WEIGHTS: lambda file: is_config(file.parent / CONFIG),
     **dict.fromkeys(("curves.png", "gates.png", "samples.png"), _has_record),
 }
 """Every file of a report, and how to tell that it is one."""
