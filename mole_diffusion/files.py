@@ -86,6 +86,23 @@ def _put(file: Path, target: Path) -> None:
     os.replace(file, target)
 
 
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Hands out a temporary folder beside `path`; on success it takes `path`'s place, on an error nothing is there.
+
+    `path` is missing or an empty folder. What a process that was killed left beside it is cleaned away.
+
+    Raises:
+        NotWrittenError: The system does not let it be written.
+    """
+    target = Path(path)
+    with atomic_path(target) as temporary, saving_safetensors():
+        temporary.mkdir()
+        yield temporary
+        if target.is_dir():
+            target.rmdir()  # Windows puts nothing in the place of an empty folder
+
+
 def write_json(path: str | os.PathLike[str], value: Any) -> Path:
     """Writes `value` as indented JSON, atomically. Raises ValueError for NaN and infinity, which JSON does not have."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
@@ -128,14 +145,32 @@ def write_last(path: str | os.PathLike[str], write: Callable[[Path], object]) ->
     Raises:
         NotWrittenError: It could not be written to `path`. The message says where it lies instead.
     """
-    target = Path(path)
-    try:
-        with _not_written(target), saving_safetensors():
-            write(target)
-    except NotWrittenError as error:
-        kept = _keep(target.name, write)
-        where = "There is no other place for it either." if kept is None else f"What was made lies in {kept}."
-        raise NotWrittenError(f"{error} {where}") from error
+    write_all_last({Path(path): write})
+
+
+def write_all_last(writes: Mapping[Path, Callable[[Path], object]]) -> None:
+    """Writes several things that long work ends with, as `write_last`; one that fails does not hold up the others.
+
+    Args:
+        writes: By file or folder, what writes to the path that it is given.
+
+    Raises:
+        NotWrittenError: Something could not be written to its path. The message says where all such lies instead.
+    """
+    failed: dict[Path, Callable[[Path], object]] = {}
+    first: NotWrittenError | None = None
+    for target, write in writes.items():
+        try:
+            with _not_written(target), saving_safetensors():
+                write(target)
+        except NotWrittenError as error:
+            failed[target], first = write, first or error
+    if first is None:
+        return
+    kept = _keep(failed)
+    others = f" So it is with {len(failed) - 1} more." if len(failed) > 1 else ""
+    where = "There is no other place for it either." if kept is None else f"What was made lies in {kept}."
+    raise NotWrittenError(f"{first}{others} {where}") from first
 
 
 def try_file(path: str | os.PathLike[str]) -> Path:
@@ -267,16 +302,22 @@ def _again_if_gone(attempt: Callable[[], object]) -> None:
     attempt()
 
 
-def _keep(name: str, write: Callable[[Path], object]) -> Path | None:
-    """Where it could be written instead."""
-    for place in (Path(tempfile.gettempdir()), Path.home()):
+def _keep(writes: Mapping[Path, Callable[[Path], object]]) -> Path | None:
+    """Where all of it could be written instead: one thing's own path, or a folder of several."""
+    for place in (tempfile.gettempdir, Path.home):
+        folder: Path | None = None
         try:
-            kept = Path(tempfile.mkdtemp(prefix="mole-kept-", dir=place)) / name
-            with saving_safetensors():
-                write(kept)
-        except OSError:
+            folder = Path(tempfile.mkdtemp(prefix="mole-kept-", dir=place()))
+            for number, (target, write) in enumerate(writes.items()):
+                kept = folder / target.name
+                kept = folder / f"{number}-{target.name}" if kept.exists() else kept
+                with saving_safetensors():
+                    write(kept)
+        except (OSError, RuntimeError):  # RuntimeError: nobody knows where home is
+            if folder is not None:  # half of it is of no use, and may be what fills the disk
+                shutil.rmtree(folder, ignore_errors=True)
             continue
-        return kept
+        return kept if len(writes) == 1 else folder
     return None
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from .errors import MoLEError
+from .reading import regular_size
 
 COMPANIONS = frozenset(
     ".txt .caption .json .jsonl .csv .tsv .md .rst .html .xml .yaml .yml .toml .log .ini .db .py .ipynb .sh "
@@ -36,6 +37,13 @@ _POSTSCRIPT = (b"%!PS", b"\xc5\xd0\xd3\xc6")
 _PNG, _NO_PIXELS = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 
 
+def refuse_ending(path: str | os.PathLike[str]) -> None:
+    """Raises MoLEError unless a picture can be written under this name: its ending says the format."""
+    ending = Path(path).suffix
+    if Image.registered_extensions().get(ending.lower()) not in Image.SAVE:
+        raise MoLEError(f"{os.fspath(path)}: a picture needs a suffix such as .png, got {ending!r}.")
+
+
 def picture_files(folder: str | os.PathLike[str]) -> list[Path]:
     """The pictures of a folder in natural order: 2.png before 10.png.
 
@@ -46,10 +54,10 @@ def picture_files(folder: str | os.PathLike[str]) -> list[Path]:
         MoLEError: There is no such folder, or no picture in it.
     """
     path = Path(folder)
-    if not path.is_dir():
-        raise MoLEError(f"{path}: there is no such folder of pictures.")
     try:
         entries = list(path.iterdir())
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a null character in the name
+        raise MoLEError(f"{path}: there is no such folder of pictures.") from None
     except OSError as error:
         raise MoLEError(f"{path}: this folder cannot be read: {error.strerror}.") from None
     visible = [entry for entry in entries if not entry.name.startswith(".")]
@@ -74,11 +82,12 @@ def read_picture(file: str | os.PathLike[str]) -> Image.Image:
         MoLEError: There is no such file; or it is cut short, damaged, no picture, or of a kind that cannot be read.
     """
     path = Path(file)
-    if not path.is_file():  # a pipe or a device would never end
-        what = "is no file" if path.exists() else "does not exist"
-        raise MoLEError(f"{path} cannot be read as a picture: it {what}.")
     try:
-        if path.stat().st_size > _MOST_BYTES:
+        size = regular_size(path)
+    except MoLEError as error:
+        raise MoLEError(f"{path} cannot be read as a picture: {error}.") from None
+    try:
+        if size > _MOST_BYTES:
             raise MoLEError(f"{path} is larger than {_MOST_BYTES // 2**20} MiB, and read whole. Make it smaller.")
         data = path.read_bytes()
     except OSError as error:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import MoLEError
+from .reading import regular_size
 
 _MARKS = (  # longer ones first: UTF-32's begins with UTF-16's
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -30,10 +31,12 @@ def read_prompt_text(file: str | os.PathLike[str]) -> str:
         MoLEError: There is no such file, it is too large for text, or it is in another encoding.
     """
     path = Path(file)
-    if not path.is_file():  # a pipe or a device would never end
-        raise MoLEError(f"{path}: {'this is no file' if path.exists() else 'there is no such file'}.")
     try:
-        if path.stat().st_size > _MOST_BYTES:
+        size = regular_size(path)
+    except MoLEError as error:
+        raise MoLEError(f"{path}: {error}.") from None
+    try:
+        if size > _MOST_BYTES:
             raise MoLEError(f"{path} is larger than {_MOST_BYTES // 2**20} MiB, which is no list of prompts.")
         data = path.read_bytes()
     except OSError as error:

@@ -14,6 +14,7 @@ from mole_diffusion.errors import MoLEError
 from mole_diffusion.extras import needs
 
 from .files import atomic_path
+from .pictures import refuse_ending
 
 PLOTS = "drawing weights and curves"  # what needs matplotlib
 INK, PAPER, GAP = (28, 28, 32), (255, 255, 255), 6
@@ -38,8 +39,9 @@ def picture_sheet(
             fits (64 to 128 or 192), so that every pixel stays visible; larger ones are reduced.
 
     Raises:
-        MoLEError: There is no picture to show.
+        MoLEError: There is no picture to show, or pictures cannot be written under such a name.
     """
+    refuse_ending(path)
     if not any(pictures for _, pictures in rows):
         raise MoLEError("there is no picture to put on the sheet: every row is empty.")
     font, bold = ImageFont.load_default(16), ImageFont.load_default(20)

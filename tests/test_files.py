@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import shutil
@@ -21,11 +22,13 @@ from mole_diffusion.errors import MoLEError
 from mole_diffusion.files import (
     NotWrittenError,
     atomic_files,
+    atomic_folder,
     atomic_path,
     file_name,
     in_use,
     try_file,
     try_folder,
+    write_all_last,
     write_json,
     write_last,
     write_safetensors,
@@ -68,6 +71,35 @@ def test_what_cannot_be_written_in_the_end_is_kept(tmp_path: Path, monkeypatch: 
     kept = Path(str(caught.value).split("lies in ")[1].rstrip("."))
     assert kept.read_text() == "[\n  1\n]\n"
     assert kept.name == "out.json"
+
+
+def test_one_that_cannot_be_written_does_not_hold_up_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    def write(path: Path) -> None:
+        write_json(path, path.name)
+
+    places = [Path("/proc/a.json"), tmp_path / "b.json", Path("/proc/c.json"), Path("/proc/mole/c.json")]
+    with pytest.raises(NotWrittenError, match=r"/proc/a\.json cannot be written: .* So it is with 2 more\.") as caught:
+        write_all_last(dict.fromkeys(places, write))
+    kept = Path(str(caught.value).split("lies in ")[1].rstrip("."))
+    assert sorted(path.name for path in kept.iterdir()) == ["2-c.json", "a.json", "c.json"]
+    assert (tmp_path / "b.json").is_file()
+
+
+def test_half_of_what_fits_nowhere_does_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    def write(folder: Path) -> None:
+        write_json(folder / "a.json", 1)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(NotWrittenError, match="There is no other place for it either"):
+        write_last(tmp_path / "out", write)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_disk_that_takes_no_more_is_our_error(tmp_path: Path) -> None:
@@ -140,6 +172,27 @@ def test_files_have_the_mode_that_the_umask_gives(tmp_path: Path) -> None:
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert sorted(path.name for path in files) == ["one.safetensors", "two.json", "two.safetensors"]
     assert {path.stat().st_mode & 0o777 for path in files} == {0o640}
+
+
+def test_a_folder_comes_whole_or_not_at_all(tmp_path: Path) -> None:
+    def half() -> None:
+        with atomic_folder(tmp_path / "out") as temporary:
+            (temporary / "deep").mkdir()
+            (temporary / "deep" / "a").write_text("half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(NotWrittenError, match=r"out cannot be written: No space left on device\. Free some space"):
+        half()
+    assert list(tmp_path.iterdir()) == []
+    for _ in range(2):  # where there is nothing, and where there is an empty folder
+        with atomic_folder(tmp_path / "out") as temporary:
+            (temporary / "a").write_text("whole")
+        assert (tmp_path / "out" / "a").read_text() == "whole"
+        (tmp_path / "out" / "a").unlink()
+    (tmp_path / "out" / "mine").touch()
+    with pytest.raises(NotWrittenError, match="cannot be written"), atomic_folder(tmp_path / "out"):
+        pass
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
 
 
 def test_a_folder_is_used_by_one_process_and_free_when_that_dies(tmp_path: Path) -> None:

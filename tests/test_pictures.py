@@ -138,7 +138,7 @@ def test_files_of_a_folder_are_read_or_named_in_natural_order(tmp_path: Path) ->
     assert sorted(set(names) - set(readable)) == ["gone.png", "z.heic"]
     for name in readable:
         assert read_picture(tmp_path / name).size == (8, 8)
-    with pytest.raises(MoLEError, match=r"gone\.png cannot be read as a picture: it does not exist"):
+    with pytest.raises(MoLEError, match=r"gone\.png cannot be read as a picture: no such file"):
         read_pictures(tmp_path)
     (tmp_path / "gone.png").unlink()
     with pytest.raises(
@@ -149,6 +149,11 @@ def test_files_of_a_folder_are_read_or_named_in_natural_order(tmp_path: Path) ->
         picture_files(tmp_path / "inside")
     with pytest.raises(MoLEError, match="there is no such folder"):
         picture_files(tmp_path / "nowhere")
+    for name in ("a" * 300, "a\0b"):  # the system itself refuses these
+        with pytest.raises(MoLEError, match=r"cannot be read|there is no such folder"):
+            picture_files(tmp_path / name)
+        with pytest.raises(MoLEError, match="cannot be read as a picture: cannot be opened"):
+            read_picture(tmp_path / name)
     (tmp_path / "inside" / "deeper").mkdir()
     with pytest.raises(MoLEError, match="Folders inside are not looked into: deeper"):
         picture_files(tmp_path / "inside")
@@ -156,7 +161,7 @@ def test_files_of_a_folder_are_read_or_named_in_natural_order(tmp_path: Path) ->
 
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.png")
-    with pytest.raises(MoLEError, match=r"a\.png cannot be read as a picture: it is no file"):
+    with pytest.raises(MoLEError, match=r"a\.png cannot be read as a picture: a pipe, not a file"):
         read_pictures(tmp_path)
 
 

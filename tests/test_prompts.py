@@ -74,9 +74,9 @@ def test_no_file_a_folder_and_a_pipe(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.txt")
     (tmp_path / "folder.txt").mkdir()
     for name, message in (
-        ("none", "there is no such file"),
-        ("pipe", "this is no file"),
-        ("folder", "this is no file"),
+        ("none", "no such file"),
+        ("pipe", "a pipe, not a file"),
+        ("folder", "a folder, not a file"),
     ):
         with pytest.raises(MoLEError, match=rf"{name}\.txt: {message}"):
             read_prompts(tmp_path / f"{name}.txt", ["0.png"])

@@ -12,7 +12,7 @@ from .. import __version__
 from ..drawing.as_python import as_python
 from ..drawing.settings import TOYBOX, LoRASettings, PictureSettings
 from ..errors import MoLEError
-from ..files import atomic_path, file_name, try_folder, write_json
+from ..files import atomic_folder, file_name, try_folder, write_json
 from ..lora import inspect_lora
 from ..reading import parse_json, read_text
 
@@ -63,24 +63,36 @@ def write_space(settings: PictureSettings, out: str | os.PathLike[str]) -> Path:
     try_folder(target)
     if target.is_dir() and any(target.iterdir()):
         raise MoLEError(f"{target} is not empty. Choose another folder.")
+    with atomic_folder(target) as folder:
+        _fill(folder, settings)
+    return target
+
+
+def _fill(folder: Path, settings: PictureSettings) -> None:
+    """Writes the Space into an empty folder."""
+    model = folder / "model"
+    (model / "loras").mkdir(parents=True)
     loras: list[LoRASettings] = []
     for number, lora in enumerate(settings.loras, start=1):
         file = f"model/loras/{number}-{file_name(lora.name)}.safetensors"
-        _copy(Path(lora.path), target / file)
+        (folder / file).write_bytes(Path(lora.path).read_bytes())
         loras.append(replace(lora, file=file))
     begin = replace(settings, loras=tuple(loras), device="cpu", dtype="float32")
+    texts = {
+        folder / "README.md": _card([lora.name for lora in loras]),
+        folder / "requirements.txt": f"mole-diffusion[app]=={__version__}\n",
+        folder / "app.py": APP,
+    }
     if settings.gates is None:
-        _write(target / "model" / "README.md", _model_card(begin))
+        texts[model / "README.md"] = _model_card(begin)
     else:
         begin = replace(begin, gates="model")
         for name in (*GATES, *BESIDE):
             if (Path(settings.gates) / name).is_file():
-                _copy(Path(settings.gates) / name, target / "model" / name)
-    write_json(target / SETTINGS, begin.to_dict())
-    _write(target / "README.md", _card(names))
-    _write(target / "requirements.txt", f"mole-diffusion[app]=={__version__}\n")
-    _write(target / "app.py", APP)
-    return target
+                (model / name).write_bytes((Path(settings.gates) / name).read_bytes())
+    write_json(folder / SETTINGS, begin.to_dict())
+    for path, text in texts.items():
+        path.write_text(text, encoding="utf-8")
 
 
 def _check_gates(folder: Path, names: Sequence[str]) -> None:
@@ -109,13 +121,3 @@ def _model_card(settings: PictureSettings) -> str:
         f"---\nlibrary_name: mole_diffusion\n{base}tags:\n- lora\n---\n\n# {title}\n\n"
         f"LoRAs that are drawn with together. In this folder:\n\n```python\n{as_python(from_here)}```\n"
     )
-
-
-def _copy(source: Path, target: Path) -> None:
-    with atomic_path(target) as temporary:
-        temporary.write_bytes(source.read_bytes())
-
-
-def _write(path: Path, text: str) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -133,4 +135,7 @@ app.add_typer(toybox, name="toybox")
 
 def main() -> None:
     """Entry point of the `mole` script."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # where a terminal or a log has no sign for it, "?" stands
     app(prog_name="mole")

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mole_diffusion.files import try_folder
+from mole_diffusion.files import try_folder, write_last
 
 from ..drawing.opening import pick_device, quiet_loading
+from ..drawing.settings import LARGEST_SEED
 from .inputs import Device
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from mole_diffusion.gating import GateRecord
 
+SHEET, FIRST, HEAT_MAP = "sheet.png", "first.png", "gates.png"
 GROUND = "grass"
 NUM_SEEDS = 3
 # A place for each of the three subjects, as fractions of the picture: left, top, right, bottom.
@@ -27,7 +29,7 @@ BOXES = [(0.0, 0.0, 0.5, 0.6), (0.5, 0.0, 1.0, 0.6), (0.25, 0.55, 0.75, 1.0)]
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("outputs/demo"),
-    seed: Annotated[int, typer.Option(min=0, help="First of three seeds.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED - NUM_SEEDS, help="First of three seeds.")] = 0,
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 25,
     guidance_scale: Annotated[float, typer.Option(min=0, help="Classifier-free guidance.")] = 3.0,
     device: Device = "auto",
@@ -91,22 +93,22 @@ def demo(
     rows.append((f"the same gates,\nthe {names[-1]}'s LoRA\nmasked out", draw("mole", loras=names[:-1])))
     rows.append((f"{three},\neach LoRA alone,\nfor comparison", alone))
 
-    sheet = picture_sheet(rows, out / "sheet.png", title=prompt, cell=192)
-    first = picture_sheet(
-        [("", [*references, found[0], found_masks[0]])],
-        out / "first.png",
-        title=prompt,
-        columns=[*(f"{name}.safetensors" for name in names), "all three", "which acted where"],
-        cell=192,
-    )
     table = record.table()
     shown = table.values.masked_fill(~record.present(), float("nan"))
-    heat_map = gate_heat_map(shown, table.places, table.loras, out / "gates.png", title="mean gate weights")
+    columns = [*(f"{name}.safetensors" for name in names), "all three", "which acted where"]
+
+    def write(folder: Path) -> None:
+        strip = [("", [*references, found[0], found_masks[0]])]
+        picture_sheet(rows, folder / SHEET, title=prompt, cell=192)
+        picture_sheet(strip, folder / FIRST, title=prompt, columns=columns, cell=192)
+        gate_heat_map(shown, table.places, table.loras, folder / HEAT_MAP, title="mean gate weights")
+
+    write_last(out, write)
     console = Console(highlight=False)
     console.print(f'"{prompt}", with gates, seeds {seed} to {seed + NUM_SEEDS - 1}:', markup=False)
     console.print(_gate_table(record))
-    for what, path in (("gates as a heat map", heat_map), ("picture sheet", sheet), ("in a strip", first)):
-        typer.echo(f"{what}: {path.resolve()}")
+    for what, name in (("gates as a heat map", HEAT_MAP), ("picture sheet", SHEET), ("in a strip", FIRST)):
+        typer.echo(f"{what}: {(out / name).resolve()}")
 
 
 def _load(names: list[str], device: Any) -> Any:

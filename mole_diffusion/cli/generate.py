@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mole_diffusion.files import try_file, try_folder, write_last
+from mole_diffusion.files import try_file, try_folder, write_all_last
 
 from ..drawing.opening import (
     SINGLE_FILE,
@@ -202,11 +203,16 @@ def generate(
     wanted = draw.sized(pipe, wanted)
     draw.prepare(pipe, wanted)
     drawn = draw.draw(pipe, wanted)
-    for index, (picture, file) in enumerate(zip(drawn, pictures, strict=True)):
-        write_last(file, partial(_save, picture, replace(wanted, index=index)))
+    writes: dict[Path, Callable[[Path], object]] = {
+        file: partial(_save, picture, replace(wanted, index=index))
+        for index, (picture, file) in enumerate(zip(drawn, pictures, strict=True))
+    }
+    if save_masks is not None:
+        writes[save_masks] = lambda folder: pipe.masks.save(folder, drawn)
+    write_all_last(writes)
+    for index, file in enumerate(pictures):
         typer.echo(f"picture: {file}" + (f" (seed {seed + index})" if num_images > 1 else ""))
     if save_masks is not None:
-        write_last(save_masks, lambda folder: pipe.masks.save(folder, drawn))
         typer.echo(f"masks: {save_masks}")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mole_diffusion.errors import MoLEError
 
+LARGEST_SIDE = 2**14  # pixels
 WEBUI_LORA = re.compile(r"<(?:lora|lyco):[^>]*>", re.IGNORECASE)
 
 
@@ -28,8 +29,10 @@ def read_prompt(prompt: str) -> str:
 
 
 def read_size(height: int | None, width: int | None) -> None:
-    """Raises MoLEError unless both are multiples of 8, as autoencoders want them."""
+    """Raises MoLEError unless both are multiples of 8, as autoencoders want them, and no more than can be drawn."""
     for option, size in (("--height", height), ("--width", width)):
+        if size is not None and size > LARGEST_SIDE:
+            raise MoLEError(f"{option} {size}: must be at most {LARGEST_SIDE}.")
         if size is not None and size % 8:
             raise MoLEError(f"{option} {size}: must be a multiple of 8, such as {max(8, size // 8 * 8)}.")
 
@@ -40,9 +43,10 @@ def output_files(out: Path, count: int) -> list[Path]:
     Raises:
         MoLEError: Pictures cannot be written in the format of the suffix.
     """
-    from PIL import Image
+    from mole_diffusion.pictures import refuse_ending
 
-    known = Image.registered_extensions()
-    if known.get(out.suffix.lower()) not in Image.SAVE:
-        raise MoLEError(f"--out {out}: a picture needs a suffix such as .png, got {out.suffix!r}.")
+    try:
+        refuse_ending(out)
+    except MoLEError as error:
+        raise MoLEError(f"--out {error}") from None
     return [out] if count == 1 else [out.with_name(f"{out.stem}-{index}{out.suffix}") for index in range(count)]

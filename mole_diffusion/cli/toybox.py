@@ -11,6 +11,7 @@ import typer
 from mole_diffusion.errors import MoLEError
 
 from ..drawing.opening import find_base, pick_device, quiet_loading
+from ..drawing.settings import LARGEST_SEED
 from .inputs import Base, Device
 
 toybox = typer.Typer(
@@ -23,7 +24,7 @@ toybox = typer.Typer(
 @toybox.command()
 def build(
     out: Annotated[Path, typer.Option(help="Folder for the result and its checkpoints.")] = Path("runs/toybox"),
-    seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of everything random.")] = 0,
     base_steps: Annotated[
         int | None,
         typer.Option(min=1, help="Steps of the base model; more make it better [default: the shipped one's]."),
@@ -98,7 +99,7 @@ def measure(
     ] = None,
     out: Annotated[Path, typer.Option(help="Where to write the numbers.")] = Path("outputs/report.json"),
     pictures: Annotated[int, typer.Option(min=1, help="Pictures a row; a quarter of it for every subject.")] = 200,
-    seed: Annotated[int, typer.Option(min=0, help="Of the prompts and of the noise.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the prompts and of the noise.")] = 0,
     device: Device = "auto",
 ) -> None:
     """Measure a toybox by its oracle: base, LoRAs alone and in company, CLIP. An hour or more on a CPU.
@@ -110,7 +111,9 @@ def measure(
       mole toybox measure --assets runs/toybox/assets --out runs/toybox/report.json
     """
     from mole_diffusion import toybox as world
-    from mole_diffusion.files import write_json
+    from mole_diffusion.files import try_file, write_json, write_last
+
+    try_file(out)
     from mole_diffusion.toybox.recipe.measure import measure as measure_toybox
 
     folder = world.base_dir().parent if assets is None else assets
@@ -121,7 +124,8 @@ def measure(
         )
     with quiet_loading():
         report = measure_toybox(folder, seed=seed, device=pick_device(device), num_pictures=pictures)
-    typer.echo(f"numbers: {write_json(out, report)}")
+    write_last(out, lambda path: write_json(path, report))
+    typer.echo(f"numbers: {out}")
 
 
 @toybox.command()
@@ -129,7 +133,7 @@ def anonymous(
     out: Annotated[Path, typer.Option(help="Folder for the subjects, one folder each.")] = Path("runs/anonymous"),
     count: Annotated[int, typer.Option(help="How many; the first sixteen are of sixteen classes.")] = 24,
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of each LoRA.")] = 600,
-    seed: Annotated[int, typer.Option(min=0, help="Of the looks and of the trainings.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the looks and of the trainings.")] = 0,
     base: Base = "toybox",
     device: Device = "auto",
 ) -> None:

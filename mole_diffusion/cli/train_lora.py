@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..drawing.opening import find_base, pick_device, quiet_loading
+from ..drawing.settings import LARGEST_SEED
 from ..errors import MoLEError
 from .inputs import Base, BaseDtype, Device, read_base_dtype, read_reference_pictures
 
@@ -28,7 +29,7 @@ def train_lora(
     batch_size: Annotated[int, typer.Option(help="Samples a step.")] = 4,
     learning_rate: Annotated[float, typer.Option(help="Peak of the learning rate.")] = 1e-3,
     resolution: Annotated[int | None, typer.Option(help="Side of the training pictures [default: the base's]")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of everything random.")] = 0,
     work: Annotated[
         Path | None,
         typer.Option(

@@ -31,7 +31,7 @@ def pick_device(name: str) -> Any:
     try:
         device = torch.device(name)
         torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without CUDA
+    except (RuntimeError, AssertionError, ImportError) as error:  # torch without CUDA, without that kind of device
         raise MoLEError(f"--device {name} cannot be used here. Try --device cpu. ({error})") from None
     return device
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.families.names import canonical_name
-from mole_diffusion.files import atomic_path
+from mole_diffusion.files import atomic_folder, atomic_path
 from mole_diffusion.lora.adapter import DIFFUSERS_METADATA, read_adapter_settings, strength
 from mole_diffusion.lora.embeddings import is_embedding
 from mole_diffusion.lora.errors import refusal
@@ -72,7 +72,7 @@ def convert_lora(
     Raises:
         LoRAError: The file cannot be read, has something that the layout has no place for, or fits no model that is
             known.
-        MoLEError: `out` is no such path, or `to` is no layout.
+        MoLEError: `out` is no such path, or `source` itself, or `to` is no layout.
     """
     target = Path(out)
     if to not in get_args(Target):
@@ -82,6 +82,8 @@ def convert_lora(
     if to != "peft" and target.suffix != ".safetensors":
         raise MoLEError(f"{target} does not end in .safetensors, as a LoRA file does.")
     file = read_source(source)
+    if target.exists() and target.samefile(file.source):
+        raise MoLEError(f"{target} is the file that is converted, and would be lost. Give another name.")
     layout, pieces = find_pieces(file)
     bundled = {key: file.tensors[key].contiguous() for key in file.entries if is_embedding(key)}
     if to == "kohya":
@@ -296,9 +298,7 @@ def _write_peft(
     }
     named = {name: module for (_, name), module in modules.items()}
     config = {"peft_type": "LORA", **_config(named), "use_dora": magnitudes == {True}, "bias": "none"}
-    folder.mkdir(parents=True)
-    with atomic_path(folder / PEFT_CONFIG) as temporary:
-        temporary.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
-    with atomic_path(folder / PEFT_WEIGHTS) as temporary:
-        temporary.write_bytes(stable_bytes(tensors, metadata))
+    with atomic_folder(folder) as temporary:
+        (temporary / PEFT_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+        (temporary / PEFT_WEIGHTS).write_bytes(stable_bytes(tensors, metadata))
     return folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
 from mole_diffusion import __version__, toybox
+from mole_diffusion.cli import main
 from mole_diffusion.composition import COMPOSITIONS
 from mole_diffusion.lora import inspect_lora, load_lora, save_lora
 from mole_diffusion.pipelines import MoLEStableDiffusionPipeline
@@ -231,6 +233,22 @@ def test_demo_draws_a_sheet_and_says_who_got_what(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("tiny_toybox")
+def test_pictures_of_a_demo_are_kept(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+
+    def a_file_takes_the_place(name: str) -> list[Image.Image]:
+        out.write_text("mine")
+        return [picture(world / "pictures" / f"{name}.png")]
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(toybox, "references", a_file_takes_the_place)
+    done = mole("demo", "--out", out, "--steps", 1, "--device", "cpu")
+    assert done.exit_code == 2, done.output
+    kept = Path(done.stderr.split("lies in ")[1].strip().rstrip("."))
+    assert sorted(file.name for file in kept.iterdir()) == ["first.png", "gates.png", "sheet.png"]
+
+
+@pytest.mark.usefixtures("tiny_toybox")
 def test_the_toybox_is_a_base_by_its_name(world: Path, tmp_path: Path) -> None:
     arguments = drawing(world, tmp_path / "it.png")
     arguments[arguments.index("--base") + 1] = "toybox"
@@ -273,6 +291,8 @@ def bad_calls(world: Path, tmp: Path) -> dict[str, tuple[list[object], str]]:
             ["toybox", "measure", "--assets", world],
             "no toybox, for it lacks loras and clip. Make one with mole toybox build.",
         ),
+        "numbers into a folder": (["toybox", "measure", "--out", empty], "is a folder, and a file is to be written"),
+        "no picture format of a sheet": (["toybox", "show", "--out", tmp / "it.txt"], "a picture needs a suffix such"),
         "too many strangers": (["toybox", "anonymous", "--count", 157], "count must be 1 to 156"),
         "no file": (["inspect", tmp / "none.safetensors"], "none.safetensors"),
         "no folder": ([*train, "--images", tmp / "none", "--out", "x.safetensors"], "none: there is no such folder"),
@@ -330,6 +350,19 @@ def test_as_a_process_of_its_own() -> None:
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith("mole: no/such.safetensors: no such file")
+
+
+def test_a_terminal_that_has_not_every_sign(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "ascii"))
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    monkeypatch.setattr(sys, "argv", ["mole", "methods"])
+    with pytest.raises(SystemExit) as done:
+        main()
+    assert done.value.code == 0
+    sys.stdout.flush()
+    assert b"composite" in written.getvalue()
+    assert b"?" in written.getvalue()
 
 
 def test_help_does_not_wait_for_torch() -> None:

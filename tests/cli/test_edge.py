@@ -35,6 +35,15 @@ def run_raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> Any:
         (MoLEError("wrong\nfile \x1b[31m"), "mole: wrong file \\x1b[31m\n"),
         (OSError(errno.ENOSPC, "No space left on device", "out.png"), "No space left on device: 'out.png'"),
         (MoLEError("x" * 10**6), "…"),
+        (
+            MemoryError(),
+            "mole: there is not enough memory. Take smaller pictures, fewer at a time, or a lower --dtype.",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "memory. Take smaller pictures"),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:1]. can't allocate memory: 9 bytes\nframe"),
+            "memory: 9 bytes)\n",
+        ),
     ],
 )
 def test_what_a_user_can_mend_is_one_line(monkeypatch: pytest.MonkeyPatch, error: Any, said: str) -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from mole_diffusion.cli.lora_entries import read_loras
 from mole_diffusion.composition import RegionMap
+from mole_diffusion.drawing import draw
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.loading import LoadingError
 from mole_diffusion.lora import load_lora, save_lora
@@ -109,6 +110,25 @@ def test_regions_are_boxes_and_painted_pictures(world: Path, composing: Any, tmp
     assert picture(out).tobytes() != drawn(composing)
 
 
+def test_every_picture_that_was_drawn_is_kept(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    real = draw.draw
+
+    def a_file_takes_the_place(*arguments: Any) -> Any:
+        out.write_text("mine")
+        return real(*arguments)
+
+    monkeypatch.setattr(draw, "draw", a_file_takes_the_place)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    masks = [*told(*NAMES), "--save-masks", out / "masks"]
+    done = mole(*drawing(world, out / "it.png", "--num-images", 2, *masks))
+    assert done.exit_code == 2, done.output
+    assert "it-0.png cannot be written: a part of its path is a file. Choose" in done.stderr
+    kept = Path(done.stderr.split("So it is with 2 more. What was made lies in ")[1].strip().rstrip("."))
+    assert sorted(file.name for file in kept.iterdir()) == ["it-0.png", "it-1.png", "masks"]
+    assert (kept / "masks" / "overlay-1.png").is_file()
+
+
 def test_several_pictures_have_seeds_and_masks_of_their_own(world: Path, composing: Any, tmp_path: Path) -> None:
     out, masks = tmp_path / "new" / "it.png", tmp_path / "masks"
     done = mole(*drawing(world, out, *told(*NAMES), "--seed", 4, "--num-images", 2, "--save-masks", masks))
@@ -161,8 +181,16 @@ def bad_calls(world: Path, tmp: Path) -> dict[str, tuple[list[object], str]]:
         "no such file": ([*none, "x", "--lora", "cat=no.safetensors:0.5"], "no.safetensors: no such file"),
         "no finite strength": (
             [*none, "x", "--lora", "cat=x.safetensors:1e999"],
-            "the strength must be finite, such as 0.8, got 1e999",
+            "the strength must be finite, such as 0.8, and at most 1e+06, got 1e999",
         ),
+        "strength beyond all": (
+            [*none, "x", "--lora", "cat=x.safetensors:1e39"],
+            "such as 0.8, and at most 1e+06, got",
+        ),
+        "a device nobody built": ([*draw, "--device", "hpu"], "--device hpu cannot be used here. Try --device cpu"),
+        "a picture nobody draws": ([*draw, "--width", 10**9], "--width 1000000000: must be at most 16384"),
+        "a name that is none": ([*draw, "--only", "cat,,dog"], "`--only` has '', which is not loaded"),
+        "a seed that is none": (["demo", "--seed", 2**64, "--out", tmp], "'--seed'"),
         "cannot compute": ([*draw, "--device", "meta"], "--device meta cannot be used here. Try --device cpu"),
         "number format": ([*draw, "--dtype", "int8"], "--dtype int8: must be one of auto, float32, float16, bfloat16"),
         "scheduler": ([*draw, "--scheduler", "Euler"], "--scheduler Euler: must be one of DDIMScheduler, "),

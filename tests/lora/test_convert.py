@@ -232,6 +232,8 @@ def test_wrong_calls(kohya: dict[str, Tensor], models: Any, tmp_path: Path) -> N
         convert_lora(path, tmp_path / "x.bin", "kohya", models)
     with pytest.raises(MoLEError, match=r"is there already; name a folder that is not"):
         convert_lora(path, tmp_path, "peft", models)
+    with pytest.raises(MoLEError, match=r"it\.safetensors is the file that is converted, and would be lost"):
+        convert_lora(path, path, "kohya", models)
     with pytest.raises(LoRAError, match=r"modules of text_encoder, unet, and an adapter of PEFT is for one model"):
         convert_lora(path, tmp_path / "x", "peft", models)
     with pytest.raises(LoRAError, match=r"fits no published base model.*--base on the command line"):
