@@ -21,6 +21,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from mole_diffusion.yaml_files import read_yaml
 from tests import ROOT
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -50,6 +51,14 @@ def test_constraints_satisfy_every_dependency() -> None:
     for name, requirement in requirements(*EXTRAS).items():
         assert requirement.specifier.contains(exact[name]), f"{requirement} is not met by {exact[name]}"
     assert not [name for name in exact if name.startswith(("nvidia", "cuda", "triton"))]
+
+
+def test_every_python_that_is_named_is_tested() -> None:
+    named = re.findall(r"Python :: (3\.\d+)", " ".join(PROJECT["classifiers"]))
+    job = read_yaml(ROOT / ".github" / "workflows" / "ci.yml")["jobs"]["pythons"]
+    assert job["strategy"]["matrix"]["python"] == named
+    assert PROJECT["requires-python"] == f">={named[0]}"
+    assert job["steps"][-1]["run"] == "make test"
 
 
 def imported(*files: Path) -> set[str]:
