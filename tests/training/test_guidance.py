@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,38 @@ def test_the_terms_are_their_formulas(clip: DifferentiableCLIP) -> None:
         assert terms["identity"][row].item() == pytest.approx(sum(identity) / len(identity), abs=1e-5)
     expected = 0.5 * terms["global"] + 2 * terms["local"] + 3 * terms["identity"]
     torch.testing.assert_close(guidance.weigh(terms), expected)
+
+
+def test_only_the_nearest_crops_are_kept_for_the_gradient(clip: DifferentiableCLIP) -> None:
+    """The value and the gradient are those of the maximum over all crops."""
+    guidance = make_guidance(clip, global_weight=0.0, local_weight=0.0, identity_crops=3)
+    images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    chosen = [0, 1, 0]
+    found = guidance.terms(images, chosen)["identity"]
+    (gradient,) = torch.autograd.grad(found.sum(), images)
+    crops = crop_grid(images, 3)
+    features = clip.encode_image(crops.flatten(0, 1)).unflatten(0, crops.shape[:2])
+    best = (features @ guidance.references.T).amax(dim=1)
+    expected = 1 - torch.stack([best[0].mean(), best[1, 1], best[2].mean()])
+    (wanted,) = torch.autograd.grad(expected.sum(), images)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(gradient, wanted, atol=1e-5 * float(wanted.abs().max()), rtol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(guidance.terms(images, chosen)["identity"], expected, atol=1e-5, rtol=0)
+
+
+def test_what_is_kept_for_the_gradient_is_of_few_crops(clip: DifferentiableCLIP) -> None:
+    guidance = make_guidance(clip, global_weight=0.0, local_weight=0.0, identity_crops=3)
+    images = torch.rand(3, 3, 32, 32).requires_grad_()
+
+    def kept(action: Callable[[], object]) -> int:
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()), lambda x: x):
+            action()
+        return sum(sizes)
+
+    all_crops = crop_grid(images.detach(), 3).flatten(0, 1).requires_grad_()
+    assert kept(lambda: guidance.terms(images, [0, 1, 0])) < 0.5 * kept(lambda: clip.encode_image(all_crops))
 
 
 def test_terms_of_no_weight_are_left_out(clip: DifferentiableCLIP) -> None:
