@@ -51,7 +51,8 @@ def speed(
     from mole_diffusion.files import try_file, write_last
     from mole_diffusion.speed import SpeedConfig, measure_speed, speed_page
     from mole_diffusion.speed.config import WHOLE
-    from mole_diffusion.speed.page import speed_tables
+    from mole_diffusion.speed.page import saved_table, speed_tables
+    from mole_diffusion.speed.train import saved_activations
 
     try:
         numbers = tuple(int(part) for part in loras.split(","))
@@ -83,11 +84,17 @@ def speed(
         for one in configs:
             measured.append(measure_speed(one, lambda text: status.update(f"measuring: {text}")))
             typer.echo(f"{speed_tables(measured[-1])}\n")
+        more = []
+        if whole:
+            status.update("counting what training keeps")
+            kept = {name: saved_activations(SpeedConfig(size=name, loras=(3,)), 3) for name in ("142m", "sd15")}
+            more.append(saved_table(kept))
+            typer.echo(f"{more[-1]}\n")
     if page is not None:
         given = {"size": size, "loras": loras, "used": used, "rank": rank, "targets": targets, "rounds": rounds}
         given |= {"sides": sides, "latent": latent, "dtype": dtype, "device": device, "threads": threads}
         words = [f"--{name} {value}" for name, value in given.items() if value is not None]
         flags = [f"--{name}" for name, on in (("train", train), ("compile", compiled), ("pipeline", pipeline)) if on]
         command = ["mole speed --whole"] if whole else ["mole speed", *words, *flags]
-        text = speed_page(measured, " ".join(command))
+        text = speed_page(measured, " ".join(command), *more)
         write_last(page, lambda path: path.write_text(text, encoding="utf-8"))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 
 from ..benchmark.memory import call_memory
 from ..experts import Experts
@@ -86,6 +87,7 @@ class Speed:
         settings: One for each number of LoRAs.
         training: Steps of gate training, where they were asked for.
         pipeline: Whole calls of the toybox's pipeline, where they were asked for.
+        not_compiled: What torch said where it could not compile, say for want of a C++ compiler; no rows then.
     """
 
     config: SpeedConfig
@@ -96,6 +98,7 @@ class Speed:
     settings: list[Setting] = field(default_factory=list)
     training: list[TrainingCost] = field(default_factory=list)
     pipeline: list[PipelineCost] = field(default_factory=list)
+    not_compiled: str | None = None
 
 
 def measure_speed(config: SpeedConfig, tell: Told | None = None) -> Speed:
@@ -119,8 +122,11 @@ def measure_speed(config: SpeedConfig, tell: Told | None = None) -> Speed:
         model = make_model(config)
         inputs = make_inputs(config, model)
         speed = Speed(config, _device(config), sum(p.numel() for p in model.parameters()), 0)
-        for number in config.loras:
-            _measure(speed, model, inputs, number, tell)
+        try:
+            for number in config.loras:
+                _measure(speed, model, inputs, number, tell)
+        except TorchDynamoException as error:
+            speed.not_compiled = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
         if config.train:
             tell("training")
             speed.training = training_costs(config, model, inputs, min(config.loras))
@@ -137,14 +143,18 @@ def _measure(speed: Speed, model: Any, inputs: dict[str, Any], number: int, tell
     tell(f"{number} LoRAs: loading")
     speed.settings.append(_setting(config, model, loras))
     sides, experts = make_sides(config, model, inputs, loras)
+    plain, others = sides, experts
+    if config.compiled:  # who counts what torch does cannot look into a compiled graph
+        plain, others = make_sides(replace(config, compiled=False), model, inputs, loras)
     speed.sites = len(experts.sites)
     with torch.no_grad():
         counts, memory = {}, {}
         for side, call in sides.items():
             tell(f"{number} LoRAs: counting {side}")
-            call()  # makes ready what is made once
+            for ready in {call, plain[side]}:
+                ready()  # makes what is made once
             with Counted() as counts[side]:
-                call()
+                plain[side]()
             memory[side] = call_memory(call, torch.device(config.device))
         processor: dict[Side, list[float]] = {side: [] for side in sides}
         clock: dict[Side, list[float]] = {side: [] for side in sides}
@@ -174,6 +184,7 @@ def _measure(speed: Speed, model: Any, inputs: dict[str, Any], number: int, tell
             )
         )
     experts.detach()
+    others.detach()
 
 
 def _timed(call: Callable[[], Any], device: str) -> tuple[float, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from .config import SIZES
 from .measure import SideCost, Speed
@@ -34,6 +34,11 @@ def speed_tables(speed: Speed) -> str:
         f"{config.latent or size.latent}², batch {config.batch}; LoRAs of rank {config.rank} on {speed.sites} modules "
         f"({config.targets}){used}; {speed.device}{', compiled' if config.compiled else ''}; {config.rounds} rounds.",
         "",
+        *(
+            []
+            if speed.not_compiled is None
+            else [f"Not measured, for torch did not compile it: {speed.not_compiled}", ""]
+        ),
         *_table(HEAD, [_row(row) for row in speed.rows]),
         "",
         *_table(
@@ -74,12 +79,29 @@ def speed_tables(speed: Speed) -> str:
     return "\n".join(lines)
 
 
-def speed_page(speeds: Sequence[Speed], command: str) -> str:
+def saved_table(kept: Mapping[str, Mapping[str, float]]) -> str:
+    """What training gates keeps, as Markdown.
+
+    Args:
+        kept: For each size, what `saved_activations` counted.
+    """
+    names = list(next(iter(kept.values())))
+    rows = [[size, *(f"{found[name]:.0f}" for name in names)] for size, found in kept.items()]
+    head = [
+        "What autograd keeps from the forward pass for the backward pass when gates of three LoRAs are trained,",
+        "weights aside, in MiB, counted on tensors without values:",
+        "",
+    ]
+    return "\n".join([*head, *_table(["size", *names], rows)])
+
+
+def speed_page(speeds: Sequence[Speed], command: str, *more: str) -> str:
     """A page to publish.
 
     Args:
         speeds: One for each table.
         command: What repeats it.
+        more: Other tables, below.
     """
     head = [
         "# What composing costs",
@@ -87,10 +109,11 @@ def speed_page(speeds: Sequence[Speed], command: str) -> str:
         f"Made by `{command}`. One process, sides interleaved round by round, random weights, real shapes.",
         "Ratios are to the bare base in the same round: median [quartiles]. *Operations* are those of all products and",
         "*bytes* what all operators read and write, both counted and over those of the bare base: what the arithmetic",
-        "asks for on any machine; no side can cost less than its operations. *Operators* are all that torch runs,",
-        "views too, which bind small models. *MiB* is the peak of a call beyond weights and inputs.",
+        "asks for on any machine; no side can cost less than its operations, and only where LoRAs are merged, as",
+        "`fuse_lora` does, are they those of the base. *Operators* are all that torch runs, views too, which bind",
+        "small models. *MiB* is the peak of a call beyond weights and inputs.",
     ]
-    return "\n".join([*head, *(f"\n{speed_tables(speed)}" for speed in speeds), ""])
+    return "\n".join([*head, *(f"\n{table}" for table in (*map(speed_tables, speeds), *more)), ""])
 
 
 def _row(row: SideCost) -> list[str]:

@@ -11,9 +11,10 @@ from typer.testing import CliRunner
 
 from mole_diffusion.cli import app
 from mole_diffusion.errors import MoLEError
-from mole_diffusion.speed import SIDES, SIZES, Counted, SpeedConfig, measure_speed
-from mole_diffusion.speed.config import Side
+from mole_diffusion.speed import SIDES, SIZES, Counted, Speed, SpeedConfig, measure_speed, speed_page
+from mole_diffusion.speed.config import WHOLE, Side
 from mole_diffusion.speed.models import make_inputs, make_model, merged, twin
+from mole_diffusion.speed.page import saved_table
 from mole_diffusion.speed.pipeline import pipeline_costs
 from mole_diffusion.speed.train import saved_activations
 
@@ -61,6 +62,23 @@ def test_a_table_of_a_tiny_model() -> None:
     assert steps["gates"].saved < 1.6 * steps["bare"].saved  # a tiny model: its factors' share is large
     assert steps["gates, checkpointed"].saved < steps["gates"].saved
     assert any("round 1 of 1" in text for text in told)
+
+
+def test_a_page_says_what_did_not_compile_and_what_training_keeps() -> None:
+    config = SpeedConfig(size="tiny", compiled=True)
+    speed = Speed(config, "CPU", 10, 3, not_compiled="InductorError: no C++ compiler")
+    kept = {"142m": {"bare": 646.2, "gates": 712.0}, "sd15": {"bare": 7069.0, "gates": 7620.4}}
+    page = speed_page([speed], "mole speed", saved_table(kept))
+    assert "for torch did not compile it: InductorError: no C++ compiler" in page
+    assert "| size | bare | gates |" in page
+    assert "| sd15 | 7069 | 7620 |" in page
+
+
+def test_the_tables_of_the_whole_page_have_what_they_compare() -> None:
+    for config in WHOLE:
+        assert config.sides[0] == "bare"
+    assert {config.size for config in WHOLE} == {"142m", "toybox", "tiny"}
+    assert any(config.loras == (3, 32) and config.used == 3 for config in WHOLE)
 
 
 def test_training_gates_keeps_hardly_more_than_the_bare_model_does() -> None:
