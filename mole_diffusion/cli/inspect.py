@@ -61,7 +61,10 @@ def _table(report: LoRAReport, verdicts: list[Verdict], with_base: bool) -> Any:
 
     ranks = [f"{rank} ({_counted(count)})" for rank, count in report.ranks.items()]
     # A file's name may hold anything, escape sequences of terminals too.
-    table = Table(title=printable(report.source), show_header=False, title_justify="left")
+    # Without edges a hash has room in a line of 80 columns; in a narrower terminal it goes on in the next.
+    table = Table(title=printable(report.source), show_header=False, title_justify="left", show_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     table.add_row("layout", report.layout)
     table.add_row("written by", report.trainer)
     fits = [verdict for verdict in verdicts if verdict.refusal is None]

@@ -31,9 +31,9 @@ def methods() -> None:
 
     table = Table(box=box.ROUNDED, show_lines=True)
     table.add_column("method", no_wrap=True)
-    table.add_column(f"UNet evaluations a step for {_listed(COUNTS)} LoRAs", width=16)
-    table.add_column("needs", no_wrap=True)
-    table.add_column("source")
+    table.add_column(f"UNet evaluations a step for {_listed(COUNTS)} LoRAs", max_width=16, overflow="fold")
+    table.add_column("needs", overflow="fold")
+    table.add_column("source", min_width=10, overflow="fold")
     listed = {name: (method(), method.source) for name, method in COMPOSITIONS.items()}
     others = {name: composition for name, (composition, _) in TRAINED_METHODS.items() if name not in COMPOSITIONS}
     listed |= {name: (COMPOSITIONS[composition](), CAT) for name, composition in others.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import io
 import os
@@ -88,14 +89,28 @@ def test_methods_lists_every_method_with_its_cost() -> None:
     assert needed == ["–", "trigger words", "trained gates", "trained gates"]
 
 
-def test_methods_cuts_nothing_in_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
+@pytest.mark.parametrize("columns", [80, 56])
+def test_methods_cuts_nothing_in_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
     done = mole("methods")
     assert "…" not in done.stdout
-    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert max(map(len, done.stdout.splitlines())) <= columns
     sources = "".join(cells[4] for line in done.stdout.splitlines() if len(cells := line.split("│")) > 5)
     for name, method in COMPOSITIONS.items():
         assert "".join(method.source.split()) in "".join(sources.split()), name
+
+
+@pytest.mark.parametrize("columns", [80, 40])
+def test_inspect_cuts_nothing_in_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    file = toybox.lora_path("cat")
+    lines = mole("inspect", file).stdout.splitlines()
+    assert "…" not in "".join(lines)
+    assert max(map(len, lines)) <= columns
+    hashed = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    assert hashed in "".join(line.partition("│")[2].strip() for line in lines)
+    if columns == 80:
+        assert any(hashed in line for line in lines)
 
 
 def test_version() -> None:

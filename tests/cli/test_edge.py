@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import io
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from typer.testing import CliRunner
 
 from mole_diffusion import MoLEStableDiffusionPipeline, toybox
 from mole_diffusion.cli import app
-from mole_diffusion.cli.app import BAD_INPUT
+from mole_diffusion.cli.app import BAD_INPUT, main
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.loading import LoadingError
 from mole_diffusion.metrics import VisionBackbone
@@ -79,6 +81,20 @@ def test_a_bug_looks_like_one(monkeypatch: pytest.MonkeyPatch, error: Exception)
     result = run_raising(monkeypatch, error)
     assert result.exit_code == 1
     assert result.exception is error
+
+
+def test_what_standard_output_cannot_write_is_a_question_mark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "Kätzchen.safetensors"
+    file.symlink_to(toybox.lora_path("cat"))
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict"))
+    monkeypatch.setattr("sys.argv", ["mole", "inspect", str(file)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    sys.stdout.seek(0)
+    written = "".join(sys.stdout.read().split())
+    assert ended.value.code == 0
+    assert "K?tzchen.safetensors" in written
+    assert "calledby" in written
 
 
 def damage_json(base: Path) -> None:
