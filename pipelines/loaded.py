@@ -50,7 +50,6 @@ class Loaded:
 
     def fuse(self) -> None:
         """Merges the LoRAs into weights; see `fuse_lora`."""
-        self.refuse_while_drawing("fuse LoRAs")
         method = self.composition
         if method is None or not method.constant:
             name = "none is chosen" if method is None else f"{method.name!r} weighs anew at every place or step"

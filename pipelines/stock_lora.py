@@ -8,6 +8,7 @@ from torch import nn
 
 from ..experts.adapter_calls import CHOOSE, FUSE, HOTSWAP, UNFUSE, UNLOAD, answered, refuse
 from .contract import DiffusersContract
+from .loaded import changing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -114,14 +115,15 @@ class StockLoRACalls(DiffusersContract):
             return
         if args or kwargs:
             refuse("fuse_lora", list(loaded.loras), f"{FUSE}; {CHOOSE}")
-        loaded.fuse()
+        with changing(self.lora_components, "fuse LoRAs"):
+            loaded.fuse()
 
     def unfuse_lora(self, *args: Any, **kwargs: Any) -> None:
         """Undoes `fuse_lora`."""
         loaded = self._loaded
         if loaded.fused:
-            loaded.refuse_while_drawing("unfuse LoRAs")
-            loaded.unfuse()
+            with changing(self.lora_components, "unfuse LoRAs"):
+                loaded.unfuse()
         elif loaded.loras and not self._adapters() and not self.num_fused_loras:
             refuse("unfuse_lora", list(loaded.loras), UNFUSE)
         else:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch._C._profiler import _EventType
@@ -47,7 +48,8 @@ def _changes(profiler: profile) -> Iterator[int]:
     call's, and would make its number depend on the calls before it.
     """
     # The profiler's own records: a trace in JSON says the same in ten times the time of a call.
-    events, changes = list(profiler.kineto_results.experimental_event_tree()), []
+    results: Any = profiler.kineto_results  # its types do not know which event has which fields
+    events, changes = list(results.experimental_event_tree()), []
     while events:
         event = events.pop()
         events.extend(event.children)

@@ -105,14 +105,15 @@ def test_nothing_is_unloaded_while_a_picture_is_drawn() -> None:
     refused: list[str] = []
 
     def meddle(pipe: Any, *_: Any) -> dict[str, Any]:
-        for change in (pipe.unload_loras, lambda: pipe.load_loras({"mug": lora_states(pipe)["mug"]})):
+        mug = lora_states(pipe)["mug"]
+        for change in (pipe.unload_loras, pipe.fuse_lora, lambda: pipe.load_loras({"mug": mug})):
             with pytest.raises(ValueError, match=r"while a picture is being drawn with cat, dog.*use_loras"):
                 change()
             refused.append("yes")
         return {}
 
     assert torch.equal(draw(pipe, callback_on_step_end=meddle), expected)
-    assert len(refused) == 4
+    assert len(refused) == 6
     pipe.unload_loras()
 
 
