@@ -134,6 +134,11 @@ class MoLEPipelineMixin(GateCalls):
             if loaded.experts is not None:
                 stack.enter_context(loaded.experts.using(keep=keep, scale=scales * scale, weigher=method, call=call))
             yield call
+            if keep.any() and loaded.experts is not None and not loaded.experts.attached:
+                raise MoLEError(
+                    f"the LoRAs {', '.join(names)} were taken off the models (`experts.detach()`) while a picture was "
+                    "being drawn, of which a part is without them. Draw it again; `use_loras` changes the choice."
+                )
 
     def _chosen(
         self, loras: Selection, regions: Regions | None, given: Mapping[str, Any], *, has_prompt: bool

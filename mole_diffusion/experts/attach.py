@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..families import Architecture, Joint, Told
+from ..families.base import unwrapped
 from . import compiled
 from .compiled import Callback
 from .hooks import SiteHook, Watch
@@ -87,6 +88,7 @@ class Attachment:
             site.callback = Callback(self._order, functools.partial(serve, site))
             self._callbacks.append(site.callback)
         self._parents = {site.module_name: _parent(model, site.module_name) for site in self.sites}
+        self._blocks = _blocks(model, self.sites)
         self._seen_modules: list[tuple[Any, str, nn.Module | None]] = []
         self._seen_processors: list[tuple[Attention, Any]] = []
 
@@ -217,6 +219,13 @@ class Attachment:
             given = {**dict(zip(self._argument_names, args, strict=False)), **kwargs}
             compiled.begin(self._callbacks[0], self.architecture.told(model, given))
             return None
+        for name, (modules, leaf, block) in self._blocks.items():
+            now = modules.get(leaf)
+            if now is not block and (now is None or unwrapped(now) is not block):
+                raise AttachError(
+                    f"{self.component}.{name}, in which LoRAs act, was exchanged after they were loaded, so they would "
+                    "do nothing there. Call `unload_loras()`, then `load_loras` again."
+                )
         if not self._unchanged():
             self._find_modules()
             if self._engine != "hooks":
@@ -299,6 +308,18 @@ def _parent(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     """The module that holds another, and the other's name there."""
     above, _, leaf = name.rpartition(".")
     return model.get_submodule(above), leaf
+
+
+def _blocks(model: nn.Module, sites: Sequence[Site]) -> dict[str, tuple[Any, str, nn.Module | None]]:
+    """Everything that the sites lie in, below the model itself: by its name, where it hangs, and what hangs there."""
+    found: dict[str, tuple[Any, str, nn.Module | None]] = {}
+    for site in sites:
+        above, name = model, ""
+        for part in site.module_name.split(".")[:-1]:
+            name = f"{name}.{part}" if name else part
+            found[name] = above._modules, part, above._modules.get(part)
+            above = getattr(above, part)
+    return found
 
 
 def _meeting_layers(model: nn.Module, architecture: Architecture) -> list[tuple[str, nn.Module]]:

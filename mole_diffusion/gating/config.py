@@ -10,6 +10,8 @@ from typing import Any, Literal, get_args
 
 from mole_diffusion.errors import MoLEError
 
+LARGEST_LOG_TEMPERATURE = 20.0  # a softmax with one beyond gives NaN or nothing; trained ones are between -5 and 5
+
 Scope = Literal["matrix", "layer", "block", "transformer", "network"]
 GateInput = Literal["experts", "hidden", "none"]
 Normalization = Literal["l2", "rms", "layer_norm"]
@@ -85,6 +87,11 @@ class GateConfig:
         if not _is_positive(self.temperature):
             raise MoLEError(
                 f"`temperature` must be positive and finite, got {self.temperature!r}. Use 1.0 for a plain softmax."
+            )
+        if abs(math.log(self.temperature)) > LARGEST_LOG_TEMPERATURE:
+            raise MoLEError(
+                f"`temperature` must lie between {math.exp(-LARGEST_LOG_TEMPERATURE):.1g} and "
+                f"{math.exp(LARGEST_LOG_TEMPERATURE):.1g}, got {self.temperature!r}: beyond, a softmax says nothing."
             )
         for name in ("learn_temperature", "null_expert", "residual"):
             if not isinstance(getattr(self, name), bool):

@@ -19,14 +19,13 @@ from mole_diffusion.reading import parse_json, read_text, regular_size
 from mole_diffusion.tensor_files import TensorFile, TensorFileError
 
 from .card import CARD, own_card
-from .config import GateConfig
+from .config import LARGEST_LOG_TEMPERATURE, GateConfig
 from .identity import GatesError
 from .saved_config import CLASS_NAME, check_config
 from .spec import GateSpec
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
-# A softmax of weights or temperatures beyond these gives NaN or nothing; trained ones are between 0.01 and 100.
-LARGEST_WEIGHT, LARGEST_LOG_TEMPERATURE = 1e10, 20.0
+LARGEST_WEIGHT = 1e10  # a softmax of weights beyond gives NaN or nothing; trained ones are between 0.01 and 100
 
 
 @dataclass(frozen=True, eq=False)

@@ -222,6 +222,19 @@ def test_experts_follow_modules_that_are_exchanged(components: dict[str, Any], e
         run_unet(components)
 
 
+@torch.no_grad()
+def test_a_block_that_is_exchanged_is_missed(components: dict[str, Any], experts: Experts) -> None:
+    unet = components["unet"]
+    experts.weigher = Numbers(torch.ones(3))
+    expected = run_unet(components)
+    block = unet.mid_block
+    unet.mid_block = tiny_components(seed=1)["unet"].mid_block
+    with pytest.raises(AttachError, match=r"unet\.mid_block, in which LoRAs act, was exchanged after they were loaded"):
+        run_unet(components)
+    unet.mid_block = block
+    assert torch.equal(run_unet(components), expected)
+
+
 def bare(module: nn.Module) -> nn.Module:
     """A module like it, without hooks."""
     module._forward_hooks.clear()

@@ -117,6 +117,19 @@ def test_nothing_is_unloaded_while_a_picture_is_drawn() -> None:
     pipe.unload_loras()
 
 
+def test_experts_that_go_in_the_middle_of_a_picture_are_missed() -> None:
+    pipe = composing_pipeline("cat", "dog")
+    expected = draw(pipe)
+
+    def detach(pipe: Any, *_: Any) -> dict[str, Any]:
+        pipe.experts.detach()
+        return {}
+
+    with pytest.raises(MoLEError, match=r"LoRAs cat, dog were taken off the models .* while a picture was being drawn"):
+        draw(pipe, callback_on_step_end=detach)
+    assert torch.equal(draw(pipe), expected)
+
+
 def test_nothing_is_loaded_under_a_pipeline_that_has_none() -> None:
     pipe = composing_pipeline()
     other = MoLEStableDiffusionImg2ImgPipeline.from_pipe(pipe)

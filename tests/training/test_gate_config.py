@@ -68,6 +68,7 @@ def test_settings_that_cannot_be_say_why(changes: dict[str, Any], message: str) 
         ({"learning_rate": "fast"}, "`learning_rate` must be of type float, such as 0.01, got 'fast'"),
         ({"gradient_checkpointing": 1}, "`gradient_checkpointing` must be of type bool, such as False, got 1"),
         ({"gates": {"temperature": "warm"}}, "`temperature` must be of type float"),
+        ({"gates": {"temperature": 1e-40}}, "`temperature` must lie between 2e-09 and 5e\\+08, got 1e-40"),
         ({"preset": "best"}, "there is no preset 'best'; there are default, real, masks, paper, official"),
     ],
 )
