@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -322,11 +322,17 @@ def test_an_all_zero_expert_output_gives_uniform_gates_and_finite_gradients() ->
         assert features.grad.isfinite().all()
 
 
+class Backwards(nn.ModuleList):
+    """The same blocks, gone through from the last to the first."""
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter([*super().__iter__()][::-1])
+
+
 def test_scopes_read_their_entry_before_it_changes(model: Denoiser, experts: Experts) -> None:
     """A module that runs before what its gate reads is an error, not a stale gate."""
     experts.weigher = MoLEModel.from_experts(experts, GateConfig(scope="network"))
     model(sample())
-    blocks = model.transformer_blocks
-    model.transformer_blocks = nn.ModuleList([blocks[1], blocks[0]])
+    model.transformer_blocks.__class__ = Backwards
     with pytest.raises(ValueError, match=r"blocks\.1\.attn1\.to_q ran before .*blocks\.0\.attn1\.to_q"):
         model(sample())
