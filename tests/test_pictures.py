@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps, PngImagePlugin
 
-from mole_diffusion.cli.inputs import read_reference_pictures
+from mole_diffusion.cli import inputs
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.metrics.pictures import picture_tensors
 from mole_diffusion.pictures import as_seen, picture_files, read_picture, read_pictures
@@ -144,7 +144,7 @@ def test_files_of_a_folder_are_read_or_named_in_natural_order(tmp_path: Path) ->
     with pytest.raises(
         MoLEError, match=r"--images .*z\.heic cannot be read as a picture: it is no picture, or of a kind"
     ):
-        read_reference_pictures("--images", tmp_path)
+        inputs.read_pictures("--images", tmp_path)
     with pytest.raises(MoLEError, match="no picture in this folder"):
         picture_files(tmp_path / "inside")
     with pytest.raises(MoLEError, match="there is no such folder"):

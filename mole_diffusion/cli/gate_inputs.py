@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mole_diffusion.errors import MoLEError
 
 from ..drawing.opening import find_base, pick_device, quiet_loading
-from .inputs import read_base_dtype, read_pairs, read_reference_pictures
+from .inputs import read_base_dtype, read_pairs, read_pictures
 
 if TYPE_CHECKING:
     from mole_diffusion.clip import DifferentiableCLIP
@@ -116,7 +116,7 @@ def read_concepts(
             token=given["--token"][name],
             class_name=given["--class"][name],
             description=given["--description"].get(name),
-            references=read_reference_pictures("--references", Path(given["--references"][name]))
+            references=read_pictures("--references", Path(given["--references"][name]))
             if name in given["--references"]
             else (),
         )

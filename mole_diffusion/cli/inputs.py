@@ -66,7 +66,7 @@ def read_several(option: str, pairs: Sequence[str], example: str) -> dict[str, l
     return found
 
 
-def read_reference_pictures(option: str, folder: Path) -> list[Image.Image]:
+def read_pictures(option: str, folder: Path) -> list[Image.Image]:
     """All pictures of a folder, in natural order of their names.
 
     Raises:

@@ -10,7 +10,7 @@ import typer
 from ..drawing.opening import find_base, pick_device, quiet_loading
 from ..drawing.settings import LARGEST_SEED
 from ..errors import MoLEError
-from .inputs import Base, BaseDtype, Device, read_base_dtype, read_reference_pictures
+from .inputs import Base, BaseDtype, Device, read_base_dtype, read_pictures
 
 
 def train_lora(
@@ -59,7 +59,7 @@ def train_lora(
     try_file(out)
     place = work or out.with_suffix(".work")
     try_folder(place)
-    pictures = read_reference_pictures("--images", images)
+    pictures = read_pictures("--images", images)
     from mole_diffusion.loading import loading
     from mole_diffusion.pipelines import pipeline_class
     from mole_diffusion.training import TEXT_ENCODER_TARGETS, LoRATrainingConfig
