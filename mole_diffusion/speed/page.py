@@ -109,9 +109,10 @@ def speed_page(speeds: Sequence[Speed], command: str, *more: str) -> str:
         f"Made by `{command}`. One process, sides interleaved round by round, random weights, real shapes.",
         "Ratios are to the bare base in the same round: median [quartiles]. *Operations* are those of all products and",
         "*bytes* what all operators read and write, both counted and over those of the bare base: what the arithmetic",
-        "asks for on any machine; no side can cost less than its operations, and only where LoRAs are merged, as",
-        "`fuse_lora` does, are they those of the base. *Operators* are all that torch runs, views too, which bind",
-        "small models. *MiB* is the peak of a call beyond weights and inputs.",
+        "asks for if every operation took as long; products of LoRAs run faster than a base's convolutions, so a time",
+        "can lie below. Only where LoRAs are merged, as `fuse_lora` does, are they those of the base. *Operators* are",
+        "all that torch runs, views too, which bind small models. *MiB* is the peak of a call beyond weights and",
+        "inputs.",
     ]
     return "\n".join([*head, *(f"\n{table}" for table in (*map(speed_tables, speeds), *more)), ""])
 
