@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import diffusers
 import pytest
 import torch
+from diffusers import Flux2KleinInpaintPipeline
 
 from mole_diffusion import MoLEFlux2KleinInpaintPipeline, MoLEFlux2KleinPipeline, MoLEFlux2Pipeline
 from mole_diffusion.families.latents import from_patches
@@ -52,10 +52,8 @@ class TestPicturesToLookAt(PipelineContract):
     case = case("flux2_klein", MoLEFlux2KleinPipeline, {**CALL, "image": LOOKED_AT}, scale=SCALE)
 
 
-@pytest.mark.skipif(not hasattr(diffusers, "Flux2KleinInpaintPipeline"), reason="an older diffusers")
 class TestInpaint(PipelineContract):
-    stock = getattr(diffusers, "Flux2KleinInpaintPipeline", None)
-    case = case("flux2_klein", MoLEFlux2KleinInpaintPipeline, PAINTED, stock=stock, scale=SCALE)
+    case = case("flux2_klein", MoLEFlux2KleinInpaintPipeline, PAINTED, stock=Flux2KleinInpaintPipeline, scale=SCALE)
 
 
 class TestDev(PipelineContract):

@@ -19,7 +19,7 @@ from mole_diffusion.pipelines import MoLEPipelineMixin
 from tests.families.transformers import CAPTIONS, FAMILIES, loaded, rows_of
 from tests.merging import merge_state
 from tests.tiny import random_lora
-from tests.tiny.dits import denoiser_call, draw, stock, tiny_dit
+from tests.tiny.dits import MADE, denoiser_call, draw, tiny_dit
 
 
 @pytest.fixture
@@ -125,7 +125,6 @@ def test_switch_follows_the_scheduler_and_not_what_the_model_is_told() -> None:
     assert len(set(told)) < 4
 
 
-@pytest.mark.skipif(not hasattr(diffusers, "Flux2KleinKVPipeline"), reason="an older diffusers")
 def test_the_pipeline_that_keeps_keys_of_pictures_draws_with_weights_that_stay() -> None:
     """As with the LoRA merged into the weights; with others, and a picture to keep, it is refused."""
     kept = diffusers.Flux2KleinKVPipeline
@@ -215,7 +214,7 @@ def test_diffusers_stays_in_the_pipeline_that_has_several_tasks_or_one() -> None
 @pytest.mark.parametrize("family", FAMILIES)
 def test_half_precision_finds_masks_and_draws_near_what_float32_draws(family: str) -> None:
     """Every transformer as `dtype=torch.bfloat16` loads it."""
-    wide = tiny_dit(family, getattr(mole_diffusion, f"MoLE{stock(family).__name__}"))
+    wide = tiny_dit(family, getattr(mole_diffusion, f"MoLE{MADE[family][0].__name__}"))
     states = {
         name: random_lora({"transformer": wide.transformer}, rank=2, targets=".", seed=s) for s, name in [(0, "a")]
     }

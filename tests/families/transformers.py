@@ -14,7 +14,7 @@ from torch import Tensor
 import mole_diffusion
 from tests.families.contract import Case
 from tests.tiny import random_lora
-from tests.tiny.dits import MADE, SIZE, stock, tiny_dit, tiny_parts
+from tests.tiny.dits import MADE, SIZE, tiny_dit, tiny_parts
 
 FAMILIES = list(MADE)
 CAPTIONS = ["a cat and a dog", "a red mug and a green boot in the grass with a clock"]
@@ -53,7 +53,7 @@ def case(family: str, ours: type, call: dict[str, Any], *, stock: type | None = 
 @functools.cache
 def loaded(family: str) -> Any:
     """A pipeline of ours with two LoRAs on every Linear of its transformer."""
-    pipe = tiny_dit(family, getattr(mole_diffusion, f"MoLE{stock(family).__name__}"))
+    pipe = tiny_dit(family, getattr(mole_diffusion, f"MoLE{MADE[family][0].__name__}"))
     parts = {"transformer": pipe.transformer}
     pipe.load_loras({name: random_lora(parts, rank=2, targets=".", seed=seed) for seed, name in enumerate("ab")})
     return pipe

@@ -14,12 +14,6 @@ from torch import Tensor, nn
 
 from mole_diffusion.lora import LoRAError, load_lora
 from tests.lora_files import CONV, KEY, QUERY, State, breakable, to_kohya, to_peft
-from tests.tiny import tiny_components
-
-
-@pytest.fixture(scope="module")
-def models() -> dict[str, Any]:
-    return tiny_components()
 
 
 @pytest.fixture

@@ -13,12 +13,6 @@ from safetensors.torch import save, save_file
 
 from mole_diffusion.lora import LoRAError, inspect_lora, load_lora
 from tests.lora_files import State, breakable, to_peft
-from tests.tiny import tiny_components
-
-
-@pytest.fixture(scope="module")
-def models() -> dict[str, Any]:
-    return tiny_components()
 
 
 @pytest.fixture

@@ -16,16 +16,11 @@ from mole_diffusion.errors import MoLEError
 from mole_diffusion.lora import LoRAError, convert_lora, inspect_lora, load_lora
 from mole_diffusion.pipelines import MoLEStableDiffusionPipeline, MoLEStableDiffusionXLPipeline
 from tests.lora_files import to_kohya
-from tests.tiny import HIDDEN, families, random_lora, tiny_components, tiny_pipeline
+from tests.tiny import HIDDEN, families, random_lora, tiny_pipeline
 
 QUERIES = r"unet.mid_block.*attn1\.to_q$"
 KEY = "bundle_emb.<it>.string_to_param.*"
 PROMPT = "a photo of <it>"
-
-
-@pytest.fixture(scope="module")
-def models() -> dict[str, Any]:
-    return tiny_components()
 
 
 @pytest.fixture

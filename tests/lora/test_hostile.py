@@ -24,11 +24,6 @@ from tests.tiny import random_lora, tiny_components
 QUERIES = r"attn1\.to_q$"
 
 
-@pytest.fixture(scope="module")
-def models() -> dict[str, Any]:
-    return tiny_components()
-
-
 @pytest.fixture
 def state(models: dict[str, Any]) -> dict[str, Tensor]:
     return random_lora(models, targets=QUERIES)

@@ -31,11 +31,6 @@ EVERYTHING = (ATTENTION, FEED_FORWARD, PROJECTIONS, CONVOLUTIONS, TEXT_ENCODER)
 
 
 @pytest.fixture(scope="module")
-def models() -> dict[str, Any]:
-    return tiny_components()
-
-
-@pytest.fixture(scope="module")
 def state(models: dict[str, Any]) -> dict[str, Tensor]:
     return random_lora(models, targets=EVERYTHING)
 

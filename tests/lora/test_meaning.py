@@ -25,11 +25,6 @@ QUERIES = r"attn1\.to_q$"
 
 
 @pytest.fixture(scope="module")
-def models() -> dict[str, Any]:
-    return tiny_components()
-
-
-@pytest.fixture(scope="module")
 def state(models: dict[str, Any]) -> dict[str, Tensor]:
     return random_lora(models, targets=QUERIES)
 

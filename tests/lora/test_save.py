@@ -12,12 +12,7 @@ from safetensors import safe_open
 
 from mole_diffusion.lora import LoRA, LoRAError, LoRAFactors, load_lora, save_lora
 from tests.lora_files import same_factors
-from tests.tiny import CONVOLUTIONS, TEXT_ENCODER, random_lora, tiny_components
-
-
-@pytest.fixture(scope="module")
-def models() -> dict[str, Any]:
-    return tiny_components()
+from tests.tiny import CONVOLUTIONS, TEXT_ENCODER, random_lora
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,6 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import diffusers
-import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -25,6 +23,8 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    Krea2Pipeline,
+    Krea2Transformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     ZImagePipeline,
@@ -273,7 +273,7 @@ def krea2() -> dict[str, Any]:
         "tokenizer": tokenizer,
         "text_encoder": Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision)),
         "text_encoder_select_layers": (1, 2),
-        "transformer": diffusers.Krea2Transformer2DModel(
+        "transformer": Krea2Transformer2DModel(
             in_channels=16,
             num_layers=2,
             attention_head_dim=16,
@@ -315,15 +315,15 @@ def qwen_image() -> dict[str, Any]:
     }
 
 
-MADE: dict[str, tuple[Any, Callable[[], dict[str, Any]]]] = {
+MADE: dict[str, tuple[type, Callable[[], dict[str, Any]]]] = {
     "flux": (FluxPipeline, flux),
     "flux2": (Flux2Pipeline, flux2),
     "flux2_klein": (Flux2KleinPipeline, flux2_klein),
     "z_image": (ZImagePipeline, z_image),
-    "krea2": (getattr(diffusers, "Krea2Pipeline", None), krea2),
+    "krea2": (Krea2Pipeline, krea2),
     "qwen_image": (QwenImagePipeline, qwen_image),
 }
-"""Name of a family to its stock pipeline, None in an older diffusers, and what makes the components."""
+"""Name of a family to its stock pipeline and what makes the components."""
 
 # Short prompts, so that short sequences will do; the others keep what their pipelines take.
 CALL: dict[str, dict[str, Any]] = {
@@ -337,21 +337,13 @@ CALL: dict[str, dict[str, Any]] = {
 """What a call of each is given beside the prompt."""
 
 
-def stock(family: str) -> Any:
-    """A family's stock pipeline; skips the test where diffusers has none."""
-    if MADE[family][0] is None:
-        pytest.skip(f"diffusers {diffusers.__version__} has no pipeline for {family}")
-    return MADE[family][0]
-
-
 def tiny_parts(family: str, seed: int = 0) -> dict[str, Any]:
-    """The components of a family's pipeline, and what else it is made with; skips the test where diffusers has none.
+    """The components of a family's pipeline, and what else it is made with.
 
     Args:
         family: A key of `MADE`.
         seed: Of the weights.
     """
-    stock(family)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         parts = MADE[family][1]()
@@ -370,7 +362,7 @@ def tiny_dit(family: str, cls: type | None = None, seed: int = 0) -> Any:
         cls: Another class than the stock one, with the same components.
         seed: Of the weights.
     """
-    pipe: Any = (cls or stock(family))(**tiny_parts(family, seed))
+    pipe: Any = (cls or MADE[family][0])(**tiny_parts(family, seed))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
