@@ -30,6 +30,9 @@ def speed(
     threads: Annotated[int, typer.Option(help="Of the CPU.")] = 1,
     train: Annotated[bool, typer.Option("--train", help="Also a step of gate training.")] = False,
     compiled: Annotated[bool, typer.Option("--compile", help="Compile the bare model and ours.")] = False,
+    compiled_blocks: Annotated[
+        bool, typer.Option("--compile-blocks", help="Compile their repeated blocks alone, in a fraction of the time.")
+    ] = False,
     pipeline: Annotated[
         bool, typer.Option("--pipeline", help="Also whole calls of the toybox's pipeline beside diffusers' own.")
     ] = False,
@@ -37,6 +40,7 @@ def speed(
         bool, typer.Option("--whole", help="All tables of the documentation's page instead; ten minutes on two cores.")
     ] = False,
     page: Annotated[Path | None, typer.Option(help="Write a page of Markdown here.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers here.")] = None,
 ) -> None:
     """Measure what LoRAs cost beside the bare model, peft and merged weights: time, memory, loading, operations.
 
@@ -45,6 +49,9 @@ def speed(
     \b
       mole speed --size 142m --loras 1,3,8 --page speed.md
     """
+    import json
+    from dataclasses import asdict
+
     from rich.console import Console
 
     from mole_diffusion.errors import MoLEError
@@ -72,13 +79,14 @@ def speed(
         device=device,
         threads=threads,
         train=train,
-        compiled=compiled,
+        compiled="blocks" if compiled_blocks else "whole" if compiled else None,
         pipeline=pipeline,
         **settings,
     )
     configs = WHOLE if whole else (config,)
-    if page is not None:
-        try_file(page)
+    for file in (page, json_file):
+        if file is not None:
+            try_file(file)
     with Console(stderr=True).status("measuring") as status:
         measured = []
         for one in configs:
@@ -94,7 +102,11 @@ def speed(
         given = {"size": size, "loras": loras, "used": used, "rank": rank, "targets": targets, "rounds": rounds}
         given |= {"sides": sides, "latent": latent, "dtype": dtype, "device": device, "threads": threads}
         words = [f"--{name} {value}" for name, value in given.items() if value is not None]
-        flags = [f"--{name}" for name, on in (("train", train), ("compile", compiled), ("pipeline", pipeline)) if on]
+        asked = {"train": train, "compile": compiled, "compile-blocks": compiled_blocks, "pipeline": pipeline}
+        flags = [f"--{name}" for name, on in asked.items() if on]
         command = ["mole speed --whole"] if whole else ["mole speed", *words, *flags]
         text = speed_page(measured, " ".join(command), *more)
         write_last(page, lambda path: path.write_text(text, encoding="utf-8"))
+    if json_file is not None:
+        found = json.dumps([asdict(speed) for speed in measured], indent=1)
+        write_last(json_file, lambda path: path.write_text(found, encoding="utf-8"))

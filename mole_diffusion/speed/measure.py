@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,8 +14,10 @@ from torch._dynamo.exc import TorchDynamoException
 
 from ..benchmark.memory import call_memory
 from ..experts import Experts
+from .clocks import QUEUED, busy, on_gpu, spent, timed
 from .config import Side, SpeedConfig
 from .counted import Counted
+from .failed import Failed
 from .models import component_of, load_into_peft, make_inputs, make_loras, make_model, state_dict, twin
 from .pipeline import PipelineCost, pipeline_costs
 from .ratio import Ratio
@@ -32,9 +34,10 @@ class SideCost:
     Attributes:
         side: Its name.
         loras: How many are loaded.
-        seconds: Of processor time for a call, median; on a GPU of the clock.
-        processor: Processor time over that of the bare model.
-        clock: The same by the clock.
+        seconds: Of processor time for a call, median; on a GPU by the clock.
+        processor: Processor time over that of the bare model; on a GPU until a call is queued.
+        clock: The same by the clock; on a GPU until it is done.
+        busy: Seconds that a GPU computes for a call; `None` on a CPU.
         operations: Multiplications and additions of its products over those of the bare model: no arithmetic does
             with less where nothing is merged.
         bytes: What it reads and writes over the same of the bare model, counted operator by operator.
@@ -53,6 +56,7 @@ class SideCost:
     products: int
     operators: int
     memory: float | None
+    busy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class Setting:
     Attributes:
         loras: How many.
         load: Ours: checked, stacked and hung.
-        load_peft: `load_lora_adapter` of diffusers, one after another; `None` where peft is no side.
+        load_peft: `load_lora_adapter` of diffusers, one after another; `None` where peft is no side, or fails.
         choice_first: Milliseconds for a hundred adapted modules when a choice of LoRAs is used for the first time.
         choice_again: The same when it was used before.
     """
@@ -88,6 +92,7 @@ class Speed:
         training: Steps of gate training, where they were asked for.
         pipeline: Whole calls of the toybox's pipeline, where they were asked for.
         not_compiled: What torch said where it could not compile, say for want of a C++ compiler; no rows then.
+        failed: Sides that raised, and training steps, in place of whose numbers stands what they said.
     """
 
     config: SpeedConfig
@@ -99,6 +104,7 @@ class Speed:
     training: list[TrainingCost] = field(default_factory=list)
     pipeline: list[PipelineCost] = field(default_factory=list)
     not_compiled: str | None = None
+    failed: list[Failed] = field(default_factory=list)
 
 
 def measure_speed(config: SpeedConfig, tell: Told | None = None) -> Speed:
@@ -123,13 +129,15 @@ def measure_speed(config: SpeedConfig, tell: Told | None = None) -> Speed:
         inputs = make_inputs(config, model)
         speed = Speed(config, _device(config), sum(p.numel() for p in model.parameters()), 0)
         try:
-            for number in config.loras:
-                _measure(speed, model, inputs, number, tell)
+            # Blocks of one kind share what is compiled of them: every width of both models needs a graph of its own.
+            with torch._dynamo.config.patch(recompile_limit=64):
+                for number in config.loras:
+                    _measure(speed, model, inputs, number, tell)
         except TorchDynamoException as error:
             speed.not_compiled = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
         if config.train:
             tell("training")
-            speed.training = training_costs(config, model, inputs, min(config.loras))
+            speed.training = training_costs(config, model, inputs, min(config.loras), speed.failed)
         if config.pipeline:
             speed.pipeline = pipeline_costs(config.rounds, tell)
     finally:
@@ -142,33 +150,44 @@ def _measure(speed: Speed, model: Any, inputs: dict[str, Any], number: int, tell
     loras = make_loras(config, model, number)
     tell(f"{number} LoRAs: loading")
     speed.settings.append(_setting(config, model, loras))
-    sides, experts = make_sides(config, model, inputs, loras)
+    tell(f"{number} LoRAs: making sides")
+    sides, experts = make_sides(config, model, inputs, loras, speed.failed)
     plain, others = sides, experts
     if config.compiled:  # who counts what torch does cannot look into a compiled graph
-        plain, others = make_sides(replace(config, compiled=False), model, inputs, loras)
+        plain, others = make_sides(replace(config, compiled=None), model, inputs, loras, [])
     speed.sites = len(experts.sites)
+    counts: dict[Side, Counted] = {}
+    memory, computing = {}, {}
     with torch.no_grad():
-        counts, memory = {}, {}
-        for side, call in sides.items():
+        for side, call in list(sides.items()):
             tell(f"{number} LoRAs: counting {side}")
-            for ready in {call, plain[side]}:
-                ready()  # makes what is made once
-            with Counted() as counts[side]:
-                plain[side]()
-            memory[side] = call_memory(call, torch.device(config.device))
+            try:
+                for ready in {call, plain[side]}:
+                    ready()  # makes what is made once
+                with Counted() as counts[side]:
+                    plain[side]()
+                memory[side] = call_memory(call, torch.device(config.device))
+            except Exception as error:  # the other sides' numbers are wanted all the same
+                if side == "bare":
+                    raise
+                speed.failed.append(Failed.of(side, number, error))
+                del sides[side]
+            with suppress(Exception):  # a profiler that cannot be had
+                computing[side] = busy(call, config.device)
         processor: dict[Side, list[float]] = {side: [] for side in sides}
         clock: dict[Side, list[float]] = {side: [] for side in sides}
+        calls = QUEUED if on_gpu(config.device) else 1
         for turn in range(config.rounds):
             tell(f"{number} LoRAs: round {turn + 1} of {config.rounds}")
             for side, call in sides.items():
-                spent, passed = _timed(call, config.device)
-                processor[side].append(spent)
-                clock[side].append(passed)
+                of_processor, by_clock = timed(call, config.device, calls)
+                processor[side].append(of_processor)
+                clock[side].append(by_clock)
     bare = counts["bare"]
     for side in sides:
         if side not in config.sides:
             continue
-        times = processor[side] if config.device == "cpu" else clock[side]
+        times = clock[side] if on_gpu(config.device) else processor[side]
         speed.rows.append(
             SideCost(
                 side,
@@ -181,41 +200,35 @@ def _measure(speed: Speed, model: Any, inputs: dict[str, Any], number: int, tell
                 counts[side].count,
                 counts[side].operators,
                 memory[side],
+                computing.get(side),
             )
         )
     experts.detach()
     others.detach()
 
 
-def _timed(call: Callable[[], Any], device: str) -> tuple[float, float]:
-    if device != "cpu":
-        torch.cuda.synchronize()
-    processor, clock = time.process_time(), time.perf_counter()
-    call()
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return time.process_time() - processor, time.perf_counter() - clock
-
-
 def _setting(config: SpeedConfig, model: Any, loras: list[Any]) -> Setting:
     component = component_of(config)
     ours = twin(model)
-    begin = time.process_time()
     experts = Experts(loras)
-    experts.attach({component: ours})
     probe = torch.empty(1, device=config.device, dtype=model.dtype)
-    _make_ready(experts, None, probe)
-    load = time.process_time() - begin
+
+    def hang() -> None:
+        experts.attach({component: ours})
+        _make_ready(experts, None, probe)
+
+    load = spent(hang, config.device)
     sites = len(experts.sites)
     first = again = 0.0
     if len(loras) > 1:
         kept = (0,) if len(loras) == 2 else (0, 2)
-        first, again = (_spent(lambda: _make_ready(experts, kept, probe)) for _ in range(2))
+        first, again = (spent(lambda: _make_ready(experts, kept, probe), config.device) for _ in range(2))
     experts.detach()
     load_peft = None
     if "peft" in config.sides:
         other, states = twin(model), {lora.name: state_dict(lora, component) for lora in loras}
-        load_peft = _spent(lambda: load_into_peft(other, states))
+        with suppress(Exception):  # told when the side is made
+            load_peft = spent(lambda: load_into_peft(other, states), config.device)
     return Setting(len(loras), load, load_peft, *(1e5 * t / sites for t in (first, again)))
 
 
@@ -225,13 +238,7 @@ def _make_ready(experts: Experts, kept: tuple[int, ...] | None, probe: Tensor) -
         site.group.make_ready(probe)
 
 
-def _spent(action: Callable[[], None]) -> float:
-    begin = time.process_time()
-    action()
-    return time.process_time() - begin
-
-
 def _device(config: SpeedConfig) -> str:
-    if config.device != "cpu":
+    if on_gpu(config.device):
         return torch.cuda.get_device_name(config.device)
     return f"CPU, {config.threads} thread{'s' if config.threads > 1 else ''}"

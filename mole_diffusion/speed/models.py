@@ -130,7 +130,8 @@ def merged(model: nn.Module, loras: list[LoRA], component: str) -> Any:
     changes: Mapping[str, LoRAFactors] = loras[0].factors[component]
     for name in changes:
         module = other.get_submodule(name)
-        change = torch.stack([lora.factors[component][name].delta() for lora in loras]).sum(dim=0)
-        weight = module.weight + change.to(module.weight.device, module.weight.dtype)
-        module.weight = nn.Parameter(weight, requires_grad=False)
+        its = (lora.factors[component][name] for lora in loras)
+        there = (LoRAFactors(one.down.to(module.weight.device), one.up.to(module.weight.device)) for one in its)
+        change = torch.stack([factors.delta() for factors in there]).sum(dim=0)
+        module.weight = nn.Parameter(module.weight + change.to(module.weight.dtype), requires_grad=False)
     return other

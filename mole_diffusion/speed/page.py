@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from .clocks import QUEUED, on_gpu
 from .config import SIZES
+from .failed import Failed
 from .measure import SideCost, Speed
 from .ratio import Ratio
 
@@ -22,24 +24,27 @@ NAMES = {
 }
 COUNTED = ("operations", "bytes", "products", "operators")
 HEAD = ["side", "LoRAs", "seconds", "processor time", "clock", *COUNTED, "MiB"]
+GPU_HEAD = ["side", "LoRAs", "ms, done", "ms, GPU computes", "queued", "done", *COUNTED, "MiB"]
 
 
 def speed_tables(speed: Speed) -> str:
     """The numbers alone, as Markdown tables."""
     config = speed.config
     size = SIZES[config.size]
+    gpu = on_gpu(config.device)
+    head = GPU_HEAD if gpu else HEAD
     used = "" if config.used is None else f", {config.used} of them in the call"
     lines = [
         f"{config.size}: {speed.parameters / 1e6:.0f} M parameters, {config.dtype or size.dtype}, latents "
         f"{config.latent or size.latent}², batch {config.batch}; LoRAs of rank {config.rank} on {speed.sites} modules "
-        f"({config.targets}){used}; {speed.device}{', compiled' if config.compiled else ''}; {config.rounds} rounds.",
+        f"({config.targets}){used}; {speed.device}{_compiled(speed)}; {config.rounds} rounds.",
         "",
         *(
             []
             if speed.not_compiled is None
             else [f"Not measured, for torch did not compile it: {speed.not_compiled}", ""]
         ),
-        *_table(HEAD, [_row(row) for row in speed.rows]),
+        *_table(head, [*(_row(row, gpu) for row in speed.rows), *(_failed(one, len(head)) for one in speed.failed)]),
         "",
         *_table(
             ["LoRAs", "load, s", "load with peft, s", "new choice, ms per 100 modules", "used before, ms"],
@@ -56,13 +61,7 @@ def speed_tables(speed: Speed) -> str:
         ),
     ]
     if speed.training:
-        lines += [
-            "",
-            *_table(
-                ["training step", "seconds", "saved activations, MiB"],
-                [[step.name, f"{step.seconds:.2f}", f"{step.saved:.0f}"] for step in speed.training],
-            ),
-        ]
+        lines += ["", *_training(speed)]
     if speed.pipeline:
         lines += [
             "",
@@ -113,15 +112,47 @@ def speed_page(speeds: Sequence[Speed], command: str, *more: str) -> str:
         "can lie below. Only where LoRAs are merged, as `fuse_lora` does, are they those of the base. *Operators* are",
         "all that torch runs, views too, which bind small models. *MiB* is the peak of a call beyond weights and",
         "inputs.",
+        *(_OF_GPUS if any(on_gpu(speed.config.device) for speed in speeds) else []),
     ]
     return "\n".join([*head, *(f"\n{table}" for table in (*map(speed_tables, speeds), *more)), ""])
 
 
-def _row(row: SideCost) -> list[str]:
+_OF_GPUS = [
+    "",
+    f"On a GPU, {QUEUED} calls follow one another before the clock is read, as in a denoising loop. *Done* is by the",
+    "clock, until the GPU has finished; *queued* is processor time, until it was told everything: where the GPU",
+    "computes for less than *done*, it waits for the processor, and what counts is how much there is to tell.",
+]
+
+
+def _compiled(speed: Speed) -> str:
+    how = {"whole": ", compiled", "blocks": ", repeated blocks compiled", None: ""}
+    return how[speed.config.compiled]
+
+
+def _training(speed: Speed) -> list[str]:
+    gpu = on_gpu(speed.config.device)
+    head = ["training step", "seconds", "saved activations, MiB", *(["peak beyond weights, MiB"] if gpu else [])]
+    rows = []
+    for step in speed.training:
+        peak = [] if step.peak is None else [f"{step.peak:.0f}"]
+        rows.append([step.name, f"{step.seconds:.2f}", f"{step.saved:.0f}", *peak])
+    return _table(head, rows)
+
+
+def _failed(failed: Failed, columns: int) -> list[str]:
+    named = dict[str, str](NAMES)
+    error = failed.error.replace("|", "\\|")
+    return [named.get(failed.side, failed.side), str(failed.loras), error, *["–"] * (columns - 3)]
+
+
+def _row(row: SideCost, gpu: bool) -> list[str]:
+    computing = "–" if row.busy is None else f"{1000 * row.busy:.2f}"
+    times = [f"{1000 * row.seconds:.2f}", computing] if gpu else [f"{row.seconds:.3f}"]
     return [
         NAMES[row.side],
         str(row.loras),
-        f"{row.seconds:.3f}",
+        *times,
         _ratio(row.processor),
         _ratio(row.clock),
         f"{row.operations:.3f}",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextvars
 from collections.abc import Callable
+from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,68 +17,102 @@ from ..gating import MoLEModel
 from ..lora import LoRA
 from ..training import GateTrainingConfig
 from .config import SIZES, Side, SpeedConfig
+from .failed import Failed
 from .models import component_of, load_into_peft, merged, state_dict, twin
 
 Sides = dict[Side, Callable[[], Any]]
 
 
-def make_sides(config: SpeedConfig, model: Any, inputs: dict[str, Any], loras: list[LoRA]) -> tuple[Sides, Experts]:
-    """By name, what makes one call of the denoiser; and the experts that ours have."""
+def make_sides(
+    config: SpeedConfig, model: Any, inputs: dict[str, Any], loras: list[LoRA], failed: list[Failed]
+) -> tuple[Sides, Experts]:
+    """By name, what makes one call of the denoiser; and the experts that ours have.
+
+    Args:
+        config: What is measured.
+        model: The denoiser.
+        inputs: What it is called with.
+        loras: The LoRAs.
+        failed: Sides that cannot be made are told here, and are missing in what comes back.
+    """
     component = component_of(config)
     number = len(loras)
     ours = twin(model)
     experts = Experts(loras)
     experts.attach({component: ours})
-    gates = MoLEModel.from_experts(experts, GateTrainingConfig().gates).to(config.device)
     keep = torch.zeros(number)
     keep[: config.used or number] = 1
-    linear = COMPOSITIONS["linear"]()
-    masks = COMPOSITIONS["masks"]()
-    gates.bind(experts)
-    call = _call(config, inputs, number) if "masks" in config.sides and component == "unet" else None
-    run: Any = torch.compile(ours, fullgraph=True) if config.compiled else ours
+    run = _compiled(config, ours)
+    bare = _compiled(config, twin(model))
 
-    def composed(**using: Any) -> Callable[[], Any]:
-        def call_once() -> Any:
-            with experts.using(**using):
-                return run(**inputs)
+    def chosen(holder: Experts, run: Any, **using: Any) -> Callable[[], Any]:
+        """Steps of one call of a pipeline, which chooses LoRAs once for all of them."""
+        call, choice = contextvars.copy_context(), ExitStack()
+        call.run(choice.enter_context, holder.using(**{"keep": keep, **using}))
+        experts.on_detach(lambda: call.run(choice.close))
+        return lambda: call.run(lambda: run(**inputs))
 
-        return call_once
+    def composed(name: str, **using: Any) -> Callable[[], Any]:
+        return chosen(experts, run, weigher=COMPOSITIONS[name](), **using)
 
-    bare = torch.compile(model, fullgraph=True) if config.compiled else model
-    sides: Sides = {"bare": lambda: bare(**inputs)}
-    if "empty" in config.sides:
-        sides["empty"] = composed(keep=torch.zeros(number), weigher=linear)
-    if "sum" in config.sides:
-        sides["sum"] = composed(keep=keep, weigher=linear, call=_call(config, inputs, number, regions=False))
-    for name in ("budget", "norm_router"):
-        if name in config.sides:
-            call_alone = _call(config, inputs, number, regions=False)
-            sides[name] = composed(keep=keep, weigher=COMPOSITIONS[name](), call=call_alone)
-    if "gates" in config.sides:
-        sides["gates"] = composed(keep=keep, weigher=gates)
-    if call is not None:
-        sides["masks"] = composed(keep=keep, weigher=masks, call=call)
-    if "fused" in config.sides and model.dtype == torch.float32:
-        whole_ours, merging = twin(model), Experts(loras)
-        merging.attach({component: whole_ours})
+    def weighed() -> Callable[[], Any]:
+        gates = MoLEModel.from_experts(experts, GateTrainingConfig().gates).to(config.device)
+        gates.bind(experts)
+        return chosen(experts, run, weigher=gates)
+
+    def fused() -> Callable[[], Any]:
+        whole, merging = twin(model), Experts(loras)
+        merging.attach({component: whole})
+        experts.on_detach(merging.detach)
         merging.merge()
+        return chosen(merging, _compiled(config, whole), weigher=COMPOSITIONS["linear"]())
 
-        def call_fused() -> Any:
-            with merging.using(keep=keep, weigher=linear):
-                return whole_ours(**inputs)
-
-        sides["fused"] = call_fused
-    if "peft" in config.sides:
+    def peft() -> Callable[[], Any]:
         other = twin(model)
         load_into_peft(other, {lora.name: state_dict(lora, component) for lora in loras})
         other.set_adapters([lora.name for lora in loras[: config.used or number]])
         other.requires_grad_(False)
-        sides["peft"] = lambda: other(**inputs)
-    if "merged" in config.sides:
-        whole = merged(model, loras[: config.used or number], component)
-        sides["merged"] = lambda: whole(**inputs)
+        run_peft = _compiled(config, other)
+        return lambda: run_peft(**inputs)
+
+    def merged_beforehand() -> Callable[[], Any]:
+        whole = _compiled(config, merged(model, loras[: config.used or number], component))
+        return lambda: whole(**inputs)
+
+    def alone() -> Any:
+        return _call(config, inputs, number, regions=False)
+
+    makers: dict[Side, Callable[[], Callable[[], Any]]] = {
+        "bare": lambda: lambda: bare(**inputs),
+        "empty": lambda: composed("linear", keep=torch.zeros(number)),
+        "sum": lambda: composed("linear", call=alone()),
+        "budget": lambda: composed("budget", call=alone()),
+        "norm_router": lambda: composed("norm_router", call=alone()),
+        "gates": weighed,
+        "masks": lambda: composed("masks", call=_call(config, inputs, number)),
+        "fused": fused,
+        "peft": peft,
+        "merged": merged_beforehand,
+    }
+    if component != "unet":  # stripes of the picture are those of a UNet's latents
+        del makers["masks"]
+    if model.dtype != torch.float32:
+        del makers["fused"]
+    sides: Sides = {}
+    for side, make in makers.items():
+        if side == "bare" or side in config.sides:
+            try:
+                sides[side] = make()
+            except Exception as error:  # the other sides' numbers are wanted all the same
+                failed.append(Failed.of(side, number, error))
     return sides, experts
+
+
+def _compiled(config: SpeedConfig, model: Any) -> Any:
+    if config.compiled == "blocks":
+        model.compile_repeated_blocks(fullgraph=True)
+        return model
+    return torch.compile(model, fullgraph=True) if config.compiled == "whole" else model
 
 
 def _call(config: SpeedConfig, inputs: dict[str, Any], number: int, regions: bool = True) -> Call:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,10 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..benchmark.memory import call_memory
 from ..experts import Experts
 from ..gating import MoLEModel
 from ..training import GateTrainingConfig
+from .clocks import on_gpu, spent
 from .config import SpeedConfig
+from .failed import Failed
 from .models import component_of, make_inputs, make_loras, make_model, twin
 
 
@@ -26,20 +28,31 @@ class TrainingCost:
     Attributes:
         name: "bare": the gradient of the latents through the bare model, what any training through it has to keep.
             "gates": the gradient of the gates of all LoRAs. Each also with gradient checkpointing.
-        seconds: Processor time, the least of two.
+        seconds: Processor time, the least of two; on a GPU by the clock.
         saved: MiB of tensors that autograd keeps from the forward pass for the backward pass, weights aside; with
             checkpointing, one block's own come to it for a moment.
+        peak: MiB at the peak of the step beyond weights, on a GPU; `None` on a CPU.
     """
 
     name: str
     seconds: float
     saved: float
+    peak: float | None = None
 
 
-def training_costs(config: SpeedConfig, model: Any, inputs: dict[str, Any], number: int) -> list[TrainingCost]:
+def training_costs(
+    config: SpeedConfig, model: Any, inputs: dict[str, Any], number: int, failed: list[Failed]
+) -> list[TrainingCost]:
     """Both sides, with and without gradient checkpointing.
 
     Time is taken on the model; what is kept is counted on one without values, of the same shapes.
+
+    Args:
+        config: What is measured.
+        model: The denoiser.
+        inputs: What it is called with.
+        number: Of LoRAs.
+        failed: Steps that raise, for want of memory say, are told here.
     """
     saved = saved_activations(config, number)
     component = component_of(config)
@@ -53,9 +66,15 @@ def training_costs(config: SpeedConfig, model: Any, inputs: dict[str, Any], numb
         for name, kept in saved.items():
             side, _, how = name.partition(", ")
             module, given = calls[side]
-            with _checkpointing(module, bool(how)):
-                spent = min(_step(functools.partial(_loss, module, given)) for _ in range(2))
-            steps.append(TrainingCost(name, spent, kept))
+            step = functools.partial(_step, module, given)
+            try:
+                with _checkpointing(module, bool(how)):
+                    seconds = min(spent(step, config.device) for _ in range(2))
+                    peak = call_memory(step, torch.device(config.device)) if on_gpu(config.device) else None
+            except Exception as error:  # the other steps' numbers are wanted all the same
+                failed.append(Failed.of(f"training step, {name}", number, error))
+            else:
+                steps.append(TrainingCost(name, seconds, kept, peak))
     return steps
 
 
@@ -139,7 +158,5 @@ def _saved(loss: Callable[[], Tensor], weights: Callable[[], list[Tensor]]) -> f
     return sum(kept.values()) / 2**20
 
 
-def _step(loss: Callable[[], Tensor]) -> float:
-    begin = time.process_time()
-    loss().backward()
-    return time.process_time() - begin
+def _step(model: Any, inputs: dict[str, Any]) -> None:
+    _loss(model, inputs).backward()

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from mole_diffusion.cli import app
+from mole_diffusion.composition import COMPOSITIONS
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.speed import SIDES, SIZES, Counted, Speed, SpeedConfig, measure_speed, speed_page
+from mole_diffusion.speed.clocks import timed
 from mole_diffusion.speed.config import WHOLE, Side
+from mole_diffusion.speed.measure import SideCost
 from mole_diffusion.speed.models import make_inputs, make_model, merged, twin
 from mole_diffusion.speed.page import saved_table
 from mole_diffusion.speed.pipeline import pipeline_costs
+from mole_diffusion.speed.ratio import Ratio
 from mole_diffusion.speed.train import saved_activations
 
 TINY = SpeedConfig(size="tiny", loras=(2,), rounds=1, rank=2, train=True)
@@ -65,13 +70,44 @@ def test_a_table_of_a_tiny_model() -> None:
 
 
 def test_a_page_says_what_did_not_compile_and_what_training_keeps() -> None:
-    config = SpeedConfig(size="tiny", compiled=True)
+    config = SpeedConfig(size="tiny", compiled="whole")
     speed = Speed(config, "CPU", 10, 3, not_compiled="InductorError: no C++ compiler")
     kept = {"142m": {"bare": 646.2, "gates": 712.0}, "sd15": {"bare": 7069.0, "gates": 7620.4}}
     page = speed_page([speed], "mole speed", saved_table(kept))
     assert "for torch did not compile it: InductorError: no C++ compiler" in page
     assert "| size | bare | gates |" in page
     assert "| sd15 | 7069 | 7620 |" in page
+
+
+def test_a_table_of_a_gpu_says_when_it_waits_for_the_processor() -> None:
+    same = Ratio(1.0, 1.0, 1.0)
+    row = SideCost("sum", 3, 0.0125, Ratio(1.4, 1.5, 1.6), same, 1.1, 1.2, 10, 20, 5.0, busy=0.009)
+    speed = Speed(SpeedConfig(device="cuda", compiled="blocks"), "some GPU", 10, 3, rows=[row])
+    page = speed_page([speed], "mole speed --device cuda")
+    assert "some GPU, repeated blocks compiled" in page
+    assert "| plain sum | 3 | 12.50 | 9.00 | 1.500 [1.400, 1.600] | 1.000 [1.000, 1.000] | 1.100 |" in page
+    assert "it waits for the processor" in page
+    assert "waits for the processor" not in speed_page([Speed(SpeedConfig(), "CPU", 10, 3)], "mole speed")
+
+
+def test_a_side_that_raises_costs_no_other_side_its_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(COMPOSITIONS["budget"]):  # type: ignore[misc, name-defined]
+        def weigh(self, *asked: object) -> Tensor:
+            raise RuntimeError("nothing | here\nand more")
+
+    monkeypatch.setitem(COMPOSITIONS, "budget", Broken)
+    sides: tuple[Side, ...] = ("bare", "budget", "sum")
+    speed = measure_speed(SpeedConfig(size="tiny", loras=(2,), rounds=1, rank=2, sides=sides))
+    assert [row.side for row in speed.rows] == ["bare", "sum"]
+    page = speed_page([speed], "mole speed")
+    assert "| budget | 2 | RuntimeError: nothing \\| here | – |" in page
+    assert "| plain sum | 2 |" in page
+
+
+def test_calls_that_follow_one_another_are_timed_together() -> None:
+    calls: list[int] = []
+    timed(lambda: calls.append(len(calls)), "cpu", calls=5)
+    assert calls == [0, 1, 2, 3, 4]
 
 
 def test_the_tables_of_the_whole_page_have_what_they_compare() -> None:
@@ -157,10 +193,12 @@ def test_real_sizes_have_the_parameters_of_the_real_models() -> None:
 
 
 def test_the_command_prints_and_writes_a_page(tmp_path: Path) -> None:
-    page = tmp_path / "speed.md"
+    page, numbers = tmp_path / "speed.md", tmp_path / "speed.json"
     given = ["speed", "--size", "tiny", "--loras", "2", "--rounds", "1", "--rank", "2", "--sides", "bare,sum"]
-    result = CliRunner().invoke(app, [*given, "--page", str(page)])
+    result = CliRunner().invoke(app, [*given, "--page", str(page), "--json", str(numbers)])
     assert result.exit_code == 0, result.output
     assert "| plain sum | 2 |" in result.stdout
     assert "mole speed --size tiny --loras 2" in page.read_text(encoding="utf-8")
+    (speed,) = json.loads(numbers.read_text(encoding="utf-8"))
+    assert [row["side"] for row in speed["rows"]] == ["bare", "sum"]
     assert CliRunner().invoke(app, ["speed", "--loras", "many"]).exit_code == 2
