@@ -25,10 +25,22 @@ toybox = typer.Typer(
 def build(
     out: Annotated[Path, typer.Option(help="Folder for the result and its checkpoints.")] = Path("runs/toybox"),
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of everything random.")] = 0,
+    vae_steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Steps of the autoencoder [default: 2600]; with --reuse vae, to train it on for [default: none].",
+        ),
+    ] = None,
+    vae_batch: Annotated[int, typer.Option(min=1, help="Pictures in a step of the autoencoder.")] = 16,
     base_steps: Annotated[
         int | None,
         typer.Option(min=1, help="Steps of the base model; more make it better [default: the shipped one's]."),
     ] = None,
+    base_batch: Annotated[
+        int, typer.Option(min=1, help="Scenes in a step of the base; its learning rate grows with the root of this.")
+    ] = 32,
+    scenes: Annotated[int, typer.Option(min=1, help="Different scenes that the base sees.")] = 40960,
     clip_steps: Annotated[
         int | None,
         typer.Option(
@@ -63,7 +75,9 @@ def build(
     try_folder(out)
     from mole_diffusion.toybox import recipe
 
-    effort = recipe.Effort(clip_steps=clip_steps)
+    effort = recipe.Effort(
+        vae_steps=vae_steps, vae_batch=vae_batch, base_batch=base_batch, num_scenes=scenes, clip_steps=clip_steps
+    )
     if base_steps is not None:
         effort = replace(effort, base_steps=base_steps)
     where = pick_device(device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,7 +22,7 @@ from mole_diffusion.toybox import recipe
 from mole_diffusion.toybox.recipe.base import _LAYOUT_LABELS as LABELS
 from mole_diffusion.toybox.recipe.base import layout, layout_loss, load_base, train_base
 from mole_diffusion.toybox.recipe.clip import clip_config, encode, train_clip, wrong_scenes
-from mole_diffusion.toybox.recipe.loop import AveragedWeights, run_stage, step_rng, trapezoid
+from mole_diffusion.toybox.recipe.loop import AveragedWeights, made_ahead, run_stage, step_rng, trapezoid
 from mole_diffusion.toybox.recipe.loras import company_scenes, lora_config
 from mole_diffusion.toybox.recipe.text_encoder import IGNORED, NOUN_LABELS, reading
 from mole_diffusion.toybox.recipe.tokenizer import make_tokenizer
@@ -40,6 +41,8 @@ from mole_diffusion.toybox.world import (
     random_scene,
 )
 
+CPU = torch.device("cpu")
+
 
 def _train(work_dir: Path, num_steps: int, stop: bool = False, seed: int = 0) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
@@ -54,7 +57,7 @@ def _train(work_dir: Path, num_steps: int, stop: bool = False, seed: int = 0) ->
         return {"loss": module(x).square().mean()}
 
     settings = {"num_steps": num_steps, "schedule": trapezoid, "work_dir": work_dir, "seed": seed}
-    run_stage("test", module, optimizer, step, average=average, **settings)
+    run_stage("test", module, optimizer, int, step, device=CPU, average=average, **settings)
     assert torch.equal(module.weight, average.tensors["average.weight"])
     return {name: value.clone() for name, value in module.state_dict().items()}
 
@@ -85,7 +88,7 @@ def test_a_module_in_channels_last_goes_on_bit_by_bit_too(tmp_path: Path, monkey
             return {"loss": module(x.contiguous(memory_format=torch.channels_last)).square().mean()}
 
         settings = {"num_steps": 8, "schedule": trapezoid, "work_dir": work_dir, "seed": 0}
-        run_stage("test", module, optimizer, step, average=AveragedWeights(module, 0.9), **settings)
+        run_stage("test", module, optimizer, int, step, device=CPU, average=AveragedWeights(module, 0.9), **settings)
         return module.weight.detach()
 
     straight = train(tmp_path / "straight")
@@ -93,6 +96,19 @@ def test_a_module_in_channels_last_goes_on_bit_by_bit_too(tmp_path: Path, monkey
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "broken", stop=True)
     assert torch.equal(train(tmp_path / "broken"), straight)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="other processes are forked, on Linux")
+def test_other_processes_make_the_same_in_the_same_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(number: int) -> tuple[int, np.ndarray, int]:
+        return number, step_rng(0, "test", number).standard_normal(3), os.getpid()
+
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2})
+    here, there = (list(made_ahead(make, range(3, 40), torch.device(name))) for name in ("cpu", "cuda"))
+    assert [number for number, _, _ in here] == [number for number, _, _ in there] == list(range(3, 40))
+    assert all(np.array_equal(a, b) for (_, a, _), (_, b, _) in zip(here, there, strict=True))
+    assert {pid for *_, pid in here} == {os.getpid()}
+    assert os.getpid() not in {pid for *_, pid in there}
 
 
 def test_a_loss_that_is_no_number_stops_with_the_step(tmp_path: Path) -> None:
@@ -105,7 +121,7 @@ def test_a_loss_that_is_no_number_stops_with_the_step(tmp_path: Path) -> None:
 
     settings = {"num_steps": 5, "schedule": trapezoid, "work_dir": tmp_path, "seed": 0}
     with pytest.raises(ValueError, match="stopped at step 4: loss = nan"):
-        run_stage("test", module, optimizer, step, average=average, **settings)
+        run_stage("test", module, optimizer, int, step, device=CPU, average=average, **settings)
 
 
 def test_the_layout_says_of_every_cell_what_stands_there() -> None:
@@ -237,10 +253,16 @@ def test_a_build_takes_over_the_installed_parts_it_is_told_to(tmp_path: Path, mo
     monkeypatch.setattr(recipe.measure, "measure", lambda *_, **__: {})  # weights are looked at, not pictures
     monkeypatch.setattr(recipe, "SUBJECTS", {})  # LoRAs and gates are of the whole recipe
     monkeypatch.setattr(recipe.gates, "SETS", [])
-    assets = recipe.build(tmp_path, effort=replace(SHORT, clip_steps=None), reuse=("vae", "clip"))
+    effort = replace(SHORT, vae_steps=None, clip_steps=None)
+    assets = recipe.build(tmp_path / "taken", effort=effort, reuse=("vae", "clip"))
     for part in ("base/vae/diffusion_pytorch_model.safetensors", "clip/open_clip_model.safetensors"):
         assert (assets / part).read_bytes() == (toybox.base_dir().parent / part).read_bytes()
-    assert not (tmp_path / "vae").exists()
+    assert not (tmp_path / "taken" / "vae").exists()
+
+    on = recipe.build(tmp_path / "on", effort=replace(SHORT, clip_steps=None), reuse=("vae", "clip")) / "base"
+    installed, trained = (load_vae(folder / "vae").state_dict() for folder in (toybox.base_dir(), on))
+    assert any(not torch.equal(installed[key], trained[key]) for key in trained)
+    assert all(torch.allclose(installed[key], trained[key], atol=0.01) for key in trained)  # two steps from there
 
 
 @contextmanager

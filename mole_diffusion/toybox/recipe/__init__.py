@@ -30,10 +30,11 @@ REUSABLE = ("vae", "clip", "base")
 class Effort:
     """Steps and batch sizes of every training, and pictures a row when measuring; the defaults made what ships.
 
-    `clip_steps` is `None` for the steps of a CLIP from nothing, and for none where the installed one is taken over.
+    `vae_steps` and `clip_steps` are `None` for the steps from nothing, and for none where the installed one is taken
+    over.
     """
 
-    vae_steps: int = 2600
+    vae_steps: int | None = None
     vae_batch: int = 16
     words_steps: int = 600
     words_batch: int = 64
@@ -66,7 +67,8 @@ def build(
         compile_model: Compile the base for training; a fifth faster on CPU, after two minutes of compiling.
         reuse: Which of `REUSABLE` to take from the installed toybox instead of training it. "base" goes on from the
             installed denoiser and text encoder for `effort.base_steps` more steps, with the installed autoencoder;
-            "clip" goes on from the installed one for `effort.clip_steps` more, if they are given.
+            "vae" and "clip" go on from the installed ones for `effort.vae_steps` and `effort.clip_steps` more, if these
+            are given.
 
     Returns:
         The `assets` folder, laid out as inside the package.
@@ -81,11 +83,17 @@ def build(
     assets, installed = work / "assets", base_dir().parent
     work.mkdir(parents=True, exist_ok=True)
 
+    autoencoder = None
     if "vae" in reuse or "base" in reuse:
         autoencoder = vae.load_vae(installed / "base" / "vae").to(device)
-    else:
+    if autoencoder is None or effort.vae_steps is not None:
         autoencoder = vae.train_vae(
-            work, seed=seed, device=device, num_steps=effort.vae_steps, batch_size=effort.vae_batch
+            work,
+            seed=seed,
+            device=device,
+            num_steps=effort.vae_steps or vae.NUM_STEPS,
+            batch_size=effort.vae_batch,
+            start=autoencoder,
         )
     tokenizer = make_tokenizer()
     start = None

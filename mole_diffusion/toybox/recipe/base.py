@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from ..render import render_array
 from ..shapes import CLASSES, PATTERNS
 from ..vocabulary import MAX_TOKENS, RARE_TOKENS
 from ..world import COLORS, GRID, GROUNDS, IMAGE_SIZE, Scene, caption, random_scene
-from .loop import AveragedWeights, decline, run_stage, step_rng, trapezoid
+from .loop import AveragedWeights, decline, made_ahead, run_stage, step_rng, trapezoid
 from .precision import fast_autocast
 from .text_encoder import TEXT_WIDTH, make_text_encoder
 from .vae import LATENT_CHANNELS
@@ -33,6 +34,7 @@ LATENT_SIZE = 16
 _SHARPNESS = 3.0
 _NULL_CAPTION_PROBABILITY = 0.1
 _FULL_CAPTION_PROBABILITY = 0.5
+_SCENES_AT_ONCE = 64
 # What the layout heads must name in each cell, and how many answers there are; 0 is "no object here".
 _LAYOUT_LABELS = {
     "class": len(CLASSES) + 1,
@@ -207,16 +209,29 @@ def encode_scenes(
     except (FileNotFoundError, SafetensorError):  # not there, or damaged: encoded again
         pass
     latents = torch.empty(len(scenes), LATENT_CHANNELS, side, side, dtype=torch.float16)
-    chunk = 64
-    for start in tracked(range(0, len(scenes), chunk), "scenes"):
-        some = scenes[start : start + chunk]
-        pictures = torch.stack([torch.from_numpy(render_array(scene)) for scene in some])
-        pictures = pictures.permute(0, 3, 1, 2).to(device) * 2 - 1
+    starts = range(0, len(scenes), _SCENES_AT_ONCE)
+
+    def rendered(start: int) -> Tensor:
+        some = scenes[start : start + _SCENES_AT_ONCE]
+        return torch.stack([torch.from_numpy(render_array(scene)) for scene in some]).permute(0, 3, 1, 2) * 2 - 1
+
+    for start, pictures in zip(tracked(starts, "scenes"), made_ahead(rendered, starts, device), strict=True):
         with fast_autocast(device):
-            mean = vae.encode(pictures).latent_dist.mean
-        latents[start : start + len(some)] = (mean.float() * vae.config["scaling_factor"]).half().cpu()
+            mean = vae.encode(pictures.to(device)).latent_dist.mean
+        latents[start : start + len(pictures)] = (mean.float() * vae.config["scaling_factor"]).half().cpu()
     write_safetensors(path, {"latents": latents}, made_of)
     return latents
+
+
+class _Batch(NamedTuple):
+    """What the model is shown at a step: token ids, clean latents, noise, timesteps and what stands in each cell."""
+
+    step: int
+    input_ids: Tensor
+    clean: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    labels: Tensor
 
 
 def train_base(
@@ -248,21 +263,28 @@ def train_base(
     # Channels last is a tenth faster in fp32 on a CPU, and what GPUs want in bfloat16.
     module = _Trained(start or make_unet(), text_encoder).to(device).to(memory_format=torch.channels_last).train()
     module.requires_grad_(True)
-    # On CPU the backward pass of fused attention takes more time than all convolutions together.
-    module.unet.set_attn_processor(AttnProcessor())
-    module.text_encoder.set_attn_implementation("eager")
-    scenes = [random_scene(step_rng(seed, "base-scene", k)) for k in range(num_scenes)]
+    if device.type == "cpu":  # the backward pass of fused attention takes more time there than all convolutions
+        module.unet.set_attn_processor(AttnProcessor())
+        module.text_encoder.set_attn_implementation("eager")
+
+    def some_scenes(start: int) -> list[Scene]:
+        numbers = range(start, min(start + _SCENES_AT_ONCE, num_scenes))
+        return [random_scene(step_rng(seed, "base-scene", k)) for k in numbers]
+
+    starts = range(0, num_scenes, _SCENES_AT_ONCE)
+    scenes = [scene for some in made_ahead(some_scenes, starts, device) for scene in some]
     sides = sorted({scene.side for scene in scenes})
     pools = [_Scenes(vae, [s for s in scenes if s.side == side], work_dir, seed, device) for side in sides]
     shares = [len(pool.scenes) / num_scenes for pool in pools]
     alphas = make_scheduler().alphas_cumprod.to(device)
     learning_rate, schedule = (1e-3, trapezoid) if start is None else (7e-4, decline)
+    learning_rate *= (batch_size / 32) ** 0.5  # Adam's step should follow the noise of the gradient
     make_optimizer = settings.make_optimizer or _adamw
     optimizer = make_optimizer(list(module.parameters()), settings.learning_rate or learning_rate)
     average = AveragedWeights(module, settings.average)
     forward = torch.compile(module, dynamic=False) if compile_model else module
 
-    def step(k: int) -> dict[str, Tensor]:
+    def make_batch(k: int) -> _Batch:
         rng = step_rng(seed, "base", k)
         pool = pools[rng.choice(len(pools), p=shares)]
         count = max(1, batch_size * IMAGE_SIZE**2 // pool.scenes[0].side ** 2)
@@ -273,20 +295,23 @@ def train_base(
             else caption(pool.scenes[index], rng, odd_words=RARE_TOKENS, full_probability=_FULL_CAPTION_PROBABILITY)
             for index in chosen
         ]
-        tokens = tokenizer(
-            captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
-        ).input_ids.to(device)
-        clean = pool.latents[chosen].to(device).float()
-        noise = torch.from_numpy(rng.standard_normal(clean.shape, np.float32)).to(device)
+        tokens = tokenizer(captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
+        clean = pool.latents[chosen]
+        noise = torch.from_numpy(rng.standard_normal(clean.shape, np.float32))
         # One timestep in each of as many equal strata as samples: the loss is less noisy than with independent draws.
         strata = (rng.permutation(count) + rng.random(count)) / count
-        timesteps = torch.from_numpy((strata**settings.timestep_power * 1000).astype(np.int64)).to(device)
+        timesteps = torch.from_numpy((strata**settings.timestep_power * 1000).astype(np.int64))
+        return _Batch(k, tokens.input_ids, clean, noise, timesteps, pool.layouts[chosen])
+
+    def step(batch: _Batch) -> dict[str, Tensor]:
+        k = batch.step
+        tokens, clean, noise, timesteps, labels = (x.to(device) for x in batch[1:])
+        clean = clean.float()
         signal, spread = (x.sqrt().view(-1, 1, 1, 1) for x in (alphas[timesteps], 1 - alphas[timesteps]))
         with fast_autocast(device):
             noisy = (signal * clean + spread * noise).contiguous(memory_format=torch.channels_last)
             velocity, answers = forward(noisy, timesteps, tokens)
         denoising = F.mse_loss(velocity.float(), signal * noise - spread * clean)
-        labels = pool.layouts[chosen].to(device)
         placing = torch.stack([layout_loss(answer, labels) for answer in answers]).mean()
         say = 1.0 if start is None else min(1.0, k / 300) / 2
         return {
@@ -299,7 +324,9 @@ def train_base(
         "base",
         module,
         optimizer,
+        make_batch,
         step,
+        device=device,
         num_steps=num_steps,
         schedule=schedule,
         work_dir=work_dir,

@@ -144,7 +144,7 @@ def train_clip(
     average = AveragedWeights(model, 0.998)
     targets = torch.arange(batch_size, device=device)
 
-    def step(k: int) -> dict[str, Tensor]:
+    def make_batch(k: int) -> tuple[Tensor, Tensor]:
         rng = step_rng(seed, "clip", k)
         scenes = random_scenes(rng, batch_size)
         wrong = [full_caption(other) for scene in scenes for other in wrong_scenes(scene, rng)]
@@ -154,13 +154,17 @@ def train_clip(
         # Guidance will show it pictures that are not quite rendered: noise and blur keep it from reading pixel
         # patterns.
         noise = torch.from_numpy(rng.standard_normal(pictures.shape, np.float32))
-        pictures = (pictures + noise * float(rng.uniform(0, 0.15))).to(device) * 2 - 1
+        pictures = (pictures + noise * float(rng.uniform(0, 0.15))) * 2 - 1
         if rng.random() < 0.5:
             pictures = F.avg_pool2d(F.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, 1)
         tokens = tokenizer(captions, padding="longest", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
+        return pictures, tokens.input_ids
+
+    def step(batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        pictures, tokens = batch
         # The fused attention's backward pass is several times slower than the plain one on CPU.
         with sdpa_kernel(SDPBackend.MATH), fast_autocast(device):
-            image_features, text_features = encode(model, pictures, tokens.input_ids.to(device))
+            image_features, text_features = encode(model, pictures.to(device), tokens.to(device))
         scale = model.logit_scale.exp()
         right, wrong_ones = text_features.float().split([batch_size, NUM_WRONG * batch_size])
         logits = scale * image_features.float() @ right.T  # (batch, batch)
@@ -175,7 +179,9 @@ def train_clip(
         "clip" if start is None else "clip-on",
         model,
         optimizer,
+        make_batch,
         step,
+        device=device,
         num_steps=num_steps,
         schedule=partial(learning_rate_factor, warmup_steps=100) if start is None else decline,
         work_dir=work_dir,

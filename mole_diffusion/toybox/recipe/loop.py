@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from mole_diffusion.training.engine.checkpoint import CheckpointFolder
 from mole_diffusion.training.engine.loop import TrainingLoop
 
 _SAVE_EVERY_SECONDS = 60.0
+_MOST_WORKERS = 14
 
 
 def step_rng(seed: int, stage: str, step: int) -> np.random.Generator:
@@ -54,12 +58,52 @@ class AveragedWeights:
             p.copy_(average)
 
 
+T = TypeVar("T")
+
+
+class _Made(Dataset[T], Generic[T]):
+    """What `make` makes of a number, for a `DataLoader`."""
+
+    def __init__(self, make: Callable[[int], T]) -> None:
+        self.make = make
+
+    def __getitem__(self, number: int) -> T:
+        return self.make(number)
+
+
+def made_ahead(make: Callable[[int], T], numbers: range, device: torch.device) -> Iterator[T]:
+    """`make` of each number in turn; where a GPU computes, other processes make them before they are asked for.
+
+    Drawing scenes and reading captions takes a processor longer than a GPU takes to learn from them.
+
+    Args:
+        make: Uses the processor only, and nothing but its number: it may run in a forked process.
+        numbers: In their order.
+        device: Where what is made is used.
+    """
+    workers = min(_MOST_WORKERS, len(os.sched_getaffinity(0)) - 1) if hasattr(os, "sched_getaffinity") else 0
+    if device.type == "cpu" or workers < 1:
+        return map(make, numbers)
+    return iter(
+        DataLoader(
+            _Made(make),
+            sampler=numbers,
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=4,
+            multiprocessing_context="fork",
+        )
+    )
+
+
 def run_stage(
     stage: str,
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
-    step_fn: Callable[[int], dict[str, Tensor]],
+    make_batch: Callable[[int], T],
+    step_fn: Callable[[T], dict[str, Tensor]],
     *,
+    device: torch.device,
     num_steps: int,
     schedule: Callable[[int, int], float],
     work_dir: Path,
@@ -72,7 +116,9 @@ def run_stage(
     Args:
         stage: Name of the training, and of its folder of checkpoints.
         module: Everything that is trained.
-        step_fn: Takes the number of a step and returns its loss terms; `"loss"` is minimised.
+        make_batch: Takes the number of a step and returns what `step_fn` needs; see `made_ahead`.
+        step_fn: Takes that and returns loss terms; `"loss"` is minimised.
+        device: Where `module` is.
         schedule: Gives the factor on the learning rate for a step and the number of steps.
         seed: Seed of the run; a checkpoint of another seed is refused.
 
@@ -84,16 +130,18 @@ def run_stage(
     checkpoints = CheckpointFolder(work_dir / stage, f"toybox {stage}, seed {seed}")
     learning_rate = optimizer.param_groups[0]["lr"]
     loop = TrainingLoop(num_steps, parameters | average.tensors, optimizer, checkpoints, kept={})
+    batches = made_ahead(make_batch, range(loop.start, num_steps), device)
     saved_at = time.monotonic()
 
     def take_step(step: int) -> dict[str, float]:
-        losses = step_fn(step)
+        losses = step_fn(next(batches))
         losses["loss"].backward()
         torch.nn.utils.clip_grad_norm_(parameters.values(), max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         average.update(module, step)
-        return {name: value.item() for name, value in losses.items()}
+        values = torch.stack([value.detach() for value in losses.values()]).tolist()  # waits for a GPU once
+        return dict(zip(losses, values, strict=True))
 
     def is_due(_: int) -> bool:
         nonlocal saved_at

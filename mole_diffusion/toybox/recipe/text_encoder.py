@@ -105,18 +105,23 @@ def train_text_encoder(
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     average = AveragedWeights(module, 0.98)
 
-    def step(k: int) -> dict[str, Tensor]:
+    def make_batch(k: int) -> tuple[Tensor, Tensor]:
         rng = step_rng(seed, "words", k)
         captions = [caption(random_scene(rng), rng, odd_words=RARE_TOKENS) for _ in range(batch_size)]
         tokens = tokenizer(captions, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids
-        labels = torch.stack([reading(text) for text in captions])
+        return tokens, torch.stack([reading(text) for text in captions])
+
+    def step(batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        tokens, labels = batch
         return {"loss": module(tokens.to(device), labels.to(device))}
 
     run_stage(
         "words",
         module,
         optimizer,
+        make_batch,
         step,
+        device=device,
         num_steps=num_steps,
         schedule=partial(learning_rate_factor, warmup_steps=min(50, num_steps // 5)),
         work_dir=work_dir,

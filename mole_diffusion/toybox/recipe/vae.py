@@ -12,10 +12,11 @@ from mole_diffusion.training.engine.optimizer import learning_rate_factor
 
 from ..render import render_array
 from ..world import IMAGE_SIZE, random_scenes
-from .loop import AveragedWeights, run_stage, step_rng
+from .loop import AveragedWeights, decline, run_stage, step_rng
 from .precision import fast_autocast
 
 LATENT_CHANNELS = 8
+NUM_STEPS = 2600  # from nothing
 _KL_WEIGHT = 3e-4  # per latent element, against a mean squared error per pixel
 
 
@@ -42,25 +43,42 @@ def load_vae(folder: Path) -> AutoencoderKL:
     return vae.eval().requires_grad_(False)
 
 
-def render_batch(rng_key: tuple[int, str, int], batch_size: int, device: torch.device) -> torch.Tensor:
+def render_batch(rng_key: tuple[int, str, int], batch_size: int) -> torch.Tensor:
     """Random scenes of one side as pictures of shape `(batch, 3, side, side)`, values −1 to 1."""
     rng = step_rng(*rng_key)
     pictures = torch.stack([torch.from_numpy(render_array(scene)) for scene in random_scenes(rng, batch_size)])
-    return pictures.permute(0, 3, 1, 2).to(device) * 2 - 1
+    return pictures.permute(0, 3, 1, 2) * 2 - 1
 
 
-def train_vae(work_dir: Path, *, seed: int, device: torch.device, num_steps: int, batch_size: int) -> AutoencoderKL:
+def train_vae(
+    work_dir: Path,
+    *,
+    seed: int,
+    device: torch.device,
+    num_steps: int,
+    batch_size: int,
+    start: AutoencoderKL | None = None,
+) -> AutoencoderKL:
     """Trains on rendered scenes; mean squared error plus a light pull of the latents towards a unit Gaussian.
 
     The latents' standard deviation is measured at the end and stored as the model's scaling factor.
+
+    Args:
+        start: A trained autoencoder to go on from; the learning rate then falls from the first step on.
     """
     torch.manual_seed(seed)
-    vae = make_vae().to(device).train()
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0)
-    average = AveragedWeights(vae, 0.995)
+    vae = make_vae() if start is None else start
+    vae = vae.to(device).requires_grad_(True).train()
+    learning_rate, average_decay = (2e-3, 0.995) if start is None else (1e-3, 0.999)
+    schedule = partial(learning_rate_factor, warmup_steps=100) if start is None else decline
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    average = AveragedWeights(vae, average_decay)
 
-    def step(k: int) -> dict[str, torch.Tensor]:
-        pictures = render_batch((seed, "vae", k), batch_size, device)
+    def make_batch(k: int) -> tuple[int, torch.Tensor]:
+        return k, render_batch((seed, "vae", k), batch_size)
+
+    def step(batch: tuple[int, torch.Tensor]) -> dict[str, torch.Tensor]:
+        k, pictures = batch[0], batch[1].to(device)
         generator = torch.Generator(device).manual_seed(seed * 1_000_003 + k)
         with fast_autocast(device):
             posterior = vae.encode(pictures).latent_dist
@@ -74,15 +92,17 @@ def train_vae(work_dir: Path, *, seed: int, device: torch.device, num_steps: int
         "vae",
         vae,
         optimizer,
+        make_batch,
         step,
+        device=device,
         num_steps=num_steps,
-        schedule=partial(learning_rate_factor, warmup_steps=100),
+        schedule=schedule,
         work_dir=work_dir,
         seed=seed,
         average=average,
     )
     vae.eval().requires_grad_(False)
     with torch.no_grad():
-        latents = vae.encode(render_batch((seed, "vae-scale", 0), 256, device)).latent_dist.mean
+        latents = vae.encode(render_batch((seed, "vae-scale", 0), 256).to(device)).latent_dist.mean
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
     return vae
