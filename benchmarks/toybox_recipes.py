@@ -3,7 +3,8 @@
 Each way trains a new denoiser for so many minutes, beside the shipped text encoder, which can read; its number of steps
 is what fits into the time, and the learning rate falls to zero within them. Then the oracle counts how many of three
 classes are there, and how many of three looks that a prompt names in words: what a composition of three LoRAs is judged
-by. Stopped and started again, it goes on. A GPU makes it worth reading. Needs `pip install pytorch-optimizer`.
+by. Stopped and started again, it goes on, except
+with SOAP. A GPU makes it worth reading. Needs `pip install pytorch-optimizer`.
 """
 
 from __future__ import annotations
@@ -43,8 +44,25 @@ def muon(parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.Op
     return Muon([orthogonal, {"params": others, "use_muon": False}], lr=learning_rate, adamw_lr=learning_rate)
 
 
+class _TensorsOnly(SOAP):
+    """SOAP with the part of its state that a checkpoint holds; its lists of matrices are left out.
+
+    So a training with it cannot go on from a checkpoint: one that was stopped is to be started again in a new folder.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        tensors = {
+            k: {name: value for name, value in entries.items() if isinstance(value, torch.Tensor)}
+            for k, entries in state["state"].items()
+        }
+        return state | {"state": tensors}
+
+
 def soap(parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
-    return SOAP(parameters, lr=learning_rate, weight_decay=0.01, precondition_frequency=10, max_precondition_dim=512)
+    return _TensorsOnly(
+        parameters, lr=learning_rate, weight_decay=0.01, precondition_frequency=10, max_precondition_dim=512
+    )
 
 
 # What is tried: settings, and samples in a batch.
