@@ -29,6 +29,9 @@ def speed(
     device: Annotated[str, typer.Option(help="cpu, cuda ...")] = "cpu",
     threads: Annotated[int, typer.Option(help="Of the CPU.")] = 1,
     train: Annotated[bool, typer.Option("--train", help="Also a step of gate training.")] = False,
+    walks: Annotated[
+        bool, typer.Option("--walks", help="Also whole steps of gate training by the preset real, at size sd15.")
+    ] = False,
     compiled: Annotated[bool, typer.Option("--compile", help="Compile the bare model and ours.")] = False,
     compiled_blocks: Annotated[
         bool, typer.Option("--compile-blocks", help="Compile their repeated blocks alone, in a fraction of the time.")
@@ -79,6 +82,7 @@ def speed(
         device=device,
         threads=threads,
         train=train,
+        walks=walks,
         compiled="blocks" if compiled_blocks else "whole" if compiled else None,
         pipeline=pipeline,
         **settings,
@@ -102,7 +106,13 @@ def speed(
         given = {"size": size, "loras": loras, "used": used, "rank": rank, "targets": targets, "rounds": rounds}
         given |= {"sides": sides, "latent": latent, "dtype": dtype, "device": device, "threads": threads}
         words = [f"--{name} {value}" for name, value in given.items() if value is not None]
-        asked = {"train": train, "compile": compiled, "compile-blocks": compiled_blocks, "pipeline": pipeline}
+        asked = {
+            "train": train,
+            "walks": walks,
+            "compile": compiled,
+            "compile-blocks": compiled_blocks,
+            "pipeline": pipeline,
+        }
         flags = [f"--{name}" for name, on in asked.items() if on]
         command = ["mole speed --whole"] if whole else ["mole speed", *words, *flags]
         text = speed_page(measured, " ".join(command), *more)

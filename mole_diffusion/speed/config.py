@@ -154,6 +154,7 @@ class SpeedConfig:
         train: Also a step of gate training: forward, backward, what it saves for that.
         compiled: Compile the bare model and ours: `"whole"`, or `"blocks"` as `compile_repeated_blocks` does, which
             takes seconds where the whole takes minutes. `None`: neither.
+        walks: Also whole steps of gate training by the preset `real`, with autoencoder and CLIP.
         pipeline: Also whole calls of the toybox's pipeline beside diffusers' own.
 
     Raises:
@@ -174,6 +175,7 @@ class SpeedConfig:
     threads: int = 1
     train: bool = False
     compiled: Literal["whole", "blocks"] | None = None
+    walks: bool = False
     pipeline: bool = False
 
     def __post_init__(self) -> None:
@@ -192,6 +194,8 @@ class SpeedConfig:
             raise MoLEError(
                 f"`used` must be between 1 and the smallest number of LoRAs, {min(self.loras)}, got {self.used}."
             )
+        if self.walks and self.size not in ("tiny", "sd15"):
+            raise MoLEError(f"whole steps of training are measured at the sizes tiny and sd15, got {self.size!r}.")
         if self.latent is not None and (self.latent < 8 or self.latent % 8):
             raise MoLEError(f"`latent` must be a multiple of 8, got {self.latent}. 64 is a picture of 512 pixels.")
 

@@ -23,6 +23,7 @@ from .pipeline import PipelineCost, pipeline_costs
 from .ratio import Ratio
 from .sides import make_sides
 from .train import TrainingCost, training_costs
+from .walks import WalkCost, walk_cost
 
 Told = Callable[[str], None]
 
@@ -90,6 +91,7 @@ class Speed:
         rows: One for each side and number of LoRAs.
         settings: One for each number of LoRAs.
         training: Steps of gate training, where they were asked for.
+        walk: Whole steps of gate training, where they were asked for.
         pipeline: Whole calls of the toybox's pipeline, where they were asked for.
         not_compiled: What torch said where it could not compile, say for want of a C++ compiler; no rows then.
         failed: Sides that raised, and training steps, in place of whose numbers stands what they said.
@@ -102,6 +104,7 @@ class Speed:
     rows: list[SideCost] = field(default_factory=list)
     settings: list[Setting] = field(default_factory=list)
     training: list[TrainingCost] = field(default_factory=list)
+    walk: WalkCost | None = None
     pipeline: list[PipelineCost] = field(default_factory=list)
     not_compiled: str | None = None
     failed: list[Failed] = field(default_factory=list)
@@ -138,6 +141,12 @@ def measure_speed(config: SpeedConfig, tell: Told | None = None) -> Speed:
         if config.train:
             tell("training")
             speed.training = training_costs(config, model, inputs, min(config.loras), speed.failed)
+        if config.walks:
+            tell("whole training steps")
+            try:
+                speed.walk = walk_cost(config, min(config.loras))
+            except Exception as error:  # the sides' numbers are wanted all the same
+                speed.failed.append(Failed.of("whole training step", min(config.loras), error))
         if config.pipeline:
             speed.pipeline = pipeline_costs(config.rounds, tell)
     finally:

@@ -62,6 +62,14 @@ def speed_tables(speed: Speed) -> str:
     ]
     if speed.training:
         lines += ["", *_training(speed)]
+    if speed.walk is not None:
+        memory = "" if speed.walk.peak is None else f", {speed.walk.peak:.2f} GiB at the peak, weights and all"
+        lines += [
+            "",
+            "A whole step of gate training by the preset `real`, four pictures of "
+            f"{speed.walk.pixels} pixels one after another, with autoencoder and CLIP: "
+            f"{speed.walk.seconds:.2f} seconds{memory}.",
+        ]
     if speed.pipeline:
         lines += [
             "",

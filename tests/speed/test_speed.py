@@ -175,6 +175,7 @@ def test_a_twin_has_the_same_weights_and_a_merged_one_its_own() -> None:
         ({"rounds": 0}, "`rounds` must be at least 1"),
         ({"used": 4, "loras": (3, 8)}, "smallest number of LoRAs, 3"),
         ({"latent": 12}, "multiple of 8"),
+        ({"walks": True, "size": "sdxl"}, "tiny and sd15"),
     ],
 )
 def test_settings_that_cannot_be(settings: dict[str, object], message: str) -> None:
@@ -195,9 +196,11 @@ def test_real_sizes_have_the_parameters_of_the_real_models() -> None:
 def test_the_command_prints_and_writes_a_page(tmp_path: Path) -> None:
     page, numbers = tmp_path / "speed.md", tmp_path / "speed.json"
     given = ["speed", "--size", "tiny", "--loras", "2", "--rounds", "1", "--rank", "2", "--sides", "bare,sum"]
+    given += ["--latent", "8", "--walks"]
     result = CliRunner().invoke(app, [*given, "--page", str(page), "--json", str(numbers)])
     assert result.exit_code == 0, result.output
     assert "| plain sum | 2 |" in result.stdout
+    assert "A whole step of gate training by the preset `real`, four pictures of 16 pixels" in result.stdout
     assert "mole speed --size tiny --loras 2" in page.read_text(encoding="utf-8")
     (speed,) = json.loads(numbers.read_text(encoding="utf-8"))
     assert [row["side"] for row in speed["rows"]] == ["bare", "sum"]
