@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,10 +41,10 @@ def overflows(factors: LoRAFactors, module: nn.Module) -> bool:
     kronecker = factors.kronecker
     if kronecker is not None:
         beside += [kronecker.w1 * factors.scaling, *kronecker.tensors]
-    down, up = _as_run(factors, module)
-    if not all(tensor.to(dtype).isfinite().all() for tensor in (down, up, *beside)):
+    down, up = (_largest(factor) for factor in _as_run(factors, module))
+    if not all(map(math.isfinite, (down, up, *(_largest(factor.to(dtype)) for factor in beside)))):
         return True
-    product = factors.r * _largest(down) * _largest(up)
+    product = factors.r * down * up
     if kronecker is not None:
         product += _largest(kronecker.w1) * abs(factors.scaling) * _largest(kronecker.w2)
     return product > LARGEST_PRODUCT
@@ -80,6 +81,7 @@ def _acts(factors: LoRAFactors, module: nn.Module) -> bool:
 
 
 def _largest(tensor: Tensor) -> float:
+    """The largest number without its sign; NaN where there is one."""
     return float(tensor.abs().max()) if tensor.numel() else 0.0
 
 

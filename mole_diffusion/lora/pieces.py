@@ -133,12 +133,12 @@ def read_alpha(file: LoRAFile, layout: str, piece: Piece) -> float | None:
 
 
 def read_parts(file: LoRAFile, layout: str, piece: Piece) -> dict[str, Tensor]:
-    """Its tensors by part, in fp32 on the CPU, with scales of their own worked in.
+    """Its tensors by part but for alpha, in fp32 on the CPU, with scales of their own worked in.
 
     Raises:
         LoRAError: A value is not finite.
     """
-    parts = {part: _values(file, layout, piece, part) for part in piece.keys}
+    parts = {part: _values(file, layout, piece, part) for part in piece.keys if part != "alpha"}
     for name in [part for part in parts if part.startswith("scale_of_")]:
         part, scale = name.removeprefix("scale_of_"), parts.pop(name)
         ones = [1] * (parts[part].ndim - 1)

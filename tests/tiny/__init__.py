@@ -15,6 +15,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from tests.tiny.copies import made_once
+
 WORDS = "a an and of on the in with photo picture red blue green cat dog mug boot robot clock grass sand".split()
 MAX_TOKENS = 16
 HIDDEN = 32
@@ -78,6 +80,7 @@ def text_config(tokenizer: CLIPTokenizer, width: int) -> CLIPTextConfig:
     )
 
 
+@made_once
 def tiny_components(seed: int = 0) -> dict[str, Any]:
     """A random Stable Diffusion of 32x32 pixels: `vae`, `text_encoder`, `tokenizer`, `unet`, `scheduler`.
 

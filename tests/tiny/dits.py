@@ -57,6 +57,7 @@ from transformers import (
 
 from mole_diffusion.families import arguments
 from tests.tiny import WORDS, learn_merges, text_config, tiny_tokenizer
+from tests.tiny.copies import made_once
 
 SIZE = 32  # pixels to a side; 8 x 8 tokens in every family
 WIDTH = 16  # of text encoders
@@ -337,6 +338,7 @@ CALL: dict[str, dict[str, Any]] = {
 """What a call of each is given beside the prompt."""
 
 
+@made_once
 def tiny_parts(family: str, seed: int = 0) -> dict[str, Any]:
     """The components of a family's pipeline, and what else it is made with.
 

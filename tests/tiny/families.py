@@ -15,6 +15,7 @@ from torch import nn
 from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from tests.tiny import text_config, tiny_components, tiny_tokenizer
+from tests.tiny.copies import made_once
 from tests.tiny.dits import t5_tokenizer, tiny_vae
 
 WIDTH = 16  # of text encoders
@@ -24,6 +25,7 @@ def _clip() -> CLIPTextModelWithProjection:
     return CLIPTextModelWithProjection(text_config(tiny_tokenizer(), WIDTH))
 
 
+@made_once
 def sdxl(seed: int = 0) -> dict[str, Any]:
     """Components of a Stable Diffusion XL of 32x32 pixels; its second tokenizer pads with another token."""
     parts = tiny_components(seed)
@@ -57,6 +59,7 @@ def sdxl(seed: int = 0) -> dict[str, Any]:
     }
 
 
+@made_once
 def sd3(seed: int = 0) -> dict[str, Any]:
     """Components of a Stable Diffusion 3.5 of 32x32 pixels: two blocks, the first with a second attention."""
     t5 = t5_tokenizer()

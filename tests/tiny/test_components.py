@@ -32,6 +32,20 @@ def test_components_follow_their_seed() -> None:
     assert not torch.equal(first, other)
 
 
+def test_what_is_done_to_a_model_is_done_to_that_one_alone() -> None:
+    changed, fresh = tiny_components(), tiny_components()
+    made = tiny_components.__wrapped__()
+    for name in ("unet", "vae", "text_encoder"):
+        for tensor in changed[name].state_dict().values():
+            tensor.zero_()
+        assert made[name].config == fresh[name].config
+        wanted, found = made[name].state_dict(), fresh[name].state_dict()
+        assert list(found) == list(wanted)
+        assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    changed["tokenizer"].add_tokens("<v1>")
+    assert len(fresh["tokenizer"]) == len(made["tokenizer"]) < len(changed["tokenizer"])
+
+
 def test_tokenizer_knows_its_words() -> None:
     tokenizer = tiny_tokenizer()
     for word in WORDS:
