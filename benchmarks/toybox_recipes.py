@@ -3,8 +3,8 @@
 Each way trains a new denoiser for so many minutes, beside the shipped text encoder, which can read; its number of steps
 is what fits into the time, and the learning rate falls to zero within them. Then the oracle counts how many of three
 classes are there, and how many of three looks that a prompt names in words: what a composition of three LoRAs is judged
-by. Stopped and started again, it goes on, except
-with SOAP. A GPU makes it worth reading. Needs `pip install pytorch-optimizer`.
+by. Stopped and started again, it goes on, except with SOAP. A GPU makes it worth reading. Needs
+`pip install pytorch-optimizer`.
 """
 
 from __future__ import annotations

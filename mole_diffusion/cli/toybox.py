@@ -38,7 +38,8 @@ def build(
         typer.Option(min=1, help="Steps of the base model; more make it better [default: the shipped one's]."),
     ] = None,
     base_batch: Annotated[
-        int, typer.Option(min=1, help="Scenes in a step of the base; its learning rate grows with the root of this.")
+        int,
+        typer.Option(min=1, help="Scenes in a step of the base; the learning rate grows with the root of it, to 2e-3."),
     ] = 32,
     scenes: Annotated[int, typer.Option(min=1, help="Different scenes that the base sees.")] = 40960,
     clip_steps: Annotated[

@@ -34,7 +34,7 @@ GROUNDS = ("grass", "sand", "snow", "water", "brick", "slate")
 GRID = 8
 OBJECT_SIZE = 24
 # How often a scene has so many objects.
-_SHARES = {1: 0.2, 2: 0.16, 3: 0.24, 4: 0.2, 5: 0.1, 6: 0.1}
+_SHARES = {1: 0.15, 2: 0.13, 3: 0.22, 4: 0.2, 5: 0.15, 6: 0.15}
 
 
 @dataclass(frozen=True)

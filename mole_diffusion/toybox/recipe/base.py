@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,7 +35,7 @@ LATENT_SIZE = 16
 _SHARPNESS = 3.0
 _NULL_CAPTION_PROBABILITY = 0.1
 _FULL_CAPTION_PROBABILITY = 0.5
-_SCENES_AT_ONCE = 64
+_SCENES_AT_ONCE = 256
 # What the layout heads must name in each cell, and how many answers there are; 0 is "no object here".
 _LAYOUT_LABELS = {
     "class": len(CLASSES) + 1,
@@ -187,9 +188,17 @@ def layout_loss(answers: Tensor, labels: Tensor) -> Tensor:
 class _Scenes:
     """Training scenes of one side, with their layouts and latents."""
 
-    def __init__(self, vae: AutoencoderKL, scenes: list[Scene], folder: Path, seed: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        scenes: list[Scene],
+        layouts: list[np.ndarray],
+        folder: Path,
+        seed: int,
+        device: torch.device,
+    ) -> None:
         self.scenes = scenes
-        self.layouts = torch.from_numpy(np.stack([layout(scene) for scene in scenes]))
+        self.layouts = torch.from_numpy(np.stack(layouts))
         path = folder / f"scenes-{scenes[0].side}.safetensors"
         self.latents = encode_scenes(vae, scenes, path, seed=seed, device=device)
 
@@ -267,18 +276,25 @@ def train_base(
         module.unet.set_attn_processor(AttnProcessor())
         module.text_encoder.set_attn_implementation("eager")
 
-    def some_scenes(start: int) -> list[Scene]:
+    def some_scenes(start: int) -> list[tuple[Scene, np.ndarray]]:
         numbers = range(start, min(start + _SCENES_AT_ONCE, num_scenes))
-        return [random_scene(step_rng(seed, "base-scene", k)) for k in numbers]
+        scenes = [random_scene(step_rng(seed, "base-scene", k)) for k in numbers]
+        return [(scene, layout(scene)) for scene in scenes]
 
     starts = range(0, num_scenes, _SCENES_AT_ONCE)
-    scenes = [scene for some in made_ahead(some_scenes, starts, device) for scene in some]
-    sides = sorted({scene.side for scene in scenes})
-    pools = [_Scenes(vae, [s for s in scenes if s.side == side], work_dir, seed, device) for side in sides]
+    drawn: dict[int, list[tuple[Scene, np.ndarray]]] = defaultdict(list)
+    for some in made_ahead(some_scenes, starts, device):
+        for scene, cells in some:
+            drawn[scene.side].append((scene, cells))
+    pools = [
+        _Scenes(vae, [scene for scene, _ in drawn[side]], [cells for _, cells in drawn[side]], work_dir, seed, device)
+        for side in sorted(drawn)
+    ]
     shares = [len(pool.scenes) / num_scenes for pool in pools]
     alphas = make_scheduler().alphas_cumprod.to(device)
     learning_rate, schedule = (1e-3, trapezoid) if start is None else (7e-4, decline)
-    learning_rate *= (batch_size / 32) ** 0.5  # Adam's step should follow the noise of the gradient
+    # Adam's step should follow the noise of the gradient, as far as training is stable.
+    learning_rate = min(2e-3, learning_rate * (batch_size / 32) ** 0.5)
     make_optimizer = settings.make_optimizer or _adamw
     optimizer = make_optimizer(list(module.parameters()), settings.learning_rate or learning_rate)
     average = AveragedWeights(module, settings.average)
