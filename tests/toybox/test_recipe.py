@@ -107,6 +107,7 @@ def test_other_processes_make_the_same_in_the_same_order(monkeypatch: pytest.Mon
     here, there = (list(made_ahead(make, range(3, 40), torch.device(name))) for name in ("cpu", "cuda"))
     assert [number for number, _, _ in here] == [number for number, _, _ in there] == list(range(3, 40))
     assert all(np.array_equal(a, b) for (_, a, _), (_, b, _) in zip(here, there, strict=True))
+    assert all(type(array) is np.ndarray for _, array, _ in there)
     assert {pid for *_, pid in here} == {os.getpid()}
     assert os.getpid() not in {pid for *_, pid in there}
 

@@ -71,6 +71,11 @@ class _Made(Dataset[T], Generic[T]):
         return self.make(number)
 
 
+def _as_made(made: T) -> T:
+    """A `DataLoader` would turn arrays within into tensors, each with an open file of its own on its way here."""
+    return made
+
+
 def made_ahead(make: Callable[[int], T], numbers: range, device: torch.device) -> Iterator[T]:
     """`make` of each number in turn; where a GPU computes, other processes make them before they are asked for.
 
@@ -89,6 +94,7 @@ def made_ahead(make: Callable[[int], T], numbers: range, device: torch.device) -
             _Made(make),
             sampler=numbers,
             batch_size=None,
+            collate_fn=_as_made,
             num_workers=workers,
             prefetch_factor=4,
             multiprocessing_context="fork",
