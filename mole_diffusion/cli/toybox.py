@@ -29,7 +29,7 @@ def build(
         int | None,
         typer.Option(
             min=1,
-            help="Steps of the autoencoder [default: 2600]; with --reuse vae, to train it on for [default: none].",
+            help="Steps of the autoencoder [default: 2600]; with --reuse vae, of its decoder alone [default: none].",
         ),
     ] = None,
     vae_batch: Annotated[int, typer.Option(min=1, help="Pictures in a step of the autoencoder.")] = 16,

@@ -67,8 +67,8 @@ def build(
         compile_model: Compile the base for training; a fifth faster on CPU, after two minutes of compiling.
         reuse: Which of `REUSABLE` to take from the installed toybox instead of training it. "base" goes on from the
             installed denoiser and text encoder for `effort.base_steps` more steps, with the installed autoencoder;
-            "vae" and "clip" go on from the installed ones for `effort.vae_steps` and `effort.clip_steps` more, if these
-            are given.
+            "clip" goes on from the installed one for `effort.clip_steps` more and "vae" trains the decoder on for
+            `effort.vae_steps`, if these are given.
 
     Returns:
         The `assets` folder, laid out as inside the package.

@@ -64,15 +64,17 @@ def train_vae(
     The latents' standard deviation is measured at the end and stored as the model's scaling factor.
 
     Args:
-        start: A trained autoencoder to go on from; the learning rate then falls from the first step on.
+        start: A trained autoencoder to go on from. Only its decoder learns, and the learning rate falls from the first
+            step on: its latents stay, and so does what was trained on them.
     """
     torch.manual_seed(seed)
-    vae = make_vae() if start is None else start
-    vae = vae.to(device).requires_grad_(True).train()
+    vae = (make_vae() if start is None else start).to(device).train().requires_grad_(start is None)
+    vae.decoder.requires_grad_(True)
     learning_rate, average_decay = (2e-3, 0.995) if start is None else (1e-3, 0.999)
     schedule = partial(learning_rate_factor, warmup_steps=100) if start is None else decline
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
-    average = AveragedWeights(vae, average_decay)
+    trained = vae if start is None else vae.decoder
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    average = AveragedWeights(trained, average_decay)
 
     def make_batch(k: int) -> tuple[int, torch.Tensor]:
         return k, render_batch((seed, "vae", k), batch_size)
@@ -89,8 +91,8 @@ def train_vae(
         return {"loss": error + _KL_WEIGHT * kl, "error": error.detach(), "kl": kl.detach()}
 
     run_stage(
-        "vae",
-        vae,
+        "vae" if start is None else "vae-on",
+        trained,
         optimizer,
         make_batch,
         step,
@@ -102,6 +104,8 @@ def train_vae(
         average=average,
     )
     vae.eval().requires_grad_(False)
+    if start is not None:
+        return vae
     with torch.no_grad():
         latents = vae.encode(render_batch((seed, "vae-scale", 0), 256).to(device)).latent_dist.mean
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
