@@ -6,6 +6,7 @@ import io
 import os
 import re
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,19 @@ def read_picture(file: str | os.PathLike[str]) -> Image.Image:
     Raises:
         MoLEError: There is no such file; or it is cut short, damaged, no picture, or of a kind that cannot be read.
     """
-    path = Path(file)
+    return _read(Path(file), as_seen)
+
+
+def read_painted(file: str | os.PathLike[str]) -> Image.Image:
+    """A painted mask as it lies in its file, with its transparency, which says what was rubbed out.
+
+    Raises:
+        MoLEError: As `read_picture`.
+    """
+    return _read(Path(file), lambda picture: picture)
+
+
+def _read(path: Path, seen: Callable[[Image.Image], Image.Image]) -> Image.Image:
     try:
         size = regular_size(path)
     except MoLEError as error:
@@ -93,7 +106,7 @@ def read_picture(file: str | os.PathLike[str]) -> Image.Image:
     except OSError as error:
         raise MoLEError(f"{path} cannot be read as a picture: {error.strerror or error}.") from None
     try:
-        return as_seen(_decode(data))
+        return seen(_decode(data))
     except MoLEError as error:
         raise MoLEError(f"{path} cannot be read as a picture: {error}") from None
     except Image.UnidentifiedImageError:

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from ..drawable import check_drawable
 from ..errors import MoLEError
-from .selection import LARGEST_NUMBER, Selection, is_drawable
+from .selection import Selection
 
 
 def refuse_half_measures(pipe: Any, loras: Selection, taking_part: Sequence[str], kwargs: Mapping[str, Any]) -> None:
@@ -49,5 +50,5 @@ def refuse_not_finite(numbers: Mapping[str, Any]) -> None:
         for one in value if isinstance(value, list | tuple) else [value]:
             if isinstance(one, Tensor) and one.is_floating_point() and not one.isfinite().all():
                 raise MoLEError(f"`{name}` must be finite, and has NaN or infinity.")
-            if isinstance(one, Real) and not is_drawable(one):
-                raise MoLEError(f"`{name}` must be finite, and at most {LARGEST_NUMBER:g}, got {one}.")
+            if isinstance(one, Real):
+                check_drawable(f"`{name}`", one)

@@ -9,10 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..drawable import check_drawable
 from ..errors import MoLEError
-
-# Beyond it activations overflow, and the picture is black.
-LARGEST_NUMBER = 1e6
 
 Selection = Mapping[str, float] | Sequence[str] | None
 
@@ -63,15 +61,9 @@ def read_scale(kwargs: Mapping[str, Any]) -> float:
         given = kwargs.get(name)
         if given and "scale" in given:
             scale: float = given["scale"]
-            if not is_drawable(scale):
-                raise MoLEError(f"`{name}['scale']` must be finite, and at most {LARGEST_NUMBER:g}, got {scale}.")
+            check_drawable(f"`{name}['scale']`", scale)
             return scale
     return 1.0
-
-
-def is_drawable(number: Any) -> bool:
-    """Whether a number that multiplies is finite and not so large that the picture would be black."""
-    return bool(-LARGEST_NUMBER <= number <= LARGEST_NUMBER)  # which NaN is not, nor a whole number beyond all floats
 
 
 def check_names(given: Iterable[str], names: Sequence[str], argument: str) -> None:
@@ -91,10 +83,7 @@ def check_names(given: Iterable[str], names: Sequence[str], argument: str) -> No
 def _lora_scale(name: str, scale: object) -> float:
     if isinstance(scale, bool) or not isinstance(scale, Real):
         raise TypeError(f"the scale of {name!r} in `loras` must be a number, got {_shown(scale)}.")
-    if not is_drawable(scale):
-        raise MoLEError(
-            f"the scale of {name!r} in `loras` must be finite, and at most {LARGEST_NUMBER:g}, got {scale}."
-        )
+    check_drawable(f"the scale of {name!r} in `loras`", scale)
     return float(scale)
 
 

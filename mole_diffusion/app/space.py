@@ -13,8 +13,8 @@ from ..drawing.as_python import as_python
 from ..drawing.settings import TOYBOX, LoRASettings, PictureSettings
 from ..errors import MoLEError
 from ..files import atomic_folder, file_name, try_folder, write_json
+from ..gating.folder import read_gates
 from ..lora import inspect_lora
-from ..reading import parse_json, read_text
 
 GATES = ("config.json", "diffusion_pytorch_model.safetensors")
 BESIDE = ("README.md", "training.json", "curves.png", "gates.png", "samples.png")
@@ -49,6 +49,7 @@ def write_space(settings: PictureSettings, out: str | os.PathLike[str]) -> Path:
         MoLEError: A LoRA cannot be read, or is another file than the one that the settings mean; gates are missing or
             are not for these LoRAs; the base is not one that a Space can fetch; or `out` holds something.
     """
+    settings = PictureSettings.from_dict(settings.to_dict())  # the page reads them so, and says what it does not take
     target, names = Path(out), [lora.name for lora in settings.loras]
     if not names:
         raise MoLEError("a Space needs LoRAs, and these settings have none. Draw with one, or more.")
@@ -99,8 +100,7 @@ def _check_gates(folder: Path, names: Sequence[str]) -> None:
     missing = [name for name in GATES if not (folder / name).is_file()]
     if missing:
         raise MoLEError(f"{folder} has no {missing[0]}. Give a folder as `mole train-gates` or `save_gates` writes it.")
-    config = parse_json(read_text(folder / GATES[0]))
-    own = [lora["name"] for lora in config["loras"]]
+    own = [lora["name"] for lora in read_gates(folder).settings["loras"]]
     if own != list(names):
         raise MoLEError(f"these gates are for {', '.join(own)}, in that order; given are {', '.join(names)}.")
 

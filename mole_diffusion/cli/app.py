@@ -34,6 +34,7 @@ from .train_gates import train_gates
 from .train_lora import train_lora
 
 BAD_INPUT, INTERRUPTED = 2, 130
+MAY_BE_EMPTY = ("--only", "--negative-prompt")  # nobody, and nothing
 
 
 class OneLineErrors(TyperGroup):
@@ -41,11 +42,12 @@ class OneLineErrors(TyperGroup):
 
     def make_context(self, info_name: str | None, args: list[str], *rest: Any, **kwargs: Any) -> Any:
         with _one_line():
-            for argument in args:
+            for before, argument in zip(["", *args], args, strict=False):
                 if not is_text(argument):
                     raise MoLEError(
                         f"'{printable(argument)}' is not UTF-8. Write it as text, and give files such names."
                     )
+                _refuse_empty(before, argument)
             return super().make_context(info_name, args, *rest, **kwargs)
 
     def invoke(self, ctx: Any) -> Any:
@@ -72,6 +74,20 @@ def _one_line(with_traceback: bool = False) -> Iterator[None]:
             traceback.print_exc()
         _say(one_line(error))
         raise typer.Exit(BAD_INPUT) from None
+
+
+def _refuse_empty(before: str, argument: str) -> None:
+    """Raises MoLEError for an argument of no letters, as a shell makes of a variable that is not set.
+
+    A path would be the folder one is in, and what lies there be read or written.
+    """
+    option, value = before, argument
+    if argument.startswith("--") and "=" in argument:
+        option, _, value = argument.partition("=")
+    if value or option in MAY_BE_EMPTY:
+        return
+    what = option if option.startswith("--") else "an argument"
+    raise MoLEError(f"{what} is empty. Give it a value, or leave it out.")
 
 
 def _say(message: str) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..drawing.opening import pick_device, quiet_loading
+from ..drawing.opening import find_folder, pick_device, quiet_loading
 from ..errors import MoLEError
 from .edge import SOME_FAILED
 from .inputs import Device, read_pairs, warnings_in_a_line
@@ -56,10 +56,11 @@ def evaluate(
     from mole_diffusion.metrics.folder import read_inputs
     from mole_diffusion.tables import write_csv
 
+    encoder_found = image_encoder and find_folder("--image-encoder", image_encoder, example="facebook/dinov2-base")
     read_inputs(images, prompts, folders)
     where = pick_device(device)
     with quiet_loading():
-        encoder = None if image_encoder is None else VisionBackbone.from_pretrained(image_encoder).to(where)
+        encoder = None if encoder_found is None else VisionBackbone.from_pretrained(encoder_found).to(where)
         model = load_clip(clip).to(where)
     with warnings_in_a_line():
         result = evaluate_folder(

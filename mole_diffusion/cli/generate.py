@@ -22,7 +22,7 @@ from ..drawing.opening import (
     read_dtype,
     read_scheduler,
 )
-from ..drawing.settings import LARGEST_SEED
+from ..drawing.settings import LARGEST_SEED, MOST_IMAGES
 from ..errors import MoLEError
 from .generate_inputs import output_files, read_prompt, read_size
 from .inputs import Device
@@ -103,7 +103,9 @@ def generate(
         float | None, typer.Option(min=0, help="Classifier-free guidance [default: the pipeline's, 7.5 for most].")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the starting noise.")] = 0,
-    num_images: Annotated[int, typer.Option(min=1, help="Pictures, with this seed and those after it.")] = 1,
+    num_images: Annotated[
+        int, typer.Option(min=1, max=MOST_IMAGES, help="Pictures, with this seed and those after it.")
+    ] = 1,
     out: Annotated[
         Path, typer.Option(help="Where to write the picture; of several, picture-0.png, picture-1.png …")
     ] = Path("picture.png"),

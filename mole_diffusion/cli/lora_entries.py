@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from mole_diffusion.drawable import check_drawable
 from mole_diffusion.errors import MoLEError
 
 from .inputs import read_pairs, read_several
@@ -38,8 +39,6 @@ def read_loras(entries: Sequence[str], *, with_toybox: bool) -> tuple[dict[str, 
             f"{match[1]}={toybox.lora_path(match[1])}{match[2] or ''}" if match else entry
             for match, entry in zip(matches, entries, strict=True)
         ]
-    from mole_diffusion.pipelines.selection import LARGEST_NUMBER, is_drawable
-
     files: dict[str, str] = {}
     strengths: dict[str, float] = {}
     for name, given in read_pairs("--lora", entries, "cat=cat.safetensors or cat=cat.safetensors:0.8").items():
@@ -47,11 +46,7 @@ def read_loras(entries: Sequence[str], *, with_toybox: bool) -> tuple[dict[str, 
         has_strength = bool(file) and re.fullmatch(NUMBER, last) is not None
         files[name] = file if has_strength else given
         strengths[name] = float(last) if has_strength else 1.0
-        if not is_drawable(strengths[name]):
-            raise MoLEError(
-                f"--lora {name}={given}: the strength must be finite, such as 0.8, and at most {LARGEST_NUMBER:g}, "
-                f"got {last}."
-            )
+        check_drawable(f"--lora {name}={given}: the strength", strengths[name], "Such as 0.8.")
     return files, strengths
 
 

@@ -54,9 +54,8 @@ def _region(name: str, text: str, height: int | None, width: int | None) -> Save
 
 
 def _painted(name: str, text: str) -> Any:
-    from PIL import Image
-
     from mole_diffusion.drawing.painted import as_mask, is_painted
+    from mole_diffusion.pictures import read_painted
 
     if is_painted(text):  # as the command line of a picture from `mole app` has it
         return as_mask(text)
@@ -67,7 +66,6 @@ def _painted(name: str, text: str) -> Any:
             "nor a file. Example: --region cat=0,0,0.5,1 or --region cat=mask.png"
         )
     try:
-        with Image.open(file) as picture:
-            return picture.copy()
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise MoLEError(f"--region {name}={text}: no picture that can be read ({error}). Save it as PNG.") from None
+        return read_painted(file)
+    except MoLEError as error:
+        raise MoLEError(f"--region {name}={text}: {error}") from None

@@ -7,6 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
+from ..drawing.opening import pick_device
+from .inputs import Device
+
 
 def speed(
     size: Annotated[
@@ -26,7 +29,7 @@ def speed(
     rounds: Annotated[int, typer.Option(help="How often all sides take their turn.")] = 6,
     latent: Annotated[int | None, typer.Option(help="Side of the latents; 64 is a picture of 512 pixels.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda ...")] = "cpu",
+    device: Device = "cpu",
     threads: Annotated[int, typer.Option(help="Of the CPU.")] = 1,
     train: Annotated[bool, typer.Option("--train", help="Also a step of gate training.")] = False,
     walks: Annotated[
@@ -79,7 +82,7 @@ def speed(
         targets=targets,
         rounds=rounds,
         latent=latent,
-        device=device,
+        device=str(pick_device(device)),
         threads=threads,
         train=train,
         walks=walks,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +14,8 @@ from mole_diffusion.errors import MoLEError
 from ..drawing.opening import find_base, pick_device, quiet_loading
 from ..drawing.settings import LARGEST_SEED
 from .inputs import Base, Device
+
+MOST = 10**9
 
 toybox = typer.Typer(
     no_args_is_help=True,
@@ -29,23 +32,30 @@ def build(
         int | None,
         typer.Option(
             min=1,
+            max=MOST,
             help="Steps of the autoencoder [default: 2600]; with --reuse vae, of its decoder alone [default: none].",
         ),
     ] = None,
-    vae_batch: Annotated[int, typer.Option(min=1, help="Pictures in a step of the autoencoder.")] = 16,
+    vae_batch: Annotated[int, typer.Option(min=1, max=MOST, help="Pictures in a step of the autoencoder.")] = 16,
     base_steps: Annotated[
         int | None,
-        typer.Option(min=1, help="Steps of the base model; more make it better [default: the shipped one's]."),
+        typer.Option(
+            min=1, max=MOST, help="Steps of the base model; more make it better [default: the shipped one's]."
+        ),
     ] = None,
     base_batch: Annotated[
         int,
-        typer.Option(min=1, help="Scenes in a step of the base; the learning rate grows with the root of it, to 2e-3."),
+        typer.Option(
+            min=1, max=MOST, help="Scenes in a step of the base; the learning rate grows with the root of it, to 2e-3."
+        ),
     ] = 32,
-    scenes: Annotated[int, typer.Option(min=1, help="Different scenes that the base sees.")] = 40960,
+    scenes: Annotated[int, typer.Option(min=1, max=MOST, help="Different scenes that the base sees.")] = 40960,
     clip_steps: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Steps of CLIP [default: 2500]; with --reuse clip, to train it on for [default: none]."
+            min=1,
+            max=MOST,
+            help="Steps of CLIP [default: 2500]; with --reuse clip, to train it on for [default: none].",
         ),
     ] = None,
     compile_base: Annotated[
@@ -113,7 +123,9 @@ def measure(
         typer.Option(help="Folder of a built toybox, such as runs/toybox/assets [default: the shipped one]."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Where to write the numbers.")] = Path("outputs/report.json"),
-    pictures: Annotated[int, typer.Option(min=1, help="Pictures a row; a quarter of it for every subject.")] = 200,
+    pictures: Annotated[
+        int, typer.Option(min=1, max=MOST, help="Pictures a row; a quarter of it for every subject.")
+    ] = 200,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the prompts and of the noise.")] = 0,
     device: Device = "auto",
 ) -> None:
@@ -147,7 +159,7 @@ def measure(
 def anonymous(
     out: Annotated[Path, typer.Option(help="Folder for the subjects, one folder each.")] = Path("runs/anonymous"),
     count: Annotated[int, typer.Option(help="How many; the first sixteen are of sixteen classes.")] = 24,
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of each LoRA.")] = 600,
+    steps: Annotated[int, typer.Option(min=1, max=MOST, help="Optimiser steps of each LoRA.")] = 600,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the looks and of the trainings.")] = 0,
     base: Base = "toybox",
     device: Device = "auto",
@@ -163,10 +175,22 @@ def anonymous(
       mole toybox anonymous --count 24 --out runs/anonymous
       mole toybox anonymous --base runs/toybox/assets/base --count 6 --seed 1 --out runs/six
     """
+    from mole_diffusion.files import in_use, try_folder
+    from mole_diffusion.reading import parse_json, read_text
+    from mole_diffusion.toybox.anonymous import SUBJECT_FILE, draw_anonymous, subject_entries
+
+    try_folder(out)
+    found, where = find_base(base), pick_device(device)
+    for item in draw_anonymous(count, seed):
+        file = out / item.name / SUBJECT_FILE
+        if file.exists() and parse_json(read_text(file)) != parse_json(json.dumps(subject_entries(item))):
+            raise MoLEError(f"{file} is of another subject, made with another --seed. Choose another folder.")
+    from mole_diffusion.pipelines import pipeline_class
+
+    pipeline_class(found)  # says what is wrong with it
     from mole_diffusion.toybox.recipe.anonymous import make_anonymous
 
-    where = pick_device(device)
-    with quiet_loading():
-        subjects = make_anonymous(find_base(base), out, count=count, seed=seed, device=where, num_steps=steps)
+    with quiet_loading(), in_use(out):
+        subjects = make_anonymous(found, out, count=count, seed=seed, device=where, num_steps=steps)
     for item in subjects:
         typer.echo(f"{item.name}: {item.token} {item.class_name}, {item.look}")

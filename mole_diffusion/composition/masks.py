@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..drawable import check_drawable
 from ..errors import MoLEError
 from ..experts import Run
 from ..experts.seam import LayerSeam
@@ -21,6 +22,8 @@ from .regional import Modulation, RegionalComposition, check_modulation, is_alon
 from .regions import RegionMap
 from .roles import roles
 from .step import step_of
+
+MOST_SMOOTHING = 1000
 
 
 @dataclass(eq=False)
@@ -89,8 +92,11 @@ class Masks(RegionalComposition):
     ) -> None:
         if not 0 <= start < stop < 1:
             raise MoLEError(f"`start` and `stop` must be 0 <= start < stop < 1, got {start} and {stop}.")
-        if smoothing < 1 or smoothing % 2 == 0:
-            raise MoLEError(f"`smoothing` must be an odd number of pixels, got {smoothing}. 1 leaves maps as they are.")
+        if smoothing not in range(1, MOST_SMOOTHING, 2):
+            raise MoLEError(
+                f"`smoothing` must be an odd number of pixels below {MOST_SMOOTHING}, got {smoothing}. "
+                "1 leaves maps as they are."
+            )
         if not 0 <= join < 1:
             raise MoLEError(f"`join` must be at least 0 and below 1, got {join}. 0: LoRAs act from the first step on.")
         numbers = {
@@ -99,10 +105,10 @@ class Masks(RegionalComposition):
             "others_words": others_words,
             "given_own_words": given_own_words,
             "given_others_words": given_others_words,
+            "neutral_words": 0.0 if neutral_words is None else neutral_words,
         }
         for name, value in numbers.items():
-            if not math.isfinite(value):
-                raise MoLEError(f"`{name}` must be finite, got {value}.")
+            check_drawable(f"`{name}`", value)
         self.online = online
         self.start = start
         self.stop = stop

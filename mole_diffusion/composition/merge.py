@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
-from mole_diffusion.errors import MoLEError
+from mole_diffusion.drawable import check_drawable
 
 from .step import Step
 from .steps import StepComposition
@@ -22,7 +20,7 @@ class Merge(StepComposition):
         scale: s.
 
     Raises:
-        MoLEError: `scale` is not finite.
+        MoLEError: `scale` is not finite, or so large that the picture would be black.
     """
 
     name = "merge"
@@ -30,8 +28,7 @@ class Merge(StepComposition):
     constant = True
 
     def __init__(self, scale: float = 0.8) -> None:
-        if not math.isfinite(scale):
-            raise MoLEError(f"`scale` must be finite, got {scale}. The authors use 0.8.")
+        check_drawable("`scale`", scale, "The authors use 0.8.")
         self.scale = scale
 
     def weights(self, keep: Tensor, step: Step | None) -> Tensor:

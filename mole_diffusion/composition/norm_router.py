@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from ..drawable import LARGEST_NUMBER
 from ..errors import MoLEError
 from ..experts import ExpertStack, Projections, Run, Site
 from .base import Composition
 from .roles import roles
 
+LEAST_TEMPERATURE = 1e-6
 _ROOTS: WeakKeyDictionary[ExpertStack, Tensor] = WeakKeyDictionary()
 
 
@@ -56,15 +57,18 @@ class NormRouter(Composition):
         temperature: 0, the default: the largest takes all. Otherwise weights are `softmax(rho_i / temperature)`.
 
     Raises:
-        MoLEError: `temperature` is negative or not finite.
+        MoLEError: `temperature` is negative, not finite, or so near to 0 that quotients by it are not finite.
     """
 
     name = "norm_router"
     source = "norms of the LoRAs' outputs; after SpectR (arXiv 2504.03454)"
 
     def __init__(self, temperature: float = 0.0) -> None:
-        if not (math.isfinite(temperature) and temperature >= 0):
-            raise MoLEError(f"`temperature` must be 0 (the largest takes all) or positive, got {temperature}.")
+        if not (temperature == 0 or LEAST_TEMPERATURE <= temperature <= LARGEST_NUMBER):
+            raise MoLEError(
+                f"`temperature` must be 0 (the largest takes all), or from {LEAST_TEMPERATURE:g} to "
+                f"{LARGEST_NUMBER:g}, got {temperature}."
+            )
         self.temperature = temperature
 
     def weigh(self, site: Site, projections: Projections, run: Run) -> Tensor:

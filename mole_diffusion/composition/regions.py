@@ -19,6 +19,7 @@ from mole_diffusion.composition.overlay import overlay
 from mole_diffusion.composition.region_forms import FORMS, Region, luminance, region_mask, transparency
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.files import atomic_path, write_json
+from mole_diffusion.pictures import read_painted
 from mole_diffusion.reading import regular_text
 
 FINE = 8  # regions are drawn on a canvas this many times finer than the grid, and averaged
@@ -290,8 +291,5 @@ def _read_list(path: Path) -> tuple[dict[str, list[str]], list[str]]:
 
 def _read_mask(path: Path) -> np.ndarray:
     """Luminance times alpha: what was rubbed out in a paint program is not white."""
-    try:
-        with Image.open(path) as image:
-            return luminance(image) * transparency(image)
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise MoLEError(f"{path} is missing or no picture ({error}). Save it as PNG again.") from error
+    image = read_painted(path)
+    return luminance(image) * transparency(image)

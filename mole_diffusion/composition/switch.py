@@ -29,7 +29,7 @@ class Switch(StepComposition):
     source = "Multi-LoRA Composition (arXiv 2402.16843), LoRA Switch"
 
     def __init__(self, every: int = 5) -> None:
-        if every < 1:
+        if not every >= 1:  # nor NaN
             raise MoLEError(f"`every` must be at least 1 step, got {every}. The authors use 5.")
         self.every = every
 

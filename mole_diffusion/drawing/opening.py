@@ -73,7 +73,7 @@ def find_folder(option: str, given: str, *, example: str) -> str:
         MoLEError: It is neither.
     """
     folder = Path(given).expanduser()
-    if folder.is_dir():
+    if given and folder.is_dir():
         return str(folder)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", given):
         raise MoLEError(f"{option} {given}: there is no such folder, and it is no Hub id such as {example}.")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import MoLEError, printable
 from ..files import atomic_path
-from ..reading import parse_json
+from ..reading import parse_json, regular_size
 from .as_command import as_command
 from .as_python import as_python
 from .settings import PictureSettings
@@ -47,6 +47,10 @@ def read_settings(file: str | os.PathLike[str]) -> PictureSettings:
     from PIL import Image
 
     name = printable(Path(file).name)
+    try:
+        regular_size(file)
+    except MoLEError as error:
+        raise MoLEError(f"{name}: {error}. Give a PNG that `mole` wrote.") from None
     try:
         with Image.open(file, formats=["PNG"]) as picture:
             if picture.width * picture.height > MOST_PIXELS:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
+from ..drawable import check_drawable
 from ..errors import MoLEError, printable
 from .painted import is_painted
 
@@ -20,6 +20,7 @@ SavedRegion: TypeAlias = "Box | str"
 
 TOYBOX = "toybox"
 LARGEST_SEED = 2**63 - 1
+MOST_IMAGES = 10_000
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,8 @@ class PictureSettings:
         for name, smallest, largest in (
             ("steps", 1, 10_000),
             ("seed", 0, LARGEST_SEED),
-            ("num_images", 1, 10_000),
-            ("index", 0, 9_999),
+            ("num_images", 1, MOST_IMAGES),
+            ("index", 0, MOST_IMAGES - 1),
         ):
             _check_range(values, name, smallest, largest)
         for name in ("width", "height"):
@@ -216,8 +217,9 @@ def _check_range(values: Mapping[str, Any], name: str, smallest: int, largest: i
 
 
 def _finite(name: str, number: Any) -> float:
-    if isinstance(number, bool) or not isinstance(number, Real) or not math.isfinite(number):
-        raise MoLEError(f"the {name} must be a finite number, got {_shown(number)}.")
+    if isinstance(number, bool) or not isinstance(number, Real):
+        raise MoLEError(f"the {name} must be a number, got {_shown(number)}.")
+    check_drawable(f"the {name}", number)
     return float(number)
 
 

@@ -10,6 +10,9 @@ from ..errors import MoLEError
 Side = Literal["bare", "empty", "sum", "budget", "norm_router", "masks", "gates", "fused", "peft", "merged"]
 SIDES: tuple[Side, ...] = get_args(Side)
 
+MOST = {"loras": 1000, "rank": 4096, "rounds": 1_000_000, "batch": 4096, "threads": 1024}
+LARGEST_LATENT = 2048  # a picture of 16384 pixels
+
 TARGETS: dict[str, tuple[str, ...]] = {
     "attention": ("attn.to_", "attn1.to_", "attn2.to_"),
     "all": ("attn.to_", "attn1.to_", "attn2.to_", ".ff.net.", "proj_in", "proj_out"),
@@ -185,19 +188,24 @@ class SpeedConfig:
         unknown = [side for side in self.sides if side not in SIDES]
         if unknown or not self.sides:
             raise MoLEError(f"`sides` must be some of {', '.join(SIDES)}, got {list(self.sides)}.")
-        if not self.loras or min(self.loras) < 1:
-            raise MoLEError(f"`loras` must be numbers of at least 1, got {list(self.loras)}.")
-        for name in ("rank", "rounds", "batch", "threads"):
-            if getattr(self, name) < 1:
-                raise MoLEError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if not self.loras:
+            raise MoLEError("`loras` is empty. Give numbers, such as 1,3,8.")
+        for name, most in MOST.items():
+            given = getattr(self, name)
+            for number in given if isinstance(given, tuple) else (given,):
+                if not 1 <= number <= most:
+                    raise MoLEError(f"`{name}` must be at least 1, and at most {most:,}, got {number}.")
         if self.used is not None and not 1 <= self.used <= min(self.loras):
             raise MoLEError(
                 f"`used` must be between 1 and the smallest number of LoRAs, {min(self.loras)}, got {self.used}."
             )
         if self.walks and self.size not in ("tiny", "sd15"):
             raise MoLEError(f"whole steps of training are measured at the sizes tiny and sd15, got {self.size!r}.")
-        if self.latent is not None and (self.latent < 8 or self.latent % 8):
-            raise MoLEError(f"`latent` must be a multiple of 8, got {self.latent}. 64 is a picture of 512 pixels.")
+        if self.latent is not None and self.latent not in range(8, LARGEST_LATENT + 1, 8):
+            raise MoLEError(
+                f"`latent` must be a multiple of 8, at most {LARGEST_LATENT}, got {self.latent}. "
+                "64 is a picture of 512 pixels."
+            )
 
 
 _EVERY: tuple[Side, ...] = ("bare", "empty", "sum", "gates", "masks", "norm_router", "fused", "peft", "merged")

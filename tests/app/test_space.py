@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,25 @@ def test_a_space_is_whole_and_begins_with_its_gates(tmp_path: Path) -> None:
     assert [row.line[0] for row in session.rows] == ["✓"] * 3
     assert session.loras[0].triggers == ("<v1> cat",)
     assert str(tmp_path) not in json.dumps([path.read_text() for path in out.glob("*.*")])
+
+
+def test_numbers_that_its_page_would_not_take(tmp_path: Path) -> None:
+    for option, value in (("--guidance-scale", "inf"), ("--guidance-scale", "1e300"), ("--steps", "99999999999")):
+        done = mole("space", "--lora", "cat", "--prompt", "a <v1> cat", option, value, "--out", tmp_path / "space")
+        assert done.exit_code == 2, done.output
+        assert option.strip("-").replace("-", "_") in done.output
+        assert not (tmp_path / "space").exists()
+
+
+def test_gates_that_are_damaged_make_no_space(tmp_path: Path) -> None:
+    gates = tmp_path / "gates"
+    shutil.copytree(toybox.gates_dir("+".join(NAMES)), gates)
+    for damaged in ("{}", "[]", '{"_class_name": "MoLEModel", "loras": 3}'):
+        (gates / "config.json").write_text(damaged)
+        with pytest.raises(MoLEError, match=r"config\.json"):
+            write_space(
+                PictureSettings("a", gates=str(gates), loras=(LoRASettings("cat", "toybox:cat"),)), tmp_path / "s"
+            )
 
 
 def test_a_run_of_the_page_becomes_a_space(tmp_path: Path) -> None:

@@ -62,6 +62,34 @@ def test_an_argument_that_is_no_text_is_said() -> None:
     assert result.stderr == "mole: 'a \\udcff cat' is not UTF-8. Write it as text, and give files such names.\n"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["toybox", "anonymous", "--count", "1", "--out", ""], "--out is empty"),
+        (["evaluate", "--images=", "--prompts", "p.txt"], "--images is empty"),
+        (["benchmark", "report", "table1", "--out", ""], "--out is empty"),
+        (["inspect", "cat.safetensors", "--base", ""], "--base is empty"),
+        (["inspect", ""], "an argument is empty"),
+        (["convert", "", "--to", "kohya", "--out", "a.safetensors"], "an argument is empty"),
+    ],
+)
+def test_what_is_empty_is_not_the_folder_one_is_in(
+    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "only.safetensors").write_bytes(toybox.lora_path("cat").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == BAD_INPUT
+    assert result.stderr == f"mole: {said}. Give it a value, or leave it out.\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["only.safetensors"]
+
+
+@pytest.mark.parametrize("empty", [["--only", ""], ["--negative-prompt", ""], ["--only="]])
+def test_nobody_and_nothing_are_written_as_empty(empty: list[str]) -> None:
+    result = CliRunner().invoke(app, ["generate", "--prompt", "a cat", "--out", "a.nothing", *empty])
+    assert "a picture needs a suffix" in result.stderr
+
+
 def test_the_traceback_of_what_a_user_can_mend_is_shown_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
     def inspect_lora(_: Any) -> None:
         raise MoLEError("wrong file")

@@ -410,8 +410,12 @@ def test_a_new_regional_method_is_a_class_and_an_entry(pipe: Any, monkeypatch: p
     ("settings", "message"),
     [
         ({"start": 0.5, "stop": 0.2}, "`start` and `stop` must be 0 <= start < stop < 1, got 0.5 and 0.2"),
-        ({"smoothing": 2}, "`smoothing` must be an odd number of pixels, got 2"),
+        ({"smoothing": 2}, "`smoothing` must be an odd number of pixels below 1000, got 2"),
+        ({"smoothing": 10**30 + 1}, "`smoothing` must be an odd number of pixels below 1000, got 1000"),
+        ({"smoothing": float("nan")}, "`smoothing` must be an odd number of pixels below 1000, got nan"),
         ({"background": float("nan")}, "`background` must be finite"),
+        ({"own_words": 1e300}, "`own_words` must be finite, and at most"),
+        ({"neutral_words": float("inf")}, "`neutral_words` must be finite"),
         ({"join": 1.0}, "`join` must be at least 0 and below 1, got 1.0"),
     ],
 )

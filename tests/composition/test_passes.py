@@ -57,8 +57,11 @@ def test_merge_is_the_plain_sum_times_its_scale(pipe: Any) -> None:
     merged = draw(pipe)
     pipe.set_composition("linear")
     assert_close(merged, draw(pipe, loras=dict.fromkeys(NAMES, 0.5)))
-    with pytest.raises(ValueError, match=r"`scale` must be finite, got nan\. The authors use 0\.8"):
+    with pytest.raises(ValueError, match=r"`scale` must be finite, and at most 1e\+06, got nan\. The authors use 0\.8"):
         Merge(float("nan"))
+    for scale in (1e300, -(10**400)):  # finite, and black
+        with pytest.raises(ValueError, match="at most 1e"):
+            Merge(scale)
 
 
 # --- switch -----------------------------------------------------------------------------------------------------------
@@ -75,6 +78,8 @@ def test_switch_takes_turns_among_the_kept_loras() -> None:
     assert torch.equal(method.weights(KEEP, None), KEEP)  # the text encoder carries all
     with pytest.raises(ValueError, match="`every` must be at least 1 step, got 0"):
         Switch(0)
+    with pytest.raises(ValueError, match="`every` must be at least 1 step, got nan"):
+        Switch(float("nan"))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("loras", [None, {"cat": 0.6, "mug": -1.3}])

@@ -238,7 +238,7 @@ def test_an_overlay_tints_each_region_and_names_it_below():
         ('{"files": {"cat": [1]}}', "does not list"),
         ('{"files": {"cat": ["a.png"], "boot": []}}', "does not list"),
         ('{"files": {"cat": ["../a.png"]}}', "not a file beside it"),
-        ('{"files": {"cat": ["a.png"]}}', "a.png is missing or no picture"),
+        ('{"files": {"cat": ["a.png"]}}', "a.png cannot be read as a picture: no such file"),
     ],
 )
 def test_a_folder_that_is_not_ours_is_a_clear_error(tmp_path: Path, content, message):

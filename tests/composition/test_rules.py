@@ -13,6 +13,7 @@ from mole_diffusion.composition.attention import attention_probabilities
 from mole_diffusion.composition.freefuse import CORE, freefuse_owners
 from mole_diffusion.composition.norm_router import output_norms
 from mole_diffusion.composition.owners import owners, z_scores
+from mole_diffusion.errors import MoLEError
 from mole_diffusion.experts import ExpertStack
 from mole_diffusion.lora import LoRAFactors
 from tests import reference
@@ -205,6 +206,9 @@ def test_styles_and_loras_left_out_compete_for_no_token(pipe: Any) -> None:
     other.load_loras(lora_states(other), roles={"dog": "style"})
     site = next(s for s in other.experts.sites.values() if s.module_name.endswith("attn1.to_out.0"))
     x = torch.randn(2, 6, site.stack.down.shape[1])
+    for temperature in (-1.0, float("nan"), 1e-300, 1e300):  # by the third, quotients are infinite and weights nothing
+        with pytest.raises(MoLEError, match="`temperature` must be 0"):
+            NormRouter(temperature)
     for temperature in (0.0, 0.5):
         with other.composing({"cat": 0.5, "dog": 2.0}):
             run = other.experts.run("unet")

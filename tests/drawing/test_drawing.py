@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import shlex
 import struct
 import zlib
@@ -105,7 +106,9 @@ def test_settings_come_back_from_json() -> None:
         ({"prompt": 3}, "`prompt` must be of type str, got 3"),
         ({"steps": 0}, "`steps` must be a whole number from 1"),
         ({"steps": True}, "`steps` must be a whole number from 1"),
-        ({"guidance_scale": float("inf")}, "guidance_scale must be a finite number"),
+        ({"guidance_scale": float("inf")}, "guidance_scale must be finite, and at most"),
+        ({"guidance_scale": 10**400}, "guidance_scale must be finite, and at most"),
+        ({"loras": [{"name": "cat", "file": "a", "strength": 1e300}]}, "strength of cat must be finite, and at most"),
         ({"loras": [{"name": "cat"}]}, "needs a `file`, got None"),
         ({"loras": [{"name": "cat", "file": "a", "role": "king"}]}, "must be one of subject, style, utility"),
         ({"loras": [{"name": "cat", "file": "a"}, {"name": "cat", "file": "b"}]}, "has a name twice"),
@@ -130,6 +133,12 @@ def test_pictures_of_others_and_damaged_ones_are_told(tmp_path: Path) -> None:
         Image.new("RGB", (8, 8)).save(file, pnginfo=texts)
         with pytest.raises(MoLEError, match=message):
             png.read_settings(file)
+    with pytest.raises(MoLEError, match="a folder, not a file"):
+        png.read_settings(tmp_path)
+    if hasattr(os, "mkfifo"):  # which opening would wait for
+        os.mkfifo(tmp_path / "pipe.png")
+        with pytest.raises(MoLEError, match=r"pipe\.png: a pipe, not a file"):
+            png.read_settings(tmp_path / "pipe.png")
     file.write_bytes(file.read_bytes()[:40])
     with pytest.raises(MoLEError, match=r"it\.png is no PNG that can be read"):
         png.read_settings(file)

@@ -22,6 +22,7 @@ from mole_diffusion.speed.page import saved_table
 from mole_diffusion.speed.pipeline import pipeline_costs
 from mole_diffusion.speed.ratio import Ratio
 from mole_diffusion.speed.train import saved_activations
+from tests.command import mole
 
 TINY = SpeedConfig(size="tiny", loras=(2,), rounds=1, rank=2, train=True)
 
@@ -172,6 +173,11 @@ def test_a_twin_has_the_same_weights_and_a_merged_one_its_own() -> None:
         ({"targets": "most"}, "`targets` must be one of"),
         ({"sides": ("fast",)}, "`sides` must be some of"),
         ({"loras": (0,)}, "at least 1"),
+        ({"loras": (3, 10**23)}, "`loras` must be at least 1, and at most 1,000"),
+        ({"loras": ()}, "`loras` is empty"),
+        ({"rank": 10**23}, "`rank` must be at least 1, and at most 4,096"),
+        ({"threads": 10**6}, "`threads` must be at least 1, and at most 1,024"),
+        ({"latent": 8_000_000}, "at most 2048"),
         ({"rounds": 0}, "`rounds` must be at least 1"),
         ({"used": 4, "loras": (3, 8)}, "smallest number of LoRAs, 3"),
         ({"latent": 12}, "multiple of 8"),
@@ -181,6 +187,13 @@ def test_a_twin_has_the_same_weights_and_a_merged_one_its_own() -> None:
 def test_settings_that_cannot_be(settings: dict[str, object], message: str) -> None:
     with pytest.raises(MoLEError, match=message):
         SpeedConfig(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("device", ["meta", "xyz", "cuda:99"])
+def test_a_device_that_cannot_be_is_said_before_anything_is_made(device: str) -> None:
+    done = mole("speed", "--size", "tiny", "--device", device)
+    assert done.exit_code == 2
+    assert f"--device {device} cannot be used here" in done.output
 
 
 def test_real_sizes_have_the_parameters_of_the_real_models() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 
 from mole_diffusion import MoLEStableDiffusionPipeline, toybox
 from mole_diffusion.cli import app
-from mole_diffusion.toybox.anonymous import draw_anonymous
+from mole_diffusion.toybox.anonymous import draw_anonymous, subject_entries
 from mole_diffusion.toybox.recipe.anonymous import make_anonymous
 from mole_diffusion.toybox.shapes import CLASSES
 from mole_diffusion.toybox.subjects import SUBJECTS, reference_scenes
@@ -59,6 +60,22 @@ def test_one_command_makes_them_and_a_second_run_finds_them_done(tmp_path: Path)
     bytes_before = lora.read_bytes()
     make_anonymous("no such base", tmp_path, count=1, seed=0, device=torch.device("cpu"), num_steps=2)
     assert lora.read_bytes() == bytes_before
+
+
+def test_a_folder_of_other_subjects_is_not_taken_for_these(tmp_path: Path) -> None:
+    item, other = draw_anonymous(1)[0], draw_anonymous(1, seed=7)[0]
+    arguments = ["toybox", "anonymous", "--count", "1", "--steps", "2", "--out", str(tmp_path)]
+    file = tmp_path / item.name / "subject.json"
+    file.parent.mkdir()
+    for content, said in ((subject_entries(other), "is of another subject"), (["damaged"], "is of another subject")):
+        file.write_text(json.dumps(content))
+        result = CliRunner().invoke(app, arguments)
+        assert (result.exit_code, said in result.output) == (2, True), result.output
+    result = CliRunner().invoke(app, [*arguments, "--base", str(tmp_path)])
+    assert (result.exit_code, "is of another subject" in result.output) == (2, True), result.output
+    file.unlink()
+    result = CliRunner().invoke(app, [*arguments, "--base", str(tmp_path)])
+    assert (result.exit_code, f"the base model {tmp_path} cannot be loaded" in result.output) == (2, True)
 
 
 def test_what_cannot_be_is_said(tmp_path: Path) -> None:

@@ -75,6 +75,7 @@ def flat(factors: dict[str, Any]) -> dict[str, Tensor]:
         ({"warmup_steps": 4}, ValueError, r"`warmup_steps` \(4\) must be fewer than `steps` \(4\)"),
         ({"checkpoint_every": -1}, ValueError, "`checkpoint_every` must be 0"),
         ({"learning_rate": float("nan")}, ValueError, "`learning_rate` must be positive and finite, got nan"),
+        ({"learning_rate": 1e-60}, ValueError, "`learning_rate` must be at least 1e-12"),  # the LoRA would be zero
         ({"max_grad_norm": 0.0}, ValueError, "`max_grad_norm` must be positive"),
         ({"weight_decay": -0.1}, ValueError, "`weight_decay` must be 0 or more, got -0.1"),
         ({"mixed_precision": "fp8"}, ValueError, '"no", "fp16" or "bf16", got \'fp8\''),

@@ -21,6 +21,7 @@ from mole_diffusion.benchmark.row import Row
 from mole_diffusion.benchmark.run import read_rows
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.files import atomic_path, file_name, try_file, try_folder
+from mole_diffusion.reading import read_text
 from mole_diffusion.tables import write_csv
 
 SHEETS_SHOWN = 3
@@ -94,8 +95,15 @@ def write_report(
 def _check_page(page: Path) -> None:
     """Raises MoLEError where a file stands in the page's place that is none."""
     try_file(page)
-    if page.exists() and "## Methods\n" not in page.read_text(encoding="utf-8", errors="replace"):
+    if page.exists() and not _is_page(page):
         raise MoLEError(f"{page} is no page of a benchmark, and would be replaced. Choose another folder.")
+
+
+def _is_page(page: Path) -> bool:
+    try:
+        return "## Methods\n" in read_text(page)
+    except MoLEError:
+        return False
 
 
 def _write_page(text: str, pictures: Sequence[Path], page: Path) -> Path:

@@ -11,6 +11,7 @@ from mole_diffusion.errors import MoLEError
 
 MOST_STEPS = 10**9  # more than anybody takes, and few enough to count with
 LARGEST_SIDE = 2**14  # pixels
+LEAST_RATE = 1e-12  # less changes no number that is trained
 _KINDS: dict[str, type] = {"int": Integral, "float": Real, "bool": bool}
 
 
@@ -63,6 +64,10 @@ def check_step_settings(config: Any) -> None:
     for field in ("learning_rate", "max_grad_norm"):
         if not (math.isfinite(getattr(config, field)) and getattr(config, field) > 0):
             raise MoLEError(f"`{field}` must be positive and finite, got {getattr(config, field)}.")
+    if config.learning_rate < LEAST_RATE:
+        raise MoLEError(
+            f"`learning_rate` must be at least {LEAST_RATE:g}, got {config.learning_rate}: with less nothing is learnt."
+        )
     if not (math.isfinite(config.weight_decay) and config.weight_decay >= 0):
         raise MoLEError(f"`weight_decay` must be 0 or more, got {config.weight_decay}.")
     if config.mixed_precision not in ("no", "fp16", "bf16"):
