@@ -20,6 +20,11 @@ class StepComposition(Composition):
     averaged.
     """
 
+    @property
+    def alike(self) -> bool:
+        """Whether all modules of a pass get the same tensor, so that it is asked for once a pass."""
+        return type(self).weigh is StepComposition.weigh
+
     @abstractmethod
     def weights(self, keep: Tensor, step: Step | None) -> Tensor:
         """Weight of every LoRA in this step, before the user's own scales.

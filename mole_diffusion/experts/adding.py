@@ -8,6 +8,8 @@ from ..errors import MoLEError
 from .run import Run, Weigher
 from .site import Site
 
+ALIKE = "weights of all modules"  # the note of a pass in which one tensor weighs LoRAs everywhere
+
 
 def add_experts(site: Site, hidden_states: Tensor, output: Tensor, run: Run) -> Tensor:
     """`output` of a base module plus the weighed experts for the same input.
@@ -26,6 +28,12 @@ def add_experts(site: Site, hidden_states: Tensor, output: Tensor, run: Run) -> 
     assert weigher is not None
     if run.kept is not None and not _reads_left_out(weigher, site):
         site = site.only(run.kept)
+    alike = run.notes.get(ALIKE)
+    if alike is not None and site.beside is None and alike.device == output.device:
+        stack = site.stack
+        if not stack.rank:
+            return output
+        return stack.add_to(output, site.group.rows(site, hidden_states, output), alike, not site.group.several)
     projections = site.group.project(site, hidden_states, output)
     rows, batch = projections.batch, projections.batch // run.passes
     kept, scaled = run.keep.shape[0], run.scale.shape[0]
@@ -47,8 +55,11 @@ def add_experts(site: Site, hidden_states: Tensor, output: Tensor, run: Run) -> 
             f"The weights for {site.name} must be (1 or {rows}, 1 or {projections.tokens}, {stack.num_experts}), "
             f"got {tuple(shape)}."
         )
+    if getattr(weigher, "alike", False) and shape[0] == shape[1] == kept == scaled == 1:
+        run.notes[ALIKE] = weights  # fit everywhere
     beside = None if site.beside is None else site.beside.add(hidden_states, output, weights, stack.indices)
-    added = stack.add_to(output, projections.rows[site.name], weights) if stack.rank else output
+    rows_here = projections.rows[site.name]
+    added = stack.add_to(output, rows_here, weights, not site.group.several) if stack.rank else output
     return added if beside is None else added + beside
 
 

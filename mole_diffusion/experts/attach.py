@@ -19,7 +19,7 @@ from .compiled import Callback
 from .hooks import SiteHook, Watch
 from .meeting import Meeting
 from .processor import AddExperts, MoLEAttnProcessor
-from .refusals import AttachError, refuse_adapters, refuse_bypassed, refuse_fused
+from .refusals import AttachError, may_fuse, refuse_adapters, refuse_bypassed, refuse_fused
 from .seam import LayerSeam
 from .site import Site
 
@@ -89,6 +89,7 @@ class Attachment:
             self._callbacks.append(site.callback)
         self._parents = {site.module_name: _parent(model, site.module_name) for site in self.sites}
         self._blocks = _blocks(model, self.sites)
+        self._may_fuse: dict[str, tuple[nn.Module, str]] = {}
         self._seen_modules: list[tuple[Any, str, nn.Module | None]] = []
         self._seen_processors: list[tuple[Attention, Any]] = []
 
@@ -233,12 +234,14 @@ class Attachment:
             refuse_fused(self.component, {name: layer for name, (layer, _) in self._attentions.items()})
             self._place_hooks()
             self._look()
-        refuse_bypassed(self.component, self._parents)
+        if self._may_fuse:
+            refuse_bypassed(self.component, self._may_fuse)
         return self._begin(model, args, kwargs)
 
     def _look(self) -> None:
         """Remember which modules and attention processors there are."""
         parents = self._parents.values()
+        self._may_fuse = may_fuse(self._parents)
         self._seen_modules = [(parent._modules, leaf, parent._modules.get(leaf)) for parent, leaf in parents]
         layers = {**self._layers, **{name: layer for name, (layer, _) in self._attentions.items()}}.values()
         self._seen_processors = [(layer, layer.processor) for layer in layers]

@@ -277,9 +277,9 @@ class Experts:
             MoLEError: If the weigher's answer does not broadcast to the batch, tokens and experts of this module.
         """
         run = self._runs.run(site.component)
-        if run.merged or not (run.active or site.lengths):  # nothing to add
+        if site.lengths is None or run.merged:  # looked at here, and not in a call of its own: so it is at every module
             site.seen = hidden_states.shape, output.shape
-            return output
+            return output if run.merged or not run.active else add_experts(site, hidden_states, output, run)
         return self._add(site, hidden_states, output, run)
 
     def _add(self, site: Site, hidden_states: Tensor, output: Tensor, run: Run) -> Tensor:

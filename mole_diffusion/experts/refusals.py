@@ -55,6 +55,15 @@ def refuse_fused(component: str, layers: Mapping[str, Any]) -> None:
         )
 
 
+def may_fuse(parents: Mapping[str, tuple[nn.Module, str]]) -> dict[str, tuple[nn.Module, str]]:
+    """Those of `refuse_bypassed`'s parents that are attention of a transformer, which may fuse its projections."""
+    return {
+        name: (parent, leaf)
+        for name, (parent, leaf) in parents.items()
+        if leaf in FUSED and not isinstance(parent, Attention)
+    }
+
+
 def refuse_bypassed(component: str, parents: Mapping[str, tuple[nn.Module, str]]) -> None:
     """Raises AttachError where a transformer has fused its projections.
 
@@ -64,8 +73,8 @@ def refuse_bypassed(component: str, parents: Mapping[str, tuple[nn.Module, str]]
         component: The model.
         parents: By the names of adapted modules, the modules that hold them and their names there.
     """
-    for name, (parent, leaf) in parents.items():
-        if leaf in FUSED and not isinstance(parent, Attention) and getattr(parent, "fused_projections", False):
+    for name, (parent, _) in may_fuse(parents).items():
+        if getattr(parent, "fused_projections", False):
             raise AttachError(
                 f"{component} has fused query, key and value projections ({name.rpartition('.')[0]}), which bypass the "
                 "modules the LoRAs adapt. Call `unfuse_qkv_projections()` first."

@@ -87,6 +87,7 @@ class Weigher(Protocol):
     they are not computed, and have no columns in `projections`.
     `constant`: that its weights are the same in every step and at every place. Where LoRAs are merged into the weights
     of modules, it is asked for them with `projections` that have no rows.
+    `alike`: that in a pass it gives all modules the same tensor, `(rows, 1, N)`: then it may be asked once a pass.
     `bind(experts)`: told which experts it weighs, when it is set.
     `passes(run) -> int`: the denoiser's batch runs this many times over in one forward pass, all its rows for the
     first pass, then all for the second; `weigh` then answers for the widened batch. Asked once, when the

@@ -195,6 +195,13 @@ class SiteGroup:
         self._open = shared if shared.waiting else None
         return shared
 
+    def rows(self, site: Site, hidden_states: Tensor, output: Tensor) -> Tensor:
+        """What `project` has for this site, where nobody asks for more."""
+        down = self._down
+        if self.several or down is None or down.device != output.device or down.dtype != output.dtype:
+            return self.project(site, hidden_states, output).rows[site.name]
+        return site.project(hidden_states, down)
+
     def _computed(self, site: Site, hidden_states: Tensor, output: Tensor) -> Projections:
         down = self._down  # looked at here, and not in a call of its own: so it is in every pass at every module
         if down is None or down.device != output.device or down.dtype != output.dtype:

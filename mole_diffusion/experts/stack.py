@@ -145,7 +145,7 @@ class ExpertStack:
         """What `up_like` keeps."""
         return None if self._ups is None else self._ups[0]
 
-    def add_to(self, output: Tensor, projected: Tensor, weights: Tensor) -> Tensor:
+    def add_to(self, output: Tensor, projected: Tensor, weights: Tensor, spare: bool = False) -> Tensor:
         """`output + up (gamma * s * z)`: into `output` itself, except where autograd needs what it was.
 
         Args:
@@ -153,6 +153,7 @@ class ExpertStack:
             projected: z = down x as its product gives it, `(batch * tokens, R)`, or `(batch, R, tokens)` of a
                 convolution: nothing is turned round.
             weights: gamma, `(batch | 1, tokens | 1, N)`.
+            spare: Whether nobody else reads `projected`, so that it may be weighed where it lies.
         """
         ups, alike, dtype = self._ups, self._alike, output.dtype
         if ups is None or ups[0].device != output.device or ups[0].dtype != dtype:
@@ -167,7 +168,7 @@ class ExpertStack:
         if isinstance(scaled, float):  # one number for all: the product itself multiplies by it
             weighted, factor = projected, scaled
         else:
-            weighted, factor = self._weighted(projected, scaled, output.shape[0]), 1.0
+            weighted, factor = self._weighted(projected, scaled, output.shape[0], spare), 1.0
         if not self.is_convolution:
             place, factors = output.reshape(-1, self.out_features), (weighted, turned)
         elif output.is_contiguous():
@@ -256,12 +257,15 @@ class ExpertStack:
             self._spread = spread = numbers.to(weights.device, weights.dtype)
         return spread
 
-    def _weighted(self, z: Tensor, scaled: Tensor, batch: int) -> Tensor:
+    def _weighted(self, z: Tensor, scaled: Tensor, batch: int, spare: bool) -> Tensor:
         """`gamma * s * z` in the layout of z, taken in the wider of both dtypes and rounded once."""
         if scaled.ndim < 3:
             return (z * scaled).to(z.dtype)
-        ranks = (len(self._ranks), self._ranks[0]) if self._same_rank else (self.rank,)
-        by_sample = z.view(batch, *ranks, z.shape[2]) if self.is_convolution else z.view(batch, -1, *ranks)
+        if not (torch.is_grad_enabled() and (z.requires_grad or scaled.requires_grad)):
+            weighted = z if spare else z.new_empty(z.shape)
+            torch.mul(self._by_sample(z, batch), scaled, out=self._by_sample(weighted, batch))
+            return weighted
+        by_sample = self._by_sample(z, batch)
         if scaled.requires_grad and not self._same_rank:
             dim = 1 if self.is_convolution else 2
             parts = zip(by_sample.split(self._ranks, dim), scaled.split(1, dim), strict=True)
@@ -269,6 +273,11 @@ class ExpertStack:
         else:
             weighted = by_sample * scaled
         return weighted.reshape(z.shape).to(z.dtype)
+
+    def _by_sample(self, z: Tensor, batch: int) -> Tensor:
+        """z, and where all ranks are the same, with an axis of its own for the LoRAs: as `scaled` has one."""
+        ranks = (len(self._ranks), self._ranks[0]) if self._same_rank else (self.rank,)
+        return z.view(batch, *ranks, z.shape[2]) if self.is_convolution else z.view(batch, -1, *ranks)
 
 
 # Weights, a dtype, and what `scaled` makes of them where it is a number for each rank at most.

@@ -28,7 +28,7 @@ from .card import CARD, card_of, own_card
 from .config import GateConfig
 from .features import feature_grid, read_features, without_filling
 from .folder import key_of, read_gates, refuse_others
-from .gate import Gate
+from .gate import Gate, divisors
 from .identity import check_loras, lora_identity
 from .record import GateRecord
 from .routing import Routing
@@ -188,7 +188,10 @@ class MoLEModel(ModelMixin, ConfigMixin):
                 size = feature_grid(spec, site, projections) or token_grid(
                     features.shape[1], run.sample_size, spec.name
                 )
-            weights = self._routing.weigh(binding.gates[spec.name], spec, features, size, run, masks, self._record)
+            lean = self._divisors(binding, run, features.device).get(spec.name)
+            weights = self._routing.weigh(
+                binding.gates[spec.name], spec, features, size, run, masks, self._record, lean
+            )
             current = Current(weakref.ref(projections), weights)
             run.notes[spec.name] = current
         elif current is None:
@@ -197,6 +200,19 @@ class MoLEModel(ModelMixin, ConfigMixin):
                 "in an order the scope does not expect; use scope='matrix'."
             )
         return current.weights
+
+    def _divisors(self, binding: Binding, run: Run, device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
+        """By name, what gates of this pass divide by that can be asked without a gradient; none with one."""
+        config = self.gate_config
+        plain = config.token_axis == "token" and config.input == "hidden" and config.normalization != "layer_norm"
+        if not plain or config.residual or torch.is_grad_enabled():
+            return {}
+        key = binding, "divisors", device
+        if key not in run.notes:
+            gates = {spec.name: binding.gates[spec.name] for spec in self.specs if spec.component == run.component}
+            run.notes[key] = dict(zip(gates, divisors(list(gates.values()), device), strict=True))
+        found: dict[str, tuple[Tensor, Tensor]] = run.notes[key]
+        return found
 
     @contextmanager
     def record(self, accumulate: bool = False) -> Iterator[GateRecord]:

@@ -41,6 +41,7 @@ class Routing:
         run: Run,
         masks: Tensor | None,
         record: GateRecord | None,
+        divisors: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Final weights of one scope, `(batch, tokens | 1, N)`.
 
@@ -52,6 +53,7 @@ class Routing:
             run: The forward pass.
             masks: What `residual` gates correct, as in `MoLEModel.weigh`.
             record: Where to note what the gate gives.
+            divisors: As `Gate.shares_at_every_token` takes them, where the gate may be asked that way.
         """
         if gate.weight.device != features.device:
             gate.to(features.device)
@@ -61,7 +63,10 @@ class Routing:
                 gates = masks.to(features.device, features.dtype).expand(*features.shape[:2], -1)
                 return self._correct(gate, spec, features, gates, run, record)
             here, among = self._asked(spec, run)
-            keep, shares, final = self._factors(here, features.device, run)
+            keep, shares, final, plain = self._factors(here, features.device, run)
+            if among is None and keep is None and record is None and divisors is not None:
+                lean = gate.shares_at_every_token(features, divisors, self._config.null_expert)
+                return self._spread(lean if plain else lean * final, here)
             if self._config.token_axis == "token":
                 logits = gate.at_every_token(features, among=among)  # (batch, tokens, experts here)
             else:
@@ -97,24 +102,23 @@ class Routing:
 
     def _factors(
         self, experts: tuple[int, ...], device: torch.device, run: Run
-    ) -> tuple[Tensor | None, Tensor, Tensor]:
+    ) -> tuple[Tensor | None, Tensor, Tensor, bool]:
         """What the softmax over these LoRAs is masked with, multiplied by, and multiplied by with the user's scale.
 
-        The same in all scopes of a pass that the same LoRAs touch. `(rows | 1, 1, n)` each; no mask where every row
-        keeps all.
+        The same in all scopes that the same LoRAs touch, as long as nothing else is chosen. `(rows | 1, 1, n)` each; no
+        mask where every row keeps all; and whether the last is 1 throughout.
         """
         key = self, experts, device
-        if key not in run.notes:
+        known = run.notes if run.call is None else run.call.state
+        if key not in known or known[key][0] is not run.keep or known[key][1] is not run.scale:
             index = slice(None) if len(experts) == self._num_experts else list(experts)
             keep = run.keep.to(device)[:, None, index]
             shares = keep * keep.sum(dim=-1, keepdim=True).clamp_min(1) ** self._sum_exponent
             everybody = len(keep) == 1  # each of them is asked for since some row keeps it
-            run.notes[key] = (
-                None if everybody else keep,
-                shares,
-                shares * run.scale.to(device)[:, None, index],
-            )
-        factors: tuple[Tensor | None, Tensor, Tensor] = run.notes[key]
+            final = shares * run.scale.to(device)[:, None, index]
+            plain = not final.is_meta and bool((final == 1).all())
+            known[key] = run.keep, run.scale, (None if everybody else keep, shares, final, plain)
+        factors: tuple[Tensor | None, Tensor, Tensor, bool] = known[key][2]
         return factors
 
     def _spread(self, gates: Tensor, experts: tuple[int, ...]) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import mole_diffusion
 from mole_diffusion.composition import Linear
@@ -213,3 +213,58 @@ def test_what_is_added_in_place_is_what_autograd_gets(channels_last: bool) -> No
     torch.testing.assert_close(outputs[False], outputs[True], atol=1e-12, rtol=1e-12)
     outputs[True].sum().backward()
     assert weights.grad is not None
+
+
+@torch.no_grad()
+def test_rows_that_nobody_else_reads_are_weighed_where_they_lie() -> None:
+    """And others are left as they are; in half precision as well, where the product is rounded once."""
+    generator = torch.Generator().manual_seed(0)
+    for ranks, dtype in ((RANKS, torch.float32), ((3, 3, 3, 3), torch.float32), ((3, 3, 3, 3), torch.bfloat16)):
+        factors = [LoRAFactors(*(torch.randn(s, generator=generator) for s in ((r, 4), (6, r)))) for r in ranks]
+        stack = ExpertStack(factors, "a")
+        z = torch.randn(2 * 5, sum(ranks), generator=generator).to(dtype)
+        output = torch.randn(2, 5, 6, generator=generator).to(dtype)
+        weights = torch.rand(2, 5, 4, generator=generator)
+        kept, spare = z.clone(), z.clone()
+        first = stack.add_to(output.clone(), kept, weights)
+        second = stack.add_to(output.clone(), spare, weights, spare=True)
+        of_ranks = weights[..., stack.expert_of_rank].reshape(z.shape)
+        assert torch.equal(kept, z)
+        assert torch.equal(spare, (z.float() * of_ranks).to(dtype))
+        assert torch.equal(first, second)
+
+
+class Asked(Linear):
+    """Counts how often it is asked for weights."""
+
+    def __init__(self) -> None:
+        self.times = 0
+
+    def weights(self, keep: Tensor, step: Any) -> Tensor:
+        self.times += 1
+        return keep / 2
+
+
+class AskedEverywhere(Asked):
+    """One that answers module by module."""
+
+    def weigh(self, site: Site, projections: Any, run: Any) -> Tensor:
+        self.times += 1
+        return run.keep[:, None] * (0.5 if site.module_name.endswith("to_q") else 0.0)
+
+
+@torch.no_grad()
+def test_a_method_alike_in_all_modules_is_asked_once_a_pass(tiny: dict[str, Any], loras: list[LoRA]) -> None:
+    experts = attached(tiny, loras)
+    once, everywhere = Asked(), AskedEverywhere()
+    with experts.using(weigher=Numbers(torch.full((4,), 0.5))):
+        expected = run_unet(tiny)
+    with experts.using(weigher=once):
+        torch.testing.assert_close(run_unet(tiny), expected)
+        assert once.times == 1
+        with experts.using(keep=torch.tensor([1, 0, 0, 0])):  # another pass, another choice
+            assert not torch.allclose(run_unet(tiny), expected)
+    with experts.using(weigher=everywhere):
+        assert not torch.allclose(run_unet(tiny), expected)
+    assert everywhere.times >= len([name for name in experts.sites if name.startswith("unet.")])
+    experts.detach()

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from mole_diffusion.experts import Experts
-from mole_diffusion.gating import Gate, GateConfig, MoLEModel
+from mole_diffusion.gating import Gate, GateConfig, MoLEModel, masked_softmax
+from mole_diffusion.gating.gate import divisors
+from mole_diffusion.speed import Counted
 from tests import reference
 from tests.gating.test_model import gates_for
 from tests.running import EVERYTHING, make_lora, models, run_text, run_unet, unet_inputs
@@ -187,3 +189,37 @@ def test_pixels_are_read_as_they_lie(normalization: Any) -> None:
         found.append((logits, gradient))
     assert found[0][0].shape == (2, 5, 3)
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("null_expert", [False, True])
+@pytest.mark.parametrize("normalization", ["rms", "l2"])
+@torch.no_grad()
+def test_gates_without_a_gradient_are_the_same_in_fewer_operators(normalization: Any, null_expert: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    gates = [Gate(3, 1, 8, features, normalization, temperature) for features, temperature in ((24, 0.7), (48, 1.3))]
+    channels_first = torch.randn(2, 8, 5, generator=generator)
+    channels_first[0, :, 3] = 0  # a token of which nothing is to be read
+    for gate, of_gate in zip(gates, divisors(gates, torch.device("cpu")), strict=True):
+        gate.weight.copy_(torch.randn(gate.weight.shape, generator=generator))
+        for features in (channels_first.transpose(1, 2), channels_first.transpose(1, 2).contiguous()):
+            with Counted() as plain:
+                asked = masked_softmax(gate.at_every_token(features), None, null_expert)
+            with Counted() as lean:
+                shares = gate.shares_at_every_token(features, of_gate, null_expert)
+            torch.testing.assert_close(shares, asked, rtol=1e-5, atol=1e-6)
+            assert lean.operators < 0.75 * plain.operators
+    assert not torch.allclose(shares[0, 0], shares[0, 1])
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_a_model_with_gates_gives_the_same_with_and_without_a_gradient(
+    components: dict[str, Any], experts: Experts, scale: float
+) -> None:
+    gates_for(experts, components, input="hidden", token_axis="token", scope="layer", null_expert=True)
+    with experts.using(scale=torch.tensor([1.0, scale, 1.0])):
+        with_gradient = run_unet(components)
+        assert with_gradient.requires_grad
+        with torch.no_grad():
+            without, again = run_unet(components), run_unet(components)
+    torch.testing.assert_close(without, with_gradient.detach(), rtol=1e-5, atol=1e-5)
+    assert torch.equal(without, again)
