@@ -1,17 +1,20 @@
 # `make demo` and `make test` do their own set-up: a virtual environment in .venv, from constraints.txt.
 PYTHON ?= python3
 VENV := .venv
+CONSTRAINTS := constraints.txt
+EXTRAS := app,dev,docs
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed.stamp
 TYPES := build/types/mole_diffusion
 # Once installed, nothing asks a network.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help setup demo picture test notebooks lint types links docs clean
+.PHONY: help setup demo picture test test-lowest notebooks lint types links docs clean
 help:
 	@echo "make demo    three LoRAs in one picture: writes a picture sheet and says where"
 	@echo "make picture SEED=1  the picture in README, docs/first.png"
 	@echo "make test    the tests"
+	@echo "make test-lowest  the same with the oldest versions that are allowed, in an environment of their own"
 	@echo "make notebooks  run the notebooks, as the tests do"
 	@echo "make lint    ruff: rules and format; import-linter: which room may import which"
 	@echo "make types   mypy"
@@ -30,6 +33,9 @@ picture: $(STAMP)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --durations=10
+
+test-lowest:
+	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt EXTRAS=app,dev
 
 notebooks: $(STAMP)
 	$(BIN)/python -m pytest -q tests/test_notebooks.py
@@ -50,13 +56,13 @@ types: $(STAMP) links
 docs: $(STAMP) links
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "Python 3.11 or newer is needed, and '$(PYTHON)' is: $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.11 ..." >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV); the first time this takes some minutes (PyTorch is large)."
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[app,dev,docs]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[$(EXTRAS)]'
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-lowest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -35,6 +35,17 @@ def pipe() -> Any:
 
 
 @pytest.fixture
+def same_noise_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One seed gives the same noise in every precision, which in older versions of torch it does not."""
+    randn = torch.randn
+
+    def rounded(*size: Any, dtype: torch.dtype | None = None, **given: Any) -> torch.Tensor:
+        return randn(*size, **given).to(dtype)
+
+    monkeypatch.setattr(torch, "randn", rounded)
+
+
+@pytest.fixture
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures for the report, and those that stand in for references, in two steps instead of 25; fewer of them."""
     for module in ("report", "references"):

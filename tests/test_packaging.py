@@ -53,12 +53,27 @@ def test_constraints_satisfy_every_dependency() -> None:
     assert not [name for name in exact if name.startswith(("nvidia", "cuda", "triton"))]
 
 
-def test_every_python_that_is_named_is_tested() -> None:
+def test_lower_bounds_are_the_oldest_versions_that_are_tested() -> None:
+    """Those that a user meets; tools of developers have one version for both."""
+    exact = pins("constraints-lowest.txt")
+    for name, requirement in requirements("train", "metrics", "cli", "app").items():
+        (bound,) = requirement.specifier
+        assert bound.operator == ">="
+        # A bound without the last part, 1.9, means any 1.9.x: the newest patch of it may be what is tested.
+        assert f"{exact[name]}.".startswith(f"{bound.version}."), name
+    for name, requirement in requirements("dev").items():
+        assert requirement.specifier.contains(exact[name]), f"{requirement} is not met by {exact[name]}"
+
+
+def test_every_python_that_is_named_is_tested_and_the_oldest_versions_too() -> None:
     named = re.findall(r"Python :: (3\.\d+)", " ".join(PROJECT["classifiers"]))
-    job = read_yaml(ROOT / ".github" / "workflows" / "ci.yml")["jobs"]["pythons"]
-    assert job["strategy"]["matrix"]["python"] == named
+    job = read_yaml(ROOT / ".github" / "workflows" / "ci.yml")["jobs"]["versions"]
+    matrix = job["strategy"]["matrix"]
+    assert matrix["python"] == named
     assert PROJECT["requires-python"] == f">={named[0]}"
-    assert job["steps"][-1]["run"] == "make test"
+    assert matrix["target"] == ["test"]
+    assert matrix["include"] == [{"python": named[0], "target": "test-lowest"}]
+    assert job["steps"][-1]["run"] == "make ${{ matrix.target }}"
 
 
 def imported(*files: Path) -> set[str]:

@@ -217,7 +217,7 @@ class Attachment:
         # Somebody may have changed the model since: replaced our processors (IP-Adapter, attention slicing) or fused
         # projections, or exchanged modules (PEFT, when its adapters are loaded and unloaded).
         if torch.compiler.is_compiling():
-            given = {**dict(zip(self._argument_names, args, strict=False)), **kwargs}
+            given = {**dict(zip(self._argument_names[: len(args)], args, strict=True)), **kwargs}
             compiled.begin(self._callbacks[0], self.architecture.told(model, given))
             return None
         for name, (modules, leaf, block) in self._blocks.items():

@@ -212,6 +212,7 @@ def test_diffusers_stays_in_the_pipeline_that_has_several_tasks_or_one() -> None
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")  # Krea 2's own norms
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.usefixtures("same_noise_in_half_precision")
 def test_half_precision_finds_masks_and_draws_near_what_float32_draws(family: str) -> None:
     """Every transformer as `dtype=torch.bfloat16` loads it."""
     wide = tiny_dit(family, getattr(mole_diffusion, f"MoLE{MADE[family][0].__name__}"))

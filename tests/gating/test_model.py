@@ -55,6 +55,8 @@ def gates_for(experts: Experts, components: dict[str, Any], /, random: bool = Tr
             run_unet(components), run_text(components)
     gates = MoLEModel.from_experts(experts, GateConfig(**config))
     scale = 3.0 if config.get("normalization") == "l2" else 0.3
+    if config.get("token_axis") == "flatten":
+        scale = 0.1  # sums over all tokens: larger ones leave a softmax whose gradient is 0 in float32
     for index, parameter in enumerate(gates.gate_parameters()):
         if random:
             generator = torch.Generator().manual_seed(index)

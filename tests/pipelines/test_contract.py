@@ -186,6 +186,7 @@ def test_saved_with_loras_attached_it_is_a_stock_folder(pipe: Any, tmp_path: Pat
 
 
 @pytest.mark.parametrize(("dtype", "share"), [(torch.bfloat16, 0.25), (torch.float16, 0.05)])
+@pytest.mark.usefixtures("same_noise_in_half_precision")
 def test_half_precision_keeps_what_the_loras_do(dtype: torch.dtype, share: float) -> None:
     pipe = composing_pipeline(*NAMES)
 
