@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import MoLEError
+from .adding import ALIKE
 from .run import Run
 from .runs import Runs
 from .site import Projections, Site
@@ -20,13 +21,14 @@ PRECISE = (torch.float32, torch.float64)
 
 @dataclass(frozen=True, eq=False)
 class _Made:
-    """A merged weight and bias, and what they were made of."""
+    """A merged weight and bias, and what they were made of; `weights` are those of the latest pass."""
 
     weight: Tensor
     bias: Tensor | None
     base: Tensor
     version: int
     numbers: list[float]
+    weights: Tensor | None
 
 
 class Merged:
@@ -82,8 +84,13 @@ class Merged:
     def _of(self, run: Run, hidden_states: Tensor) -> _Made:
         site, weight, made = self._site, self._module.weight, self._made
         assert run.weigher is not None
+        alike = run.notes.get(ALIKE)
+        if alike is not None and made is not None and made.weights is alike and _of_this(weight, made):
+            return made
         weights = run.weigher.weigh(site, Projections(hidden_states, {}, hidden_states.shape[0]), run)
         numbers = [0.0] * site.stack.num_experts if weights is None else numbers_of(weights)
+        if weights is not None and weights.shape[0] == 1 and getattr(run.weigher, "alike", False):
+            run.notes[ALIKE] = weights
         if made is None or made.numbers != numbers or not _of_this(weight, made):
             if len(numbers) != site.stack.num_experts:
                 raise MoLEError(
@@ -92,6 +99,8 @@ class Merged:
                     "weight of the module cannot hold. Call `unfuse_lora()`."
                 )
             self._made = made = self._make(weight, numbers)
+        if made.weights is not weights:
+            self._made = made = replace(made, weights=weights)
         return made
 
     @torch.no_grad()
@@ -109,7 +118,7 @@ class Merged:
                 if term.bias is not None:
                     more = numbers[index] * term.bias.to(weight.device, weight.dtype)
                     bias = more if bias is None else bias.detach() + more
-        return _Made(whole.to(weight.dtype).view_as(weight), bias, weight, weight._version, numbers)
+        return _Made(whole.to(weight.dtype).view_as(weight), bias, weight, weight._version, numbers, None)
 
 
 def _of_this(weight: Tensor, made: _Made) -> bool:

@@ -10,6 +10,7 @@ import torch
 import torch._dynamo
 from torch._dynamo.utils import counters
 
+from mole_diffusion.composition import COMPOSITIONS
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.experts import Experts, compiled
 from mole_diffusion.gating import GateConfig, MoLEModel
@@ -135,6 +136,33 @@ def test_repeated_blocks_share_their_graphs(tiny: dict[str, Any], experts: Exper
     finally:
         for block in blocks:
             block._compiled_call_impl = None
+
+
+@torch.no_grad()
+def test_a_compiled_block_in_a_model_with_merged_weights_adds_beside_its_own(
+    tiny: dict[str, Any], experts: Experts
+) -> None:
+    """Compiled after merging, or before; the LoRAs are there once, not twice and not never."""
+    block, linear = tiny["unet"].mid_block.attentions[0].transformer_blocks[0], COMPOSITIONS["linear"]()
+    with experts.using(weigher=linear):
+        beside = tiny["unet"](**unet_inputs()).sample
+        experts.merge()
+        try:
+            merged = tiny["unet"](**unet_inputs()).sample
+            block.compile(backend="eager", fullgraph=True)
+            after = tiny["unet"](**unet_inputs()).sample
+            experts.unmerge()
+            without = tiny["unet"](**unet_inputs()).sample
+            experts.merge()
+            before = tiny["unet"](**unet_inputs()).sample
+        finally:
+            block._compiled_call_impl = None
+            experts.unmerge()
+    with experts.using(keep=torch.zeros(3)):
+        base = tiny["unet"](**unet_inputs()).sample
+    assert (beside - base).abs().max() > 0.01
+    for found in (merged, after, without, before):
+        torch.testing.assert_close(found, beside, atol=1e-5 * float(beside.abs().max()), rtol=0)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mole_diffusion.composition import COMPOSITIONS
 from mole_diffusion.errors import MoLEError
@@ -136,6 +136,10 @@ def test_a_weight_that_changes_is_merged_anew(tiny: dict[str, Any], experts: Exp
         weight.copy_(old)
 
 
+class Stored(Tensor):
+    """Numbers that are not what a layer multiplies with, as libraries that quantise have them."""
+
+
 def test_what_cannot_hold_them_is_refused_and_nothing_is_changed(
     tiny: dict[str, Any], loras: list[LoRA], experts: Experts
 ) -> None:
@@ -154,6 +158,10 @@ def test_what_cannot_hold_them_is_refused_and_nothing_is_changed(
     with pytest.raises(MoLEError, match="another forward in place"):
         experts.merge()
     del module.forward
+    own, module.weight = module.weight, nn.Parameter(module.weight.data.as_subclass(Stored), requires_grad=False)
+    with pytest.raises(MoLEError, match="numbers that are quantised or made as they are needed: LoRAs cannot be fused"):
+        experts.merge()
+    module.weight = own
     assert stand_ins() == 0
     experts.merge()
     assert stand_ins() == sum(name.startswith("unet.") for name in experts.sites)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mole_diffusion.errors import MoLEError
 from mole_diffusion.lora.verdict import judge
 from tests.composing import assert_close, composing_pipeline, draw
 from tests.tiny import ATTENTION, FEED_FORWARD, random_lora
@@ -87,6 +88,9 @@ def test_experts_run_beside_them(pipe: Any) -> None:
     pipe.load_loras({"cat": cat, "dog": dog})
     assert torch.equal(draw(pipe, loras=[]), base)
     alone = draw(pipe, loras=["cat"])
+    with pytest.raises(MoLEError, match=r"numbers that are quantised .*cannot be fused into it"):
+        pipe.experts.merge()
+    assert torch.equal(draw(pipe, loras=["cat"]), alone)
     pipe.set_composition("masks")
     assert draw(pipe).isfinite().all()
     pipe.unload_loras()
