@@ -15,6 +15,7 @@ from ..errors import MoLEError
 from .gate_calls import GateCalls
 from .loaded import Loaded, drawing
 from .prior import drawing_prior
+from .processors import processors_given_back
 from .reading import Spans, add_region_words, given_words, prompt_words, split_prompts, with_region_prompts
 from .refusals import refuse_broken_gates, refuse_half_measures, refuse_not_finite
 from .selection import Selection, read_scale, read_selection
@@ -132,6 +133,8 @@ class MoLEPipelineMixin(GateCalls):
             stack.callback(_OPEN.reset, token)
             stack.enter_context(running(call))
             if loaded.experts is not None:
+                models = self.lora_components.values()
+                stack.enter_context(processors_given_back(models, loaded.experts))
                 stack.enter_context(loaded.experts.using(keep=keep, scale=scales * scale, weigher=method, call=call))
             yield call
             if keep.any() and loaded.experts is not None and not loaded.experts.attached:

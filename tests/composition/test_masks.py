@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPAGPipeline, StableDiffusionPipeline
+from diffusers import StableDiffusionPAGPipeline, StableDiffusionPipeline, StableDiffusionSAGPipeline
 from PIL import Image
 from torch import Tensor
 
@@ -261,6 +261,27 @@ def test_masks_are_not_read_where_guidance_spoils_attention(guidance_scale: floa
         draw(pipe, PROMPT, num_inference_steps=5, guidance_scale=guidance_scale, pag_scale=scale)
         found.append(pipe.masks.values)
     assert_close(found[1], found[0])
+
+
+class Guided(MoLEPipelineMixin, StableDiffusionSAGPipeline):
+    """A pipeline that exchanges a processor while it draws, and gives it back where the call ends well."""
+
+
+def test_a_call_that_is_refused_leaves_no_processor_behind() -> None:
+    components = {**tiny_components(), "safety_checker": None, "feature_extractor": None}
+    pipe: Any = Guided(**components, requires_safety_checker=False)
+    pipe.load_loras(lora_states(pipe))
+    plain: Any = StableDiffusionPipeline(**components, requires_safety_checker=False)
+    pipe.set_composition("composite")
+    with pipe.composing():
+        drawn = draw(plain, num_inference_steps=1)
+    before = pipe.unet.attn_processors
+    for draws in (lambda: draw(pipe), lambda: draw(StableDiffusionSAGPipeline(**components))):
+        with pytest.raises(MoLEError, match="CrossAttnStoreProcessor"), pipe.composing():
+            draws()
+        assert all(before[name] is processor for name, processor in pipe.unet.attn_processors.items())
+    with pipe.composing():
+        assert torch.equal(draw(plain, num_inference_steps=1), drawn)
 
 
 def test_a_picture_that_is_cut_into_tiles_inside_the_model_is_refused() -> None:
