@@ -164,56 +164,58 @@ def _measure(speed: Speed, model: Any, inputs: dict[str, Any], number: int, tell
     plain, others = sides, experts
     if config.compiled:  # who counts what torch does cannot look into a compiled graph
         plain, others = make_sides(replace(config, compiled=None), model, inputs, loras, [])
-    speed.sites = len(experts.sites)
-    counts: dict[Side, Counted] = {}
-    memory, computing = {}, {}
-    with torch.no_grad():
-        for side, call in list(sides.items()):
-            tell(f"{number} LoRAs: counting {side}")
-            try:
-                for ready in {call, plain[side]}:
-                    ready()  # makes what is made once
-                with Counted() as counts[side]:
-                    plain[side]()
-                memory[side] = call_memory(call, torch.device(config.device))
-            except Exception as error:  # the other sides' numbers are wanted all the same
-                if side == "bare":
-                    raise
-                speed.failed.append(Failed.of(side, number, error))
-                del sides[side]
-            with suppress(Exception):  # a profiler that cannot be had
-                computing[side] = busy(call, config.device)
-        processor: dict[Side, list[float]] = {side: [] for side in sides}
-        clock: dict[Side, list[float]] = {side: [] for side in sides}
-        calls = QUEUED if on_gpu(config.device) else 1
-        for turn in range(config.rounds):
-            tell(f"{number} LoRAs: round {turn + 1} of {config.rounds}")
-            for side, call in sides.items():
-                of_processor, by_clock = timed(call, config.device, calls)
-                processor[side].append(of_processor)
-                clock[side].append(by_clock)
-    bare = counts["bare"]
-    for side in sides:
-        if side not in config.sides:
-            continue
-        times = clock[side] if on_gpu(config.device) else processor[side]
-        speed.rows.append(
-            SideCost(
-                side,
-                number,
-                float(np.median(times)),
-                Ratio.between(processor[side], processor["bare"]),
-                Ratio.between(clock[side], clock["bare"]),
-                counts[side].operations / bare.operations,
-                counts[side].bytes / bare.bytes,
-                counts[side].count,
-                counts[side].operators,
-                memory[side],
-                computing.get(side),
+    try:
+        speed.sites = len(experts.sites)
+        counts: dict[Side, Counted] = {}
+        memory, computing = {}, {}
+        with torch.no_grad():
+            for side, call in list(sides.items()):
+                tell(f"{number} LoRAs: counting {side}")
+                try:
+                    for ready in {call, plain[side]}:
+                        ready()  # makes what is made once
+                    with Counted() as counts[side]:
+                        plain[side]()
+                    memory[side] = call_memory(call, torch.device(config.device))
+                except Exception as error:  # the other sides' numbers are wanted all the same
+                    if side == "bare":
+                        raise
+                    speed.failed.append(Failed.of(side, number, error))
+                    del sides[side]
+                with suppress(Exception):  # a profiler that cannot be had
+                    computing[side] = busy(call, config.device)
+            processor: dict[Side, list[float]] = {side: [] for side in sides}
+            clock: dict[Side, list[float]] = {side: [] for side in sides}
+            calls = QUEUED if on_gpu(config.device) else 1
+            for turn in range(config.rounds):
+                tell(f"{number} LoRAs: round {turn + 1} of {config.rounds}")
+                for side, call in sides.items():
+                    of_processor, by_clock = timed(call, config.device, calls)
+                    processor[side].append(of_processor)
+                    clock[side].append(by_clock)
+        bare = counts["bare"]
+        for side in sides:
+            if side not in config.sides:
+                continue
+            times = clock[side] if on_gpu(config.device) else processor[side]
+            speed.rows.append(
+                SideCost(
+                    side,
+                    number,
+                    float(np.median(times)),
+                    Ratio.between(processor[side], processor["bare"]),
+                    Ratio.between(clock[side], clock["bare"]),
+                    counts[side].operations / bare.operations,
+                    counts[side].bytes / bare.bytes,
+                    counts[side].count,
+                    counts[side].operators,
+                    memory[side],
+                    computing.get(side),
+                )
             )
-        )
-    experts.detach()
-    others.detach()
+    finally:
+        experts.detach()
+        others.detach()
 
 
 def _setting(config: SpeedConfig, model: Any, loras: list[Any]) -> Setting:
