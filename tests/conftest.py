@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
+from mole_diffusion.clip import DifferentiableCLIP
+from tests.fork_server import ForkServer
 from tests.tiny import tiny_components, tiny_pipeline
+from tests.tiny.clip import write_clip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -20,6 +24,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _seeded() -> None:
     """Every test starts from the same global random state."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    """For jobs in processes of their own, see `tests.forked`."""
+    server = ForkServer(tmp_path_factory.mktemp("hugging-face"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> DifferentiableCLIP:
+    """A random small CLIP, which no test changes."""
+    torch.manual_seed(0)
+    return DifferentiableCLIP(write_clip(tmp_path_factory.mktemp("clip")))
 
 
 @pytest.fixture
@@ -47,7 +66,7 @@ def same_noise_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures for the report, and those that stand in for references, in two steps instead of 25; fewer of them."""
+    """Pictures for the report, and those that stand in for references, in one step instead of 25; one of a kind."""
     for module in ("report", "references"):
-        monkeypatch.setattr(f"mole_diffusion.training.gates.{module}.STEPS", 2)
-    monkeypatch.setattr("mole_diffusion.training.gates.report.SEEDS", (0, 1))
+        monkeypatch.setattr(f"mole_diffusion.training.gates.{module}.STEPS", 1)
+    monkeypatch.setattr("mole_diffusion.training.gates.report.SEEDS", (0,))

@@ -1,11 +1,8 @@
-"""Work in processes of its own, for tests that kill it or let several work together.
-
-`python -m tests.forked killed FOLDER CLIP`, `together FOLDER CLIP` and `benchmark FOLDER STUDY`. The models are
-imported once, then processes are forked, before torch has started a thread.
-"""
+"""What the fork server does for tests: trainings and benchmarks that are killed, and those of several processes."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -16,37 +13,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch.distributed
 from accelerate.commands.launch import launch_command, launch_command_parser
 
+from mole_diffusion.__main__ import main
 from mole_diffusion.benchmark import BenchmarkConfig, run_benchmark
 from mole_diffusion.benchmark.run import read_rows
 from mole_diffusion.clip import DifferentiableCLIP
-from mole_diffusion.training.gates import references, report
+from mole_diffusion.training.gates import references
+from tests.fork_server import fork, wait
 from tests.gate_training import CONCEPTS, config, mole_pipeline, train
 
 
-def fork(job: Callable[[], None]) -> int:
-    """Runs `job` in a child; returns its process id."""
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        job()
-        code = 0
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def wait(child: int) -> int:
-    """The exit code, negative for a signal."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def killed(folder: Path, clip: Path) -> None:
-    """One training, killed again and again and always started anew, and one left in peace."""
+def killed(place: str, clip: str) -> list[int]:
+    """One training, killed again and again and always started anew, and one left in peace; their exit codes."""
+    folder, references.STEPS = Path(place), 2
 
     def run(name: str, kill_at: int | None = None, started: int | None = None) -> None:
         replace, calls = os.replace, [0]
@@ -61,7 +42,7 @@ def killed(folder: Path, clip: Path) -> None:
         train(
             mole_pipeline(),
             config(steps=5, checkpoint_every=1, learning_rate=0.05, local_weight=1.0, reference_pictures=1),
-            DifferentiableCLIP(clip),
+            DifferentiableCLIP(Path(clip)),
             concepts=CONCEPTS,
             work=folder / f"{name}.work",
             out=folder / name,
@@ -78,55 +59,60 @@ def killed(folder: Path, clip: Path) -> None:
     child = fork(lambda: run("killed", started=writer))
     os.read(reader, 1)
     os.kill(child, signal.SIGKILL)  # somewhere in a step
-    codes += [wait(child), wait(fork(lambda: run("killed")))]
-    print(codes)
+    return [*codes, wait(child), wait(fork(lambda: run("killed")))]
 
 
-def together(folder: Path, clip: Path) -> None:
-    """One training by one process, and by two with half of every batch each."""
+def together(place: str, clip: str) -> list[int]:
+    """One training by two processes with half of every batch each, and by one; their exit codes."""
+    folder, references.STEPS = Path(place), 2
 
     def run(name: str) -> None:
         settings = config(
             batch_size=4, steps=3, learning_rate=0.05, local_weight=1.0, reference_pictures=1, eta=1.0, gradient_steps=0
         )
-        train(mole_pipeline(), settings, DifferentiableCLIP(clip), concepts=CONCEPTS, out=folder / name, pictures=False)
+        model = DifferentiableCLIP(Path(clip))
+        train(mole_pipeline(), settings, model, concepts=CONCEPTS, out=folder / name, pictures=False)
 
     def run_rank(rank: int, port: int) -> None:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         run("two")
-        import torch.distributed
-
         torch.distributed.destroy_process_group()
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     children = [fork(lambda rank=rank: run_rank(rank, port)) for rank in range(2)]
-    codes = [wait(child) for child in children]
-    print([*codes, wait(fork(lambda: run("one")))])
+    return [*(wait(child) for child in children), wait(fork(lambda: run("one")))]
 
 
-def benchmark(folder: Path, path: Path) -> None:
-    """A benchmark by two processes that are killed and by two that `accelerate launch` starts; and by one in peace."""
-    study, place = BenchmarkConfig.from_file(path), folder / "killed"
+def benchmark(place: str, path: str) -> list[Any]:
+    """A benchmark by two processes that are killed and by two that `accelerate launch` starts; and by one in peace.
+
+    Returns:
+        Exit codes: of the killed, of the launched, of the one; and how many rows the killed left.
+    """
+    folder, out, study = Path(place), Path(place) / "killed", BenchmarkConfig.from_file(path)
 
     def run_rank(rank: int) -> None:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
-        run_benchmark(study, place)
+        run_benchmark(study, out)
 
     def found(pattern: str) -> bool:
         try:
-            return any(place.glob(pattern))
+            return any(out.glob(pattern))
         except FileNotFoundError:  # a training that ends takes its checkpoints away while we look
             return False
 
-    def launch() -> None:
-        command = [sys.executable, "-c", "from mole_diffusion.cli import main; main()", "benchmark", "run", str(path)]
-        # With --multi_gpu accelerate starts several processes on a CPU too; without, only one.
-        options = ["--multi_gpu", "--no_python", "--num_processes", "2", "--main_process_port", "0"]
-        sys.argv = ["accelerate", *options, *command, "--device", "cpu", "--out", str(place)]
-        launch_command(launch_command_parser().parse_args())
+    def command(environment: dict[str, str]) -> None:
+        os.environ.clear()
+        os.environ |= environment
+        sys.argv = ["mole", "benchmark", "run", path, "--device", "cpu", "--out", str(out)]
+        try:
+            main()
+        except SystemExit as done:
+            if done.code:
+                raise
 
     workers = [fork(lambda rank=rank: run_rank(rank)) for rank in range(2)]
     # Both kinds of work are under way: a picture is there, and a checkpoint of gates or the gates.
@@ -135,11 +121,36 @@ def benchmark(folder: Path, path: Path) -> None:
     for worker in workers:
         os.kill(worker, signal.SIGKILL)
     codes = [wait(worker) for worker in workers]
-    there = len(read_rows(study, place))
-    codes += [wait(fork(launch)), wait(fork(lambda: run_benchmark(study, folder / "whole")))]
-    print(json.dumps([codes, there]))
+    there = len(read_rows(study, out))
+    workers = [fork(lambda given=given: command(given)) for given in launched(folder)]
+    codes += [wait(worker) for worker in workers]
+    return [*codes, wait(fork(lambda: run_benchmark(study, folder / "whole"))), there]
 
 
-if __name__ == "__main__":
-    report.STEPS = references.STEPS = 2
-    {"killed": killed, "together": together, "benchmark": benchmark}[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3]))
+def launched(folder: Path) -> list[dict[str, str]]:
+    """The environments that `accelerate launch` starts two processes in."""
+    write = "import json, os; json.dump(dict(os.environ), open(os.environ['PLACE'] + os.environ['RANK'], 'w'))"
+
+    def launch() -> None:
+        os.environ["PLACE"] = str(folder / "environment-")
+        # With --multi_gpu accelerate starts several processes on a CPU too; without, only one.
+        options = ["--multi_gpu", "--no_python", "--num_processes", "2", "--main_process_port", "0"]
+        launch_command(launch_command_parser().parse_args([*options, sys.executable, "-S", "-c", write]))
+
+    assert wait(fork(launch)) == 0
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("environment-*"))]
+
+
+def ranks(place: str, module: str, function: str) -> list[Any]:
+    """What `function(rank)` of a test module returns in each of two processes of one group."""
+    folder = Path(place)
+    measure: Callable[[int], Any] = getattr(importlib.import_module(module), function)
+
+    def work(rank: int) -> None:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
+        (folder / f"{rank}.json").write_text(json.dumps(measure(rank)))
+        torch.distributed.destroy_process_group()
+
+    children = [fork(lambda rank=rank: work(rank)) for rank in range(2)]
+    assert [wait(child) for child in children] == [0, 0]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]

@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from mole_diffusion.clip import DifferentiableCLIP
 from mole_diffusion.gating import GateConfig, MoLEModel
 from mole_diffusion.pipelines import MoLEStableDiffusionPipeline
 from mole_diffusion.training import Concept, GateTrainingConfig, train_gates
 from tests.tiny import random_lora, tiny_pipeline
-from tests.tiny.clip import write_clip
 
 PROMPTS = ("a <v1> cat on grass", "a <v2> dog in the sand")
 CONCEPTS = {
     "lora0": Concept(token="<v1>", class_name="cat"),
     "lora1": Concept(token="<v2>", class_name="dog", description="red dog"),
 }
-
-
-def make_clip(folder: Path) -> DifferentiableCLIP:
-    torch.manual_seed(0)
-    return DifferentiableCLIP(write_clip(folder))
 
 
 def mole_pipeline(loras: int = 2, triggers: Mapping[str, str] | None = None) -> Any:

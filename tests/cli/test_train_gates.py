@@ -29,6 +29,7 @@ from tests.tiny.clip import write_clip
 TINY = [
     "rollout_steps=1",
     "guidance_scale=1",
+    "reference_pictures=1",
     "gates.scope=network",
     "gates.token_axis=pooled",
     "gates.input=experts",
@@ -90,7 +91,7 @@ def test_train_gates_trains_what_it_was_told(world: Path, tmp_path: Path) -> Non
 
 @pytest.mark.usefixtures("few_steps")
 def test_balance_study_prints_its_table(world: Path, tmp_path: Path) -> None:
-    options = ["--clip", world / "clip", "--template", "{concepts}", "--steps", 1, "--temperature", 4]
+    options = ["--clip", world / "clip", "--prompt", "a <v1> cat, a <v2> dog", "--steps", 1, "--temperature", 4]
     options += ["--dtype", "bfloat16"]
     done = mole(*call(world, "balance-study", *options, "--out", tmp_path / "study"))
     assert done.exit_code == 0, (done.output, done.exception)

@@ -29,7 +29,6 @@ from mole_diffusion.gating import GateConfig
 from mole_diffusion.training import GateTrainingConfig, train_gates
 from mole_diffusion.training.gates.walk import Walker
 from tests import reference
-from tests.gate_training import make_clip
 from tests.merging import merge_state
 
 PROMPT = "a cat and a dog"
@@ -341,11 +340,6 @@ class TrainingContract(WithLoRAs):
 
     descent: ClassVar[tuple[Any, Mapping[str, Any]]]
     guidance: ClassVar[float | None] = None
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def clip(cls, tmp_path_factory: pytest.TempPathFactory) -> DifferentiableCLIP:
-        return make_clip(tmp_path_factory.mktemp("clip"))
 
     @torch.no_grad()
     def test_a_walk_ends_where_a_call_of_the_pipeline_does(self, pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:

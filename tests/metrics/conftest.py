@@ -9,6 +9,6 @@ from mole_diffusion.clip import DifferentiableCLIP
 
 
 @pytest.fixture(scope="session")
-def clip() -> DifferentiableCLIP:
+def toybox_clip() -> DifferentiableCLIP:
     """The CLIP that comes along, which no test changes."""
     return DifferentiableCLIP(toybox.clip_dir())

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +28,8 @@ from mole_diffusion.metrics import (
 )
 from mole_diffusion.metrics.averages import Averages
 from mole_diffusion.toybox.world import compose_scene
-from tests import ROOT
+from tests import forked
+from tests.fork_server import ForkServer
 
 CONCEPTS = ["cat", "boot"]
 PROMPTS = ["a photo of a cat on grass", "a photo of a red boot on snow", "a photo of a cat on grass"]
@@ -64,16 +61,16 @@ def as_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
 
 
-def test_text_alignment_is_the_mean_cosine(clip: DifferentiableCLIP) -> None:
+def test_text_alignment_is_the_mean_cosine(toybox_clip: DifferentiableCLIP) -> None:
     values = [
-        cosine(clip.encode_image(as_tensor(image))[0], clip.encode_text([prompt])[0])
+        cosine(toybox_clip.encode_image(as_tensor(image))[0], toybox_clip.encode_text([prompt])[0])
         for image, prompt in zip(pictures(), PROMPTS, strict=True)
     ]
-    metric = TextAlignment(clip, batch_size=2)
+    metric = TextAlignment(toybox_clip, batch_size=2)
     metric.update(pictures()[:2], PROMPTS[:2])
     metric.update(pictures()[2:], PROMPTS[2:])
     assert metric.compute() == pytest.approx({"text alignment (cosine)": sum(values) / 3}, abs=1e-6)
-    metric = TextAlignment(clip, scale="clipscore")
+    metric = TextAlignment(toybox_clip, scale="clipscore")
     metric.update(pictures(), PROMPTS)
     scaled = sum(2.5 * max(value, 0) for value in values) / 3
     assert metric.compute() == pytest.approx({"text alignment (clipscore)": scaled}, abs=1e-6)
@@ -107,40 +104,40 @@ def process(images: Any = None, text: Any = None, **_: Any) -> dict[str, Tensor]
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)[:, None]}
 
 
-def test_text_alignment_agrees_with_clipscore_of_torchmetrics(clip: DifferentiableCLIP) -> None:
+def test_text_alignment_agrees_with_clipscore_of_torchmetrics(toybox_clip: DifferentiableCLIP) -> None:
     images, prompts = [toybox.references(name)[0] for name in ("cat", "boot", "mug")], PROMPTS
-    theirs = CLIPScore(model_name_or_path=lambda: (Adapter(clip), process))
+    theirs = CLIPScore(model_name_or_path=lambda: (Adapter(toybox_clip), process))
     theirs.update([(as_tensor(image)[0] * 255).byte() for image in images], list(prompts))
-    ours = TextAlignment(clip)
+    ours = TextAlignment(toybox_clip)
     ours.update(images, prompts)
     # Theirs is 100 times the mean cosine, cut at zero.
     assert 100 * max(ours.compute()["text alignment (cosine)"], 0) == pytest.approx(theirs.compute().item(), abs=1e-3)
 
 
-def test_image_alignment_is_the_mean_over_pairs_by_concept(clip: DifferentiableCLIP) -> None:
-    metric = ImageAlignment(clip, references())
+def test_image_alignment_is_the_mean_over_pairs_by_concept(toybox_clip: DifferentiableCLIP) -> None:
+    metric = ImageAlignment(toybox_clip, references())
     metric.update(pictures(), [["cat"], ["boot", "cat"], ["cat"]])
-    features = [clip.encode_image(as_tensor(image))[0] for image in pictures()]
+    features = [toybox_clip.encode_image(as_tensor(image))[0] for image in pictures()]
     expected = {}
     for name, rows in (("cat", [0, 1, 2]), ("boot", [1])):
-        known = [clip.encode_image(as_tensor(image))[0] for image in toybox.references(name)]
+        known = [toybox_clip.encode_image(as_tensor(image))[0] for image in toybox.references(name)]
         expected[name] = float(np.mean([[cosine(features[row], one) for one in known] for row in rows]))
     expected["mean"] = (expected["cat"] + expected["boot"]) / 2
     assert metric.compute() == pytest.approx(expected, abs=1e-6)
 
 
-def test_an_identical_picture_is_one(clip: DifferentiableCLIP) -> None:
+def test_an_identical_picture_is_one(toybox_clip: DifferentiableCLIP) -> None:
     image = toybox.references("cat")[0]
-    metric = ImageAlignment(clip, {"cat": [image]})
+    metric = ImageAlignment(toybox_clip, {"cat": [image]})
     metric.update([image])
     assert metric.compute() == pytest.approx({"cat": 1.0, "mean": 1.0}, abs=1e-6)
-    tensor = ImageAlignment(clip, {"cat": [image]})
+    tensor = ImageAlignment(toybox_clip, {"cat": [image]})
     tensor.update(as_tensor(image))
     assert tensor.compute() == metric.compute()
 
 
-def test_metrics_run_in_half_precision_and_are_reset(clip: DifferentiableCLIP) -> None:
-    metric = TextAlignment(clip)
+def test_metrics_run_in_half_precision_and_are_reset(toybox_clip: DifferentiableCLIP) -> None:
+    metric = TextAlignment(toybox_clip)
     metric.update(pictures(), PROMPTS)
     before = metric.compute()
     half = TextAlignment(DifferentiableCLIP(toybox.clip_dir()).to(torch.bfloat16))
@@ -170,48 +167,50 @@ def test_any_vision_backbone_of_transformers(pooled: bool) -> None:
     assert torch.allclose(features.norm(dim=-1), torch.ones(2))
 
 
-def test_a_region_is_measured_inside_its_box_and_a_miss_is_zero(clip: DifferentiableCLIP) -> None:
+def test_a_region_is_measured_inside_its_box_and_a_miss_is_zero(toybox_clip: DifferentiableCLIP) -> None:
     canvas = Image.new("RGB", (96, 64), "green")
     image = toybox.references("cat")[0]
     canvas.paste(image, (20, 0))
     corner = (0, 0, 40, 40)
     shown = {name: list(pictures) for name, pictures in references().items()}
-    known = embed_images(clip, [picture.crop(corner) for picture in shown["cat"]])
-    inside = float(np.mean([cosine(embed_images(clip, [image])[0], one) for one in known]))
-    assert region_alignment(clip, canvas, (20, 0, 84, 64), known) == (pytest.approx(inside, abs=1e-6), True)
+    known = embed_images(toybox_clip, [picture.crop(corner) for picture in shown["cat"]])
+    inside = float(np.mean([cosine(embed_images(toybox_clip, [image])[0], one) for one in known]))
+    assert region_alignment(toybox_clip, canvas, (20, 0, 84, 64), known) == (pytest.approx(inside, abs=1e-6), True)
 
     def detector(picture: Image.Image, concept: str) -> tuple[int, int, int, int] | None:
         if any(picture is one for one in shown[concept]):
             return corner
         return (20, 0, 84, 64) if picture is canvas and concept == "cat" else None
 
-    metric = RegionAlignment(clip, shown, detector)
+    metric = RegionAlignment(toybox_clip, shown, detector)
     metric.update([canvas, image], [["cat", "boot"], ["cat"]])
     half = inside / 2
     assert metric.compute() == pytest.approx(
         {"cat": half, "boot": 0.0, "mean": half / 2, "detection rate": 0.25}, abs=1e-6
     )
     with pytest.raises(ValueError, match=r"the detector gave the box \(0, 0, 97, 64\) in a picture of 96×64"):
-        region_alignment(clip, canvas, (0, 0, 97, 64), known)
+        region_alignment(toybox_clip, canvas, (0, 0, 97, 64), known)
     with pytest.raises(ValueError, match="does not find concept 'cat' in its reference picture 0"):
-        RegionAlignment(clip, shown, lambda picture, concept: None)
+        RegionAlignment(toybox_clip, shown, lambda picture, concept: None)
 
 
-def test_on_the_toybox_a_right_region_beats_a_wrong_look_and_that_a_miss(clip: DifferentiableCLIP) -> None:
+def test_on_the_toybox_a_right_region_beats_a_wrong_look_and_that_a_miss(toybox_clip: DifferentiableCLIP) -> None:
     rng = np.random.default_rng(0)
     look, other = toybox.subject("cat").look, toybox.subject("teapot").look
     found = {}
     for name, worn in (("right", [look, other]), ("wrong look", [other, look]), ("missing", [other])):
         classes = ["cat", "teapot"] if name != "missing" else ["teapot"]
-        metric = RegionAlignment(clip, {"cat": toybox.references("cat")}, oracle_detector())
+        metric = RegionAlignment(toybox_clip, {"cat": toybox.references("cat")}, oracle_detector())
         metric.update([toybox.render(compose_scene(classes, worn, "slate", rng)) for _ in range(5)])
         found[name] = metric.compute()
     assert found["right"]["mean"] > found["wrong look"]["mean"] + 0.05 > 0.5
     assert found["missing"] == {"cat": 0.0, "mean": 0.0, "detection rate": 0.0}
 
 
-def test_wrong_input_is_refused_and_leaves_the_metric_as_it_was(clip: DifferentiableCLIP, tmp_path: Path) -> None:
-    text, image = TextAlignment(clip), ImageAlignment(clip, references())
+def test_wrong_input_is_refused_and_leaves_the_metric_as_it_was(
+    toybox_clip: DifferentiableCLIP, tmp_path: Path
+) -> None:
+    text, image = TextAlignment(toybox_clip), ImageAlignment(toybox_clip, references())
     text.update(pictures(), PROMPTS)
     before = text.compute()
     for bad, error, message in (
@@ -220,17 +219,21 @@ def test_wrong_input_is_refused_and_leaves_the_metric_as_it_was(clip: Differenti
         (lambda: text.update(pictures(), "a cat"), TypeError, "`prompts` must be a list of strings"),
         (lambda: text.update(["cat.png"], ["a cat"]), TypeError, "must be a tensor or a list of PIL images"),
         (lambda: text.update(255 * as_tensor(pictures()[0]), ["a cat"]), ValueError, r"they must lie in \[0, 1\]"),
-        (lambda: TextAlignment(clip, "percent"), ValueError, r"must be one of \['cosine', 'clipscore'\], got 'perce"),
         (
-            lambda: TextAlignment(clip, batch_size=0).update(pictures(), PROMPTS),
+            lambda: TextAlignment(toybox_clip, "percent"),
+            ValueError,
+            r"must be one of \['cosine', 'clipscore'\], got 'perce",
+        ),
+        (
+            lambda: TextAlignment(toybox_clip, batch_size=0).update(pictures(), PROMPTS),
             ValueError,
             "`batch_size` must be at l",
         ),
         (lambda: image.update(pictures()[:1], ["cat"]), TypeError, r"list of names for each picture, .*\['cat'\]"),
         (lambda: image.update(pictures(), [["cat"]]), ValueError, "3 pictures and 1 lists of concepts"),
         (lambda: image.update(pictures()[:1], [["dog"]]), ValueError, "'dog' of picture 0 has no references. Known"),
-        (lambda: ImageAlignment(clip, {"cat": []}), ValueError, "concept 'cat' has no reference pictures"),
-        (lambda: ImageAlignment(clip, {}), ValueError, "there is no concept"),
+        (lambda: ImageAlignment(toybox_clip, {"cat": []}), ValueError, "concept 'cat' has no reference pictures"),
+        (lambda: ImageAlignment(toybox_clip, {}), ValueError, "there is no concept"),
         (lambda: image_alignment(torch.ones(1, 2), torch.ones(0, 2)), ValueError, "has no pictures to compare with"),
     ):
         with pytest.raises(error, match=message):
@@ -246,21 +249,6 @@ def png(folder: Path) -> bytes:
     return (folder / "whole.png").read_bytes()
 
 
-WORKERS = """
-import sys, torch.distributed as dist
-from tests.forked import fork, wait
-from tests.metrics.test_alignment import measure
-
-def work(rank):
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{sys.argv[1]}", rank=rank, world_size=2)
-    sys.stdout.write(f"{measure(slice(0, 1) if rank == 0 else slice(1, None))}\\n")  # as one
-    dist.destroy_process_group()
-
-children = [fork(lambda rank=rank: work(rank)) for rank in range(2)]
-sys.exit(any([wait(child) for child in children]))
-"""
-
-
 def measure(part: slice) -> list[Any]:
     clip = DifferentiableCLIP(toybox.clip_dir())
     text, image = TextAlignment(clip, batch_size=1), ImageAlignment(clip, references(), batch_size=1)
@@ -269,15 +257,12 @@ def measure(part: slice) -> list[Any]:
     return [numbers(text.compute()), numbers(image.compute())]
 
 
-@pytest.mark.slow
-def test_two_processes_give_what_one_gives() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-c", WORKERS, port]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    first, second = (ast.literal_eval(line) for line in done.stdout.splitlines() if line.startswith("["))
+def measured_in_part(rank: int) -> list[Any]:
+    return measure(slice(0, 1) if rank == 0 else slice(1, None))
+
+
+def test_two_processes_give_what_one_gives(tmp_path: Path, fork_server: ForkServer) -> None:
+    first, second = fork_server.run(forked.ranks, tmp_path, __name__, measured_in_part.__name__)
     assert first == second
     for shared, alone in zip(first, measure(slice(None)), strict=True):
         assert shared == pytest.approx(alone, abs=1e-6)  # features, not sums, round otherwise in batches of other sizes

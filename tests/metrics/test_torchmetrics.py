@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
-import socket
-import subprocess
-import sys
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -30,7 +27,8 @@ from mole_diffusion.metrics import (
     VisionBackbone,
     oracle_detector,
 )
-from tests import ROOT
+from tests import forked
+from tests.fork_server import ForkServer
 
 PROMPTS = ["a photo of a cat on grass", "a photo of a red boot on snow", "a photo of a cat on sand"]
 REFERENCES = {"cat": toybox.references("cat"), "boot": toybox.references("boot")}
@@ -62,16 +60,16 @@ def update(metric: Any, images: Any) -> Any:
     return metric.compute()
 
 
-def test_keywords_of_every_metric(clip: DifferentiableCLIP) -> None:
-    for metric in all_metrics(clip, sync_on_compute=False, compute_with_cache=False, dist_sync_on_step=True):
+def test_keywords_of_every_metric(toybox_clip: DifferentiableCLIP) -> None:
+    for metric in all_metrics(toybox_clip, sync_on_compute=False, compute_with_cache=False, dist_sync_on_step=True):
         assert metric.sync_on_compute is metric.compute_with_cache is False
         assert metric.dist_sync_on_step is True
     with pytest.raises(ValueError, match="Unexpected keyword arguments: `sync`"):
-        TextAlignment(clip, sync=True)
+        TextAlignment(toybox_clip, sync=True)
 
 
-def test_pictures_of_any_kind_give_the_same_tensors(clip: DifferentiableCLIP) -> None:
-    for metric in all_metrics(clip)[:4]:
+def test_pictures_of_any_kind_give_the_same_tensors(toybox_clip: DifferentiableCLIP) -> None:
+    for metric in all_metrics(toybox_clip)[:4]:
         expected = update(metric, PICTURES)
         assert all(isinstance(value, Tensor) and value.ndim == 0 for value in expected.values())
         kinds: list[Any] = [batch(), list(batch()), batch(torch.float32), list(batch(torch.float64)), tuple(PICTURES)]
@@ -82,14 +80,14 @@ def test_pictures_of_any_kind_give_the_same_tensors(clip: DifferentiableCLIP) ->
                 torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-6)
 
 
-def test_one_picture_alone(clip: DifferentiableCLIP) -> None:
-    expected = TextAlignment(clip)(PICTURES[:1], PROMPTS[:1])
+def test_one_picture_alone(toybox_clip: DifferentiableCLIP) -> None:
+    expected = TextAlignment(toybox_clip)(PICTURES[:1], PROMPTS[:1])
     for image in (PICTURES[0], batch()[0], batch(torch.float32)[0]):
-        assert TextAlignment(clip)(image, PROMPTS[0]) == pytest.approx(
+        assert TextAlignment(toybox_clip)(image, PROMPTS[0]) == pytest.approx(
             {k: v.item() for k, v in expected.items()}, abs=1e-6
         )
     with pytest.raises(TypeError, match="`prompts` must be a list of strings"):
-        TextAlignment(clip).update(PICTURES, "a cat")
+        TextAlignment(toybox_clip).update(PICTURES, "a cat")
 
 
 @pytest.mark.parametrize(
@@ -103,13 +101,13 @@ def test_one_picture_alone(clip: DifferentiableCLIP) -> None:
         (torch.zeros(0, 3, 8, 8), MoLEError, "there is no picture to measure"),
     ],
 )
-def test_tensors_that_are_no_pictures(clip: DifferentiableCLIP, images: Any, error: Any, message: str) -> None:
+def test_tensors_that_are_no_pictures(toybox_clip: DifferentiableCLIP, images: Any, error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
-        ImageAlignment(clip, REFERENCES).update(images)
+        ImageAlignment(toybox_clip, REFERENCES).update(images)
 
 
-def test_half_precision_of_the_results_and_of_the_encoder(clip: DifferentiableCLIP) -> None:
-    for metric in all_metrics(clip)[:4]:
+def test_half_precision_of_the_results_and_of_the_encoder(toybox_clip: DifferentiableCLIP) -> None:
+    for metric in all_metrics(toybox_clip)[:4]:
         before = update(metric, PICTURES)
         assert metric.half().compute() == before  # a no-op, as in torchmetrics
         metric.set_dtype(torch.half)
@@ -120,7 +118,7 @@ def test_half_precision_of_the_results_and_of_the_encoder(clip: DifferentiableCL
         assert metric.compute() == before
     with pytest.raises(MoLEError, match=r"floating-point type such as torch\.half, got torch\.int64"):
         metric.set_dtype(torch.int64)
-    assert next(clip.parameters()).dtype == torch.float32
+    assert next(toybox_clip.parameters()).dtype == torch.float32
 
 
 class Overflowing(nn.Module):
@@ -137,9 +135,9 @@ def test_what_overflows_is_no_mean() -> None:
         ConceptPresence().add(torch.full((1, 5), float("inf")))
 
 
-def test_plots(clip: DifferentiableCLIP) -> None:
+def test_plots(toybox_clip: DifferentiableCLIP) -> None:
     with matplotlib.rc_context({"backend": "agg"}):
-        text, image = TextAlignment(clip), ImageAlignment(clip, REFERENCES)
+        text, image = TextAlignment(toybox_clip), ImageAlignment(toybox_clip, REFERENCES)
         values = [text(picture, prompt) for picture, prompt in zip(PICTURES, PROMPTS, strict=True)]
         figure, axes = text.plot(values)
         assert len(axes.lines[0].get_xdata()) == 3
@@ -151,15 +149,15 @@ def test_plots(clip: DifferentiableCLIP) -> None:
         assert figure is not None
 
 
-def test_wrappers_and_collections(clip: DifferentiableCLIP) -> None:
-    best = MinMaxMetric(TextAlignment(clip).only())
+def test_wrappers_and_collections(toybox_clip: DifferentiableCLIP) -> None:
+    best = MinMaxMetric(TextAlignment(toybox_clip).only())
     seen = [best(picture, prompt)["raw"] for picture, prompt in zip(PICTURES, PROMPTS, strict=True)]
     assert best.compute()["max"] >= max(seen[-1], best.compute()["raw"])
     assert best.compute()["min"] <= best.compute()["max"]
 
-    image = ImageAlignment(clip, REFERENCES)
+    image = ImageAlignment(toybox_clip, REFERENCES)
     spread = BootStrapper(image.only("cat"), num_bootstraps=20)
-    assert all(copied.metric.encoder is clip for copied in spread.metrics)
+    assert all(copied.metric.encoder is toybox_clip for copied in spread.metrics)
     torch.manual_seed(0)
     spread.update(batch())
     image.update(PICTURES)
@@ -171,7 +169,7 @@ def test_wrappers_and_collections(clip: DifferentiableCLIP) -> None:
     with pytest.raises(MoLEError, match="there is no number None; there are cat"):
         image.only().compute()
 
-    both = MetricCollection({"text": TextAlignment(clip), "image": ImageAlignment(clip, REFERENCES)})
+    both = MetricCollection({"text": TextAlignment(toybox_clip), "image": ImageAlignment(toybox_clip, REFERENCES)})
     both.update(images=PICTURES, prompts=PROMPTS)
     assert {"text alignment (cosine)", "cat", "boot", "mean"} <= {name.split("/")[-1] for name in both.compute()}
 
@@ -181,75 +179,61 @@ def test_wrappers_and_collections(clip: DifferentiableCLIP) -> None:
     assert image.count.tolist() == [3, 3]
 
 
-def test_one_number_of_several_in_every_wrapper(clip: DifferentiableCLIP) -> None:
-    both = MetricCollection({"text": TextAlignment(clip).only(), "cat": ImageAlignment(clip, REFERENCES).only("cat")})
+def test_one_number_of_several_in_every_wrapper(toybox_clip: DifferentiableCLIP) -> None:
+    both = MetricCollection(
+        {"text": TextAlignment(toybox_clip).only(), "cat": ImageAlignment(toybox_clip, REFERENCES).only("cat")}
+    )
     tracker = MetricTracker(both, maximize=[True, True])
     tracker.increment()
     tracker.update(images=PICTURES, prompts=PROMPTS)  # each metric takes what it knows
-    alone = {"text": next(iter(update(TextAlignment(clip), PICTURES).values()))}
-    alone["cat"] = update(ImageAlignment(clip, REFERENCES), PICTURES)["cat"]
+    alone = {"text": next(iter(update(TextAlignment(toybox_clip), PICTURES).values()))}
+    alone["cat"] = update(ImageAlignment(toybox_clip, REFERENCES), PICTURES)["cat"]
     assert tracker.compute() == alone
     assert tracker.best_metric() == {name: value.item() for name, value in alone.items()}
 
-    latest = Running(TextAlignment(clip).only(), window=2)
+    latest = Running(TextAlignment(toybox_clip).only(), window=2)
     for picture, prompt in zip(PICTURES, PROMPTS, strict=True):
         latest.update(picture, prompt)
-    last_two = TextAlignment(clip)
+    last_two = TextAlignment(toybox_clip)
     last_two.update(PICTURES[1:], PROMPTS[1:])
     (expected,) = last_two.compute().values()
     assert latest.compute().item() == pytest.approx(expected.item(), abs=1e-5)  # embedded one by one, and together
 
 
-def test_encoders_do_not_begin_to_drop_out(clip: DifferentiableCLIP) -> None:
-    model = nn.ModuleDict({"text": TextAlignment(clip)}).train()
+def test_encoders_do_not_begin_to_drop_out(toybox_clip: DifferentiableCLIP) -> None:
+    model = nn.ModuleDict({"text": TextAlignment(toybox_clip)}).train()
     assert model.training
-    assert not any(part.training for part in clip.modules())
+    assert not any(part.training for part in toybox_clip.modules())
     backbone = VisionBackbone(nn.Sequential(nn.Dropout()), None)
     nn.ModuleList([backbone]).train()
     assert not any(part.training for part in backbone.modules())
 
 
-def test_weights_are_not_moved_by_a_reset_and_states_are_saved(clip: DifferentiableCLIP) -> None:
-    metric = ImageAlignment(clip, REFERENCES)
+def test_weights_are_not_moved_by_a_reset_and_states_are_saved(toybox_clip: DifferentiableCLIP) -> None:
+    metric = ImageAlignment(toybox_clip, REFERENCES)
     metric.persistent(True)
     before = update(metric, PICTURES)
-    other = ImageAlignment(clip, REFERENCES)
+    other = ImageAlignment(toybox_clip, REFERENCES)
     other.persistent(True)
     other.load_state_dict(metric.state_dict())
     other._update_count = 1
     assert other.compute() == before
 
 
-WORKERS = """
-import json, sys, torch.distributed as dist
-from tests.forked import fork, wait
-from tests.metrics.test_torchmetrics import *
-
-def work(rank):
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{sys.argv[1]}", rank=rank, world_size=2)
+def measured_by_one_process(rank: int) -> dict[str, float]:
     metric = ConceptPresence()
     if rank == 0:
         update(metric, PICTURES)
-    sys.stdout.write(json.dumps({name: value.item() for name, value in metric.compute().items()}) + "\\n")  # as one
-    dist.destroy_process_group()
-
-children = [fork(lambda rank=rank: work(rank)) for rank in range(2)]
-sys.exit(any([wait(child) for child in children]))
-"""
+    return {name: value.item() for name, value in metric.compute().items()}
 
 
-def test_a_process_that_measured_nothing_has_the_result_of_all() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-c", WORKERS, port]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+def test_a_process_that_measured_nothing_has_the_result_of_all(tmp_path: Path, fork_server: ForkServer) -> None:
     alone = {name: value.item() for name, value in update(ConceptPresence(), PICTURES).items()}
-    assert [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")] == [alone, alone]
+    found = fork_server.run(forked.ranks, tmp_path, __name__, measured_by_one_process.__name__)
+    assert found == [alone, alone]
 
 
-def test_measuring_does_not_change_what_was_given(clip: DifferentiableCLIP) -> None:
+def test_measuring_does_not_change_what_was_given(toybox_clip: DifferentiableCLIP) -> None:
     image = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
-    ImageAlignment(clip, REFERENCES).update(image)
+    ImageAlignment(toybox_clip, REFERENCES).update(image)
     assert image.mode == "RGBA"

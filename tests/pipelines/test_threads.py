@@ -56,7 +56,7 @@ def test_calls_at_once_are_as_calls_in_turn(sharing: str, method: Any) -> None:
     def call(pipe: Any, loras: Any, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
         return pipe(
-            "a cat and a dog", num_inference_steps=4, output_type="latent", loras=loras, generator=generator
+            "a cat and a dog", num_inference_steps=2, output_type="latent", loras=loras, generator=generator
         ).images
 
     calls = [lambda p=p, c=c, k=k: call(p, c, k) for k, (p, c) in enumerate(zip(pipes, CHOICES, strict=True))]

@@ -150,13 +150,13 @@ def test_loras_draw_their_subjects_and_the_base_does_not(composed: MoLEStableDif
     for name in toybox.demo_subjects():
         composed.load_loras({name: toybox.lora_path(name)})
         composed.set_composition("linear")
-        prompts = [toybox.subject_prompt([name], ground) for ground in toybox.GROUNDS]
+        prompts = [toybox.subject_prompt([name], ground) for ground in toybox.GROUNDS[::2]]
         for kind, loras in (("lora", None), ("base", [])):
             pictures = _draw(composed, prompts, loras=loras)
             present[kind] += sum(oracle(picture, [name])[name].present for picture in pictures)
         composed.unload_loras()
     assert present["base"] <= 1
-    assert present["lora"] >= 5
+    assert present["lora"] >= 4
 
 
 def test_the_gates_that_ship_draw_more_subjects_than_the_normalised_sum(composed: MoLEStableDiffusionPipeline) -> None:

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from mole_diffusion.clip import DifferentiableCLIP
 from mole_diffusion.gating import GateConfig
 from mole_diffusion.pipelines import MoLEStableDiffusionPipeline
 from mole_diffusion.training.engine.randomness import step_generator
 from mole_diffusion.training.gates.walk import Walker
 from tests import reference
-from tests.gate_training import config, make_clip, train
+from tests.gate_training import config, train
 from tests.tiny import ATTENTION, random_lora, tiny_pipeline
 
 PROMPTS = ("a cat on grass", "a dog in the sand")
@@ -91,9 +92,8 @@ def literal_training(walker: Walker, states: list[dict[str, Tensor]], clip: Any)
 
 
 @pytest.mark.parametrize("max_grad_norm", [1.0, 1e-4])
-def test_training_equals_its_literal_transcription(tmp_path: Any, max_grad_norm: float) -> None:
+def test_training_equals_its_literal_transcription(clip: DifferentiableCLIP, max_grad_norm: float) -> None:
     """Two walks of ancestral steps with a loss at each, guidance, balance, warm-up, decay, clipping; float32 here."""
-    clip = make_clip(tmp_path)
     pipe = tiny_pipeline(MoLEStableDiffusionPipeline)
     states = [random_lora({"unet": pipe.unet}, targets=ATTENTION, seed=seed) for seed in range(2)]
     pipe.load_loras({f"lora{seed}": state for seed, state in enumerate(states)})

@@ -3,34 +3,29 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests import ROOT
+from tests import forked
+from tests.fork_server import ForkServer
 from tests.tiny.clip import write_clip
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-def run(job: str, folder: Path) -> list[int]:
-    """Exit codes of the forked processes."""
-    torch.manual_seed(0)
-    clip = write_clip(folder / "clip")
-    command = [sys.executable, "-m", "tests.forked", job, str(folder), str(clip)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    codes: list[int] = json.loads(done.stdout.splitlines()[-1])
-    assert set(codes) <= {0, -9}, done.stderr
-    return codes
+@pytest.fixture
+def clip_folder(tmp_path: Path) -> Path:
+    return write_clip(tmp_path / "clip")
 
 
-def test_a_killed_training_goes_on_as_if_nothing_had_been(tmp_path: Path) -> None:
+def test_a_killed_training_goes_on_as_if_nothing_had_been(
+    tmp_path: Path, clip_folder: Path, fork_server: ForkServer
+) -> None:
     """Killed while it draws references, writes checkpoints and computes: the same bits in the end."""
-    assert run("killed", tmp_path) == [0, -9, -9, -9, -9, -9, 0]
+    assert fork_server.run(forked.killed, tmp_path, clip_folder) == [0, -9, -9, -9, -9, -9, 0]
     assert (tmp_path / "killed" / WEIGHTS).read_bytes() == (tmp_path / "peaceful" / WEIGHTS).read_bytes()
     records = [json.loads((tmp_path / name / "training.json").read_text()) for name in ("killed", "peaceful")]
     assert records[0] == records[1]
@@ -39,9 +34,11 @@ def test_a_killed_training_goes_on_as_if_nothing_had_been(tmp_path: Path) -> Non
     assert work == ["references", "state.json", "step-0000005.safetensors"]  # nothing half-written is left
 
 
-def test_two_processes_with_half_the_batch_each_are_one_with_the_whole(tmp_path: Path) -> None:
+def test_two_processes_with_half_the_batch_each_are_one_with_the_whole(
+    tmp_path: Path, clip_folder: Path, fork_server: ForkServer
+) -> None:
     """But for the order of float32 sums, which Adam magnifies: a step moves a parameter by up to 0.05."""
-    assert run("together", tmp_path) == [0, 0, 0]
+    assert fork_server.run(forked.together, tmp_path, clip_folder) == [0, 0, 0]
     one, two = (load_file(tmp_path / name / WEIGHTS) for name in ("one", "two"))
     assert max(value.abs().max() for value in one.values()) > 0.05
     for name, value in one.items():
