@@ -5,31 +5,25 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from typing import Any, NoReturn
 
-import torch
 from torch import Tensor, nn
 
 from mole_diffusion.errors import MoLEError
 
-from ..families import Told, architecture_of, arguments, is_denoiser
+from ..families import architecture_of, is_denoiser
 from ..lora import LoRA, LoRAFactors
 from . import adapter_calls
-from .adding import add_experts
 from .attach import ENGINES, Attachment, Engine, refuse_unfit
 from .beside import settle
-from .compiled import refuse_learning
+from .forward_passes import ForwardPasses
 from .merged import Merged, refuse_unmergeable
-from .packed import packed, unpacked
-from .refusals import AttachError, refuse_caches, refuse_compiled, refuse_method, refuse_unseen
+from .refusals import AttachError, refuse_compiled
 from .run import Run, Weigher
 from .runs import Runs
 from .seam import LayerSeam
 from .site import Site, group_sites
 from .stack import ExpertStack
-from .uncast import is_cast
-from .widening import narrow, tensors, widen
 
 
 class Experts:
@@ -69,7 +63,6 @@ class Experts:
         self._attachments: dict[str, Attachment] = {}
         self._on_detach: list[Callable[[], None]] = []
         self._runs = Runs(self.names)
-        self._merged = False
 
     @property
     def num_experts(self) -> int:
@@ -181,7 +174,7 @@ class Experts:
     @property
     def merged(self) -> bool:
         """Whether `merge` was called."""
-        return self._merged
+        return self._runs.merged
 
     def merge(self) -> None:
         """Run modules with the LoRAs in their weights wherever a weigher's weights are constant.
@@ -199,7 +192,7 @@ class Experts:
         for site in self._sites.values():
             if site.merged is None:
                 site.merged = Merged(site, self._runs)
-        self._merged = True
+        self._runs.merged = True
 
     def unmerge(self) -> None:
         """Undo `merge`: LoRAs run beside the weights again."""
@@ -207,7 +200,7 @@ class Experts:
             if site.merged is not None:
                 site.merged.remove()
                 site.merged = None
-        self._merged = False
+        self._runs.merged = False
 
     def component(self, name: str) -> nn.Module:
         """The model a component was attached to."""
@@ -270,50 +263,6 @@ class Experts:
             lines.append(f"{lora.name:<{width}}  {rank}: {counts}")
         return "\n".join(lines)
 
-    def add(self, site: Site, hidden_states: Tensor, output: Tensor) -> Tensor:
-        """`output` of a base module plus the weighed experts for the same input. Hooks and processors both call this.
-
-        Raises:
-            MoLEError: If the weigher's answer does not broadcast to the batch, tokens and experts of this module.
-        """
-        run = self._runs.run(site.component)
-        if site.lengths is None or run.merged:  # looked at here, and not in a call of its own: so it is at every module
-            site.seen = hidden_states.shape, output.shape
-            return output if run.merged or not run.active else add_experts(site, hidden_states, output, run)
-        return self._add(site, hidden_states, output, run)
-
-    def _add(self, site: Site, hidden_states: Tensor, output: Tensor, run: Run) -> Tensor:
-        lengths = None if site.lengths is None else site.lengths(run.told)
-        if lengths is None:
-            site.seen = hidden_states.shape, output.shape
-            return add_experts(site, hidden_states, output, run) if run.active else output
-        # What follows sees (samples, tokens, features), whatever the module is given.
-        lengths *= run.passes
-        rows = unpacked(output, lengths)
-        given = unpacked(hidden_states, lengths)
-        site.seen = given.shape, rows.shape
-        added = add_experts(site, given, rows, run) if run.active else rows
-        # Rows that lie in the output itself were added to in place.
-        unchanged = added is rows and rows.data_ptr() == output.data_ptr()
-        return output if unchanged else packed(added, lengths).reshape(output.shape)
-
-    def _serve(self, site: Site, hidden_states: Tensor, output: Tensor, learning: bool) -> Tensor:
-        """`add`, as a compiled graph calls it, which has no gradients."""
-        if learning:
-            refuse_learning(self.run(site.component).weigher)
-        with torch.no_grad():  # a graph has the module's own weight, also where LoRAs are merged elsewhere
-            return self._add(site, site.group.same(hidden_states), output, self.run(site.component))
-
-    def _tell(self, component: str, told: Told) -> None:
-        """A compiled component begins a pass."""
-        device = None if told.encoder_hidden_states is None else told.encoder_hidden_states.device
-        run = self._begin(component, device, told, compiled=True)
-        try:
-            refuse_method(component, run, self._attachments[component].meets)
-        except MoLEError:
-            self._runs.end(component)
-            raise
-
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         # Copied hooks and processors would go on reading from this object, weighing the copy by the original's state.
         raise AttachError(
@@ -346,36 +295,7 @@ class Experts:
         architecture = architecture_of(model)
         if engine == "processors" and not architecture.denoiser:
             engine = "auto"  # a text encoder has no attention processors
-
-        groups = [group for group in {site.group for site in sites} if group.several]  # others keep no input
-
-        def begin(
-            root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-        ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-            device = next((x.device for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
-            told = architecture.told(root, arguments(root, args, kwargs))
-            run = self._begin(component, device, told)
-            if run.passes == 1:
-                return None
-            several = functools.partial(widen, batch=told.rows, passes=run.passes, lists=architecture.lists)
-            return several(args), several(kwargs)
-
-        def end(output: Any) -> Any:
-            run = self._runs.end(component)
-            for group in groups:
-                group.forget()
-            if output is None or run is None:
-                return None
-            for tensor in tensors(output):
-                if tensor.requires_grad:
-                    # The backward pass of several forward passes comes in reverse; each announces itself here, before
-                    # any of its checkpoints is recomputed.
-                    tensor.register_hook(functools.partial(self._runs.resume, run))
-            if run.passes == 1:
-                return None
-            several: Any = run.weigher
-            return narrow(output, run.passes, lambda predictions: several.combine(predictions, run))
-
+        passes = ForwardPasses(component, model, architecture, sites, self._runs, self._attachments)
         seam = functools.partial(LayerSeam, self._runs, component) if architecture.denoiser else None
         self._attachments[component] = Attachment(
             component,
@@ -383,37 +303,17 @@ class Experts:
             architecture,
             sites,
             engine,
-            self.add,
+            passes.add,
             seam,
             lambda: self.run(component).told.joint,
-            begin,
-            end,
-            functools.partial(self._tell, component),
-            self._serve,
+            passes.begin,
+            passes.end,
+            passes.tell,
+            passes.serve,
         )
         adapter_calls.guard(model, self.names)
         self.on_detach(functools.partial(adapter_calls.release, model, self.names))
         self._sites.update({site.name: site for site in sites})
-
-    def _begin(self, component: str, device: torch.device | None, told: Told, compiled: bool = False) -> Run:
-        for name, other in self._attachments.items():
-            if name != component:
-                other.follow()
-        previous, run = self._runs.latest(component), self._runs.new(component, device, told)
-        refuse_caches(component, self._attachments[component].model, run, previous)
-        several = getattr(run.weigher, "passes", None)
-        if several is not None and run.active and run.timestep is not None:
-            passes = several(run)
-            if passes > 1:
-                run = replace(run, passes=passes)
-                self._attachments[component].refuse_widening()
-        if self._attachments[component].hides:
-            refuse_unseen(component, run)
-        if self._merged and not compiled and run.passes == len(run.keep) == len(run.scale) == 1 and run.active:
-            # Autocast would round merged weights, and with them what LoRAs change.
-            run = replace(run, merged=getattr(run.weigher, "constant", False) and not is_cast(run.keep.device))
-        self._runs.begin(run)
-        return run
 
 
 def _by_module(loras: Sequence[LoRA]) -> dict[str, dict[str, list[LoRAFactors | None]]]:

@@ -37,11 +37,13 @@ class Runs:
 
     Attributes:
         weigher: Who weighs where no choice says otherwise; `None` is the base model.
+        merged: Whether modules run with the LoRAs in their weights where a weigher's weights are constant.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = tuple(names)
         self.weigher: Weigher | None = None
+        self.merged = False
         self._everything = Choice(torch.ones(1, len(self.names)), torch.ones(1, len(self.names)))
         self._thread = _Thread()
         self._latest: dict[str, Run] = {}  # of any thread

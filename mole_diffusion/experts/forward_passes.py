@@ -1,0 +1,148 @@
+"""What happens in the forward passes of one component on which experts hang: how they begin, add and end."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import MoLEError
+from ..families import Architecture, Told, arguments
+from .adding import add_experts
+from .attach import Attachment
+from .compiled import refuse_learning
+from .packed import packed, unpacked
+from .refusals import refuse_caches, refuse_method, refuse_unseen
+from .run import Run
+from .runs import Runs
+from .site import Site
+from .uncast import is_cast
+from .widening import narrow, tensors, widen
+
+
+class ForwardPasses:
+    """What hooks, attention processors and compiled graphs call in the forward passes of a component.
+
+    Args:
+        component: Its name.
+        model: The component.
+        architecture: What is known of it.
+        sites: Its adapted modules.
+        runs: The forward passes of all components.
+        attachments: What hangs on all components, by name; this one's is there when the first pass begins.
+    """
+
+    def __init__(
+        self,
+        component: str,
+        model: nn.Module,
+        architecture: Architecture,
+        sites: Sequence[Site],
+        runs: Runs,
+        attachments: Mapping[str, Attachment],
+    ) -> None:
+        self.component = component
+        self.model = model
+        self.architecture = architecture
+        self._groups = [group for group in {site.group for site in sites} if group.several]  # others keep no input
+        self._runs = runs
+        self._attachments = attachments
+
+    def begin(
+        self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """A pass begins; its arguments, where they are others than those given."""
+        device = next((x.device for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+        told = self.architecture.told(root, arguments(root, args, kwargs))
+        run = self._begin(device, told)
+        if run.passes == 1:
+            return None
+        several = functools.partial(widen, batch=told.rows, passes=run.passes, lists=self.architecture.lists)
+        return several(args), several(kwargs)
+
+    def add(self, site: Site, hidden_states: Tensor, output: Tensor) -> Tensor:
+        """`output` of a base module plus the weighed experts for the same input.
+
+        Raises:
+            MoLEError: The weigher's answer does not broadcast to the batch, tokens and experts of this module.
+        """
+        run = self._runs.run(self.component)
+        if site.lengths is None or run.merged:  # looked at here, and not in a call of its own: so it is at every module
+            site.seen = hidden_states.shape, output.shape
+            return output if run.merged or not run.active else add_experts(site, hidden_states, output, run)
+        return self._add(site, hidden_states, output, run)
+
+    def end(self, output: Any) -> Any:
+        """A pass ends, with an exception where there is no output; another output, where that is to be another."""
+        run = self._runs.end(self.component)
+        for group in self._groups:
+            group.forget()
+        if output is None or run is None:
+            return None
+        for tensor in tensors(output):
+            if tensor.requires_grad:
+                # The backward pass of several forward passes comes in reverse; each announces itself here, before
+                # any of its checkpoints is recomputed.
+                tensor.register_hook(functools.partial(self._runs.resume, run))
+        if run.passes == 1:
+            return None
+        several: Any = run.weigher
+        return narrow(output, run.passes, lambda predictions: several.combine(predictions, run))
+
+    def tell(self, told: Told) -> None:
+        """`begin`, as a compiled graph calls it, which cannot widen a batch."""
+        device = None if told.encoder_hidden_states is None else told.encoder_hidden_states.device
+        run = self._begin(device, told, compiled=True)
+        try:
+            refuse_method(self.component, run, self._attachments[self.component].meets)
+        except MoLEError:
+            self._runs.end(self.component)
+            raise
+
+    def serve(self, site: Site, hidden_states: Tensor, output: Tensor, learning: bool) -> Tensor:
+        """`add`, as a compiled graph calls it, which has no gradients."""
+        run = self._runs.run(self.component)
+        if learning:
+            refuse_learning(run.weigher)
+        with torch.no_grad():  # a graph has the module's own weight, also where LoRAs are merged elsewhere
+            return self._add(site, site.group.same(hidden_states), output, run)
+
+    def _add(self, site: Site, hidden_states: Tensor, output: Tensor, run: Run) -> Tensor:
+        lengths = None if site.lengths is None else site.lengths(run.told)
+        if lengths is None:
+            site.seen = hidden_states.shape, output.shape
+            return add_experts(site, hidden_states, output, run) if run.active else output
+        # What follows sees (samples, tokens, features), whatever the module is given.
+        lengths *= run.passes
+        rows = unpacked(output, lengths)
+        given = unpacked(hidden_states, lengths)
+        site.seen = given.shape, rows.shape
+        added = add_experts(site, given, rows, run) if run.active else rows
+        # Rows that lie in the output itself were added to in place.
+        unchanged = added is rows and rows.data_ptr() == output.data_ptr()
+        return output if unchanged else packed(added, lengths).reshape(output.shape)
+
+    def _begin(self, device: torch.device | None, told: Told, compiled: bool = False) -> Run:
+        component, attachment = self.component, self._attachments[self.component]
+        for name, other in self._attachments.items():
+            if name != component:
+                other.follow()
+        previous, run = self._runs.latest(component), self._runs.new(component, device, told)
+        refuse_caches(component, self.model, run, previous)
+        several = getattr(run.weigher, "passes", None)
+        if several is not None and run.active and run.timestep is not None:
+            passes = several(run)
+            if passes > 1:
+                run = replace(run, passes=passes)
+                attachment.refuse_widening()
+        if attachment.hides:
+            refuse_unseen(component, run)
+        if self._runs.merged and not compiled and run.passes == len(run.keep) == len(run.scale) == 1 and run.active:
+            # Autocast would round merged weights, and with them what LoRAs change.
+            run = replace(run, merged=getattr(run.weigher, "constant", False) and not is_cast(run.keep.device))
+        self._runs.begin(run)
+        return run
