@@ -9,10 +9,9 @@ TYPES := build/types/mole_diffusion
 # Once installed, nothing asks a network.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help setup demo picture test test-lowest notebooks lint types links docs clean
+.PHONY: help setup demo test test-lowest notebooks lint types links docs clean
 help:
 	@echo "make demo    three LoRAs in one picture: writes a picture sheet and says where"
-	@echo "make picture SEED=1  the picture in README, docs/first.png"
 	@echo "make test    the tests"
 	@echo "make test-lowest  the same with the oldest versions that are allowed, in an environment of their own"
 	@echo "make notebooks  run the notebooks, as the tests do"
@@ -25,11 +24,6 @@ setup: $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/mole demo
-
-# README's picture, at a seed that shows all three subjects: make picture SEED=1
-picture: $(STAMP)
-	$(BIN)/mole demo --seed $(SEED) --out build/picture
-	cp build/picture/first.png docs/first.png
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --durations=10

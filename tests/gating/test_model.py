@@ -54,9 +54,8 @@ def gates_for(experts: Experts, components: dict[str, Any], /, random: bool = Tr
         with torch.no_grad():
             run_unet(components), run_text(components)
     gates = MoLEModel.from_experts(experts, GateConfig(**config))
-    scale = 3.0 if config.get("normalization") == "l2" else 0.3
-    if config.get("token_axis") == "flatten":
-        scale = 0.1  # sums over all tokens: larger ones leave a softmax whose gradient is 0 in float32
+    # A sum over all tokens is large: with larger weights a softmax has no gradient in float32.
+    scale = 3.0 if config.get("normalization") == "l2" else 0.1 if config.get("token_axis") == "flatten" else 0.3
     for index, parameter in enumerate(gates.gate_parameters()):
         if random:
             generator = torch.Generator().manual_seed(index)

@@ -61,7 +61,7 @@ class AveragedWeights:
 T = TypeVar("T")
 
 
-class _Made(Dataset[T], Generic[T]):
+class _MadeByNumber(Dataset[T], Generic[T]):
     """What `make` makes of a number, for a `DataLoader`."""
 
     def __init__(self, make: Callable[[int], T]) -> None:
@@ -91,7 +91,7 @@ def made_ahead(make: Callable[[int], T], numbers: range, device: torch.device) -
         return map(make, numbers)
     return iter(
         DataLoader(
-            _Made(make),
+            _MadeByNumber(make),
             sampler=numbers,
             batch_size=None,
             collate_fn=_as_made,
