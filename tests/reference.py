@@ -391,3 +391,25 @@ def dora_weight(weight: Tensor, change: Tensor, magnitude: Tensor) -> Tensor:
         length = changed[:, column].square().sum().sqrt()
         result[:, column] = float(magnitude[0, column]) * changed[:, column] / length
     return result
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Layer normalisation (Ba et al., https://arxiv.org/abs/1607.06450, eq. 4) over the last axis, `(…, d)`."""
+    mean = x.sum(dim=-1, keepdim=True) / x.shape[-1]
+    variance = ((x - mean) ** 2).sum(dim=-1, keepdim=True) / x.shape[-1]
+    return (x - mean) / (variance + eps) ** 0.5 * weight + bias
+
+
+def group_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, groups: int) -> Tensor:
+    """Group normalisation (Wu and He, https://arxiv.org/abs/1803.08494, eqs. 1, 2, 6), `(rows, channels, h, w)`."""
+    size = x.shape[1] // groups
+    output = torch.empty_like(x)
+    for row in range(len(x)):
+        for group in range(groups):
+            channels = slice(group * size, (group + 1) * size)
+            part = x[row, channels]
+            mean = part.sum() / part.numel()
+            variance = ((part - mean) ** 2).sum() / part.numel()
+            scaled = (part - mean) / (variance + eps) ** 0.5
+            output[row, channels] = scaled * weight[channels, None, None] + bias[channels, None, None]
+    return output

@@ -1,4 +1,4 @@
-"""What LoRAs add to a module that is no product of small rank: DoRA's magnitudes, Kronecker products, biases."""
+"""What LoRAs add to a module that is no product of small rank: magnitudes, Kronecker products, biases, gains."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MoLEError
+from ..families.norms import is_norm, neutral, run_with
 from ..lora import LoRAFactors
 from ..lora.effect import COMPUTED
 from ..lora.kinds import dora
@@ -24,11 +25,14 @@ class Term:
     `c s D x` and, beside it, `(c - 1) W x`, of which the module has made `W x` already. Where magnitudes are
     those of columns, `W` is applied once more, to `(columns - 1) * x`.
 
+    At a layer of normalisation it adds `gain * n + bias`: n is what the layer makes of x before it scales and shifts.
+
     Attributes:
         kronecker: Of LoKr, s in its first factor.
         rows: c of every output, `(d_out,)`.
         columns: c of every input, `(d_in,)`.
         bias: Change of the module's bias, `(d_out,)`.
+        gain: Change of a normalisation's weight, `(d,)`.
         rows_beyond, columns_beyond: c - 1, taken before it is rounded: c is near 1, and the rest would be lost.
     """
 
@@ -36,6 +40,7 @@ class Term:
     rows: Tensor | None = None
     columns: Tensor | None = None
     bias: Tensor | None = None
+    gain: Tensor | None = None
     rows_beyond: Tensor | None = None
     columns_beyond: Tensor | None = None
 
@@ -43,7 +48,7 @@ class Term:
         """On another device, in another dtype."""
         kronecker = None if self.kronecker is None else self.kronecker.to(device, dtype)
         beyond = (None if x is None else x - 1 for x in (self.rows, self.columns))
-        given = (self.rows, self.columns, self.bias, *beyond)
+        given = (self.rows, self.columns, self.bias, self.gain, *beyond)
         return Term(kronecker, *(None if x is None else x.to(device, dtype) for x in given))
 
 
@@ -66,6 +71,10 @@ class Beside:
     def is_convolution(self) -> bool:
         return isinstance(self.module, nn.Conv2d)
 
+    @property
+    def _channels_first(self) -> bool:
+        return isinstance(self.module, nn.Conv2d | nn.GroupNorm)
+
     def outputs(self, hidden_states: Tensor, output: Tensor, among: Sequence[int]) -> dict[int, Tensor]:
         """What each LoRA's term adds, `(batch, positions, d_out)`.
 
@@ -78,6 +87,9 @@ class Beside:
         base = self._positions(output)
         base = base if bias is None else base - bias
         x = hidden_states.to(output.dtype)
+        if any(term.gain is not None for term in terms.values()):  # the same for all LoRAs
+            normalised = run_with(self.module, neutral(self.module, hidden_states.device), hidden_states)
+            x = self._positions(normalised.to(output.dtype))
         return {index: self._apply(terms[index], x, base) for index in among if index in terms}
 
     def add(self, hidden_states: Tensor, output: Tensor, weights: Tensor, among: Sequence[int]) -> Tensor | None:
@@ -95,7 +107,7 @@ class Beside:
         added = sum(y * weights[..., index, None] for index, y in found.items())
         assert isinstance(added, Tensor)
         added = added.to(output.dtype)
-        if self.is_convolution:
+        if self._channels_first:
             added = added.transpose(1, 2)
         return added.reshape(output.shape)
 
@@ -105,9 +117,12 @@ class Beside:
         Args:
             place: Name of the module, for messages.
         """
-        weight = weight_of(self.module, place)
+        weight = self.module.weight.detach() if is_norm(self.module) else weight_of(self.module, place)
         found = {}
         for index, term in self.terms.items():
+            if term.gain is not None:
+                found[index] = term.gain.to(weight.device, torch.float64).diag()
+                continue
             change = torch.zeros_like(weight, dtype=torch.float64)
             moved = term.to(weight.device, torch.float64)
             columns = None if moved.columns is None else moved.columns.reshape(1, -1, *[1] * (weight.ndim - 2))
@@ -123,6 +138,8 @@ class Beside:
 
     def _apply(self, term: Term, x: Tensor, base: Tensor) -> Tensor:
         added = torch.zeros_like(base)
+        if term.gain is not None:
+            added = x * term.gain
         if term.kronecker is not None:
             added = self._per_position(term.kronecker(self._scaled(x, term.columns), self._convolution))
         if term.rows is not None and term.rows_beyond is not None:
@@ -143,7 +160,7 @@ class Beside:
         return x * (columns[:, None, None] if self.is_convolution else columns)
 
     def _positions(self, output: Tensor) -> Tensor:
-        return output.flatten(2).transpose(1, 2) if self.is_convolution else self._per_position(output)
+        return output.flatten(2).transpose(1, 2) if self._channels_first else self._per_position(output)
 
     def _per_position(self, y: Tensor) -> Tensor:
         return y[:, None] if y.ndim == 2 else y.flatten(1, -2)
@@ -177,7 +194,7 @@ def settle(
         kronecker = one.kronecker
         if kronecker is not None:
             kronecker = replace(kronecker, w1=kronecker.w1 * one.scaling)
-        plain, c = replace(one, kronecker=None, magnitude=None, bias=None), None
+        plain, c = replace(one, kronecker=None, magnitude=None, bias=None, gain=None), None
         if one.magnitude is not None:
             c = _magnitude_scale(one, module, place)
             ones = [1] * (one.down.ndim - 2)
@@ -187,7 +204,7 @@ def settle(
                 plain = replace(plain, down=plain.down * c.reshape(1, -1, *ones))
         by_row = c is not None and c.shape[1] == 1
         flat = None if c is None else c.flatten()
-        terms[index] = Term(kronecker, flat if by_row else None, None if by_row else flat, one.bias)
+        terms[index] = Term(kronecker, flat if by_row else None, None if by_row else flat, one.bias, one.gain)
         rows.append(plain)
     return rows, Beside(module, terms) if terms else None
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import MoLEError
+from ..families.norms import is_norm, run_with
 from .adding import ALIKE
 from .run import Run
 from .runs import Runs
@@ -76,6 +77,10 @@ class Merged:
             output = type(module).forward(module, hidden_states)
             return output
         made = self._of(run, hidden_states)
+        if is_norm(module):
+            own = getattr(module, "bias", None) is not None
+            output = run_with(module, {"weight": made.weight, "bias": made.bias if own else None}, hidden_states)
+            return output if own or made.bias is None else output + made.bias
         if site.stack.is_convolution:
             output = module._conv_forward(hidden_states, made.weight, made.bias)
             return output
@@ -106,11 +111,12 @@ class Merged:
     @torch.no_grad()
     def _make(self, weight: Tensor, numbers: list[float]) -> _Made:
         refuse_unmergeable(self._site)  # somebody may have cast the model
-        site, bias = self._site, self._module.bias
-        stack = site.stack
+        site, bias = self._site, getattr(self._module, "bias", None)
+        stack, shape = site.stack, weight.shape
         each = torch.tensor(numbers, dtype=weight.dtype)[stack.expert_of_rank].to(weight.device)
         up, down = (x.to(weight.device) for x in (stack.up_as(weight.dtype), stack.down_as(weight.dtype)))
-        whole = torch.addmm(weight.detach().flatten(1), up * each, down.flatten(1)).double()
+        whole = weight.detach().flatten(1) if len(shape) > 1 else weight.detach().diag()  # that of a norm
+        whole = torch.addmm(whole, up * each, down.flatten(1)).double()
         if site.beside is not None:
             for index, change in site.beside.changes(site.name).items():
                 whole += numbers[index] * change
@@ -118,6 +124,7 @@ class Merged:
                 if term.bias is not None:
                     more = numbers[index] * term.bias.to(weight.device, weight.dtype)
                     bias = more if bias is None else bias.detach() + more
+        whole = whole if len(shape) > 1 else whole.diagonal().contiguous()
         return _Made(whole.to(weight.dtype).view_as(weight), bias, weight, weight._version, numbers, None)
 
 
@@ -132,7 +139,8 @@ def refuse_unmergeable(site: Site) -> None:
     module: Any = site.module
     weight = module.weight
     plain = isinstance(weight, nn.Parameter) and type(weight.data) is Tensor
-    if type(module).forward not in (nn.Linear.forward, nn.Conv2d.forward) or not plain:
+    known = is_norm(module) or type(module).forward in (nn.Linear.forward, nn.Conv2d.forward)
+    if not known or not plain:
         why, instead = f"is a {type(module).__name__} of numbers that are quantised or made as they are needed", ""
     elif weight.dtype not in PRECISE:
         why, instead = f"is in {weight.dtype}, whose rounding would swallow a part of the LoRAs", ", or cast to float32"

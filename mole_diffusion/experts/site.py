@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from mole_diffusion.errors import MoLEError
 
 from ..families import Architecture, Reads, Told
+from ..families.norms import is_norm
 from .beside import Beside
 from .compiled import Callback
 from .stack import ExpertStack
@@ -315,12 +316,17 @@ def _check_fit(site: Site) -> None:
         if len(stack.input_shape) == 1:
             stack.take_input((*stack.input_shape, 1, 1))  # a 1x1 convolution saved as a matrix
         expected = (module.out_channels, (module.in_channels, *module.kernel_size))
+    elif is_norm(module):
+        if isinstance(module, nn.GroupNorm):  # what it is given has its channels before its positions
+            stack.take_input((stack.input_shape[0], 1, 1))
+        width = module.weight.shape[0]
+        expected = (width, (width, *stack.input_shape[1:]))
     elif hasattr(module, "in_features") and hasattr(module, "out_features"):
         if stack.input_shape[1:] == (1, 1):
             stack.take_input(stack.input_shape[:1])  # the other way round
         expected = (module.out_features, (module.in_features,))
     else:
-        raise TypeError(f"{site.name} is a {type(module).__name__}; experts run beside Linear and Conv2d modules only.")
+        raise TypeError(f"{site.name} is a {type(module).__name__}; experts run beside Linear, Conv2d and norms only.")
     given = (stack.out_features, stack.input_shape)
     if given != expected:
         raise MoLEError(

@@ -12,8 +12,8 @@ class CLIPText(Architecture):
     blocks = unit(r"layers\.\d+")
     layers = unit("self_attn|mlp")
     order = (
-        "text_model", "encoder", "layers", "self_attn", "mlp", "q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2",
-        "text_projection",
+        "text_model", "encoder", "layers", "layer_norm1", "self_attn", "layer_norm2", "mlp",
+        "q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2", "final_layer_norm", "text_projection",
     )  # fmt: skip
     siblings = (("q_proj", "k_proj", "v_proj"),)
     targets = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")

@@ -33,8 +33,8 @@ class Krea2Transformer(Architecture):
     layers = unit("attn|ff")
     order = (
         "time_embed", "time_mod_proj", "text_fusion", "layerwise_blocks", "projector", "refiner_blocks", "txt_in",
-        "linear_1", "linear_2", "img_in", "transformer_blocks", "attn", "to_q", "to_k", "to_v", "to_gate", "to_out",
-        "ff", "gate", "up", "down", "final_layer",
+        "norm", "linear_1", "linear_2", "img_in", "transformer_blocks", "norm1", "attn", "to_q", "to_k", "to_v",
+        "to_gate", "to_out", "norm2", "ff", "gate", "up", "down", "final_layer", "linear",
     )  # fmt: skip
     siblings = (("to_q", "to_k", "to_v", "to_gate"), ("ff.gate", "ff.up"))
     targets = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_gate", "attn.to_out.0", "ff.gate", "ff.up", "ff.down")

@@ -25,12 +25,12 @@ class QwenImageTransformer(Architecture):
     denoiser = True
     tokens = "pixels"
     vectors = frozenset({"time_text_embed", "img_mod", "txt_mod", "norm_out"})
-    words = frozenset({"txt_in", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "txt_mlp"})
+    words = frozenset({"txt_norm", "txt_in", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "txt_mlp"})
     blocks = unit(r"transformer_blocks\.\d+")
     layers = unit("attn|img_mlp|txt_mlp")
     order = (
-        "img_in", "txt_in", "time_text_embed", "linear_1", "linear_2", "transformer_blocks", "img_mod", "txt_mod",
-        "attn", "to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out", "to_add_out",
+        "img_in", "txt_norm", "txt_in", "time_text_embed", "linear_1", "linear_2", "transformer_blocks", "img_mod",
+        "txt_mod", "attn", "to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out", "to_add_out",
         "img_mlp", "txt_mlp", "norm_out", "proj_out",
     )  # fmt: skip
     siblings = (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"))

@@ -14,8 +14,8 @@ class T5(Architecture):
     blocks = unit(r"block\.\d+")
     layers = unit("SelfAttention|EncDecAttention|DenseReluDense")
     order = (
-        "encoder", "decoder", "block", "layer", "SelfAttention", "EncDecAttention", "DenseReluDense",
-        "q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo", "lm_head",
+        "encoder", "decoder", "block", "layer", "layer_norm", "SelfAttention", "EncDecAttention", "DenseReluDense",
+        "q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo", "final_layer_norm", "lm_head",
     )  # fmt: skip
     siblings = (("q", "k", "v"), ("wi_0", "wi_1"))
     targets = ("q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo")

@@ -13,10 +13,10 @@ from .architecture import Architecture, Original, Reads, Told, spatial_size, uni
 # What the original code calls the parts of a residual block, and what stands outside of all blocks.
 _RESIDUAL = {
     "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
+    "conv_shortcut": "skip_connection", "norm1": "in_layers.0", "norm2": "out_layers.0",
 }  # fmt: skip
 _OUTSIDE = {
-    "input_blocks.0.0": "conv_in", "out.2": "conv_out",
+    "input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out",
     "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
     "label_emb.0.0": "add_embedding.linear_1", "label_emb.0.2": "add_embedding.linear_2",
 }  # fmt: skip
@@ -35,9 +35,10 @@ class UNet(Architecture):
     blocks = re.compile(r"^(.*?\b(?:transformer_blocks|resnets)\.\d+)(?:\.|$)")
     layers = unit(r"attn\d*|ff")
     order = (
-        "time_proj", "time_embedding", "add_embedding", "conv_in", "down_blocks", "mid_block", "up_blocks", "conv_out",
-        "proj_in", "transformer_blocks", "attn1", "attn2", "ff", "to_q", "to_k", "to_v", "to_out",
-        "conv1", "time_emb_proj", "conv2", "conv_shortcut", "proj_out", "downsamplers", "upsamplers",
+        "time_proj", "time_embedding", "add_embedding", "conv_in", "down_blocks", "mid_block", "up_blocks",
+        "conv_norm_out", "conv_out",
+        "norm", "proj_in", "transformer_blocks", "norm1", "attn1", "conv1", "time_emb_proj", "norm2", "attn2", "conv2",
+        "norm3", "ff", "to_q", "to_k", "to_v", "to_out", "conv_shortcut", "proj_out", "downsamplers", "upsamplers",
     )  # fmt: skip
     siblings = (("to_q", "to_k", "to_v"),)
     targets = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")

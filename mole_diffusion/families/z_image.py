@@ -37,7 +37,8 @@ class ZImageTransformer(Architecture):
     layers = unit("attention|feed_forward")
     order = (
         "t_embedder", "all_x_embedder", "noise_refiner", "cap_embedder", "context_refiner", "layers",
-        "adaLN_modulation", "attention", "to_q", "to_k", "to_v", "to_out", "feed_forward", "w1", "w3", "w2",
+        "adaLN_modulation", "attention_norm1", "attention", "to_q", "to_k", "to_v", "to_out", "attention_norm2",
+        "ffn_norm1", "feed_forward", "w1", "w3", "w2", "ffn_norm2",
         "all_final_layer", "linear",
     )  # fmt: skip
     siblings = (("to_q", "to_k", "to_v"), ("w1", "w3"))

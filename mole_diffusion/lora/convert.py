@@ -21,7 +21,7 @@ from mole_diffusion.lora.adapter import DIFFUSERS_METADATA, read_adapter_setting
 from mole_diffusion.lora.embeddings import is_embedding
 from mole_diffusion.lora.errors import refusal
 from mole_diffusion.lora.kinds import Change, dora
-from mole_diffusion.lora.kronecker import Kronecker, Rows
+from mole_diffusion.lora.kronecker import Rows
 from mole_diffusion.lora.layouts.diffusers import write as diffusers_key
 from mole_diffusion.lora.layouts.kohya import write as kohya_key
 from mole_diffusion.lora.layouts.peft import write as peft_key
@@ -146,6 +146,9 @@ def _untouched(
             tensors["alpha"] = file.tensors[piece.keys["alpha"]]
         elif alpha is not None:
             tensors["alpha"] = torch.tensor(scaling * piece.r)
+        if piece.form and not piece.form.inputs:  # as LyCORIS names them, whose norms ComfyUI reads too
+            names = {"diff": "w_norm", "diff_b": "b_norm"}
+            tensors = {names.get(part, part): tensor for part, tensor in tensors.items()}
         component = piece.component or _targets(file, layout, piece, indices)[0]
         found[component, piece.module] = _Module({k: v.contiguous() for k, v in tensors.items()}, piece.r, alpha)
     return found
@@ -164,7 +167,7 @@ def _plain(
         _refuse_kinds(file, layout, piece, to)
         parts = read_parts(file, layout, piece)
         change: Change | None = fold(piece, parts)
-        if change is None or isinstance(change, Kronecker):
+        if change is None or not isinstance(change, tuple):
             raise refusal(file.source, f"{piece.title} has no small rank", "Use `kohya`.", keys=[piece.key])
         down, up = change
         scaled = any(part.startswith("scale_of_") for part in piece.keys)
@@ -195,6 +198,7 @@ def _refuse_kinds(file: LoRAFile, layout: str, piece: Piece, to: Target) -> None
     rows = (
         piece.magnitude
         and piece.form
+        and piece.form.inputs
         and (dora.axis(piece.magnitude, piece.shapes[piece.magnitude], piece.form.out, piece.form.inputs[0]) == 0)
     )
     if piece.magnitude and not (to == "peft" and rows):

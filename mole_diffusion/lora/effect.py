@@ -37,7 +37,7 @@ def changes_nothing(factors: Mapping[str, Mapping[str, LoRAFactors]], models: Ma
 def overflows(factors: LoRAFactors, module: nn.Module) -> bool:
     """Whether a factor, or what it does to inputs of usual size, is beyond the numbers the module computes with."""
     dtype = _dtype(module)
-    beside = [factor for factor in (factors.magnitude, factors.bias) if factor is not None]
+    beside = [factor for factor in (factors.magnitude, factors.bias, factors.gain) if factor is not None]
     kronecker = factors.kronecker
     if kronecker is not None:
         beside += [kronecker.w1 * factors.scaling, *kronecker.tensors]
@@ -64,8 +64,9 @@ def _acts(factors: LoRAFactors, module: nn.Module) -> bool:
             else _largest(kronecker.up.abs() @ kronecker.down.flatten(1).abs())
         )
         least = max(least, CANCELLED * _largest(w1) * size)
-    if factors.bias is not None:
-        change = max(change, _largest(factors.bias))
+    for alone in (factors.bias, factors.gain):
+        if alone is not None:
+            change = max(change, _largest(alone))
     weight: Any = getattr(module, "weight", None)
     weight = None if weight is None else weight.detach()
     # Weights that are quantised (also those that give the type of their numbers as float32) or not there tell nothing

@@ -22,6 +22,8 @@ from mole_diffusion.lora.kronecker import Kronecker
 class LoRAFactors:
     """One module of one LoRA: the weight changes by `scaling * (up @ down + kronecker)`, then to its `magnitude`.
 
+    Of a layer of normalisation, with `down` `(0, d)` and `up` `(d, 0)`, it changes by `gain`.
+
     Attributes:
         down: A, `(r, d_in)` for a Linear, `(r, c_in, kh, kw)` for a Conv2d. No rows where all is in `kronecker`.
         up: B, `(d_out, r)` for a Linear, `(d_out, r, 1, 1)` for a Conv2d.
@@ -29,6 +31,7 @@ class LoRAFactors:
         kronecker: A change as a Kronecker product (LoKr, full differences), which has no small rank.
         magnitude: DoRA's m, `(d_out, 1)` or `(1, d_in)`: how long each row, or column, of the changed weight is.
         bias: By how much the module's bias changes, `(d_out,)`.
+        gain: By how much the weight of a layer of normalisation changes, `(d,)`.
 
     Raises:
         MoLEError: The two factors do not belong together, or the scaling is not finite.
@@ -40,6 +43,7 @@ class LoRAFactors:
     kronecker: Kronecker | None = None
     magnitude: Tensor | None = None
     bias: Tensor | None = None
+    gain: Tensor | None = None
 
     def __post_init__(self) -> None:
         down, up = tuple(self.down.shape), tuple(self.up.shape)
@@ -59,7 +63,7 @@ class LoRAFactors:
     @property
     def plain(self) -> bool:
         """Whether `down`, `up` and `scaling` say all."""
-        return self.kronecker is None and self.magnitude is None and self.bias is None
+        return all(part is None for part in (self.kronecker, self.magnitude, self.bias, self.gain))
 
     def lie_in(self, down: Tensor | None = None, up: Tensor | None = None) -> None:
         """Becomes parts of larger tensors that hold the very same values, so that these are in memory once."""
@@ -77,6 +81,8 @@ class LoRAFactors:
         Raises:
             MoLEError: A magnitude is there and no weight.
         """
+        if self.gain is not None:
+            return self.gain
         product = self.scaling * (self.up.flatten(1) @ self.down.flatten(1))
         change = product.reshape(self.up.shape[0], *self.down.shape[1:])
         if self.kronecker is not None:
@@ -102,6 +108,8 @@ class LoRAFactors:
             yield "magnitude", self.magnitude.float()
         if self.bias is not None:
             yield "bias", self.bias.float()
+        if self.gain is not None:
+            yield "gain", self.gain.float()
 
 
 @dataclass(frozen=True, eq=False)

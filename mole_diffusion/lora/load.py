@@ -28,7 +28,6 @@ from mole_diffusion.lora.sources import LoRAFile, read_source
 from mole_diffusion.lora.spoken import spoken
 from mole_diffusion.lora.trainers import trainer_of
 from mole_diffusion.lora.triggers import read_triggers
-from mole_diffusion.lora.unsupported import NO_NORMS
 
 
 def load_lora(
@@ -174,7 +173,7 @@ class _Reader:
             self._refuse(
                 f"{len(others)} of {len(self.pieces)} modules are {' and '.join(sorted(kinds))}, of which no change is "
                 "read",
-                NO_NORMS,
+                "Merge it into its base and draw with that, or train it without these.",
                 [piece for piece, _ in others],
                 *{component for _, component in others},
             )
@@ -207,6 +206,13 @@ class _Reader:
                 component,
             )
         if piece.magnitude:
+            if not rest:
+                self._refuse(
+                    f"magnitudes at {targets[0].module}, a layer of normalisation",
+                    "DoRA has a meaning at Linear and Conv2d modules only; train it on these.",
+                    [piece],
+                    component,
+                )
             try:
                 dora.axis(piece.magnitude, piece.shapes[piece.magnitude], out, rest[0])
             except KindError as error:
@@ -240,7 +246,9 @@ class _Reader:
     def _hint(self) -> str:
         written = trainer_of(self.file.metadata, self.file.entries)
         by = f"It was written by {written}. " if written else ""
-        file_width = text_width((piece.module, piece.form.inputs[0]) for piece in self.pieces if piece.form)
+        file_width = text_width(
+            (piece.module, piece.form.inputs[0]) for piece in self.pieces if piece.form and piece.form.inputs
+        )
         model_width = text_width(width for index in self.indices.values() for width in index.widths())
         hint = family_hint(file_width, model_width)
         named = None if hint else names_of(piece.module for piece in self.pieces)
@@ -257,6 +265,8 @@ def _fits(piece: Piece, out: int, rest: list[int]) -> bool:
         return False
     if piece.form is None:
         return True
+    if not rest or not piece.form.inputs:  # of a layer of normalisation, which has no inputs to multiply
+        return not rest and not piece.form.inputs
     if piece.form.flat:
         # A Kronecker product's second factor has the kernel inside, so the channels must divide among the first.
         channels = piece.shapes["lokr_w1"][1] if "lokr_w1" in piece.shapes else 1
@@ -268,10 +278,12 @@ def _fits(piece: Piece, out: int, rest: list[int]) -> bool:
 def _whole(piece: Piece, parts: dict[str, Tensor], out: int, rest: tuple[int, ...], scaling: float) -> LoRAFactors:
     """A piece's factors for what is one module in the file."""
     ones = [1] * len(rest[1:])
-    down, up, kronecker = torch.zeros(0, *rest), torch.zeros(out, 0, *ones), None
+    down, up, kronecker, gain = torch.zeros(0, *(rest or (out,))), torch.zeros(out, 0, *ones), None, None
     change = fold(piece, parts)
     if isinstance(change, Kronecker):
         kronecker = change.shaped(rest)
+    elif isinstance(change, Tensor):
+        gain = scaling * change
     elif change is not None:
         down, up = change[0].reshape(-1, *rest), change[1].reshape(out, -1, *ones)
     bias = scaling * parts["up_bias"] if "up_bias" in parts else None
@@ -279,7 +291,7 @@ def _whole(piece: Piece, parts: dict[str, Tensor], out: int, rest: tuple[int, ..
         bias = parts["diff_b"] if bias is None else bias + parts["diff_b"]
     part = piece.magnitude
     magnitude = dora.magnitudes(part, parts[part], out, rest[0]) if part else None
-    return LoRAFactors(down, up, scaling, kronecker, magnitude, bias)
+    return LoRAFactors(down, up, scaling, kronecker, magnitude, bias, gain)
 
 
 def _rows(whole: LoRAFactors, rows: Rows) -> LoRAFactors | None:

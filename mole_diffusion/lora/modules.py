@@ -10,10 +10,14 @@ from torch import nn
 from mole_diffusion.families import ARCHITECTURES, Original
 from mole_diffusion.families.base import is_a
 from mole_diffusion.families.names import TEXT_MODEL
+from mole_diffusion.families.norms import is_norm, is_of_heads
 
 
 class ModuleIndex:
-    """Linear and Conv2d modules of one model, found by dotted or underscored name, diffusers' or the authors' own.
+    """Modules of one model that LoRAs change, found by dotted or underscored name, diffusers' or the authors' own.
+
+    They are Linears, convolutions and layers of normalisation. Those of queries and keys are left out: they
+    are given heads one by one, and nothing says for all models alike where the tokens are among these.
 
     A leading `text_model.` may be there or not, in the model as in the file: transformers dropped it from
     `CLIPTextModel` (not from `CLIPTextModelWithProjection`), files keep it.
@@ -35,6 +39,8 @@ class ModuleIndex:
                 self.shapes[name] = (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
                 if module.groups > 1:
                     self.grouped.add(name)
+            elif is_norm(module) and not is_of_heads(name):
+                self.shapes[name] = tuple(module.weight.shape)
             else:
                 if next(module.children(), None) is None and next(module.parameters(), None) is not None:
                     self._others[_normal(name)] = type(module).__name__
@@ -59,7 +65,7 @@ class ModuleIndex:
         return self._original.get(name, ())
 
     def other_kind(self, spelling: str) -> str | None:
-        """The class of a module that has weights and is neither Linear nor Conv2d: a norm, an embedding."""
+        """The class of a module that has weights and takes no LoRA here: an embedding, a norm of queries."""
         return self._others.get(_normal(spelling))
 
     def shape(self, targets: tuple[Original, ...]) -> tuple[int, ...]:
@@ -68,8 +74,8 @@ class ModuleIndex:
         return (out, *self.shapes[targets[0].module][1:])
 
     def widths(self) -> Iterator[tuple[str, int]]:
-        """Module names and their input widths."""
-        return ((name, shape[1]) for name, shape in self.shapes.items())
+        """Names of Linears and convolutions, and their input widths."""
+        return ((name, shape[1]) for name, shape in self.shapes.items() if len(shape) > 1)
 
 
 def _normal(name: str) -> str:

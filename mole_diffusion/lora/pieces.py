@@ -73,6 +73,8 @@ class Piece:
     def title(self) -> str:
         """Its kind, as people call it."""
         kind = self.kind.name if self.kind else "bias"
+        if self.form and not self.form.inputs:
+            kind = "normalisation"
         return f"{dora.NAME} over {kind}" if self.magnitude else kind
 
 

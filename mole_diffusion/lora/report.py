@@ -92,5 +92,5 @@ def inspect_lora(path: str | os.PathLike[str]) -> LoRAReport:
 
 
 def _family(pieces: Sequence[Piece]) -> str:
-    width = text_width((piece.module, piece.form.inputs[0]) for piece in pieces if piece.form)
+    width = text_width((piece.module, piece.form.inputs[0]) for piece in pieces if piece.form and piece.form.inputs)
     return family(width) if width is not None else names_of(piece.module for piece in pieces) or "unknown"

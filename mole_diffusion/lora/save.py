@@ -57,7 +57,7 @@ def save_lora(
     if beyond:
         raise refusal(
             str(target),
-            f"{len(beyond)} modules with more than plain factors (DoRA, LoKr, biases), {beyond[0]} first",
+            f"{len(beyond)} modules with more than plain factors (DoRA, LoKr, biases, norms), {beyond[0]} first",
             "Keep the file it was read from, or convert that with `mole convert`.",
         )
     tensors = _WRITERS[layout](str(target), factors)

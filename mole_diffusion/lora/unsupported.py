@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-NO_NORMS = "Merge it into its base and draw with that, or train it on Linear and Conv2d modules only."
 _CONVERT = "Convert it to a plain LoRA (extract one from the merged model by SVD), or train one."
 _WHOLE = "Merge the adapter into its base with PEFT and draw with that, or train one without."
 _REMEDIES = {
@@ -17,7 +16,6 @@ _REMEDIES = {
     "AdaLoRA (singular values between the factors)": (r"\.(lora_E|ranknum)\b", _CONVERT),
     "VeRA (shared random factors)": (r"\bvera_(lambda|A|B)", _CONVERT),
     "OFT or BOFT (orthogonal factors)": (r"\.(oft_|boft_)", _CONVERT),
-    "a change of normalisation layers": (r"\.(w_norm|b_norm)$", NO_NORMS),
     "weights that replace those of the base": (r"\.(set_weight|reshape_weight)$", _CONVERT),
     "trainable tokens, embeddings trained beside the LoRA": (r"\.trainable_tokens_", _CONVERT),
     "a sparse difference beside the factors": (r"\.bias_(values|size|indices)$", _CONVERT),

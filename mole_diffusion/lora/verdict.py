@@ -73,7 +73,7 @@ def fitting(source: str | os.PathLike[str]) -> list[Verdict]:
         LoRAError: The file cannot be read, whatever the model.
     """
     _, pieces = find_pieces(read_source(source))
-    width = text_width((piece.module, piece.form.inputs[0]) for piece in pieces if piece.form)
+    width = text_width((piece.module, piece.form.inputs[0]) for piece in pieces if piece.form and piece.form.inputs)
     known = candidates(piece.module for piece in pieces)
     if width is not None:
         known = [model for model in known if model.title == family(width)]

@@ -52,7 +52,6 @@ def as_sdxl(state: State) -> State:
 ONE = torch.ones(1)
 UNSUPPORTED = [
     ("lora_unet_mid_block_x.oft_blocks", "OFT or BOFT"),
-    ("lora_unet_mid_block_x.w_norm", "a change of normalisation layers"),
     ("lora_unet_mid_block_x.set_weight", "weights that replace those of the base"),
     ("lora_unet_mid_block_x.bias_values", "a sparse difference beside the factors"),
     ("lora_unet_mid_block_x.a1.weight", "GLoRA"),
@@ -244,14 +243,9 @@ STATES: list[tuple[str, Callable[[State], State], str]] = [
         f"diff_b has shape (63,), expected (64,): '{QUERY}.diff_b'",
     ),
     (
-        "a norm, as a difference",
-        with_({"unet.mid_block.attentions.0.norm.diff": torch.ones(64)}),
-        "diff (64,) is not the weight of a Linear or Conv2d, but of a normalisation layer or the like",
-    ),
-    (
-        "the bias of a norm",
-        with_({"unet.mid_block.attentions.0.norm.diff_b": torch.ones(64)}),
-        "component unet): 1 of 5 modules are GroupNorm, of which no change is read",
+        "a difference of no such module",
+        with_({"unet.conv_in.diff": torch.ones(64, 3, 1)}),
+        "diff (64, 3, 1) is the weight of neither a Linear, nor a Conv2d, nor a normalisation layer",
     ),
     (
         "an embedding as if it were a Linear",

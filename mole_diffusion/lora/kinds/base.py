@@ -13,8 +13,9 @@ from ..kronecker import Kronecker
 
 Shape = tuple[int, ...]
 Parts = Mapping[str, Tensor]
-Change = tuple[Tensor, Tensor] | Kronecker
-"""`(down, up)`, `(R, d_in, …)` and `(d_out, R)`, whose product is the change, or a Kronecker product."""
+Change = tuple[Tensor, Tensor] | Kronecker | Tensor
+"""`(down, up)`, `(R, d_in, …)` and `(d_out, R)`, whose product is the change; a Kronecker product; or, of a
+normalisation layer, the change itself, `(d,)`."""
 
 
 class KindError(ValueError):
@@ -37,7 +38,8 @@ class Form:
 
     Attributes:
         out: Rows of the weight it changes.
-        inputs: The other sides of it, `(d_in,)` or `(c_in, kh, kw)`; flattened to one where `flat`.
+        inputs: The other sides of it, `(d_in,)` or `(c_in, kh, kw)`; flattened to one where `flat`; none where it is of
+            a normalisation layer.
         r: The rank that alpha is divided by; None where alpha counts for nothing.
         rows: Rank of the product as it is computed.
         flat: Whether a kernel's sides are hidden in `inputs`.

@@ -1,4 +1,4 @@
-"""A change of weight written out in full (LyCORIS' "full", extracted LoRAs that kept some modules whole)."""
+"""A change of weight written out in full (LyCORIS' "full" and "norm", extracted LoRAs that kept modules whole)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from .base import Change, Form, Kind, KindError, Parts, Shape, need
 
 
 class Full(Kind):
-    """`diff`, in the shape of the weight. Run as the Kronecker product of 1 and itself."""
+    """`diff`, in the shape of the weight; LyCORIS calls that of a normalisation layer `w_norm`.
+
+    Of a Linear or Conv2d it is run as the Kronecker product of 1 and itself.
+    """
 
     name = "full difference"
     marks = frozenset({"diff"})
@@ -19,12 +22,14 @@ class Full(Kind):
 
     def form(self, shapes: Mapping[str, Shape]) -> Form:
         (diff,) = need(shapes, "diff")
-        if len(diff) not in (2, 4):
+        if len(diff) not in (1, 2, 4):
             raise KindError(
-                f"diff {diff} is not the weight of a Linear or Conv2d, but of a normalisation layer or the like",
-                "Merge it into its base and draw with that, or train it on Linear and Conv2d modules only.",
+                f"<diff> {diff} is the weight of neither a Linear, nor a Conv2d, nor a normalisation layer",
+                "Merge it into its base and draw with that, or train it on such modules only.",
             )
         return Form(diff[0], diff[1:], None, 0)
 
     def fold(self, parts: Parts) -> Change:
+        if parts["diff"].ndim == 1:
+            return parts["diff"]
         return Kronecker(torch.ones(1, 1), parts["diff"])

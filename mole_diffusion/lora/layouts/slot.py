@@ -16,7 +16,7 @@ class Slot:
         component: Model; None where the key does not say.
         module: The module's name as the file spells it: with dots, or with underscores in their place.
         part: What the tensor is: `"down"`, `"up"`, `"mid"`, `"alpha"`, `"magnitude"` (DoRA in PEFT's words),
-            `"dora_scale"` (in kohya's), `"up_bias"`, `"diff"`, `"diff_b"`, `"w_norm"`, `"b_norm"`, `"hada_…"`,
+            `"dora_scale"` (in kohya's), `"up_bias"`, `"diff"`, `"diff_b"`, `"hada_…"`,
             `"lokr_…"`, or `"scale_of_down"` and the like: what the numbers of another part are to be multiplied by.
     """
 
@@ -32,10 +32,11 @@ _FACTORS = re.compile(
 )
 _MAGNITUDE = re.compile(r"(?P<stem>.+)\.lora_magnitude_vector(?:\.(?!weight$)[^.]+)?(?:\.weight)?")
 _WHICH = {"A": "down", "B": "up", "down": "down", "up": "up", "mid": "mid"}
-_BESIDE = {"alpha", "dora_scale", "diff_b", "w_norm", "b_norm"}
+_BESIDE = {"alpha", "dora_scale", "diff_b"}
+_OF_NORMS = {"w_norm": "diff", "b_norm": "diff_b"}  # LyCORIS' names of the same at a normalisation layer
 _WHOLE = (_BESIDE | {part for kind in KINDS for part in kind.takes}) - set(_WHICH.values())
 """Parts that are their own ending, those of a new kind among them."""
-_OTHERS = re.compile(rf"(?P<stem>.+)\.(?P<part>{'|'.join(sorted(_WHOLE))})(?:\.default)?")
+_OTHERS = re.compile(rf"(?P<stem>.+)\.(?P<part>{'|'.join(sorted(_WHOLE | set(_OF_NORMS)))})(?:\.default)?")
 
 
 def take_ending(key: str) -> tuple[str, str] | None:
@@ -53,7 +54,7 @@ def take_ending(key: str) -> tuple[str, str] | None:
     if match := _MAGNITUDE.fullmatch(key):
         return match["stem"], "magnitude"
     if match := _OTHERS.fullmatch(key):
-        return match["stem"], match["part"]
+        return match["stem"], _OF_NORMS.get(match["part"], match["part"])
     return None
 
 
