@@ -1,17 +1,23 @@
-"""Fixtures every test may use: a tiny random Stable Diffusion, fresh for each test."""
+"""Fixtures every test may use: a tiny random Stable Diffusion, fresh for each test.
+
+The process that gives tests to others reads this file too, and they begin once it has: so what takes ten seconds to
+import is imported inside.
+"""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 
-from mole_diffusion.clip import DifferentiableCLIP
 from tests.fork_server import ForkServer
-from tests.tiny import tiny_components, tiny_pipeline
-from tests.tiny.clip import write_clip
+
+if TYPE_CHECKING:
+    import torch
+
+    from mole_diffusion.clip import DifferentiableCLIP
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -20,9 +26,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in slow)
 
 
+def pytest_collection_finish() -> None:
+    """What is there by now stays to the end: looking whether it is garbage would take long each time."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """Every test starts from the same global random state."""
+    import torch
+
     torch.manual_seed(0)
 
 
@@ -37,6 +51,11 @@ def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer
 @pytest.fixture(scope="session")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> DifferentiableCLIP:
     """A random small CLIP, which no test changes."""
+    import torch
+
+    from mole_diffusion.clip import DifferentiableCLIP
+    from tests.tiny.clip import write_clip
+
     torch.manual_seed(0)
     return DifferentiableCLIP(write_clip(tmp_path_factory.mktemp("clip")))
 
@@ -44,18 +63,24 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> DifferentiableCLIP:
 @pytest.fixture
 def components() -> dict[str, Any]:
     """Components of a tiny random Stable Diffusion."""
+    from tests.tiny import tiny_components
+
     return tiny_components()
 
 
 @pytest.fixture
 def pipe() -> Any:
     """A stock `StableDiffusionPipeline` around tiny random components."""
+    from tests.tiny import tiny_pipeline
+
     return tiny_pipeline()
 
 
 @pytest.fixture
 def same_noise_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """One seed gives the same noise in every precision, which in older versions of torch it does not."""
+    import torch
+
     randn = torch.randn
 
     def rounded(*size: Any, dtype: torch.dtype | None = None, **given: Any) -> torch.Tensor:

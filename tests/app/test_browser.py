@@ -3,6 +3,7 @@ a cancel. Skipped where there is no browser; `playwright install chromium` bring
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -20,7 +21,8 @@ from mole_diffusion import toybox
 from mole_diffusion.drawing import png
 from tests import ROOT
 
-pytest.importorskip("gradio")
+if importlib.util.find_spec("gradio") is None:  # not imported here, which takes seconds: the page is another process
+    pytest.skip("gradio is not installed", allow_module_level=True)
 sync_api = pytest.importorskip("playwright.sync_api")
 PATIENCE = 120_000  # milliseconds; a busy machine draws slowly
 pytestmark = pytest.mark.slow
