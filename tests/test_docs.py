@@ -13,10 +13,14 @@ import pytest
 import typer
 
 from mole_diffusion.cli import app
+from mole_diffusion.families import FAMILIES
 from mole_diffusion.lora import load_lora, save_lora
+from mole_diffusion.lora.kinds import KINDS
 from mole_diffusion.pipelines import MoLEPipelineMixin, MoLEStableDiffusionPipeline, MoLEStableDiffusionXLPipeline
+from mole_diffusion.pipelines import __all__ as exported
 from mole_diffusion.training import GateTrainingConfig, LoRATrainingConfig
 from tests import ROOT
+from tests.peers import lora_files
 from tests.tiny import random_lora
 from tests.tiny.families import sdxl
 
@@ -134,6 +138,44 @@ def test_links_lead_somewhere(page: Path) -> None:
     for link in re.findall(r"\]\(<?([^)#>]+?)>?(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
         if not re.match(r"https?:|mailto:", link):
             assert (page.parent / link).exists(), link
+
+
+def rows_of(text: str) -> list[list[str]]:
+    """The cells of a page's first table, its head first."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines if not line.startswith("|---")]
+
+
+def test_the_page_of_families_says_what_the_code_says() -> None:
+    """Every pipeline is in it, and beside it the components that its family names."""
+    named: list[str] = []
+    text = (DOCS / "families.md").read_text(encoding="utf-8")
+    for title, pipelines, components in rows_of(text[: text.index("\n## ")])[1:]:
+        family = next(f for f in FAMILIES[::-1] if title.startswith(f.title.partition(" or ")[0].rstrip(".x")))
+        assert re.findall(r"`(\w+)`", components) == list(family.architectures), title
+        for name in re.findall(r"`(MoLE[^`]+)`", pipelines):
+            before, brace, rest = name.partition("{")
+            endings, _, after = rest.partition("}")
+            named += [f"{before}{ending}{after}" for ending in endings.split(",")] if brace else [name]
+    assert sorted(named) == sorted(name for name in exported if name.endswith("Pipeline"))
+
+
+def test_the_page_of_files_has_every_layout_and_family() -> None:
+    """The table is made by a command, of the files that the tests of every layout, kind and family load and run."""
+    head, *rows = rows_of((DOCS / "files.md").read_text(encoding="utf-8").partition(lora_files.BEGIN)[2])
+    assert head[1:] == list(lora_files.TITLES.values())
+    assert list(lora_files.TITLES) == list(lora_files.FAMILIES)
+    assert {row[0] for row in rows} >= {title for title, _, _ in lora_files.ROWS}
+    rows = rows[: len(lora_files.ROWS)]
+    assert [row[0] for row in rows] == [title for title, _, _ in lora_files.ROWS]
+    assert all(cell.startswith("yes /") for row in rows for cell in row[1:])
+
+
+def test_the_page_of_files_names_every_kind() -> None:
+    kinds = rows_of((DOCS / "files.md").read_text(encoding="utf-8"))
+    said = " ".join(cell for row in kinds[1:11] for cell in row)
+    for kind in KINDS:
+        assert any(f"`{mark}" in said or f"_{mark}" in said for mark in kind.marks), kind.name
 
 
 def test_every_room_with_public_names_is_in_the_reference() -> None:

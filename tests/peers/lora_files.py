@@ -27,7 +27,6 @@ from mole_diffusion.composition import Linear
 from mole_diffusion.experts import Experts
 from mole_diffusion.lora import load_lora
 from tests import ROOT
-from tests.lora import test_families
 from tests.lora.test_families import FAMILIES, LAYOUTS, Parts, caller, cases, written
 from tests.tiny import dits, families, tiny_pipeline
 
@@ -38,8 +37,8 @@ TITLES = {
     "flux2": "FLUX.2", "z_image": "Z-Image", "krea2": "Krea 2", "qwen_image": "Qwen-Image",
 }  # fmt: skip
 # Layouts with plain LoRA and alpha, then other kinds as they are usually written.
-# Here diffusers' reader knows the sizes of the published model only.
-test_families.FAMILIES["flux"] = {
+# Of FLUX.1's `linear1` diffusers' reader knows the size in the published model only.
+FLUX = {
     "double_blocks.0.img_attn.qkv": tuple(f"transformer_blocks.0.attn.to_{x}" for x in "qkv"),
     "single_blocks.0.linear2": ("single_transformer_blocks.0.proj_out",),
 }
@@ -164,6 +163,7 @@ def table() -> str:
 
 
 def main() -> None:
+    FAMILIES["flux"] = FLUX
     warnings.simplefilter("ignore")
     logging.disable(logging.ERROR)
     diffusers.logging.set_verbosity(diffusers.logging.CRITICAL)
