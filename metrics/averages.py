@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import secrets
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ class Averages(Metric):
 
     total: Tensor
     count: Tensor
+    which: Tensor
 
     def __init__(self, names: list[str], **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -39,6 +41,9 @@ class Averages(Metric):
         self._chosen: torch.dtype | None = None
         self.add_state("total", torch.zeros(len(names), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros(len(names), dtype=torch.int64), dist_reduce_fx="sum")
+        # A collection takes metrics of equal states for one, and goes on with the first alone: two detectors that agree
+        # on a first picture are still two.
+        self.add_state("which", torch.tensor([secrets.randbits(62)]), dist_reduce_fx="max")
 
     def add(self, values: Tensor) -> None:
         """Counts rows of `(rows, len(names))`; NaN is a number that this row does not have.
@@ -125,6 +130,15 @@ class OneNumber(WrapperMetric):
         self.metric, self.name = metric, name
         # `Running` keeps the states of what it wraps: these are the metric's own.
         self._defaults, self._reductions, self._persistent = metric._defaults, metric._reductions, metric._persistent
+
+    @property
+    def which(self) -> Tensor:
+        """The metric's number."""
+        return self.metric.which
+
+    @which.setter
+    def which(self, value: Tensor) -> None:
+        self.metric.which = value
 
     @property
     def total(self) -> Tensor:

@@ -12,7 +12,8 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 _LONGEST_NAME = 120  # bytes; file systems allow 255, and some names are put together from several
 _NO_NAME = re.compile(r'[<>:"/\\|?*\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]')
-_DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # on Windows
+_DEVICES = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[\d¹²³]) *(\..*)?", re.IGNORECASE)  # on Windows
 _HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 _LEFT_OVER = re.compile(r"\..*\.([0-9a-f]{8})-(\d+)-[^.]*\.part")
 _FOREIGN_IS_DEAD = 24 * 3600.0  # seconds, of what another machine left
@@ -105,7 +106,11 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 def write_json(path: str | os.PathLike[str], value: Any) -> Path:
     """Writes `value` as indented JSON, atomically. Raises ValueError for NaN and infinity, which JSON does not have."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> Path:
+    """Writes a text in UTF-8, atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return Path(path)
@@ -206,8 +211,8 @@ def in_use(folder: str | os.PathLike[str], part: str = "") -> Iterator[None]:
     """Holds a folder for this process as long as it works there; a process that dies lets go.
 
     Args:
-        folder: Made if it is missing.
-        part: The number of this process, where several share a folder.
+        folder: Made if it is missing, and taken away again where nothing was put into it.
+        part: What of it is held: the number of this process, where several share a folder, or a file's name.
 
     Raises:
         MoLEError: Another process is at work in it.
@@ -216,7 +221,7 @@ def in_use(folder: str | os.PathLike[str], part: str = "") -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     place = Path(folder)
-    file = place / f".in-use{part}"
+    file, missing = place / f".in-use{part}", _missing(place)
     with _not_written(place):
         lock = FileLock(file, timeout=0)
 
@@ -229,7 +234,7 @@ def in_use(folder: str | os.PathLike[str], part: str = "") -> Iterator[None]:
         except Timeout:
             raise MoLEError(
                 f"{place} is in use by another process, which works at the same. Wait until it has finished, or choose "
-                "another folder."
+                "another place."
             ) from None
     try:
         yield
@@ -237,6 +242,7 @@ def in_use(folder: str | os.PathLike[str], part: str = "") -> Iterator[None]:
         with contextlib.suppress(OSError):  # Windows does not take away what is open; it is empty and means nothing
             file.unlink(missing_ok=True)
         lock.release()
+        _take_away(missing)
 
 
 def file_name(text: str) -> str:
@@ -251,6 +257,22 @@ def file_name(text: str) -> str:
         clean = clean.replace(".", "-")
     short = clean.encode()[: _LONGEST_NAME - 10].decode(errors="ignore").strip(". ")
     return f"{short or 'name'}-{hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()[:8]}"
+
+
+def as_one_file(name: str) -> str:
+    """What names have in common that some system takes for one file: it tells no capitals, or one kind of accents."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())
+
+
+def refuse_alike(names: Iterable[str], what: str, remedy: str) -> None:
+    """Raises MoLEError where two of `names`, which folders are named after, are one to some system."""
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.get(as_one_file(name))
+        if other is not None:
+            alike = f"{name!r} twice" if other == name else f"{other!r} and {name!r}, one folder to some systems"
+            raise MoLEError(f"{what} has {alike}. {remedy}")
+        seen[as_one_file(name)] = name
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
@@ -276,13 +298,23 @@ def _not_written(target: Path) -> Iterator[None]:
 
 def _probe(folder: Path, name: str) -> None:
     """Writes a little into a folder, and takes it and the folders made for it away again."""
-    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    missing = _missing(folder)
     try:
         _again_if_gone(lambda: _write_a_little(folder, name))
     finally:
-        for made in missing:
-            with contextlib.suppress(OSError):  # somebody else may use it by now
-                made.rmdir()
+        _take_away(missing)
+
+
+def _missing(folder: Path) -> list[Path]:
+    """The folder and those around it that are not there, the innermost first."""
+    return [place for place in (folder, *folder.parents) if not place.exists()]
+
+
+def _take_away(folders: Iterable[Path]) -> None:
+    """Takes folders away that were made here, as far as they are empty."""
+    for made in folders:
+        with contextlib.suppress(OSError):  # somebody else may use it by now
+            made.rmdir()
 
 
 def _write_a_little(folder: Path, name: str) -> None:

@@ -6,12 +6,12 @@ import functools
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from ..composition import Call, Composition, RegionMap
 from ..composition.call import current_call, running
 from ..errors import MoLEError
+from ..experts.blocks import Blocks
 from .gate_calls import GateCalls
 from .loaded import Loaded, drawing
 from .prior import drawing_prior
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 READ = "the prompts that were read"
 EACH = "pictures of one prompt"
 
-# Every `composing` that this thread is inside of, the innermost last: what is loaded, its stack and its scale.
-_OPEN: ContextVar[tuple[tuple[Loaded, ExitStack, float], ...]] = ContextVar("mole_diffusion.open", default=())
+# Every `composing` that this thread is inside of: what is loaded, its call, its stack and its scale.
+_OPEN: Blocks[tuple[Loaded, Call, ExitStack, float]] = Blocks("mole_diffusion.open")
 
 
 class MoLEPipelineMixin(GateCalls):
@@ -80,6 +80,7 @@ class MoLEPipelineMixin(GateCalls):
 
         Raises:
             TypeError, MoLEError: As in a call of the pipeline, on entering.
+            MoLEError: It ends inside of another `composing` that began later, or in another thread, as in generators.
         """
         with drawing(self.lora_components):
             loras = [] if self._loaded.disabled and loras is None else loras
@@ -88,8 +89,15 @@ class MoLEPipelineMixin(GateCalls):
             # Nobody says that a prior pass comes first, or that the prompt is told: a default cannot count on either.
             told = {"has_prompt": False, "regions": regions is not None}
             method = self._loaded.composition or self._default(taking_part, **told)
-            with self._composing(loras, method, scale=scale, regions=regions, scheduler=scheduler, size=None):
+            settings: dict[str, Any] = {"scale": scale, "regions": regions, "scheduler": scheduler, "size": None}
+            with self._composing(loras, method, **settings) as call:
                 yield
+                if next(iter(_OPEN), (None, None))[1] is not call:
+                    raise MoLEError(
+                        "this `composing` ends inside of another one that began later, or in another thread or task "
+                        "than it began in, as in generators that take turns. What was drawn in it may have LoRAs that "
+                        "were chosen elsewhere. Choose in each call of a pipeline instead: `pipe(..., loras=[...])`."
+                    )
 
     @contextmanager
     def _composing(
@@ -129,8 +137,7 @@ class MoLEPipelineMixin(GateCalls):
         of_roles = tuple(loaded.roles[name] for name in names)
         call = Call(names, of_roles, scheduler or self.scheduler, regions=region_map, region_prompts=prompts)
         with ExitStack() as stack:
-            token = _OPEN.set((*_OPEN.get(), (loaded, stack, scale)))
-            stack.callback(_OPEN.reset, token)
+            stack.enter_context(_OPEN.open((loaded, call, stack, scale)))
             stack.enter_context(running(call))
             if loaded.experts is not None:
                 models = self.lora_components.values()
@@ -187,14 +194,14 @@ class MoLEPipelineMixin(GateCalls):
         """
         loaded = self._loaded
         keep, scales = read_selection(loras, list(loaded.loras))
-        entered = [(stack, scale) for record, stack, scale in _OPEN.get() if record is loaded]
-        if not entered:
+        entered = next(((stack, scale) for record, _, stack, scale in _OPEN if record is loaded), None)
+        if entered is None:
             raise RuntimeError(
                 "`use_loras` changes the LoRAs of a running call. Call it from `callback_on_step_end` or inside "
                 "`with pipe.composing():`; for a whole call pass `pipe(..., loras=...)`."
             )
         if loaded.experts is not None:
-            stack, scale = entered[-1]
+            stack, scale = entered
             stack.enter_context(loaded.experts.using(keep=keep, scale=scales * scale))
 
     def __call__(

@@ -25,8 +25,9 @@ import torch
 
 from ..composition import Call
 from ..errors import MoLEError
-from ..files import atomic_path
+from ..files import atomic_files
 from ..lora import LoRA, load_lora
+from ..reading import read_text
 from .flux import MoLEFluxPipeline
 from .flux2 import MoLEFlux2KleinPipeline, MoLEFlux2Pipeline
 from .krea2 import MoLEKrea2Pipeline
@@ -259,12 +260,20 @@ class MoLEBlocks(SequentialPipelineBlocks):
             save_directory: A folder, of its own or of a base model.
             push_to_hub: Whether to upload it, as in diffusers.
             kwargs: As in diffusers.
+
+        Raises:
+            MoLEError: The folder holds other blocks.
+            NotWrittenError: It cannot be written.
         """
-        name = type(self).__name__
-        with atomic_path(Path(save_directory) / "block.py") as path:
-            path.write_text(PUBLISHED.format(name=name), encoding="utf-8")
+        name, file = type(self).__name__, Path(save_directory) / "block.py"
+        if file.exists() and "mole_diffusion" not in read_text(file):
+            raise MoLEError(f"{file} is of other blocks, and would be replaced. Choose another folder.")
         self.register_to_config(auto_map={"ModularPipelineBlocks": f"block.{name}"})
-        self.save_config(save_directory=save_directory, push_to_hub=push_to_hub, **kwargs)
+        with atomic_files(save_directory) as temporary:
+            (temporary / "block.py").write_text(PUBLISHED.format(name=name), encoding="utf-8")
+            self.save_config(save_directory=temporary)
+        if push_to_hub:
+            self.save_config(save_directory=save_directory, push_to_hub=True, **kwargs)
 
 
 def on_models(task: type[MoLEPipelineMixin], components: Any) -> MoLEPipelineMixin:

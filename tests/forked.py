@@ -15,14 +15,17 @@ from typing import Any
 
 import torch.distributed
 from accelerate.commands.launch import launch_command, launch_command_parser
+from PIL import Image
 
 from mole_diffusion.__main__ import main
 from mole_diffusion.benchmark import BenchmarkConfig, run_benchmark
 from mole_diffusion.benchmark.run import read_rows
 from mole_diffusion.clip import DifferentiableCLIP
+from mole_diffusion.training import LoRATrainingConfig, train_lora
 from mole_diffusion.training.gates import references
 from tests.fork_server import fork, wait
 from tests.gate_training import CONCEPTS, config, mole_pipeline, train
+from tests.tiny import tiny_pipeline
 
 
 def killed(place: str, clip: str) -> list[int]:
@@ -62,6 +65,35 @@ def killed(place: str, clip: str) -> list[int]:
     return [*codes, wait(child), wait(fork(lambda: run("killed")))]
 
 
+def killed_lora(place: str) -> list[int]:
+    """The training of a LoRA, killed again and again and always started anew, and one left in peace; exit codes."""
+    folder = Path(place)
+    settings = LoRATrainingConfig(
+        prompts=("a cat",), rank=2, steps=2, warmup_steps=0, batch_size=1, checkpoint_every=1, horizontal_flip=True
+    )
+    pictures = [Image.new("RGB", (32, 32), colour) for colour in ("red", "green")]
+
+    def run(name: str, kill_at: int | None = None) -> None:
+        replace, calls = os.replace, [0]
+
+        def counting_replace(*paths: Any) -> None:
+            calls[0] += 1
+            if calls[0] == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            replace(*paths)
+
+        os.replace = counting_replace
+        out, work = folder / f"{name}.safetensors", folder / f"{name}.work"
+        train_lora(tiny_pipeline(), pictures, settings, out=out, work=work, progress=False)
+
+    codes = [wait(fork(lambda: run("peaceful")))]
+    # Files take their names in this order: tensors and state of every checkpoint, then the LoRA. Killed before the
+    # first checkpoint, between its tensors and its state, between those of the second, and before the LoRA.
+    for moment in (1, 2, 4, 3):
+        codes.append(wait(fork(lambda moment=moment: run("killed", moment))))
+    return [*codes, wait(fork(lambda: run("killed")))]
+
+
 def together(place: str, clip: str) -> list[int]:
     """One training by two processes with half of every batch each, and by one; their exit codes."""
     folder, references.STEPS = Path(place), 2
@@ -71,7 +103,8 @@ def together(place: str, clip: str) -> list[int]:
             batch_size=4, steps=3, learning_rate=0.05, local_weight=1.0, reference_pictures=1, eta=1.0, gradient_steps=0
         )
         model = DifferentiableCLIP(Path(clip))
-        train(mole_pipeline(), settings, model, concepts=CONCEPTS, out=folder / name, pictures=False)
+        work = folder / f"{name}.work"
+        train(mole_pipeline(), settings, model, concepts=CONCEPTS, out=folder / name, work=work, pictures=False)
 
     def run_rank(rank: int, port: int) -> None:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import ntpath
 import os
 import resource
 import shutil
@@ -26,6 +27,7 @@ from mole_diffusion.files import (
     atomic_path,
     file_name,
     in_use,
+    refuse_alike,
     try_file,
     try_folder,
     write_all_last,
@@ -219,7 +221,8 @@ def test_an_ordinary_name_is_its_own(name: str) -> None:
     assert file_name(name) == name
 
 
-ODD_NAMES = ["..", ".", "", "../x", "/etc/x", "a\\b", "c:x", "CON", "nul.png", "nul.a:b", "\ud800"]
+DEVICES = ["CON", "nul.png", "nul .png", "aux.tar.gz", "COM1", "lpt\u00b2", "com\u00b9.txt", "conout$", "CONIN$.x"]
+ODD_NAMES = ["..", ".", "", "../x", "/etc/x", "a\\b", "c:x", "a.", "a ", "nul.a:b", "con:", "\ud800", *DEVICES]
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -231,7 +234,26 @@ def test_any_name_is_a_name_in_its_folder(tmp_path_factory: Any, text: str) -> N
     assert not set(name) & set('<>:"/\\|?*\n\r\t\0')
     assert 0 < len(name.encode()) <= 130
     assert name == name.strip(". ")
+    assert not getattr(ntpath, "isreserved", lambda name: False)(name)  # from Python 3.13 on
     assert file_name(name) == name
+
+
+def test_devices_of_windows_are_no_names() -> None:
+    for name in DEVICES:
+        assert file_name(name) != name
+        assert file_name(name).partition(".")[0].rstrip().lower() not in {"con", "nul", "aux", "com1", "com\u00b9"}
+
+
+def test_names_that_some_systems_take_for_one_are_refused() -> None:
+    refuse_alike(["cat", "boot", "cat-2", "ss", "s"], "`concepts`", "")
+    for names, said in (
+        (["Cat", "cat"], "has 'Cat' and 'cat', one folder to some systems. Rename one"),
+        (["é", "e\u0301"], "one folder to some systems"),
+        (["STRASSE", "straße"], "one folder to some systems"),
+        (["cat", "cat"], "has 'cat' twice"),
+    ):
+        with pytest.raises(MoLEError, match=said):
+            refuse_alike(names, "`concepts`", "Rename one.")
 
 
 def test_names_that_are_cleaned_stay_apart() -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from mole_diffusion.errors import MoLEError
+from mole_diffusion.files import refuse_alike
 
 
 @dataclass(frozen=True)
@@ -51,4 +52,5 @@ def read_concept_files(given: Any) -> dict[str, ConceptFiles]:
             raise MoLEError(f"concept {name!r}: a name is one line without a plus, which joins the names of several.")
         if not isinstance(value, dict) or set(value) != set(keys):
             raise MoLEError(f"concept {name!r} must have exactly {', '.join(keys)}, got {value!r}.")
+    refuse_alike(map(str, given), "`concepts`", "Call one of them otherwise.")
     return {str(name): ConceptFiles(**{key: str(value[key]) for key in keys}) for name, value in given.items()}

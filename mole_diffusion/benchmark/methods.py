@@ -8,6 +8,7 @@ from typing import Any
 
 from mole_diffusion.composition import COMPOSITIONS, Composition
 from mole_diffusion.errors import MoLEError
+from mole_diffusion.files import refuse_alike
 from mole_diffusion.gating import GateConfig
 from mole_diffusion.training import GateTrainingConfig
 
@@ -64,10 +65,8 @@ def read_methods(given: Any, *, has_gates: bool, can_train: bool, training: Mapp
     # "all" takes in a method that is added later without a change.
     named = [method for entry in given for method in (every if entry == "all" else [entry])]
     methods = [_method(entry, has_gates=has_gates, can_train=can_train, training=training) for entry in named]
-    labels = [method.label for method in methods]
-    repeated = next((label for label in labels if labels.count(label) > 1), None)
-    if repeated is not None:
-        raise MoLEError(f"methods has {repeated!r} twice. Give one a label of its own: {{mole: {{label: other}}}}.")
+    remedy = "Give one a label of its own: {mole: {label: other}}."
+    refuse_alike((method.label for method in methods), "methods", remedy)
     return methods
 
 

@@ -61,7 +61,7 @@ def speed(
     from rich.console import Console
 
     from mole_diffusion.errors import MoLEError
-    from mole_diffusion.files import try_file, write_last
+    from mole_diffusion.files import try_file, write_last, write_text
     from mole_diffusion.speed import SpeedConfig, measure_speed, speed_page
     from mole_diffusion.speed.config import WHOLE
     from mole_diffusion.speed.page import saved_table, speed_tables
@@ -119,7 +119,7 @@ def speed(
         flags = [f"--{name}" for name, on in asked.items() if on]
         command = ["mole speed --whole"] if whole else ["mole speed", *words, *flags]
         text = speed_page(measured, " ".join(command), *more)
-        write_last(page, lambda path: path.write_text(text, encoding="utf-8"))
+        write_last(page, lambda path: write_text(path, text))
     if json_file is not None:
         found = json.dumps([asdict(speed) for speed in measured], indent=1)
-        write_last(json_file, lambda path: path.write_text(found, encoding="utf-8"))
+        write_last(json_file, lambda path: write_text(path, found))

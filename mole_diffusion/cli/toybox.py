@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -176,14 +175,13 @@ def anonymous(
       mole toybox anonymous --base runs/toybox/assets/base --count 6 --seed 1 --out runs/six
     """
     from mole_diffusion.files import in_use, try_folder
-    from mole_diffusion.reading import parse_json, read_text
-    from mole_diffusion.toybox.anonymous import SUBJECT_FILE, draw_anonymous, subject_entries
+    from mole_diffusion.toybox.anonymous import SUBJECT_FILE, draw_anonymous, read_subject
 
     try_folder(out)
     found, where = find_base(base), pick_device(device)
     for item in draw_anonymous(count, seed):
         file = out / item.name / SUBJECT_FILE
-        if file.exists() and parse_json(read_text(file)) != parse_json(json.dumps(subject_entries(item))):
+        if file.exists() and read_subject(file) != item:
             raise MoLEError(f"{file} is of another subject, made with another --seed. Choose another folder.")
     from mole_diffusion.pipelines import pipeline_class
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor
 
+from ..experts.blocks import Blocks
 from .prompt import PromptWords
 from .regions import RegionMap
 
@@ -52,19 +52,14 @@ class Call:
         return timesteps
 
 
-_CURRENT: ContextVar[Call | None] = ContextVar("mole_diffusion.call", default=None)
+_CURRENT: Blocks[Call | None] = Blocks("mole_diffusion.call")
 
 
 def current_call() -> Call | None:
     """The call that runs in this thread."""
-    return _CURRENT.get()
+    return next(iter(_CURRENT), None)
 
 
-@contextmanager
-def running(call: Call | None) -> Iterator[None]:
+def running(call: Call | None) -> AbstractContextManager[None]:
     """A `with` block in which `call` is the current call; with `None` there is none in it."""
-    token = _CURRENT.set(call)
-    try:
-        yield
-    finally:
-        _CURRENT.reset(token)
+    return _CURRENT.open(call)

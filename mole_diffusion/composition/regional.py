@@ -17,6 +17,7 @@ from .call import Call
 from .prompt import PromptWords
 from .regions import RegionMap
 from .roles import roles
+from .step import refuse_untold
 
 Modulation = Literal["share", "first", "off"]
 
@@ -59,6 +60,7 @@ class RegionalComposition(Composition):
         if is_alone(call, run):
             return self._kept(run, "alone", (), lambda: (run.keep * run.scale)[:, None])
         if run.timestep is None:
+            refuse_untold(run, self.name)
             ids = run.input_ids
             assert ids is not None
             return self._kept(run, "text", (ids,), lambda: self._words(self.words(call).of_tokens(ids), run))

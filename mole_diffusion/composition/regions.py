@@ -18,7 +18,7 @@ from torch import Tensor
 from mole_diffusion.composition.overlay import overlay
 from mole_diffusion.composition.region_forms import FORMS, Region, luminance, region_mask, transparency
 from mole_diffusion.errors import MoLEError
-from mole_diffusion.files import atomic_path, write_json
+from mole_diffusion.files import as_one_file, atomic_path, write_json
 from mole_diffusion.pictures import read_painted
 from mole_diffusion.reading import regular_text
 
@@ -250,10 +250,10 @@ def _file_stems(names: Sequence[str], taken: Sequence[str]) -> list[str]:
     for name in names:
         plain = re.sub(r"[^\w.-]+", "_", name).strip("._")[:80] or "lora"
         stem, count = plain, 1
-        while stem.lower() in used:  # some systems tell no capitals
+        while as_one_file(stem) in used:
             count += 1
             stem = f"{plain}_{count}"
-        used.add(stem.lower())
+        used.add(as_one_file(stem))
         stems.append(stem)
     return stems
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from mole_diffusion.errors import MoLEError
 
 from ..experts import Run
+from ..families import FAMILIES
 from .call import Call, current_call
 
 ROUNDING = 1e-5  # of fp32, where a timestep was divided and multiplied again
@@ -88,6 +89,16 @@ def step_of(run: Run) -> Step:
             run.notes["step"] = Step(run.timestep, [_first(run.timestep)])
     step: Step = run.notes["step"]
     return step
+
+
+def refuse_untold(run: Run, method: str) -> None:
+    """Raises MoLEError in a denoiser that runs without a forward pass of its own, which would tell the step."""
+    if run.component in {family.denoiser for family in FAMILIES}:
+        raise MoLEError(
+            f"composition {method!r} needs to know the step, and modules of the {run.component} run without a call of "
+            f"it that tells: `{run.component}.forward(...)`, say, is none. Call `{run.component}(...)`, or take a "
+            'composition of weights that stay: `set_composition("linear")`.'
+        )
 
 
 def _nearest(now: float, timesteps: Sequence[float] | Tensor) -> float:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..experts import Projections, Run, Site
 from .base import Composition
-from .step import Step, step_of
+from .step import Step, refuse_untold, step_of
 
 
 class StepComposition(Composition):
@@ -93,6 +93,8 @@ class StepComposition(Composition):
         """`(passes, rows, num_experts)`, asked of the method once a forward pass and not once a layer."""
         if "numbers" not in run.notes:
             if run.timestep is None:
+                if not self.constant:
+                    refuse_untold(run, self.name)
                 numbers = self.weights(run.keep, None)[None]
             else:
                 numbers = self.weights_by_pass(run.keep, step_of(run))

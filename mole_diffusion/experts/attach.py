@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NoReturn
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..families import Architecture, Joint, Told
+from ..families.architecture import parameters
 from ..families.base import unwrapped
 from . import compiled
 from .compiled import Callback
@@ -83,7 +83,7 @@ class Attachment:
         self._all_reached = False
         self._order = compiled.new_order()
         self._callbacks = [Callback(self._order, tell), Callback(self._order, functools.partial(end, None))]
-        self._argument_names = tuple(inspect.signature(model.forward).parameters)
+        self._argument_names = parameters(type(model))
         for site in self.sites:
             site.callback = Callback(self._order, functools.partial(serve, site))
             self._callbacks.append(site.callback)

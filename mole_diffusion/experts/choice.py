@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .blocks import Blocks
 from .run import Weigher
 
 
@@ -39,5 +38,5 @@ class Choice:
         return self._moved[device]
 
 
-# By who holds the LoRAs; replaced as a whole and never changed, so that a context keeps what it was given.
-CHOICES: ContextVar[Mapping[int, Choice]] = ContextVar("mole_diffusion.experts.choices", default={})  # noqa: B039
+# Each beside who holds the LoRAs that it is about.
+CHOICES: Blocks[tuple[Any, Choice]] = Blocks("mole_diffusion.experts.choices")

@@ -51,7 +51,7 @@ class Runs:
     @property
     def choice(self) -> Choice:
         """What holds just now, in this thread."""
-        return CHOICES.get().get(id(self), self._everything)
+        return next((choice for owner, choice in CHOICES if owner is self), self._everything)
 
     @property
     def chosen(self) -> Weigher | None:
@@ -140,11 +140,8 @@ class Runs:
             before.call if call is None else call,
             _kept(kept, scales),
         )
-        token = CHOICES.set({**CHOICES.get(), id(self): choice})
-        try:
+        with CHOICES.open((self, choice)):
             yield
-        finally:
-            CHOICES.reset(token)
 
     def _rows(self, name: str, values: Tensor) -> Tensor:
         given = torch.as_tensor(values)

@@ -236,18 +236,23 @@ def _fill(pattern: str, parts: Sequence[str]) -> str:
 
 def arguments(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call by the names they have in `forward`."""
-    forward: Any = model.forward
-    return {**dict(zip(_parameters(getattr(forward, "__func__", forward), forward), args, strict=False)), **kwargs}
+    return {**dict(zip(parameters(type(model)), args, strict=False)), **kwargs}
 
 
-_PARAMETERS: WeakKeyDictionary[Any, tuple[str, ...]] = WeakKeyDictionary()
+_PARAMETERS: WeakKeyDictionary[type[nn.Module], tuple[str, ...]] = WeakKeyDictionary()
 
 
-def _parameters(function: Any, bound: Any) -> tuple[str, ...]:
-    """Names of a function's parameters as it is bound; looked up once, which takes longer than a small layer."""
-    names = _PARAMETERS.get(function)
+def parameters(kind: type[nn.Module]) -> tuple[str, ...]:
+    """Names of the parameters of a model's `forward`, looked up once, which takes longer than a small layer.
+
+    Of its class: what is put in the place of one model's `forward`, by DeepCache or accelerate say, often is a
+    `forward(*args, **kwargs)`, and so it is in some classes derived from it.
+    """
+    names = _PARAMETERS.get(kind)
     if names is None:
-        _PARAMETERS[function] = names = tuple(inspect.signature(bound).parameters)
+        written = [inspect.signature(vars(one)["forward"]).parameters for one in kind.__mro__ if "forward" in vars(one)]
+        named = [found for found in written if all(one.kind is not one.VAR_POSITIONAL for one in found.values())]
+        _PARAMETERS[kind] = names = tuple((named or written)[0])[1:]
     return names
 
 

@@ -42,7 +42,7 @@ def reduce_tokens(features: Tensor, axis: TokenAxis, positions: int, size: tuple
     return grid.flatten(2).transpose(1, 2)
 
 
-def token_grid(tokens: int, sample_size: tuple[int, int] | None, gate: str) -> tuple[int, int]:
+def token_grid(tokens: int, sample_size: tuple[int, int] | None, place: str) -> tuple[int, int]:
     """Height and width of a UNet layer's tokens: the sample's, halved (rounding up) until the number fits.
 
     Raises:
@@ -55,6 +55,7 @@ def token_grid(tokens: int, sample_size: tuple[int, int] | None, gate: str) -> t
         if height * width == tokens:
             return height, width
     raise MoLEError(
-        f"The gate at {gate} pools over a grid, but {tokens} tokens are no picture of a sample of size {sample_size}. "
-        "Use token_axis='pooled' for this model."
+        f"{tokens} tokens at {place} are no picture of a sample of size {sample_size}, as where a model has no pixels, "
+        "or something merges them or adds others (token merging, reference pictures in self-attention). Draw with what "
+        "knows no places: `set_composition(\"budget\")`, or gates with token_axis='pooled'."
     )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 
 import numpy as np
 
 from mole_diffusion.errors import MoLEError
+from mole_diffusion.reading import parse_json, regular_text
 
 from .shapes import CLASSES
 from .subjects import SUBJECTS, Subject
@@ -58,12 +58,16 @@ def anonymous_subjects(folder: str | os.PathLike[str]) -> dict[str, tuple[Subjec
     `toybox.Oracle()(image, [subject])`, `toybox.references(subject)`, `toybox.concept(subject)`.
 
     Raises:
-        AnonymousSubjectsError: No finished subject lies there.
+        AnonymousSubjectsError: No finished subject lies there, one is damaged, or two have one name.
     """
-    found = {}
-    for file in sorted(Path(folder).glob(f"*/{SUBJECT_FILE}"), key=lambda file: read_subject(file).seed):
-        item = read_subject(file)
-        found[item.name] = (item, file.parent / LORA_FILE)
+    found: dict[str, tuple[Subject, Path]] = {}
+    read = [(read_subject(file), file.parent) for file in sorted(Path(folder).glob(f"*/{SUBJECT_FILE}"))]
+    for item, place in sorted(read, key=lambda one: one[0].seed):
+        if item.name in found:
+            raise AnonymousSubjectsError(
+                f"{place} and {found[item.name][1].parent} both hold the subject {item.name!r}. Take one of them away."
+            )
+        found[item.name] = (item, place / LORA_FILE)
     if not found:
         raise AnonymousSubjectsError(
             f"no anonymous subject lies in {folder}; make some with `mole toybox anonymous --out {folder}`."
@@ -72,9 +76,27 @@ def anonymous_subjects(folder: str | os.PathLike[str]) -> dict[str, tuple[Subjec
 
 
 def read_subject(file: Path) -> Subject:
-    """A subject from its `subject.json`."""
-    entries = json.loads(file.read_text(encoding="utf-8"))
-    return Subject(**{**entries, "look": Look(**entries["look"])})
+    """A subject from its `subject.json`.
+
+    Raises:
+        AnonymousSubjectsError: The file is damaged, or of something else.
+    """
+    kinds = {"name": str, "class_name": str, "look": dict, "token": str, "seed": int}
+    try:
+        entries = parse_json(regular_text(file))
+        if not isinstance(entries, dict) or {name: type(value) for name, value in entries.items()} != kinds:
+            raise MoLEError(f"no object with {', '.join(kinds)}, and of their kinds")
+        parts, look = {field.name for field in dataclasses.fields(Look)}, entries["look"]
+        if set(look) != parts or not all(isinstance(value, str) for value in look.values()):
+            raise MoLEError(f"`look` is not of {', '.join(sorted(parts))}")
+        if entries["class_name"] not in CLASSES:
+            raise MoLEError(f"there is no class {entries['class_name']!r}")
+        return Subject(**{**entries, "look": Look(**look)})
+    except MoLEError as error:
+        raise AnonymousSubjectsError(
+            f"{file} is no subject: {str(error).rstrip('.')}. Delete {file.parent}, and make it anew with "
+            "`mole toybox anonymous`."
+        ) from None
 
 
 def subject_entries(item: Subject) -> dict[str, object]:

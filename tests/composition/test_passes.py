@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import types
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
 from PIL import Image
 from torch import Tensor
 
 from mole_diffusion.composition import COMPOSITIONS, Composite, Merge, Step, StepComposition, Switch
+from mole_diffusion.errors import MoLEError
 from mole_diffusion.experts import AttachError
-from tests.composing import NAMES, PROMPT, assert_close, composing_pipeline, draw
+from tests.composing import NAMES, PROMPT, assert_close, composing_pipeline, draw, lora_states
+from tests.merging import merge_state
 
 KEEP = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 1.0], [0.0, 1.0, 0.0]])
 
@@ -285,6 +290,112 @@ def test_gradients_flow_through_all_passes(pipe: Any) -> None:
     total.backward()
     assert sample.grad is not None
     assert_close(gradient(None, "composite"), sample.grad, atol=1e-3)
+
+
+def merging_tokens(unet: Any) -> None:
+    """Attention of every second token, as ToMe has it: blocks get another class."""
+
+    class Merged(BasicTransformerBlock):
+        def forward(self, hidden_states: Tensor, *_: Any, encoder_hidden_states: Any = None, **__: Any) -> Tensor:
+            text = encoder_hidden_states
+            for norm, attention, words in ((self.norm1, self.attn1, None), (self.norm2, self.attn2, text)):
+                few = norm(hidden_states)[:, ::2]
+                hidden_states = hidden_states + attention(few, encoder_hidden_states=words).repeat_interleave(2, dim=1)
+            return self.ff(self.norm3(hidden_states)) + hidden_states
+
+    for module in unet.modules():
+        if isinstance(module, BasicTransformerBlock):
+            module.__class__ = Merged
+
+
+def reading_a_reference(unet: Any) -> None:
+    """Self-attention that also reads what another forward pass read there, as pipelines of references have it."""
+    read: dict[Any, Tensor] = {}
+    writing = [False]
+
+    def forward(self: Any, hidden_states: Tensor, *_: Any, encoder_hidden_states: Any = None, **__: Any) -> Tensor:
+        own = self.norm1(hidden_states)
+        read.update({self: own} if writing[0] else {})
+        both = own if writing[0] else torch.cat([own, read[self]], dim=1)
+        hidden_states = self.attn1(own, encoder_hidden_states=both) + hidden_states
+        text = self.attn2(self.norm2(hidden_states), encoder_hidden_states=encoder_hidden_states)
+        hidden_states = text + hidden_states
+        return self.ff(self.norm3(hidden_states)) + hidden_states
+
+    for module in unet.modules():
+        if isinstance(module, BasicTransformerBlock):
+            module.forward = types.MethodType(forward, module)
+    whole = unet.forward
+
+    def twice(sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        writing[0] = True
+        whole(0.9 * sample, *args, **kwargs)
+        writing[0] = False
+        return whole(sample, *args, **kwargs)
+
+    unet.forward = twice
+
+
+def of_free_u(unet: Any) -> None:
+    unet.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+
+
+@pytest.mark.parametrize("change", [merging_tokens, reading_a_reference, of_free_u])
+def test_what_others_change_in_a_model_goes_through_the_loras(change: Callable[[Any], None]) -> None:
+    pipe, merged = composing_pipeline("cat"), composing_pipeline()
+    merge_state(merged, lora_states(merged)["cat"])
+    pipe.set_composition("linear")
+    before = draw(pipe)
+    for changed in (pipe, merged):
+        change(changed.unet)
+    drawn = draw(pipe)
+    assert_close(drawn, draw(merged))
+    assert (drawn - before).abs().max() > 0.01
+    if change is not of_free_u:
+        pipe.set_composition("masks")
+        with pytest.raises(MoLEError, match=r"tokens at .* are no picture of a sample of size \(16, 16\).*budget"):
+            draw(pipe, regions={"cat": (0, 0, 0.5, 1)})
+    pipe.set_composition("composite")
+    assert_close(draw(pipe), drawn)
+
+
+class Derived(UNet2DConditionModel):
+    """A model whose class says nothing of its arguments."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
+def test_steps_are_read_whatever_stands_in_the_place_of_forward() -> None:
+    def wrapped(pipe: Any) -> None:  # as DeepCache has it
+        whole = pipe.unet.forward
+        pipe.unet.forward = lambda *args, **kwargs: whole(*args, **kwargs)
+
+    def derived(pipe: Any) -> None:
+        pipe.unet.__class__ = Derived
+
+    pipe = composing_pipeline(*NAMES)
+    for change in (wrapped, derived):
+        changed = composing_pipeline(*NAMES)
+        change(changed)
+        for method in (Switch(every=1), "composite"):
+            for one in (pipe, changed):
+                one.set_composition(method)
+            assert torch.equal(draw(changed), draw(pipe))
+
+
+def test_a_model_whose_call_is_passed_by_is_refused_where_the_step_matters(pipe: Any) -> None:
+    inputs = unet_inputs(1)
+    expected = noise(pipe, None, "linear", **inputs)
+    with pipe.composing(), torch.no_grad():
+        assert_close(pipe.unet.forward(**inputs).sample, expected)
+    for method in ("switch", "composite", "masks"):
+        pipe.set_composition(method)
+        with (
+            pipe.composing(regions={name: (0, 0, 1, 1) for name in NAMES} if method == "masks" else None),
+            pytest.raises(MoLEError, match=r"needs to know the step, and modules of the unet run without a call of it"),
+        ):
+            pipe.unet.forward(**inputs)
 
 
 def test_an_error_in_a_widened_pass_leaves_no_trace(pipe: Any) -> None:

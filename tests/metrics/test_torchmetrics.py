@@ -179,6 +179,26 @@ def test_wrappers_and_collections(toybox_clip: DifferentiableCLIP) -> None:
     assert image.count.tolist() == [3, 3]
 
 
+class BlindOracle(toybox.Oracle):
+    """Sees nothing, as the oracle does in an empty picture."""
+
+    def detect(self, images: Any) -> Any:
+        return [[] for _ in images]
+
+
+def test_metrics_that_agree_at_first_stay_two_in_a_collection() -> None:
+    both = MetricCollection({"blind": ConceptPresence(BlindOracle()), "seeing": ConceptPresence()})
+    for picture in (Image.new("RGB", (64, 64), "white"), PICTURES[0]):
+        both.update([picture], [["cat"]])
+    found = both.compute()
+    rates = {name: value.item() for name, value in found.items() if "presence rate" in name}
+    assert sorted(rates.values()) == [0.0, 0.5]
+    alone = ConceptPresence()
+    same = MetricCollection({name: alone.only(f"{name} rate") for name in ("presence", "omission")})
+    same.update(PICTURES[:1], [["cat"]])
+    assert {name: value.item() for name, value in same.compute().items()} == {"presence": 1, "omission": 0}
+
+
 def test_one_number_of_several_in_every_wrapper(toybox_clip: DifferentiableCLIP) -> None:
     both = MetricCollection(
         {"text": TextAlignment(toybox_clip).only(), "cat": ImageAlignment(toybox_clip, REFERENCES).only("cat")}

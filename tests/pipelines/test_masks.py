@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 
+from mole_diffusion.errors import MoLEError
 from tests.composing import NAMES, PROMPT, assert_close, composing_pipeline, draw, lora_states
 from tests.merging import merge_state
 
@@ -128,6 +132,49 @@ def test_composing_nests_and_reaches_direct_calls_of_the_models(pipe: Any) -> No
         assert torch.equal(noise(), base)
     assert not torch.equal(cat, base)
     assert not torch.equal(cat, noise())
+
+
+def test_composing_in_generators_ends_in_any_order(pipe: Any) -> None:
+    sample, text = torch.randn(1, 4, 16, 16), torch.randn(1, 5, 32)
+
+    def noise() -> torch.Tensor:
+        with torch.no_grad():
+            return pipe.unet(sample, 10, text).sample
+
+    def alone(name: str) -> torch.Tensor:
+        with pipe.composing([name]):
+            return noise()
+
+    def drawing(name: str) -> Iterator[torch.Tensor]:
+        with pipe.composing([name]):
+            yield noise()
+            yield noise()
+
+    everything, cat = noise(), alone("cat")
+    assert [torch.equal(drawn, cat) for drawn in drawing("cat")] == [True, True]
+    thrown_away = drawing("cat")
+    next(thrown_away)
+    with pipe.composing(["dog"]):
+        del thrown_away
+        gc.collect()
+        assert torch.equal(noise(), alone("dog"))
+    assert torch.equal(noise(), everything)
+
+    first, second = drawing("cat"), drawing("dog")
+    next(first), next(second), next(first)
+    with pytest.raises(MoLEError, match=r"ends inside of another one that began later.*`pipe\(\.\.\., loras="):
+        next(first)
+    assert torch.equal(next(second), alone("dog"))
+    second.close()
+    assert torch.equal(noise(), everything)
+
+    elsewhere = drawing("cat")
+    next(elsewhere)
+    with ThreadPoolExecutor(1) as threads, pytest.raises(MoLEError, match="in another thread or task than it began"):
+        threads.submit(list, elsewhere).result()
+    assert torch.equal(noise(), everything)
+    with pytest.raises(RuntimeError, match="`use_loras` changes the LoRAs of a running call"):
+        pipe.use_loras(["cat"])
 
 
 LOADED = "Loaded are: cat, dog, mug"

@@ -182,6 +182,16 @@ def test_blocks_are_published_as_diffusers_publishes_blocks(
     assert type(opened.blocks) is modular.MoLEStableDiffusionXLBlocks
 
 
+def test_blocks_of_somebody_else_are_not_written_over(tmp_path: Path) -> None:
+    blocks = modular.MoLEStableDiffusionXLBlocks()
+    blocks.save_pretrained(tmp_path)
+    blocks.save_pretrained(tmp_path)
+    (tmp_path / "block.py").write_text("# mine")
+    with pytest.raises(MoLEError, match=r"block\.py is of other blocks, and would be replaced"):
+        blocks.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["block.py", "modular_config.json"]
+
+
 def test_our_inputs_and_outputs_are_told() -> None:
     told = modular.MoLEFluxBlocks().doc
     for name in ("prompt", "lora_files", "triggers", "roles", "gates", "composition", "loras", "regions", "masks"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -14,15 +15,18 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 
 from mole_diffusion.clip import DifferentiableCLIP
+from mole_diffusion.errors import MoLEError
+from mole_diffusion.files import in_use
 from mole_diffusion.gating import GateConfig
 from mole_diffusion.training import PRESETS, Concept, GateTrainingConfig, TrainingDivergedError
 from mole_diffusion.training.engine.randomness import step_generator
 from mole_diffusion.training.gates.guidance import Guidance
 from mole_diffusion.training.gates.walk import Walker
 from tests.gate_training import CONCEPTS, PROMPTS, config, mole_pipeline, train
-from tests.tiny import tiny_pipeline
+from tests.tiny import random_lora, tiny_pipeline
 
 pytestmark = pytest.mark.usefixtures("few_steps")
 
@@ -136,8 +140,53 @@ def test_the_same_training_gives_the_same_gates_in_one_go_or_in_two(clip: Differ
     loaded.load_gates(tmp_path / "whole")
     assert all(torch.equal(value, state[name]) for name, value in loaded.gates.state_dict().items())
 
-    with pytest.raises(ValueError, match=r"\(step 3\) is of another training"):
+    with pytest.raises(ValueError, match=r"\(step 3\) is of another training: not the same: the prompts, what CLIP"):
         train(mole_pipeline(), settings, clip, work=tmp_path / "work", prompts=PROMPTS[:1])
+
+
+def test_what_is_another_when_it_goes_on_is_named(clip: DifferentiableCLIP, tmp_path: Path) -> None:
+    def go_on(**changes: Any) -> list[int]:
+        steps: list[int] = []
+        pipe = mole_pipeline()
+        if "lora" in changes:
+            pipe.unload_loras(["lora1"])
+            pipe.load_loras({"lora1": random_lora(pipe.components, seed=7)})
+        picture = Image.new("RGB", (40, 30), changes.get("colour", "red"))
+        settings = config(steps=changes.get("steps", 1), local_weight=1.0, rollout_steps=1)
+        train(
+            pipe,
+            settings,
+            changes.get("clip", clip),
+            concepts={name: dataclasses.replace(one, references=[picture]) for name, one in CONCEPTS.items()},
+            work=tmp_path,
+            on_step_end=lambda step, _: steps.append(step),
+        )
+        return steps
+
+    assert go_on() == [1]
+    other = copy.deepcopy(clip)
+    with torch.no_grad():
+        next(other.parameters()).add_(1)
+    for changes, named in (
+        ({"clip": other, "lora": True}, "not the same: the CLIP, the LoRA 'lora1'"),
+        (
+            {"steps": 2, "colour": "blue"},
+            "`steps` is 1 there and 2 here; not the same: the pictures of 'lora0', .*",
+        ),
+    ):
+        with pytest.raises(MoLEError, match=rf"is of another training: {named}\. Give the same"):
+            go_on(**changes)
+    # Features differ in their last digits where there are other threads, and are no part of what a training is of.
+    rounded = copy.deepcopy(clip)
+    encode = rounded.encode_image
+    rounded.encode_image = lambda images: encode(images) * (1 + 1e-6)  # type: ignore[method-assign]
+    assert go_on(clip=rounded) == []
+
+
+def test_one_process_writes_into_a_folder(clip: DifferentiableCLIP, tmp_path: Path) -> None:
+    with in_use(tmp_path / "out", "-out"), pytest.raises(MoLEError, match="out is in use by another process"):
+        train(mole_pipeline(), config(), clip, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def numbers_of(settings: GateTrainingConfig, clip: DifferentiableCLIP, **options: Any) -> dict[str, float]:

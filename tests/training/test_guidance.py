@@ -16,7 +16,7 @@ from mole_diffusion.clip import DifferentiableCLIP
 from mole_diffusion.training import Concept, prompts_from_templates
 from mole_diffusion.training.gates.concepts import text_for_clip
 from mole_diffusion.training.gates.guidance import Guidance, crop_grid
-from mole_diffusion.training.gates.references import reference_features
+from mole_diffusion.training.gates.references import reference_features, reference_pictures
 from tests import reference
 from tests.gate_training import CONCEPTS, config, mole_pipeline
 
@@ -171,7 +171,8 @@ def test_crops_reach_every_edge() -> None:
 def features(
     pipe: Any, clip: DifferentiableCLIP, concepts: Any, cache: Path | None, seed: int = 0
 ) -> dict[str, Tensor]:
-    return reference_features(pipe, clip, config(reference_pictures=2, local_weight=1.0, seed=seed), concepts, cache)
+    settings = config(reference_pictures=2, local_weight=1.0, seed=seed)
+    return reference_features(clip, reference_pictures(pipe, settings, concepts, cache))
 
 
 @pytest.mark.usefixtures("few_steps")

@@ -17,13 +17,13 @@ from safetensors.torch import save_file
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.files import NotWrittenError, in_use
 from mole_diffusion.lora import load_lora
-from mole_diffusion.training import Concept, prompts_from_templates
+from mole_diffusion.training import Concept, prompts_from_templates, train_lora
 from mole_diffusion.training.engine.checkpoint import clear_checkpoints
 from mole_diffusion.training.engine.memory import peak_memory
 from mole_diffusion.training.gates.concepts import text_for_clip
 from mole_diffusion.training.gates.report import _base_model, check_out
 from tests.tiny import tiny_pipeline
-from tests.training.test_lora import config, train
+from tests.training.test_lora import config, pictures, train
 
 
 @pytest.fixture(scope="module")
@@ -110,12 +110,30 @@ def other_scheduler(pipe: Any) -> None:
     pipe.scheduler.register_to_config(beta_end=0.013)
 
 
-@pytest.mark.parametrize("change", [other_vae, other_text_encoder, other_layer, other_scheduler])
-def test_any_other_part_of_the_base_is_another_training(work: Path, change: Callable[[Any], None]) -> None:
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [(other_vae, "vae"), (other_text_encoder, "text_encoder"), (other_layer, "unet"), (other_scheduler, "scheduler")],
+)
+def test_any_other_part_of_the_base_is_another_training(work: Path, change: Callable[[Any], None], named: str) -> None:
     pipe = tiny_pipeline()
     change(pipe)
-    with pytest.raises(MoLEError, match="is of another training"):
+    with pytest.raises(MoLEError, match=rf"is of another training: not the same: the base's {named}\. Give the same"):
         train(pipe, config(steps=2), work=work)
+
+
+def test_what_else_is_another_is_named(work: Path) -> None:
+    fewer = pictures()[:2]
+    for settings, given, named in (
+        (config(steps=2, rank=3), pictures(), r"`rank` is 2 there and 3 here\. Give"),
+        (config(steps=2), fewer, r"not the same: the pictures\. Give"),
+        (config(steps=2, seed=1), fewer, r"`seed` is 0 there and 1 here; not the same: the pictures\. Give"),
+    ):
+        with pytest.raises(MoLEError, match=f"is of another training: {named}"):
+            train_lora(tiny_pipeline(), given, settings, work=work, progress=False)
+    for said in (None, {}, [], "x"):
+        state(work, run="of an older version", made_of=said)
+        with pytest.raises(MoLEError, match="is of another training: its settings, its data or its base are others"):
+            train(tiny_pipeline(), config(steps=2), work=work)
 
 
 def test_another_number_of_threads_is_said(work: Path) -> None:
@@ -127,6 +145,15 @@ def test_another_number_of_threads_is_said(work: Path) -> None:
 def test_one_process_works_in_a_folder(work: Path) -> None:
     with in_use(work), pytest.raises(MoLEError, match="is in use by another process"):
         train(tiny_pipeline(), config(steps=2), work=work)
+
+
+def test_one_process_writes_a_file(tmp_path: Path) -> None:
+    out = tmp_path / "loras" / "cat.safetensors"
+    with in_use(out.parent, "-cat"):
+        with pytest.raises(MoLEError, match="loras is in use by another process"):
+            train(tiny_pipeline(), config(steps=1, warmup_steps=0), out=out)
+        train(tiny_pipeline(), config(steps=1, warmup_steps=0), out=out.with_name("dog.safetensors"))
+    assert [path.name for path in out.parent.iterdir()] == ["dog.safetensors"]
 
 
 def test_checkpoints_leave_other_files_of_such_names(tmp_path: Path) -> None:
@@ -165,6 +192,7 @@ def test_what_cannot_be_written_in_the_end_is_kept(pipe: Any, tmp_path: Path, mo
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
     def a_file_takes_the_place(step: int, loss: float) -> None:
+        shutil.rmtree(tmp_path / "out")
         (tmp_path / "out").touch()
 
     with pytest.raises(NotWrittenError, match="What was made lies in ") as caught:

@@ -29,8 +29,8 @@ class QuietPredictions:
         assert [PROMPTS[index] for index in drawn.prompts]
         return loudness, {"loudness": loudness}
 
-    def made_of(self) -> tuple[list[Tensor], list[str]]:
-        return [], [self.name]
+    def made_of(self) -> dict[str, list[str]]:
+        return {"the objective": [self.name]}
 
 
 def train(pipe: Any, objective: QuietPredictions, **options: Any) -> list[float]:
@@ -56,7 +56,7 @@ def test_gates_learn_what_an_objective_of_ones_own_asks_for_and_no_picture_is_de
     assert len(loudness) == 8
     assert sum(loudness[-3:]) < sum(loudness[:3])
     assert decoded == []
-    with pytest.raises(MoLEError, match="is of another training"):
+    with pytest.raises(MoLEError, match="is of another training: not the same: the objective"):
         train(mole_pipeline(), QuietPredictions("other"), work=tmp_path)
 
 

@@ -34,6 +34,17 @@ def test_a_killed_training_goes_on_as_if_nothing_had_been(
     assert work == ["references", "state.json", "step-0000005.safetensors"]  # nothing half-written is left
 
 
+def test_a_killed_training_of_a_lora_goes_on_as_if_nothing_had_been(tmp_path: Path, fork_server: ForkServer) -> None:
+    assert fork_server.run(forked.killed_lora, tmp_path) == [0, -9, -9, -9, -9, 0]
+    assert (tmp_path / "killed.safetensors").read_bytes() == (tmp_path / "peaceful.safetensors").read_bytes()
+    for name in ("killed", "peaceful"):  # nothing half-written is left
+        assert sorted(p.name for p in (tmp_path / f"{name}.work").iterdir()) == [
+            "state.json",
+            "step-0000002.safetensors",
+        ]
+    assert {p.suffix for p in tmp_path.iterdir()} == {".safetensors", ".work"}
+
+
 def test_two_processes_with_half_the_batch_each_are_one_with_the_whole(
     tmp_path: Path, clip_folder: Path, fork_server: ForkServer
 ) -> None:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,38 +27,71 @@ STATE_FILE = "state.json"
 RUN = "mole_diffusion.run"  # in the header of a checkpoint's tensors
 
 
-def fingerprint(config: Any, tensors: Iterable[Tensor], texts: Iterable[str] = ()) -> str:
-    """SHA-256 over a config dataclass, tensors and texts: what a resumed run must have too."""
-    return content_hash(tensors, [json.dumps(dataclasses.asdict(config), sort_keys=True), *texts])
+Contents = Iterable[Tensor | str]
 
 
-def content_hash(tensors: Iterable[Tensor], texts: Iterable[str] = ()) -> str:
+def made_of(config: Any, parts: Mapping[str, Contents]) -> dict[str, str]:
+    """What a training depends on, by the words that messages call it by; a resumed one must have the same.
+
+    Args:
+        config: A dataclass; each setting is listed with its value.
+        parts: Tensors and texts, of which the SHA-256 is listed.
+    """
+    settings = {f"`{name}`": json.dumps(value) for name, value in dataclasses.asdict(config).items()}
+    return settings | {name: content_hash(contents) for name, contents in parts.items()}
+
+
+def differences(there: Any, here: Mapping[str, str]) -> str:
+    """In words, what a training that was begun and this one differ in; nothing where they do not.
+
+    Args:
+        there: `made_of` of the one that was begun, as it was read.
+        here: `made_of` of this one.
+    """
+    if not isinstance(there, dict) or not there or not here:
+        return "its settings, its data or its base are others"
+    changed = sorted(name for name in {*here, *there} if there.get(name) != here.get(name))
+    settings = [name for name in changed if name.startswith("`")]
+    said = [f"{name} is {_short(there.get(name))} there and {_short(here.get(name))} here" for name in settings]
+    if len(changed) > len(settings):
+        said.append(f"not the same: {', '.join(name for name in changed if name not in settings)}")
+    return "; ".join(said)
+
+
+def content_hash(contents: Contents) -> str:
     """SHA-256 over tensors (dtype, shape, bytes) and texts."""
     digest = hashlib.sha256()
-    for text in texts:
-        digest.update(b"\0" + text.encode(errors="surrogatepass"))
-    for tensor in tensors:
-        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    for one in contents:
+        if isinstance(one, str):
+            digest.update(b"\0" + one.encode(errors="surrogatepass"))
+        else:
+            digest.update(f"{one.dtype}{tuple(one.shape)}".encode())
+            digest.update(one.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def base_tensors(pipe: Any) -> Iterator[Tensor]:
-    """Every weight of the base that a training asks: of the denoiser, the text encoders and the VAE."""
-    models = [pipe.components.get(name) for name in (*family_of(pipe.components).architectures, "vae")]
-    for model in (model for model in models if model is not None):
-        for _, tensor in sorted(model.state_dict().items()):
-            yield tensor
+def parts_of_base(pipe: Any) -> dict[str, Contents]:
+    """What a training asks of the base, for `made_of`: weights, the scheduler's settings, the tokenizers' words."""
+    parts: dict[str, Contents] = {}
+    for name in (*family_of(pipe.components).architectures, "vae"):
+        model = pipe.components.get(name)
+        if model is not None:
+            weights = [tensor for _, tensor in sorted(model.state_dict().items())]
+            parts[f"the base's {name}"] = [*weights, _settings(model)] if name == "vae" else weights
+    parts["the base's scheduler"] = [type(pipe.scheduler).__name__, _settings(pipe.scheduler)]
+    for name, part in sorted(pipe.components.items()):
+        if name.startswith("tokenizer") and part:
+            parts[f"the base's {name}"] = [json.dumps(part.get_vocab(), sort_keys=True)]
+    return parts
 
 
-def base_texts(pipe: Any) -> list[str]:
-    """What else a training asks of the base: settings of the scheduler and the VAE, and the tokenizers' words."""
-    settings = [type(pipe.scheduler).__name__]
-    for config in (pipe.scheduler.config, pipe.vae.config):
-        plain = {key: repr(value) for key, value in config.items() if not key.startswith("_")}
-        settings.append(json.dumps(plain, sort_keys=True))
-    tokenizers = [part for name, part in sorted(pipe.components.items()) if name.startswith("tokenizer") and part]
-    return [*settings, *(json.dumps(tokenizer.get_vocab(), sort_keys=True) for tokenizer in tokenizers)]
+def _short(value: object) -> str:
+    return str(value) if len(str(value)) <= 60 else f"{str(value)[:60]}…"
+
+
+def _settings(part: Any) -> str:
+    plain = {key: repr(value) for key, value in part.config.items() if not key.startswith("_")}
+    return json.dumps(plain, sort_keys=True)
 
 
 class CheckpointFolder:
@@ -69,12 +102,16 @@ class CheckpointFolder:
 
     Args:
         folder: Where; made if missing.
-        run: `fingerprint` of the training; a checkpoint of another one is refused.
+        run: Which training it is, in any words; a checkpoint of another one is refused.
+        made_of: Instead, what it depends on, by name: then the refusal says what is another.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], run: str) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str], run: str = "", *, made_of: Mapping[str, str] | None = None
+    ) -> None:
         self.folder = Path(folder)
-        self.run = run
+        self.made_of = dict(made_of or {})
+        self.run = content_hash([json.dumps(self.made_of, sort_keys=True)]) if made_of else run
         self.latest: Path | None = None  # the tensors of the newest checkpoint, once one was written or read
 
     def save(
@@ -93,7 +130,7 @@ class CheckpointFolder:
         file = f"step-{step:07d}.safetensors"
         write_safetensors(self.folder / file, tensors, {RUN: self.run})
         state = {"run": self.run, "step": step, "tensors": file, "threads": torch.get_num_threads()}
-        write_json(self.folder / STATE_FILE, state | {"extra": dict(extra)})
+        write_json(self.folder / STATE_FILE, state | {"made_of": self.made_of, "extra": dict(extra)})
         before, self.latest = self.latest, self.folder / file
         for old in (before, *self.tensors_of(self.run)):
             if old is not None and old != self.latest:
@@ -117,8 +154,9 @@ class CheckpointFolder:
             return None
         if state["run"] != self.run:
             raise MoLEError(
-                f"The checkpoint in {self.folder} (step {state['step']}) is of another training: config, data or base "
-                "model differ. Give the same ones to go on, or another folder, or delete this one to start anew."
+                f"The checkpoint in {self.folder} (step {state['step']}) is of another training: "
+                f"{differences(state.get('made_of'), self.made_of)}. Give the same to go on, or another folder, or "
+                "delete this one to start anew."
             )
         if not set(expects) <= set(state["extra"]):
             raise self._damaged(STATE_FILE, f"`extra` lacks {sorted(set(expects) - set(state['extra']))}")
@@ -203,7 +241,7 @@ class CheckpointFolder:
 
 def clear_checkpoints(folder: Path) -> None:
     """Takes the checkpoint in a folder away, and the folder where nothing else is in it."""
-    checkpoints = CheckpointFolder(folder, "")
+    checkpoints = CheckpointFolder(folder)
     state = checkpoints.state()
     if state is not None:
         for file in (folder / state["tensors"], *checkpoints.tensors_of(state["run"]), folder / STATE_FILE):

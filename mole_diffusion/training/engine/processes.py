@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast, reduce
+from accelerate.utils import broadcast, broadcast_object_list, reduce
 from torch import Tensor
 
 from mole_diffusion.errors import MoLEError
@@ -65,6 +65,10 @@ class Processes:
     def from_main(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The main process's tensors, in every process."""
         return broadcast(tensors) if self.num > 1 else tensors
+
+    def texts_from_main(self, texts: list[str]) -> list[str]:
+        """The main process's texts, in every process; all have as many."""
+        return list(broadcast_object_list(list(texts))) if self.num > 1 else texts
 
     def wait(self) -> None:
         """Waits until every process is here."""

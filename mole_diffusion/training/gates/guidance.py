@@ -48,7 +48,6 @@ class Guidance:
         self.config = config
         self.texts = [text_for_clip(prompt, concepts) for prompt in prompts]
         self.text_features = clip.encode_text(self.texts)  # T, (prompts, width)
-        self._pictures = list(references.values())
         if not needs_references(config):
             return
         called = [[concept.is_in(prompt) for concept in concepts.values()] for prompt in prompts]
@@ -71,9 +70,9 @@ class Guidance:
         terms = self.terms(drawn.images, drawn.prompts)
         return self.weigh(terms).mean(), {name: term.mean() for name, term in terms.items()}
 
-    def made_of(self) -> tuple[list[Tensor], list[str]]:
-        """The texts that CLIP reads, its features of them and of the references, and its weights."""
-        return [self.text_features, *self._pictures, *self.clip.state_dict().values()], self.texts
+    def made_of(self) -> dict[str, list[Tensor] | list[str]]:
+        """CLIP's weights, and what it reads."""
+        return {"the CLIP": list(self.clip.state_dict().values()), "what CLIP reads": self.texts}
 
     def terms(self, images: Tensor, chosen: Sequence[int]) -> dict[str, Tensor]:
         """Every term of weight above 0, each (batch,), fp32.

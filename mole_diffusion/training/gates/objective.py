@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -46,6 +46,9 @@ class Objective(Protocol):
         """The loss, a scalar with graph, and numbers to show beside it, by name."""
         ...
 
-    def made_of(self) -> tuple[Sequence[Tensor], Sequence[str]]:
-        """Tensors and texts that identify the objective, so that a checkpoint of one is refused by another."""
+    def made_of(self) -> Mapping[str, Iterable[Tensor | str]]:
+        """Tensors and texts that identify the objective, so that a checkpoint of one is refused by another.
+
+        By the words that the refusal calls them by, such as "the CLIP".
+        """
         ...

@@ -15,7 +15,7 @@ from mole_diffusion.clip import DifferentiableCLIP
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.files import atomic_path, file_name
 from mole_diffusion.pictures import as_seen, read_picture
-from mole_diffusion.training.engine.checkpoint import base_tensors, base_texts, content_hash
+from mole_diffusion.training.engine.checkpoint import content_hash, parts_of_base
 from mole_diffusion.training.engine.randomness import step_generator
 from mole_diffusion.training.gates.concepts import Concept
 from mole_diffusion.training.gates.config import GateTrainingConfig
@@ -23,28 +23,30 @@ from mole_diffusion.training.gates.config import GateTrainingConfig
 STEPS, GUIDANCE_SCALE = 25, 5.0
 
 
-def reference_features(
-    pipe: Any,
-    clip: DifferentiableCLIP,
-    config: GateTrainingConfig,
-    concepts: Mapping[str, Concept],
-    cache: Path | None,
-) -> dict[str, Tensor]:
-    """CLIP features of every concept's pictures, (pictures, width), by the name of its LoRA.
+def reference_pictures(
+    pipe: Any, config: GateTrainingConfig, concepts: Mapping[str, Concept], cache: Path | None
+) -> dict[str, list[Tensor]]:
+    """Every concept's pictures, (1, 3, height, width) in [0, 1], by the name of its LoRA.
 
     Args:
         pipe: A MoLE pipeline with the LoRAs loaded; afterwards its composition and gates are as before.
-        clip: The CLIP that judges.
         config: How many pictures to draw where a concept has none, and the seed.
         concepts: What each LoRA stands for, by its name.
         cache: Folder for drawn pictures; they are drawn once for a LoRA, base, caption and seed. None keeps none.
     """
-    base = "" if cache is None else content_hash(base_tensors(pipe), base_texts(pipe))
-    features = {}
+    base = ""
+    if cache is not None:
+        base = content_hash(one for part in parts_of_base(pipe).values() for one in part)
+    pictures = {}
     for name, concept in concepts.items():
-        pictures = list(concept.references) or _drawn(pipe, config, name, concept, cache, base)
-        features[name] = torch.cat([clip.encode_image(_as_tensor(picture)) for picture in pictures])
-    return features
+        own = list(concept.references) or _drawn(pipe, config, name, concept, cache, base)
+        pictures[name] = [_as_tensor(picture) for picture in own]
+    return pictures
+
+
+def reference_features(clip: DifferentiableCLIP, pictures: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
+    """CLIP features of every concept's pictures, (pictures, width), by the name of its LoRA."""
+    return {name: torch.cat([clip.encode_image(one) for one in own]) for name, own in pictures.items()}
 
 
 @torch.no_grad()
@@ -57,7 +59,7 @@ def _drawn(
     if cache is not None:
         lora = next(lora for lora in pipe.experts.loras if lora.name == name)
         how = f"{STEPS} {GUIDANCE_SCALE}" + ("" if config.resolution is None else f" {config.resolution}")
-        key = content_hash([], [lora.fingerprint, prompt, str(config.seed), how, base])[:16]
+        key = content_hash([lora.fingerprint, prompt, str(config.seed), how, base])[:16]
         # The name of a LoRA leads nowhere: it is no part of the name of a file as it is.
         files = [cache / f"{file_name(name)}-{key}-{k}.png" for k in range(config.reference_pictures)]
         drawn = [_whole(file) for file in files]

@@ -15,7 +15,7 @@ from mole_diffusion.clip import DifferentiableCLIP
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.files import in_use, try_folder
 from mole_diffusion.gating import MoLEModel
-from mole_diffusion.training.engine.checkpoint import CheckpointFolder, base_tensors, base_texts, fingerprint
+from mole_diffusion.training.engine.checkpoint import CheckpointFolder, content_hash, made_of, parts_of_base
 from mole_diffusion.training.engine.history import History
 from mole_diffusion.training.engine.loop import TrainingLoop, every
 from mole_diffusion.training.engine.memory import peak_memory
@@ -30,7 +30,7 @@ from mole_diffusion.training.gates.config import GateTrainingConfig
 from mole_diffusion.training.gates.guidance import Guidance, needs_references
 from mole_diffusion.training.gates.masks import check_triggers
 from mole_diffusion.training.gates.objective import Objective
-from mole_diffusion.training.gates.references import reference_features
+from mole_diffusion.training.gates.references import reference_features, reference_pictures
 from mole_diffusion.training.gates.report import TrainingReport, check_out
 from mole_diffusion.training.gates.step import TrainingStep
 from mole_diffusion.training.gates.walk import Walker
@@ -110,12 +110,15 @@ def train_gates(
         if work is not None and processes.is_main:
             try_folder(work)
             stack.enter_context(in_use(work))
-        texts = prompts  # as the objective reads them
+        if out is not None and processes.is_main:
+            stack.enter_context(in_use(out, "-out"))  # `work` may be the same folder
+        texts, pictures_of = prompts, {}  # as the objective reads them; by concept, what it compares with
         if clip is not None:
             clip, references = clip.to(processes.device), {}
             if needs_references(config):
                 cache = Path(work) / "references" if work is not None and processes.is_main else None
-                references = processes.from_main(reference_features(pipe, clip, config, concepts, cache))
+                pictures_of = reference_pictures(pipe, config, concepts, cache)
+                references = processes.from_main(reference_features(clip, pictures_of))
             objective = Guidance(clip, config, prompts, concepts, references)
             texts = objective.texts
         assert objective is not None
@@ -128,11 +131,12 @@ def train_gates(
 
         checkpoints = None
         if work is not None:
-            lora_hashes = [lora.fingerprint for lora in pipe.experts.loras]
-            its_tensors, its_texts = objective.made_of()
-            tensors = [*its_tensors, *base_tensors(pipe)]
-            run = fingerprint(config, tensors, [*prompts, *its_texts, *lora_hashes, *base_texts(pipe)])
-            checkpoints = CheckpointFolder(work, run)
+            its = {"the prompts": prompts, **objective.made_of(), **parts_of_base(pipe)}
+            its |= {f"the LoRA {lora.name!r}": [lora.fingerprint] for lora in pipe.experts.loras}
+            # Each process drew its own, which may differ between kinds of GPU.
+            hashes = processes.texts_from_main([content_hash(own) for own in pictures_of.values()])
+            its |= {f"the pictures of {name!r}": [one] for name, one in zip(pictures_of, hashes, strict=True)}
+            checkpoints = CheckpointFolder(work, made_of=made_of(config, its))
         history = History(config.steps)
         loop = TrainingLoop(
             config.steps, parameters, optimizer, checkpoints, {"history": history, "precision": precision}

@@ -22,7 +22,7 @@ from mole_diffusion.families.clip import CLIPText
 from mole_diffusion.files import in_use, try_file, try_folder, write_last
 from mole_diffusion.lora import LoRAFactors, save_lora
 from mole_diffusion.lora.triggers import write_triggers
-from mole_diffusion.training.engine.checkpoint import CheckpointFolder, base_tensors, base_texts, fingerprint
+from mole_diffusion.training.engine.checkpoint import CheckpointFolder, made_of, parts_of_base
 from mole_diffusion.training.engine.loop import TrainingLoop, every
 from mole_diffusion.training.engine.optimizer import learning_rate_factor, make_optimizer
 from mole_diffusion.training.engine.precision import Precision
@@ -98,9 +98,11 @@ def train_lora(
     groups = groups_by_size(images, config.resolution or family.side(pipe), family.patch * pipe.vae_scale_factor)
     checkpoints = None
     if work is not None:
-        run = fingerprint(config, [*(pixels for _, pixels in groups), *base_tensors(pipe)], base_texts(pipe))
-        checkpoints = CheckpointFolder(work, run)
+        pictures = {"the pictures": [pixels for _, pixels in groups]}
+        checkpoints = CheckpointFolder(work, made_of=made_of(config, pictures | parts_of_base(pipe)))
     with ExitStack() as stack:
+        if out is not None:
+            stack.enter_context(in_use(Path(out).parent, f"-{Path(out).stem}"))
         if checkpoints is not None:
             stack.enter_context(in_use(checkpoints.folder))
         loop = TrainingLoop(config.steps, parameters, optimizer, checkpoints, {"precision": precision})
