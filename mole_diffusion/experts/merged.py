@@ -52,6 +52,7 @@ class Merged:
         self._runs = runs
         self._made: _Made | None = None
         self._module: Any = None
+        self._norm = False
         self.hang()
 
     def hang(self) -> None:
@@ -59,6 +60,7 @@ class Merged:
         refuse_unmergeable(self._site)
         self.remove()
         self._module, self._made = self._site.module, None
+        self._norm = is_norm(self._module)
         self._module.forward = self
 
     def remove(self) -> None:
@@ -77,7 +79,7 @@ class Merged:
             output = type(module).forward(module, hidden_states)
             return output
         made = self._of(run, hidden_states)
-        if is_norm(module):
+        if self._norm:
             own = getattr(module, "bias", None) is not None
             output = run_with(module, {"weight": made.weight, "bias": made.bias if own else None}, hidden_states)
             return output if own or made.bias is None else output + made.bias
