@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import MoLEError
-from .averages import Averages
+from .averages import Averages, refuse_drawn_again
 from .encoders import ImageEncoder, TextImageEncoder
 from .features import TextCache, embed_images
 from .pictures import Pictures, picture_tensors
@@ -105,8 +105,9 @@ class TextAlignment(Averages):
         """Counts pictures with one prompt each; one picture may come with its prompt alone.
 
         Raises:
-            TypeError, MoLEError: They are of another type or shape, or not as many.
+            TypeError, MoLEError: They are of another type or shape, not as many, or drawn again by `BootStrapper`.
         """
+        refuse_drawn_again(self)
         self.add(self.measure(images, prompts))
 
 
@@ -163,8 +164,11 @@ class ImageAlignment(Averages):
             concepts: Which concepts each picture should show; `None`: all of them.
 
         Raises:
-            TypeError, MoLEError: They are of another type or shape, not as many, or a concept is unknown.
+            TypeError, MoLEError: They are of another type or shape, not as many, or a concept is unknown; or pictures
+                with concepts of their own are drawn again by `BootStrapper`.
         """
+        if concepts is not None:
+            refuse_drawn_again(self)
         self.add(self.measure(images, concepts))
 
     def _align(self, features: Tensor, concept: str) -> Tensor:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import secrets
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.wrappers import BootStrapper
 from torchmetrics.wrappers.abstract import WrapperMetric
 
 from ..errors import MoLEError
 
 _UNIT = 2.0**40
+_CALLS_BETWEEN = 8  # of a wrapper's `update` and the metric's, with torchmetrics' own around each
 
 
 class Averages(Metric):
@@ -113,6 +116,22 @@ class Averages(Metric):
         memo[id(self)] = copied
         copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return copied
+
+
+def refuse_drawn_again(metric: Averages) -> None:
+    """Raises MoLEError in an `update` that torchmetrics' `BootStrapper` calls.
+
+    It draws rows of tensors again and leaves lists as they are: pictures would be measured by texts of other ones.
+    """
+    frame = inspect.currentframe()
+    for _ in range(_CALLS_BETWEEN):
+        frame = None if frame is None else frame.f_back
+        if frame is not None and frame.f_globals.get("__name__") == BootStrapper.__module__:
+            name = type(metric).__name__
+            raise MoLEError(
+                f"BootStrapper draws pictures again and not the texts that belong to them, so {name} would compare "
+                f"pictures with texts of others. `{name}.measure` gives each picture's numbers: draw from these."
+            )
 
 
 class OneNumber(WrapperMetric):

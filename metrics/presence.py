@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import MoLEError
 from ..toybox.oracle import Detection, Oracle, judge
-from .averages import Averages
+from .averages import Averages, refuse_drawn_again
 from .pictures import Pictures, as_images
 
 NAMES = ("presence rate", "omission rate", "confusion rate", "all-present rate", "count error")
@@ -69,5 +69,6 @@ class ConceptPresence(Averages):
         return torch.tensor(rows, dtype=torch.float64)
 
     def update(self, images: Pictures, concepts: Sequence[Sequence[str]]) -> None:
-        """Counts pictures, with the subjects each should show. Raises as `measure`."""
+        """Counts pictures, with the subjects each should show. Raises as `measure`, and under `BootStrapper`."""
+        refuse_drawn_again(self)
         self.add(self.measure(images, concepts))

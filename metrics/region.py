@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import MoLEError
 from ..toybox.oracle import Oracle
 from .alignment import asked_for, check_references, image_alignment
-from .averages import Averages
+from .averages import Averages, refuse_drawn_again
 from .encoders import ImageEncoder
 from .features import embed_images
 from .pictures import Pictures, as_images
@@ -138,8 +138,11 @@ class RegionAlignment(Averages):
             concepts: Which concepts each should show; `None`: all.
 
         Raises:
-            MoLEError: There are none, not as many lists of concepts, or a concept or box is wrong.
+            MoLEError: There are none, not as many lists of concepts, or a concept or box is wrong; or pictures with
+                concepts of their own are drawn again by `BootStrapper`.
         """
+        if concepts is not None:
+            refuse_drawn_again(self)
         self.add(self.measure(images, concepts))
 
     def result(self) -> dict[str, float]:

@@ -18,6 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.files import (
@@ -35,6 +36,8 @@ from mole_diffusion.files import (
     write_last,
     write_safetensors,
 )
+from mole_diffusion.lora import LoRAFactors, save_lora
+from mole_diffusion.sheets import picture_sheet
 
 
 def forked(job: Any) -> int:
@@ -105,20 +108,34 @@ def test_half_of_what_fits_nowhere_does_not_stay(tmp_path: Path, monkeypatch: py
 
 
 def test_a_disk_that_takes_no_more_is_our_error(tmp_path: Path) -> None:
-    """By a limit on the size of files, which the system tells like a full disk."""
+    """By a limit on the size of files, which the system tells like a full disk. What was there before stays."""
+    picture = Image.effect_noise((300, 300), 90)
+    factors = {"unet": {"mid_block.attentions.0.proj_in": LoRAFactors(torch.ones(8, 400), torch.ones(400, 8), 1.0)}}
+
+    def several() -> None:
+        with atomic_files(tmp_path) as folder:
+            (folder / "a.json").write_text("new")
+            (folder / "a.csv").write_text("x" * 20_000)
+
+    jobs: dict[str, Any] = {
+        "a.json": lambda: write_json(tmp_path / "a.json", "x" * 20_000),
+        "a.safetensors": lambda: write_safetensors(tmp_path / "a.safetensors", {"a": torch.zeros(20_000)}),
+        "lora.safetensors": lambda: save_lora(factors, tmp_path / "lora.safetensors"),
+        "a.csv": several,
+        "a.png": lambda: picture_sheet([("row", [picture])], tmp_path / "a.png", title="", columns=["column"]),
+    }
+    for name in jobs:
+        (tmp_path / name).write_text("as it was")
 
     def write() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
-        for job in (
-            lambda: write_json(tmp_path / "a.json", "x" * 20_000),
-            lambda: write_safetensors(tmp_path / "a.safetensors", {"a": torch.zeros(20_000)}),
-        ):
+        for job in jobs.values():
             with pytest.raises(NotWrittenError, match="cannot be written"):
                 job()
 
     assert forked(write) == 0
-    assert list(tmp_path.iterdir()) == []
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(jobs, "as it was")
 
 
 def test_what_a_killed_process_left_is_cleaned_and_nothing_else(tmp_path: Path) -> None:

@@ -169,6 +169,15 @@ def test_wrappers_and_collections(toybox_clip: DifferentiableCLIP) -> None:
     with pytest.raises(MoLEError, match="there is no number None; there are cat"):
         image.only().compute()
 
+    for metric, texts in (
+        (TextAlignment(toybox_clip).only(), PROMPTS),
+        (ConceptPresence(), [["cat"], ["boot"], ["cat"]]),
+        (ImageAlignment(toybox_clip, REFERENCES).only("cat"), [["cat"], ["boot"], ["cat"]]),
+    ):
+        again = BootStrapper(metric, num_bootstraps=2, sampling_strategy="multinomial")
+        with pytest.raises(MoLEError, match="BootStrapper draws pictures again and not the texts that belong to them"):
+            again.update(batch(), texts)
+
     both = MetricCollection({"text": TextAlignment(toybox_clip), "image": ImageAlignment(toybox_clip, REFERENCES)})
     both.update(images=PICTURES, prompts=PROMPTS)
     assert {"text alignment (cosine)", "cat", "boot", "mean"} <= {name.split("/")[-1] for name in both.compute()}
