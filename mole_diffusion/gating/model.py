@@ -21,6 +21,7 @@ from mole_diffusion.errors import MoLEError
 from mole_diffusion.files import atomic_files
 
 from ..experts import Experts, Projections, Run, Site
+from ..experts.blocks import Blocks
 from ..lora import LoRA
 from .binding import Binding, Current, up_blocks
 from .block import BlockExperts
@@ -34,6 +35,9 @@ from .record import GateRecord
 from .routing import Routing
 from .spec import GateSpec, plan_gates, with_positions
 from .tokens import token_grid
+
+# Each beside the gates that it is of.
+_RECORDS: Blocks[tuple[MoLEModel, GateRecord]] = Blocks("mole_diffusion.records")
 
 
 class MoLEModel(ModelMixin, ConfigMixin):
@@ -70,7 +74,6 @@ class MoLEModel(ModelMixin, ConfigMixin):
         self.gates = nn.ModuleDict({key_of(spec.name): self._make_gate(spec) for spec in self.specs})
         self._routing = Routing(self.gate_config, self.num_experts)
         self._binding: Binding | None = None
-        self._record: GateRecord | None = None
         self._card: str | None = None
 
     @classmethod
@@ -216,16 +219,18 @@ class MoLEModel(ModelMixin, ConfigMixin):
 
     @contextmanager
     def record(self, accumulate: bool = False) -> Iterator[GateRecord]:
-        """Notes what the gates give inside a `with` block.
+        """Notes what the gates give inside a `with` block, to calls of this thread.
 
         Args:
             accumulate: Whether to keep all passes (denoising steps), not only the latest of each model.
         """
-        before, self._record = self._record, GateRecord(self.specs, self.lora_names, accumulate)
-        try:
-            yield self._record
-        finally:
-            self._record = before
+        record = GateRecord(self.specs, self.lora_names, accumulate)
+        with _RECORDS.open((self, record)):
+            yield record
+
+    @property
+    def _record(self) -> GateRecord | None:
+        return next((record for gates, record in _RECORDS if gates is self), None)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
         """Writes `config.json` and the gates as safetensors into a folder.

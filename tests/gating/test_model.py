@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from mole_diffusion.experts import Experts
 from mole_diffusion.gating import GateConfig, MoLEModel, balance_loss
+from mole_diffusion.gating.record import GateRecord
 from mole_diffusion.lora import LoRA
 from tests.merging import merge
 from tests.running import EVERYTHING, in_float64, make_lora, models, run_text, run_unet, unet_inputs
@@ -86,6 +89,27 @@ def test_untrained_gates_equal_the_normalised_sum(components: dict[str, Any], ex
     experts.weigher = Numbers(torch.ones(3), renormalize=True)
     torch.testing.assert_close(unet, run_unet(components), atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(text, run_text(components), atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_record_is_of_its_own_thread_and_ends_in_any_order(components: dict[str, Any], experts: Experts) -> None:
+    gates = gates_for(experts, components)
+
+    def recorded() -> Iterator[GateRecord]:
+        with gates.record(accumulate=True) as record:
+            yield record
+
+    first, second = recorded(), recorded()
+    outer, inner = next(first), next(second)
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(run_unet, components).result()
+    assert outer.names == inner.names == ()
+    first.close()
+    run_unet(components)
+    second.close()
+    run_unet(components)
+    assert outer.names == ()
+    assert {len(passes) for passes in inner.by_pass.values()} == {1}
 
 
 @torch.no_grad()
