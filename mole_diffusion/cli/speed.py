@@ -13,9 +13,13 @@ from .inputs import Device
 
 def speed(
     size: Annotated[
-        str, typer.Option(help="tiny, toybox, 142m, sd15, sdxl or sd3 (a DiT): random weights, real shapes.")
+        str,
+        typer.Option(help="tiny, toybox, 142m, sd15, sdxl, sd3, flux or z_image: random weights, real shapes."),
     ] = "142m",
-    loras: Annotated[str, typer.Option(help="How many LoRAs, a table row for each: 1,3,8,32.")] = "1,3,8",
+    loras: Annotated[
+        str | None,
+        typer.Option(help="How many LoRAs, a table row for each: 1,3,8,32. [default: 1,3,8; 3 with --count]"),
+    ] = None,
     used: Annotated[int | None, typer.Option(help="How many of them a call keeps; by default all.")] = None,
     rank: Annotated[int, typer.Option(help="Of every LoRA.")] = 16,
     targets: Annotated[str, typer.Option(help="Modules with factors: attention, all or conv.")] = "all",
@@ -45,6 +49,10 @@ def speed(
     whole: Annotated[
         bool, typer.Option("--whole", help="All tables of the documentation's page instead; ten minutes on two cores.")
     ] = False,
+    count: Annotated[
+        bool,
+        typer.Option("--count", help="Operations and memory of real bases instead, counted on models without values."),
+    ] = False,
     page: Annotated[Path | None, typer.Option(help="Write a page of Markdown here.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers here.")] = None,
 ) -> None:
@@ -64,9 +72,12 @@ def speed(
     from mole_diffusion.files import try_file, write_last, write_text
     from mole_diffusion.speed import SpeedConfig, measure_speed, speed_page
     from mole_diffusion.speed.config import WHOLE
-    from mole_diffusion.speed.page import saved_table, speed_tables
+    from mole_diffusion.speed.count import BASES, count_base
+    from mole_diffusion.speed.page import count_table, saved_table, speed_tables
     from mole_diffusion.speed.train import saved_activations
 
+    if loras is None:
+        loras = "3" if count else "1,3,8"
     try:
         numbers = tuple(int(part) for part in loras.split(","))
     except ValueError:
@@ -90,6 +101,18 @@ def speed(
         pipeline=pipeline,
         **settings,
     )
+    if count:
+        if len(numbers) > 1 or page or json_file:
+            raise MoLEError(
+                "--count prints one table for one number of LoRAs: give --loras 3, say, and neither --page nor --json."
+            )
+        with Console(stderr=True).status("counting") as status:
+            counts = []
+            for base, name in BASES.items():
+                status.update(f"counting: {name}")
+                counts.append(count_base(base, loras=numbers[0], rank=rank, targets=targets))
+        typer.echo(count_table(counts, numbers[0], rank))
+        return
     configs = WHOLE if whole else (config,)
     for file in (page, json_file):
         if file is not None:

@@ -13,9 +13,10 @@ SIDES: tuple[Side, ...] = get_args(Side)
 MOST = {"loras": 1000, "rank": 4096, "rounds": 1_000_000, "batch": 4096, "threads": 1024}
 LARGEST_LATENT = 2048  # a picture of 16384 pixels
 
+_ATTENTION = (".attn.to_", ".attn1.to_", ".attn2.to_", ".attention.to_")
 TARGETS: dict[str, tuple[str, ...]] = {
-    "attention": ("attn.to_", "attn1.to_", "attn2.to_"),
-    "all": ("attn.to_", "attn1.to_", "attn2.to_", ".ff.net.", "proj_in", "proj_out"),
+    "attention": _ATTENTION,
+    "all": (*_ATTENTION, ".ff.net.", ".feed_forward.w", ".proj_mlp", "proj_in", "proj_out"),
     "conv": ("attn1.to_", "attn2.to_", ".ff.net.", "proj_in", "proj_out", ".conv1", ".conv2", "conv_shortcut"),
 }
 """Parts of the names of modules that get factors; "all" is what kohya's trainer touches by default in a UNet."""
@@ -33,15 +34,19 @@ class Size:
         tokens: Words of the prompt.
         width: Of their embeddings.
         dtype: What it is usually run in.
+        patch: Pixels of the latents to a side of what it takes as one token.
+        rows: Of the latents for one picture: 2 where it is drawn with classifier-free guidance.
     """
 
-    kind: Literal["UNet2DConditionModel", "SD3Transformer2DModel"]
+    kind: Literal["UNet2DConditionModel", "SD3Transformer2DModel", "FluxTransformer2DModel", "ZImageTransformer2DModel"]
     settings: dict[str, Any]
     channels: int
     latent: int
     tokens: int
     width: int
     dtype: Literal["float32", "bfloat16"]
+    patch: int = 1
+    rows: int = 2
 
 
 def _unet(
@@ -127,10 +132,35 @@ SIZES: dict[str, Size] = {
         width=2048,
         dtype="bfloat16",
     ),
-    "sd3": Size("SD3Transformer2DModel", _SD3, channels=16, latent=128, tokens=333, width=4096, dtype="bfloat16"),
+    "sd3": Size(
+        "SD3Transformer2DModel", _SD3, channels=16, latent=128, tokens=333, width=4096, dtype="bfloat16", patch=2
+    ),
+    "flux": Size(
+        "FluxTransformer2DModel",
+        {"guidance_embeds": True},
+        channels=16,
+        latent=128,
+        tokens=512,
+        width=4096,
+        dtype="bfloat16",
+        patch=2,
+        rows=1,
+    ),
+    "z_image": Size(
+        "ZImageTransformer2DModel",
+        {},
+        channels=16,
+        latent=128,
+        tokens=64,
+        width=2560,
+        dtype="bfloat16",
+        patch=2,
+        rows=1,
+    ),
 }
 """By name. "toybox" has the shapes of a Stable Diffusion in miniature, where nothing but overhead is seen; "142m" those
-of a small one; "sd15", "sdxl" and "sd3" those of Stable Diffusion 1.5, XL and 3 medium; "tiny" is for a try."""
+of a small one; "sd15", "sdxl" and "sd3" those of Stable Diffusion 1.5, XL and 3 medium, "flux" and "z_image" those of
+FLUX.1 and Z-Image (diffusers' own defaults); "tiny" is for a try."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ..extras import needs
+from ..families.flux import GUIDANCE
+from ..families.latents import positions, to_patches
 from ..lora import LoRA, LoRAFactors
 from .config import SIZES, TARGETS, SpeedConfig
 
-STEP = 100  # late: every LoRA has joined in
+STEP, STEPS = 100, 1000  # late: every LoRA has joined in
 
 
 def make_model(config: SpeedConfig) -> Any:
@@ -53,19 +55,41 @@ def make_inputs(config: SpeedConfig, model: Any) -> dict[str, Any]:
     text = random(config.batch, size.tokens, size.width)
     latents = random(config.batch, size.channels, side, side)
     step = torch.tensor(STEP, device=config.device)
+    if size.kind == "ZImageTransformer2DModel":  # told how clean the picture is, from 0 to 1; a list of samples
+        clean = (1 - step / STEPS).expand(config.batch)
+        return {"x": list(latents[:, :, None]), "t": clean, "cap_feats": list(text), "return_dict": False}
+    if size.kind == "FluxTransformer2DModel":
+        rows = side // size.patch
+        return {
+            "hidden_states": to_patches(latents),
+            "timestep": (step / STEPS).expand(config.batch).to(model.dtype),
+            "encoder_hidden_states": text,
+            "pooled_projections": random(config.batch, model.config.pooled_projection_dim),
+            "guidance": torch.full((config.batch,), GUIDANCE, device=config.device),
+            "txt_ids": torch.zeros(size.tokens, 3, device=config.device, dtype=model.dtype),
+            "img_ids": positions(rows, rows, 3, latents),
+            "return_dict": False,
+        }
     if size.kind == "SD3Transformer2DModel":
-        pooled = random(config.batch, model.config.pooled_projection_dim)
         return {
             "hidden_states": latents,
             "timestep": step.expand(config.batch),
             "encoder_hidden_states": text,
-            "pooled_projections": pooled,
+            "pooled_projections": random(config.batch, model.config.pooled_projection_dim),
             "return_dict": False,
         }
     inputs = {"sample": latents, "timestep": step, "encoder_hidden_states": text, "return_dict": False}
     if getattr(model.config, "addition_embed_type", None) == "text_time":
         inputs["added_cond_kwargs"] = {"text_embeds": random(config.batch, 1280), "time_ids": random(config.batch, 6)}
     return inputs
+
+
+def with_gradient(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The same inputs, of which the latents take a gradient."""
+    name = next(name for name in ("sample", "x", "hidden_states") if name in inputs)
+    latents = inputs[name]
+    wanted = [one.clone().requires_grad_() for one in (latents if isinstance(latents, list) else [latents])]
+    return {**inputs, name: wanted if isinstance(latents, list) else wanted[0]}
 
 
 def adapted(model: nn.Module, targets: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from .clocks import QUEUED, on_gpu
 from .config import SIZES
+from .count import BaseCount
 from .failed import Failed
 from .measure import SideCost, Speed
 from .ratio import Ratio
@@ -100,6 +101,33 @@ def saved_table(kept: Mapping[str, Mapping[str, float]]) -> str:
         "",
     ]
     return "\n".join([*head, *_table(["size", *names], rows)])
+
+
+def count_table(counts: Sequence[BaseCount], loras: int, rank: int) -> str:
+    """What real bases ask for, as Markdown.
+
+    Args:
+        counts: One for each base.
+        loras: How many LoRAs were counted.
+        rank: Their rank.
+    """
+    sides = list(counts[0].more)[1:]
+    head = ["base", "picture", "denoiser, bfloat16", f"{loras} LoRAs of rank {rank}", "TFLOP a step"]
+    head += [f"with {NAMES[side]}" for side in sides] + ["MiB at the peak", *(f"with {NAMES[side]}" for side in sides)]
+    rows = [
+        [
+            one.name,
+            f"{one.pixels}²",
+            f"{one.parameters / 1e9:.2f} B, {one.weights:.1f} GiB",
+            f"{one.loras:.0f} MiB",
+            f"{one.operations / 1e12:.2f}",
+            *(f"{one.more[side]:.3f}" for side in sides),
+            f"{one.peak['bare']:.0f}",
+            *(f"{one.peak[side]:.0f}" for side in sides),
+        ]
+        for one in counts
+    ]
+    return "\n".join(_table(head, rows))
 
 
 def speed_page(speeds: Sequence[Speed], command: str, *more: str) -> str:

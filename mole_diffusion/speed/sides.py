@@ -94,8 +94,6 @@ def make_sides(
         "peft": peft,
         "merged": merged_beforehand,
     }
-    if component != "unet":  # stripes of the picture are those of a UNet's latents
-        del makers["masks"]
     if model.dtype != torch.float32:
         del makers["fused"]
     sides: Sides = {}
@@ -117,7 +115,8 @@ def _compiled(config: SpeedConfig, model: Any) -> Any:
 
 def _call(config: SpeedConfig, inputs: dict[str, Any], number: int, regions: bool = True) -> Call:
     """A call in which every LoRA has a word of the prompt and, if asked for, a stripe of the picture."""
-    tokens = SIZES[config.size].tokens
+    size = SIZES[config.size]
+    tokens = size.tokens
     names = tuple(f"lora{index}" for index in range(number))
     subject: tuple[Role, ...] = ("subject",)
     of_roles = subject * number
@@ -125,11 +124,13 @@ def _call(config: SpeedConfig, inputs: dict[str, Any], number: int, regions: boo
     for index in range(number):
         owned[0, index, 1 + index % (tokens - 1)] = True
     words = PromptWords(owned)
-    words.encoded(inputs["encoder_hidden_states"][-1:])
+    text = inputs["encoder_hidden_states"] if "encoder_hidden_states" in inputs else torch.stack(inputs["cap_feats"])
+    words.encoded(text[-1:])
     steps = SimpleNamespace(timesteps=torch.arange(1000, 0, -100), order=1)
     if not regions:
         return Call(names, of_roles, steps, words=words)
-    grid = (inputs["sample"].shape[-2], inputs["sample"].shape[-1])
+    side = (config.latent or size.latent) // size.patch
+    grid = (side, side)
     columns = {name: (index / number, 0, (index + 1) / number, 1) for index, name in enumerate(names)}
     region_map = RegionMap.from_regions(columns, names, image_size=grid, grid=grid)
     return Call(names, of_roles, steps, words=words, regions=region_map)

@@ -18,7 +18,7 @@ from ..training import GateTrainingConfig
 from .clocks import on_gpu, spent
 from .config import SpeedConfig
 from .failed import Failed
-from .models import component_of, make_inputs, make_loras, make_model, twin
+from .models import component_of, make_inputs, make_loras, make_model, twin, with_gradient
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,7 @@ def training_costs(
     saved = saved_activations(config, number)
     component = component_of(config)
     with _ours(config, twin(model), component, number) as (ours, _):
-        latents = "sample" if "sample" in inputs else "hidden_states"
-        calls = {
-            "bare": (model, {**inputs, latents: inputs[latents].clone().requires_grad_()}),
-            "gates": (ours, inputs),
-        }
+        calls = {"bare": (model, with_gradient(inputs)), "gates": (ours, inputs)}
         steps = []
         for name, kept in saved.items():
             side, _, how = name.partition(", ")
@@ -91,8 +87,7 @@ def saved_activations(config: SpeedConfig, number: int) -> dict[str, float]:
     config = replace(config, device="meta")
     model = make_model(config)
     inputs = make_inputs(config, model)
-    latents = "sample" if "sample" in inputs else "hidden_states"
-    calls = {"bare": (model, {**inputs, latents: inputs[latents].clone().requires_grad_()})}
+    calls = {"bare": (model, with_gradient(inputs))}
     found = {}
     with _ours(config, twin(model), component_of(config), number) as (ours, experts):
         calls["gates"] = (ours, inputs)
@@ -110,7 +105,8 @@ def saved_activations(config: SpeedConfig, number: int) -> dict[str, float]:
 
 
 def _loss(model: Any, inputs: dict[str, Any]) -> Tensor:
-    loss: Tensor = model(**inputs)[0].float().square().mean()
+    prediction = model(**inputs)[0]
+    loss: Tensor = torch.stack([sample.float().square().mean() for sample in prediction]).mean()
     return loss
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +16,10 @@ from mole_diffusion.cli import app
 from mole_diffusion.composition import COMPOSITIONS
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.speed import SIDES, SIZES, Counted, Speed, SpeedConfig, measure_speed, speed_page
+from mole_diffusion.speed import count as count_module
 from mole_diffusion.speed.clocks import timed
 from mole_diffusion.speed.config import WHOLE, Side
+from mole_diffusion.speed.count import Alive, FusedAttention, count_base
 from mole_diffusion.speed.measure import SideCost
 from mole_diffusion.speed.models import make_inputs, make_model, merged, twin
 from mole_diffusion.speed.page import saved_table
@@ -123,6 +127,55 @@ def test_training_gates_keeps_hardly_more_than_the_bare_model_does() -> None:
     kept = saved_activations(SpeedConfig(size="sd15", loras=(3,)), 3)
     assert kept["gates"] < 1.1 * kept["bare"]
     assert kept["gates, checkpointed"] < 0.1 * kept["bare"]
+
+
+SMALL: dict[str, dict[str, Any]] = {
+    "tiny": SIZES["tiny"].settings,
+    "sd3": {**SIZES["sd3"].settings, "num_layers": 2, "num_attention_heads": 1, "caption_projection_dim": 64},
+    "flux": {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 1, "guidance_embeds": True},
+    "z_image": {"n_layers": 1, "n_refiner_layers": 1, "dim": 256, "n_heads": 2, "n_kv_heads": 2},
+}
+
+
+@pytest.mark.parametrize("size", SMALL)
+def test_what_is_counted_without_values_is_what_a_call_does(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = dataclasses.replace(SIZES[size], settings=SMALL[size], latent=16, tokens=32, dtype="float32")
+    monkeypatch.setitem(SIZES, size, small)
+    count = count_base(size, loras=2, rank=4)
+    sides: tuple[Side, ...] = ("bare", "sum", "gates", "masks")
+    config = SpeedConfig(size=size, loras=(2,), rank=4, rounds=1, sides=sides, batch=small.rows)
+    speed = measure_speed(config)
+    assert not speed.failed
+    assert count.parameters == speed.parameters
+    for row in speed.rows:
+        assert count.more[row.side] == pytest.approx(row.operations, rel=1e-9)
+    assert count.more["gates"] > count.more["sum"] > 1
+    assert count.peak["gates"] >= count.peak["sum"] > 0
+
+
+def test_the_peak_is_of_tensors_that_are_there_at_once() -> None:
+    x = torch.empty(1000, device="meta")
+    with Alive() as alive:
+        y = x + 1  # 4000 bytes
+        z = y.view(10, 100) + 1  # and 4000 more: a view has none of its own
+        del y
+        z += 1
+        z @ torch.empty(100, 5, device="meta")  # 2000 and 200, when 4000 are gone
+    assert alive.peak == 8000
+    with FusedAttention(), Alive() as alive:
+        query = torch.empty(1, 2, 4096, 8, device="meta")
+        assert torch.nn.functional.scaled_dot_product_attention(query, query, query).shape == query.shape
+    assert alive.peak == 2 * query.numel() * 4  # no scores
+
+
+def test_real_bases_are_counted_from_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(count_module, "BASES", {"tiny": "A tiny one"})
+    done = CliRunner().invoke(app, ["speed", "--count"])
+    assert "| A tiny one | 64² |" in done.output
+    assert "3 LoRAs of rank 16" in done.output
+    refused = CliRunner().invoke(app, ["speed", "--count", "--loras", "1,3"])
+    assert refused.exit_code == 2
+    assert "give --loras 3, say" in refused.output
 
 
 def test_left_out_loras_cost_no_operation() -> None:

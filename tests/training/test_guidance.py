@@ -169,9 +169,9 @@ def test_crops_reach_every_edge() -> None:
 
 
 def features(
-    pipe: Any, clip: DifferentiableCLIP, concepts: Any, cache: Path | None, seed: int = 0
+    pipe: Any, clip: DifferentiableCLIP, concepts: Any, cache: Path | None, **changes: Any
 ) -> dict[str, Tensor]:
-    settings = config(reference_pictures=2, local_weight=1.0, seed=seed)
+    settings = config(reference_pictures=2, local_weight=1.0, **changes)
     return reference_features(clip, reference_pictures(pipe, settings, concepts, cache))
 
 
@@ -204,3 +204,16 @@ def test_references_are_the_users_or_drawn_once_by_the_lora_alone(clip: Differen
     alone = mole_pipeline(1)
     other = features(alone, clip, {"lora0": CONCEPTS["lora0"]}, None)
     torch.testing.assert_close(other["lora0"], drawn["lora0"], atol=1e-3, rtol=0)  # the other LoRA took no part
+
+
+@pytest.mark.usefixtures("few_steps")
+@pytest.mark.parametrize(("of_training", "of_pictures"), [(2.0, 2.0), (1.0, 5.0)])
+def test_references_are_drawn_with_the_guidance_of_training(
+    of_training: float, of_pictures: float, clip: DifferentiableCLIP, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A base that wants little guidance would be compared with pictures that it never draws."""
+    pipe, told = mole_pipeline(1), []
+    whole = type(pipe).__call__
+    monkeypatch.setattr(type(pipe), "__call__", lambda *a, **k: (told.append(k["guidance_scale"]), whole(*a, **k))[1])
+    features(pipe, clip, {"lora0": CONCEPTS["lora0"]}, None, guidance_scale=of_training)
+    assert told == [of_pictures] * 2

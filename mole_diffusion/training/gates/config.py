@@ -153,6 +153,14 @@ class GateTrainingConfig:
                 f"({self.gradient_accumulation}), so that its parts are equal."
             )
 
+    @property
+    def picture_guidance_scale(self) -> float:
+        """Guidance of pictures drawn to be looked at, CLIP's references and the report's: that of training.
+
+        Training without guidance saves time; a picture without it shows little, so then it is 5.
+        """
+        return self.guidance_scale if self.guidance_scale > 1 else 5.0
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], preset: str = "default") -> GateTrainingConfig:
         """A preset with changes, as YAML or a command line give them; `gates` is a dictionary of changes too.

@@ -20,7 +20,7 @@ from mole_diffusion.training.engine.randomness import step_generator
 from mole_diffusion.training.gates.concepts import Concept
 from mole_diffusion.training.gates.config import GateTrainingConfig
 
-STEPS, GUIDANCE_SCALE = 25, 5.0
+STEPS = 25
 
 
 def reference_pictures(
@@ -30,7 +30,7 @@ def reference_pictures(
 
     Args:
         pipe: A MoLE pipeline with the LoRAs loaded; afterwards its composition and gates are as before.
-        config: How many pictures to draw where a concept has none, and the seed.
+        config: How many pictures to draw where a concept has none, their guidance, size and seed.
         concepts: What each LoRA stands for, by its name.
         cache: Folder for drawn pictures; they are drawn once for a LoRA, base, caption and seed. None keeps none.
     """
@@ -58,7 +58,8 @@ def _drawn(
     files = []
     if cache is not None:
         lora = next(lora for lora in pipe.experts.loras if lora.name == name)
-        how = f"{STEPS} {GUIDANCE_SCALE}" + ("" if config.resolution is None else f" {config.resolution}")
+        size = "" if config.resolution is None else f" {config.resolution}"
+        how = f"{STEPS} {config.picture_guidance_scale}{size}"
         key = content_hash([lora.fingerprint, prompt, str(config.seed), how, base])[:16]
         # The name of a LoRA leads nowhere: it is no part of the name of a file as it is.
         files = [cache / f"{file_name(name)}-{key}-{k}.png" for k in range(config.reference_pictures)]
@@ -74,7 +75,7 @@ def _drawn(
                 prompt,
                 loras=[name],
                 num_inference_steps=STEPS,
-                guidance_scale=GUIDANCE_SCALE,
+                guidance_scale=config.picture_guidance_scale,
                 height=config.resolution,
                 width=config.resolution,
                 generator=step_generator(config.seed, k),

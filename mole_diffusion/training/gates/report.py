@@ -124,7 +124,7 @@ class TrainingReport:
                 self.pipe(
                     prompt,
                     num_inference_steps=STEPS,
-                    guidance_scale=max(self.config.guidance_scale, 5.0),
+                    guidance_scale=self.config.picture_guidance_scale,
                     height=self.config.resolution,
                     width=self.config.resolution,
                     generator=torch.Generator().manual_seed(seed),
