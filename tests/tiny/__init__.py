@@ -84,8 +84,9 @@ def text_config(tokenizer: CLIPTokenizer, width: int) -> CLIPTextConfig:
 def tiny_components(seed: int = 0) -> dict[str, Any]:
     """A random Stable Diffusion of 32x32 pixels: `vae`, `text_encoder`, `tokenizer`, `unet`, `scheduler`.
 
-    The UNet has channels (32, 64), one layer a block and cross-attention on both levels; the text encoder is two
-    layers of width 32. Models are in eval mode, fp32, on the CPU.
+    The UNet has channels (32, 64) and one layer a block; as in Stable Diffusion 1.5, the blocks of the lowest level
+    have no attention, and the one in the middle has. The text encoder is two layers of width 32. Models are in eval
+    mode, fp32, on the CPU.
     """
     tokenizer = tiny_tokenizer()
     with torch.random.fork_rng(devices=[]):
@@ -96,8 +97,8 @@ def tiny_components(seed: int = 0) -> dict[str, Any]:
             out_channels=4,
             block_out_channels=(32, 64),
             layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
             cross_attention_dim=HIDDEN,
             attention_head_dim=8,
         )

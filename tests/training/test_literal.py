@@ -107,6 +107,7 @@ def test_training_equals_its_literal_transcription(clip: DifferentiableCLIP, max
         learning_rate=0.3,
         weight_decay=0.1,
         max_grad_norm=max_grad_norm,
+        seed=2,
     )
     losses: list[float] = []
 
