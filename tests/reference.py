@@ -19,13 +19,9 @@ FACTORS = tuple[Tensor, Tensor, float]
 
 def delta(factors: FACTORS) -> Tensor:
     """Delta W_i = s_i B_i A_i, entry by entry."""
-    down, up, scaling = factors
-    change = torch.zeros(up.shape[0], down.shape[1], dtype=torch.float64)
-    for row in range(up.shape[0]):
-        for column in range(down.shape[1]):
-            for rank in range(down.shape[0]):
-                change[row, column] += scaling * float(up[row, rank]) * float(down[rank, column])
-    return change
+    a, b, scaling = factors[0].tolist(), factors[1].tolist(), factors[2]
+    change = [[sum(scaling * row[k] * a[k][column] for k in range(len(a))) for column in range(len(a[0]))] for row in b]
+    return torch.tensor(change, dtype=torch.float64)
 
 
 def eq1_linear(weight: Tensor, loras: Sequence[FACTORS]) -> Tensor:
@@ -311,8 +307,8 @@ def corrected_mask(
 def norm_router(x: Tensor, loras: Sequence[FACTORS]) -> list[int]:
     """For each token the LoRA with the largest |Delta W_i x_p| / mean_p |Delta W_i x_p|. x `(L, d)`."""
     ratios = []
-    for factors in loras:
-        sizes = [math.sqrt(sum(float(v) ** 2 for v in delta(factors) @ row)) for row in x.double()]
+    for change in map(delta, loras):
+        sizes = [math.sqrt(sum(float(v) ** 2 for v in change @ row)) for row in x.double()]
         mean = sum(sizes) / len(sizes)
         ratios.append([size / mean for size in sizes])
     return [max(range(len(loras)), key=lambda i: ratios[i][p]) for p in range(len(x))]

@@ -42,20 +42,34 @@ def four(pipe: Any, prompt: Any = PROMPT, **kwargs: Any) -> Tensor:
     return draw(pipe, prompt, **{"num_inference_steps": 4, **kwargs})
 
 
+@pytest.fixture(scope="module")
+def base_and_merged() -> tuple[Tensor, Tensor]:
+    """A dog by the base, and by the base with a LoRA in its weights."""
+    bare = composing_pipeline()
+    base = four(bare, "a dog")
+    merge_state(bare, lora_states(bare)["cat"], 0.7)
+    return base, four(bare, "a dog")
+
+
 @pytest.mark.parametrize("name", BINDING)
-def test_one_lora_is_that_lora_and_none_is_the_base(pipe: Any, name: str) -> None:
-    merged = composing_pipeline()
-    base = four(merged, "a dog")
-    merge_state(merged, lora_states(merged)["cat"], 0.7)
+def test_one_lora_is_that_lora_and_none_is_the_base(
+    pipe: Any, base_and_merged: tuple[Tensor, Tensor], name: str
+) -> None:
+    base, merged = base_and_merged
     pipe.set_composition(name)
     # Alone it needs no word in the prompt: there is nothing to tell it from.
-    assert_close(four(pipe, "a dog", loras={"cat": 0.7}), four(merged, "a dog"))
+    assert_close(four(pipe, "a dog", loras={"cat": 0.7}), merged)
     assert torch.equal(four(pipe, "a dog", loras=[]), base)
     assert torch.equal(four(pipe, "a dog", loras={"cat": 0.0}), base)
 
 
+@pytest.fixture(scope="module")
+def of_the_base() -> Tensor:
+    return four(composing_pipeline(), seed=3)
+
+
 @pytest.mark.parametrize("method", ["masks", Masks(online=True), "freefuse", "norm_router", Masks(own_words=2.0)])
-def test_no_state_survives_a_call(method: Any) -> None:
+def test_no_state_survives_a_call(of_the_base: Tensor, method: Any) -> None:
     pipe = fresh(method)
     first, again = four(pipe, seed=3), four(pipe, seed=4)
     if method != "norm_router":
@@ -63,7 +77,7 @@ def test_no_state_survives_a_call(method: Any) -> None:
     assert torch.equal(four(pipe, seed=3), first)
     assert torch.equal(four(fresh(method), seed=4), again)
     pipe.unload_loras()
-    assert torch.equal(four(pipe, seed=3), four(composing_pipeline(), seed=3))
+    assert torch.equal(four(pipe, seed=3), of_the_base)
 
 
 def test_the_prior_leaves_random_numbers_callbacks_and_settings_alone() -> None:
@@ -362,7 +376,7 @@ def test_image_to_image_and_inpainting_bind_too(method: Any) -> None:
     for cls, options in zip(ours, ({}, {"mask_image": Image.new("L", (32, 32), 255)}), strict=True):
         other = cls.from_pipe(pipe)
         other.set_progress_bar_config(disable=True)
-        options = {"image": picture, "strength": 0.5, "num_inference_steps": 8, **options}
+        options = {"image": picture, "strength": 0.5, "num_inference_steps": 6, **options}
         first = draw(other, PROMPT, **options)
         assert isinstance(other.masks, RegionMap)
         assert torch.equal(draw(other, PROMPT, **options), first)

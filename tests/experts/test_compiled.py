@@ -19,6 +19,7 @@ from tests.running import make_lora, models, unet_inputs
 from tests.tiny import tiny_components
 from tests.weighing import Numbers
 
+pytestmark = pytest.mark.slow
 DEFAULT_GATES = GateConfig(input="hidden", token_axis="token", scope="layer", null_expert=True)
 
 

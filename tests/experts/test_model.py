@@ -20,9 +20,10 @@ from tests.tiny import ATTENTION, FEED_FORWARD, tiny_components
 from tests.weighing import Numbers
 
 
-@pytest.fixture
-def loras(components: dict[str, Any]) -> list[LoRA]:
+@pytest.fixture(scope="module")
+def loras() -> list[LoRA]:
     """Mixed ranks; the second touches neither convolutions nor the text encoder."""
+    components = tiny_components()
     return [
         make_lora(components, "cat", 1, rank=4),
         make_lora(components, "boot", 2, rank=7, targets=(ATTENTION, FEED_FORWARD)),

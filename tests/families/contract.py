@@ -124,26 +124,38 @@ class WithLoRAs:
 class PipelineContract(WithLoRAs):
     """What holds for every pipeline."""
 
-    def test_one_lora_is_its_weights_merged(self, pipe: Any) -> None:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def with_cat(cls, loaded: Any) -> Tensor:
+        """What is drawn with the first LoRA."""
+        return draw(cls.case, loaded, loras=["cat"])
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def with_none(cls, loaded: Any) -> Tensor:
+        """What is drawn without LoRAs."""
+        return draw(cls.case, loaded, loras=[])
+
+    def test_one_lora_is_its_weights_merged(self, pipe: Any, with_cat: Tensor, with_none: Tensor) -> None:
         stock = self.case.pipe(stock=True)
         base = draw(self.case, stock)
         merge_state(stock, lora_state(pipe, 0))
         merged = draw(self.case, stock)
         assert_other(merged, base)
-        assert_same(draw(self.case, pipe, loras=["cat"]), merged)
-        assert torch.equal(draw(self.case, pipe, loras=[]), base)
+        assert_same(with_cat, merged)
+        assert torch.equal(with_none, base)
 
-    def test_a_lora_masked_out_is_a_lora_not_loaded(self, pipe: Any) -> None:
+    def test_a_lora_masked_out_is_a_lora_not_loaded(self, pipe: Any, with_none: Tensor) -> None:
         alone = self.case.pipe()
         alone.load_loras({"dog": lora_state(alone, 1)})
         assert_same(draw(self.case, pipe, loras=["dog"]), draw(self.case, alone))
         alone.unload_loras()
-        assert torch.equal(draw(self.case, alone), draw(self.case, pipe, loras=[]))
+        assert torch.equal(draw(self.case, alone), with_none)
 
-    def test_the_scale_of_diffusers_scales_loras(self, pipe: Any) -> None:
+    def test_the_scale_of_diffusers_scales_loras(self, pipe: Any, with_cat: Tensor) -> None:
         halved = draw(self.case, pipe, loras=["cat"], **{self.case.scale: {"scale": 0.5}})
         assert_same(halved, draw(self.case, pipe, loras={"cat": 0.5}))
-        assert_other(halved, draw(self.case, pipe, loras=["cat"]))
+        assert_other(halved, with_cat)
 
 
 class BatchContract(WithLoRAs):

@@ -26,9 +26,9 @@ from tests.tiny import ATTENTION, TEXT_ENCODER, tiny_components
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-@pytest.fixture
-def loras(components: dict[str, Any]) -> list[LoRA]:
-    targets = (ATTENTION, TEXT_ENCODER)
+@pytest.fixture(scope="module")
+def loras() -> list[LoRA]:
+    components, targets = tiny_components(), (ATTENTION, TEXT_ENCODER)
     return [make_lora(components, name, i, rank=i + 2, targets=targets) for i, name in enumerate(("cat", "boot"))]
 
 

@@ -14,23 +14,28 @@ from torch import Tensor
 from mole_diffusion.experts import Experts
 from mole_diffusion.gating import Gate, GateConfig, MoLEModel, masked_softmax
 from mole_diffusion.gating.gate import divisors
+from mole_diffusion.lora import LoRA
 from mole_diffusion.speed import Counted
 from tests import reference
 from tests.gating.test_model import gates_for
 from tests.running import EVERYTHING, make_lora, models, run_text, run_unet, unet_inputs
-from tests.tiny import ATTENTION, FEED_FORWARD, TEXT_ENCODER
+from tests.tiny import ATTENTION, FEED_FORWARD, TEXT_ENCODER, tiny_components
 from tests.weighing import Numbers
 
 PLACE = "unet.down_blocks.0.attentions.0.transformer_blocks.0"
 
 
-@pytest.fixture
-def experts(components: dict[str, Any]) -> Experts:
-    """Three LoRAs; the last leaves feed-forward layers and the text encoder alone."""
+@pytest.fixture(scope="module")
+def loras() -> list[LoRA]:
+    """The last leaves feed-forward layers and the text encoder alone."""
+    components = tiny_components()
     reach = ((ATTENTION, FEED_FORWARD, TEXT_ENCODER), (ATTENTION, FEED_FORWARD, TEXT_ENCODER), (ATTENTION,))
-    experts = Experts(
-        [make_lora(components, name, i, targets=reach[i]) for i, name in enumerate(("cat", "dog", "mug"))]
-    )
+    return [make_lora(components, name, i, targets=reach[i]) for i, name in enumerate(("cat", "dog", "mug"))]
+
+
+@pytest.fixture
+def experts(components: dict[str, Any], loras: list[LoRA]) -> Experts:
+    experts = Experts(loras)
     experts.attach(models(components))
     return experts
 

@@ -35,9 +35,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture
-def loras(components: dict[str, Any]) -> list[LoRA]:
+@pytest.fixture(scope="module")
+def loras() -> list[LoRA]:
     """Mixed ranks, everywhere the same modules."""
+    components = tiny_components()
     return [make_lora(components, n, i, rank=2 * i + 2, targets=USUAL) for i, n in enumerate(("cat", "boot", "mug"))]
 
 
@@ -278,7 +279,7 @@ def test_checkpointing_over_several_passes(components: dict[str, Any], experts: 
             unet.enable_gradient_checkpointing()
         gates.zero_grad()
         sample = unet_inputs()["sample"]
-        for timestep, keep in ((900, [1, 1, 1]), (500, [1, 1, 0]), (100, [0, 1, 1])):
+        for timestep, keep in ((900, [1, 1, 0]), (100, [0, 1, 1])):
             with experts.using(keep=torch.tensor(keep)):
                 sample = sample - 0.5 * run_unet(components, sample=sample, timestep=timestep)
         with torch.no_grad():

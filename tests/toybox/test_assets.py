@@ -20,6 +20,7 @@ from mole_diffusion.toybox.recipe.measure_clip import measure_clip, measure_crop
 from mole_diffusion.toybox.shapes import CLASSES
 from mole_diffusion.toybox.world import COLORS, article, full_caption, random_scene
 
+pytestmark = pytest.mark.slow
 PROMPT = "a photo of a <v1> cat on sand"
 
 
