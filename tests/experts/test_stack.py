@@ -120,8 +120,10 @@ def test_what_cannot_run_beside_a_module_is_refused() -> None:
         Site("unet", "a", nn.Linear(5, 6), ExpertStack([factor], "a"))
     with pytest.raises(ValueError, match="groups=2"):
         Site("unet", "a", nn.Conv2d(4, 6, 1, groups=2), ExpertStack([factor], "a"))
-    with pytest.raises(TypeError, match="LayerNorm"):
+    with pytest.raises(ValueError, match=r"map \(4,\) to 6, but the module maps \(4,\) to 4"):
         Site("unet", "a", nn.LayerNorm(4), ExpertStack([factor], "a"))
+    with pytest.raises(TypeError, match="Embedding"):
+        Site("unet", "a", nn.Embedding(4, 6), ExpertStack([factor], "a"))
     with pytest.raises(ValueError, match="disagree about a"):
         ExpertStack([factor, LoRAFactors(torch.randn(2, 5), torch.randn(6, 2), 1.0)], "a")
     with pytest.raises(ValueError, match="No LoRA"):
