@@ -5,6 +5,7 @@ That process has imported what the jobs need, which takes ten seconds, and start
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -77,7 +78,9 @@ def wait(child: int) -> int:
 def _serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no answer
+    gc.disable()  # as in `tests.conftest`: imports make little garbage
     importlib.import_module("tests.forked")
+    gc.enable()
     with tempfile.TemporaryDirectory() as folder:
         written, result = Path(folder, "written"), Path(folder, "result")
         for request in sys.stdin:
