@@ -17,7 +17,7 @@ from mole_diffusion.files import file_name, write_json
 from mole_diffusion.toybox.oracle import Detection
 from mole_diffusion.toybox.subjects import Subject, subject
 
-STEPS, GUIDANCE_SCALE = 25, 3.0
+STEPS, GUIDANCE_SCALE = 25, 2.0
 Row = dict[str, float]
 
 

@@ -66,7 +66,7 @@ def main() -> None:
 def _train(pipe: Any, subjects: list[Any], clip: DifferentiableCLIP, out: Path) -> None:
     train_gates(
         pipe,
-        GateTrainingConfig(guidance_scale=3.0),
+        GateTrainingConfig(guidance_scale=2.0),
         prompts=[toybox.subject_prompt(subjects, ground) for ground in TRAIN],
         concepts={item.name: toybox.concept(item) for item in subjects},
         clip=clip,

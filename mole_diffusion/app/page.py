@@ -28,7 +28,7 @@ BEGIN = PictureSettings(
     "a photo of a <v1> cat and a <v2> boot on grass",
     loras=(LoRASettings("cat", "toybox:cat"), LoRASettings("boot", "toybox:boot")),
     steps=25,
-    guidance_scale=3.0,
+    guidance_scale=2.0,
 )
 FIELDS = 5  # of a row: on, name, weight, trigger, role
 

@@ -31,7 +31,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("outputs/demo"),
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED - NUM_SEEDS, help="First of three seeds.")] = 0,
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 25,
-    guidance_scale: Annotated[float, typer.Option(min=0, help="Classifier-free guidance.")] = 3.0,
+    guidance_scale: Annotated[float, typer.Option(min=0, help="Classifier-free guidance.")] = 2.0,
     device: Device = "auto",
 ) -> None:
     """Compose three subjects of the toybox: by default, with regions of your own, and in other ways beside these.

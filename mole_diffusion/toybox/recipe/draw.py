@@ -12,11 +12,7 @@ from ..world import IMAGE_SIZE
 from .precision import fast_autocast
 
 NUM_INFERENCE_STEPS = 25
-
-
-GUIDANCE_SCALE = 3.0  # at 5 colours run over: of 200 pictures of one class, 148 showed it instead of 166
-
-
+GUIDANCE_SCALE = 2.0  # at 3 orange runs over: a LoRA alone shows its look in 84 % of pictures instead of 99
 _CHUNK = 50
 
 

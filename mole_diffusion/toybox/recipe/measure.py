@@ -23,8 +23,8 @@ from .measure_pictures import measure_base, measure_named, measure_subject
 def measure(assets: Path, *, seed: int, device: torch.device, num_pictures: int) -> dict:
     """Everything that is said of the shipped toybox; the numbers of its `report.json`.
 
-    Rows of the base have `num_pictures` pictures each, the oracle and CLIP as many scenes, every subject a quarter of
-    that, alone and in prompts of three and of five things.
+    Rows of the base have `num_pictures` pictures each, the oracle and CLIP as many scenes. Every subject has a quarter
+    of that alone, where the worst of them counts; in prompts of three and of five things they share `num_pictures`.
     """
     pipe = MoLEStableDiffusionPipeline.from_pretrained(assets / "base").to(device)
     table = measure_base(pipe, num_pictures=num_pictures, seed=seed)
@@ -33,9 +33,8 @@ def measure(assets: Path, *, seed: int, device: torch.device, num_pictures: int)
     for name in tracked(list(SUBJECTS), "subjects"):
         pipe.load_loras({name: assets / "loras" / f"{name}.safetensors"})
         for num_objects, rates in rows.items():
-            rates[name] = measure_subject(
-                pipe, name, num_pictures=max(1, num_pictures // 4), seed=seed, num_objects=num_objects
-            )
+            share = max(1, num_pictures // (4 if num_objects == 1 else len(SUBJECTS)))
+            rates[name] = measure_subject(pipe, name, num_pictures=share, seed=seed, num_objects=num_objects)
         pipe.unload_loras()
     clip = DifferentiableCLIP(assets / "clip")
     return {
