@@ -229,4 +229,4 @@ def test_a_toybox_subject_needs_only_its_name() -> None:
 
 def test_the_settings_of_table_7_are_settings() -> None:
     settings = read_config(None, ROOT / "benchmarks" / "table7.yaml", None, {})
-    assert settings.guidance_scale == 3.0
+    assert settings.guidance_scale == 2.0

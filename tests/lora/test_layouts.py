@@ -240,8 +240,9 @@ def test_inspect_needs_no_model(models: Any, tmp_path: Path) -> None:
     )
     report = inspect_lora(path)
     assert report.layout == "kohya"
-    assert report.modules == {"unet": 56, "text_encoder": 12}
-    assert report.ranks == {2: 12, 8: 56}
+    in_unet = 4 * 2 * 4  # transformer blocks, attentions, projections
+    assert report.modules == {"unet": in_unet, "text_encoder": 12}
+    assert report.ranks == {2: 12, 8: in_unet}
     assert report.alphas == (1.0, 4.0)
     assert report.family == "unknown"
 
