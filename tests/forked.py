@@ -28,20 +28,25 @@ from tests.gate_training import CONCEPTS, config, mole_pipeline, train
 from tests.tiny import tiny_pipeline
 
 
+def die_at_file(number: int | None) -> None:
+    """This process is killed before the file of this number, counted from 1, takes its name; `None`: it is not."""
+    replace, calls = os.replace, [0]
+
+    def counting_replace(*paths: Any) -> None:
+        calls[0] += 1
+        if calls[0] == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(*paths)
+
+    os.replace = counting_replace
+
+
 def killed(place: str, clip: str) -> list[int]:
     """One training, killed again and again and always started anew, and one left in peace; their exit codes."""
     folder, references.STEPS = Path(place), 2
 
     def run(name: str, kill_at: int | None = None, started: int | None = None) -> None:
-        replace, calls = os.replace, [0]
-
-        def counting_replace(*paths: Any) -> None:
-            calls[0] += 1
-            if calls[0] == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            replace(*paths)
-
-        os.replace = counting_replace
+        die_at_file(kill_at)
         train(
             mole_pipeline(),
             config(steps=5, checkpoint_every=1, learning_rate=0.05, local_weight=1.0, reference_pictures=1),
@@ -74,15 +79,7 @@ def killed_lora(place: str) -> list[int]:
     pictures = [Image.new("RGB", (32, 32), colour) for colour in ("red", "green")]
 
     def run(name: str, kill_at: int | None = None) -> None:
-        replace, calls = os.replace, [0]
-
-        def counting_replace(*paths: Any) -> None:
-            calls[0] += 1
-            if calls[0] == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            replace(*paths)
-
-        os.replace = counting_replace
+        die_at_file(kill_at)
         out, work = folder / f"{name}.safetensors", folder / f"{name}.work"
         train_lora(tiny_pipeline(), pictures, settings, out=out, work=work, progress=False)
 
