@@ -1,4 +1,4 @@
-"""The families of models, one file each. To add one, write its file and add its class to `FAMILIES`."""
+"""The families of models. A new one is one file here: an `Architecture` of each of its models, and a `Family`."""
 
 from __future__ import annotations
 
@@ -7,30 +7,28 @@ from typing import Any
 
 from torch import nn
 
+from ..discovery import one_of_each
 from ..errors import MoLEError
 from .architecture import Architecture, Joint, Original, Reads, Told, arguments
 from .base import Family, is_a
-from .flux import Flux
-from .flux2 import Flux2
-from .krea2 import Krea2
 from .names import canonical_name
-from .qwen_image import QwenImage
-from .stable_diffusion import StableDiffusion
-from .stable_diffusion_3 import StableDiffusion3
-from .stable_diffusion_xl import StableDiffusionXL
-from .z_image import ZImage
 
-FAMILIES: tuple[Family, ...] = (
-    StableDiffusion(), StableDiffusionXL(), StableDiffusion3(), Flux(), Flux2(), ZImage(), Krea2(), QwenImage(),
-)  # fmt: skip
+FAMILIES: tuple[Family, ...] = tuple(one_of_each(__name__, Family))
 
 ARCHITECTURES: list[Architecture] = list(
     {type(known): known for family in FAMILIES for known in family.architectures.values()}.values()
 )
 """Every kind of model that experts can be hung on. A model of your own is described by one more."""
 
-COMPONENTS: tuple[str, ...] = tuple(dict.fromkeys(name for family in FAMILIES for name in family.architectures))
-"""Names that the components with LoRAs have in pipelines, and in files of LoRAs."""
+COMPONENTS: tuple[str, ...] = tuple(
+    dict.fromkeys(
+        [
+            *sorted({family.denoiser for family in FAMILIES}),
+            *sorted({name for family in FAMILIES for name in family.architectures}),
+        ]
+    )
+)
+"""Names that the components with LoRAs have in pipelines, and in files of LoRAs: denoisers first."""
 
 __all__ = [
     "ARCHITECTURES",

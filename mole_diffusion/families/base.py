@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor, nn
 
 from .architecture import Architecture
+from .skeleton import Skeleton
 
 
 class Text(NamedTuple):
@@ -102,6 +103,7 @@ class Family:
         architectures: The components that can take LoRAs, and what they are. The denoiser is among them.
         texts: The tokenizers of the family.
         patch: Latent pixels to a side of what the denoiser takes as one token.
+        skeletons: Published models of the family, by which a file of LoRAs is known.
         crossed: Whether pixels attend to words alone, as in a cross-attention, so that further texts can stand behind
             a prompt without taking attention from pixels.
     """
@@ -112,6 +114,7 @@ class Family:
     architectures: ClassVar[Mapping[str, Architecture]]
     texts: ClassVar[tuple[Text, ...]] = (Text(),)
     patch: ClassVar[int] = 1
+    skeletons: ClassVar[tuple[Skeleton, ...]] = ()
     crossed: ClassVar[bool] = False
 
     def fits(self, components: Mapping[str, Any]) -> bool:

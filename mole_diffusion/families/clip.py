@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from .architecture import Architecture, unit
 
 
@@ -17,3 +19,22 @@ class CLIPText(Architecture):
     )  # fmt: skip
     siblings = (("q_proj", "k_proj", "v_proj"),)
     targets = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+
+
+NAMES = r"text_model|encoder_layers_\d"
+"""Names of its modules, with underscores for dots."""
+
+
+def clip_skeleton(hidden: int, layers: int, heads: int, *, projection: bool = False) -> nn.Module:
+    """A CLIP text encoder of a published size."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        projection_dim=hidden,
+    )
+    model: nn.Module = (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
+    return model

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from .architecture import Architecture, Joint, Told, packed_grid, unit
 from .base import Conditions, Family, Text
-from .clip import CLIPText
+from .clip import NAMES as CLIP_NAMES
+from .clip import CLIPText, clip_skeleton
 from .latents import from_patches, latent_side, positions, size_shift, to_patches
-from .t5 import T5
+from .skeleton import DIFFUSERS_BLOCKS, Components, Skeleton
+from .t5 import T5, t5_skeleton
 
 GUIDANCE = 3.5  # that models of embedded guidance are told where nobody says another, as in diffusers
 TIMESTEPS = 1000  # the scheduler counts in thousands what the model is given as 0 to 1
@@ -25,6 +27,9 @@ DOUBLE_ATTENTION = {
     "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
     "txt_attn.proj": ("attn.to_add_out",),
 }
+
+NAMES = rf"double_blocks_\d|single_blocks_\d|single_transformer_blocks_\d|stream_modulation|{DIFFUSERS_BLOCKS}"
+"""Names of modules of FLUX.1 and FLUX.2, with underscores for dots."""
 
 
 class FluxTransformer(Architecture):
@@ -116,6 +121,13 @@ def words_then_pixels(
     )
 
 
+def _published() -> Components:
+    from diffusers import FluxTransformer2DModel
+
+    transformer = FluxTransformer2DModel(guidance_embeds=True)
+    return {"transformer": transformer, "text_encoder": clip_skeleton(768, 12, 12), "text_encoder_2": t5_skeleton()}
+
+
 class Flux(Family):
     """A transformer of two streams, then of one; CLIP gives one vector for the text, T5 its words."""
 
@@ -128,6 +140,7 @@ class Flux(Family):
         "text_encoder": CLIPText(),
         "text_encoder_2": T5(),
     }
+    skeletons = (Skeleton("FLUX.1", rf"{NAMES}|{CLIP_NAMES}|encoder_block_\d", _published),)
     # CLIP gives one vector of the whole prompt.
     texts = (Text(stretch=None), Text("tokenizer_2", "prompt_2", limit=("max_sequence_length", 512)))
 

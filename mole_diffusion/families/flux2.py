@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from .architecture import Architecture, Told, packed_grid, unit
 from .base import Conditions, Family, Reading
 from .chats import MARK, QWEN_END, chat_reading
-from .flux import DOUBLE_ATTENTION, TIMESTEPS, words_then_pixels
+from .flux import DOUBLE_ATTENTION, NAMES, TIMESTEPS, words_then_pixels
 from .latents import from_patches, latent_side, positions, time_shift, to_patches
+from .skeleton import Components, Skeleton
 
 
 class Flux2Transformer(Architecture):
@@ -86,6 +87,20 @@ STEPS = 50
 LENGTH = 512  # tokens of a prompt that are read at most, where a call does not say
 
 
+def _published(heads: int, layers: int, single: int, words: int, guided: bool = False) -> Components:
+    from diffusers import Flux2Transformer2DModel
+
+    return {
+        "transformer": Flux2Transformer2DModel(
+            num_layers=layers,
+            num_single_layers=single,
+            num_attention_heads=heads,
+            joint_attention_dim=words,
+            guidance_embeds=guided,
+        )
+    }
+
+
 class Flux2(Family):
     """A transformer of two streams, then of one; Mistral (dev) or Qwen (klein) reads the text."""
 
@@ -94,6 +109,11 @@ class Flux2(Family):
     denoiser = "transformer"
     patch = 2
     architectures: ClassVar[Mapping[str, Architecture]] = {"transformer": Flux2Transformer()}
+    skeletons = (
+        Skeleton("FLUX.2 dev", NAMES, lambda: _published(48, 8, 48, 15360, guided=True)),
+        Skeleton("FLUX.2 klein 9B", NAMES, lambda: _published(32, 8, 24, 12288)),
+        Skeleton("FLUX.2 klein 4B", NAMES, lambda: _published(24, 5, 20, 7680)),
+    )
 
     def readings(self, pipe: Any, given: Mapping[str, Any]) -> list[Reading]:
         length = given.get("max_sequence_length") or LENGTH

@@ -14,6 +14,7 @@ from .chats import MARK, chat_reading
 from .flux import TIMESTEPS, words_then_pixels
 from .latents import from_patches, latent_side, size_shift, time_shift, to_patches
 from .qwen_image import video_distribution, video_latents, video_picture
+from .skeleton import Components, Skeleton
 
 
 class Krea2Transformer(Architecture):
@@ -84,6 +85,14 @@ class Krea2Transformer(Architecture):
 DISTILLED_SHIFT = 1.15  # mu of the distilled model, whatever the size, as its pipeline has it
 LENGTH = 512  # tokens of a prompt, with what the template puts behind it, where a call does not say
 
+_NAMES = r"blocks_\d+_(attn_(wq|wk|wv|wo|gate|to_)|mlp_(gate|up|down)|ff_(gate|up|down))"
+
+
+def _published() -> Components:
+    from diffusers import Krea2Transformer2DModel
+
+    return {"transformer": Krea2Transformer2DModel()}
+
 
 class Krea2(Family):
     """A transformer of one stream; Qwen3-VL reads the text."""
@@ -93,6 +102,7 @@ class Krea2(Family):
     denoiser = "transformer"
     patch = 2
     architectures: ClassVar[Mapping[str, Architecture]] = {"transformer": Krea2Transformer()}
+    skeletons = (Skeleton("Krea 2", _NAMES, _published),)
 
     def readings(self, pipe: Any, given: Mapping[str, Any]) -> list[Reading]:
         dropped = pipe.prompt_template_encode_start_idx

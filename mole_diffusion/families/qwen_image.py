@@ -13,6 +13,7 @@ from .base import Conditions, Family, Reading
 from .chats import MARK, chat_reading
 from .flux import TIMESTEPS, words_then_pixels
 from .latents import from_patches, latent_side, size_shift, to_patches
+from .skeleton import DIFFUSERS_BLOCKS, Components, Skeleton
 
 
 class QwenImageTransformer(Architecture):
@@ -53,6 +54,14 @@ def _grid(shapes: Any) -> tuple[int, int] | None:
 
 LENGTH = 1024  # tokens of a prompt that are read at most, where a call does not say
 
+_NAMES = rf"transformer_blocks_\d+_(img|txt)_(mlp|mod)_|{DIFFUSERS_BLOCKS}"
+
+
+def _published() -> Components:
+    from diffusers import QwenImageTransformer2DModel
+
+    return {"transformer": QwenImageTransformer2DModel()}
+
 
 class QwenImage(Family):
     """A transformer of two streams; Qwen2.5-VL reads the text."""
@@ -62,6 +71,7 @@ class QwenImage(Family):
     denoiser = "transformer"
     patch = 2
     architectures: ClassVar[Mapping[str, Architecture]] = {"transformer": QwenImageTransformer()}
+    skeletons = (Skeleton("Qwen-Image", _NAMES, _published),)
 
     def readings(self, pipe: Any, given: Mapping[str, Any]) -> list[Reading]:
         dropped = pipe.prompt_template_encode_start_idx

@@ -7,8 +7,23 @@ from typing import Any, ClassVar
 
 from .architecture import Architecture
 from .base import Family
-from .clip import CLIPText
-from .unet import UNet
+from .clip import CLIPText, clip_skeleton
+from .skeleton import Components, Skeleton
+from .unet import NAMES, UNet
+
+
+def _first() -> Components:
+    from diffusers import UNet2DConditionModel
+
+    return {"unet": UNet2DConditionModel(cross_attention_dim=768), "text_encoder": clip_skeleton(768, 12, 12)}
+
+
+def _second() -> Components:
+    from diffusers import UNet2DConditionModel
+
+    heads = (5, 10, 20, 20)
+    unet = UNet2DConditionModel(cross_attention_dim=1024, attention_head_dim=heads, use_linear_projection=True)
+    return {"unet": unet, "text_encoder": clip_skeleton(1024, 23, 16)}
 
 
 class StableDiffusion(Family):
@@ -19,6 +34,10 @@ class StableDiffusion(Family):
     denoiser = "unet"
     crossed = True
     architectures: ClassVar[Mapping[str, Architecture]] = {"unet": UNet(), "text_encoder": CLIPText()}
+    skeletons = (
+        Skeleton("Stable Diffusion 1.x", NAMES, _first),
+        Skeleton("Stable Diffusion 2.x", NAMES, _second),
+    )
 
     def fits(self, components: Mapping[str, Any]) -> bool:
         return super().fits(components) and components["unet"].config.addition_embed_type is None

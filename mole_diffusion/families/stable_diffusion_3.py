@@ -9,8 +9,11 @@ from torch import Tensor, nn
 
 from .architecture import Architecture, Joint, Original, Told, spatial_size, unit
 from .base import Conditions, Family, Text
-from .clip import CLIPText
-from .t5 import T5
+from .clip import CLIPText, clip_skeleton
+from .skeleton import DIFFUSERS_BLOCKS, Components, Skeleton
+from .t5 import T5, t5_skeleton
+
+_NAMES = rf"joint_blocks_\d|{DIFFUSERS_BLOCKS}"
 
 
 class SD3Transformer(Architecture):
@@ -86,6 +89,25 @@ class SD3Transformer(Architecture):
         return found
 
 
+def _published(width: int, layers: int, dual: int) -> Components:
+    from diffusers import SD3Transformer2DModel
+
+    transformer = SD3Transformer2DModel(
+        num_layers=layers,
+        num_attention_heads=width // 64,
+        caption_projection_dim=width,
+        dual_attention_layers=tuple(range(dual)),
+        qk_norm="rms_norm",
+    )
+    first, second = clip_skeleton(768, 12, 12, projection=True), clip_skeleton(1280, 32, 20, projection=True)
+    return {
+        "transformer": transformer,
+        "text_encoder": first,
+        "text_encoder_2": second,
+        "text_encoder_3": t5_skeleton(),
+    }
+
+
 class StableDiffusion3(Family):
     """A transformer of two streams; two CLIPs and T5 read the text."""
 
@@ -99,6 +121,10 @@ class StableDiffusion3(Family):
         "text_encoder_2": CLIPText(),
         "text_encoder_3": T5(),
     }
+    skeletons = (
+        Skeleton("Stable Diffusion 3.5 medium", _NAMES, lambda: _published(1536, 24, 13)),
+        Skeleton("Stable Diffusion 3.5 large", _NAMES, lambda: _published(2432, 38, 0)),
+    )
     texts = (
         Text(),
         Text("tokenizer_2", "prompt_2"),

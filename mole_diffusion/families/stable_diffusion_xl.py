@@ -11,8 +11,28 @@ from torch import Tensor
 from ..errors import MoLEError
 from .architecture import Architecture
 from .base import Conditions, Family, Text
-from .clip import CLIPText
-from .unet import UNet
+from .clip import CLIPText, clip_skeleton
+from .skeleton import Components, Skeleton
+from .unet import NAMES, UNet
+
+
+def _published() -> Components:
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel(
+        block_out_channels=(320, 640, 1280),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2, 10),
+        attention_head_dim=(5, 10, 20),
+        cross_attention_dim=2048,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+        use_linear_projection=True,
+    )
+    second = clip_skeleton(1280, 32, 20, projection=True)
+    return {"unet": unet, "text_encoder": clip_skeleton(768, 12, 12), "text_encoder_2": second}
 
 
 class StableDiffusionXL(Family):
@@ -27,6 +47,7 @@ class StableDiffusionXL(Family):
         "text_encoder": CLIPText(),
         "text_encoder_2": CLIPText(),
     }
+    skeletons = (Skeleton("Stable Diffusion XL", NAMES, _published),)
 
     texts = (Text(), Text("tokenizer_2", "prompt_2"))
 

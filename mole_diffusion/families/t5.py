@@ -27,3 +27,14 @@ class T5(Architecture):
 
     def network(self, module: str) -> str:
         return module.partition(".")[0]
+
+
+def t5_skeleton() -> nn.Module:
+    """The encoder of T5 XXL."""
+    from transformers import T5Config, T5EncoderModel
+
+    config = T5Config(
+        d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu", vocab_size=32128
+    )
+    model: nn.Module = T5EncoderModel(config)
+    return model

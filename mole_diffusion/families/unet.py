@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from .architecture import Architecture, Original, Reads, Told, spatial_size, unit
+from .clip import NAMES as CLIP_NAMES
 
 # What the original code calls the parts of a residual block, and what stands outside of all blocks.
 _RESIDUAL = {
@@ -21,6 +22,10 @@ _OUTSIDE = {
     "label_emb.0.0": "add_embedding.linear_1", "label_emb.0.2": "add_embedding.linear_2",
 }  # fmt: skip
 _TRANSFORMER = unit(r"attentions\.\d+")
+
+
+NAMES = rf"(down|up)_blocks_\d|mid_block|(in|out)put_blocks_\d|middle_block|{CLIP_NAMES}"
+"""Names of its modules, and of its CLIP's, with underscores for dots."""
 
 
 class UNet(Architecture):

@@ -13,6 +13,7 @@ from .architecture import Architecture, Joint, Told, unit
 from .base import Conditions, Family, Reading
 from .chats import MARK, chat_reading
 from .latents import latent_side, size_shift
+from .skeleton import Components, Skeleton
 
 TIMESTEPS = 1000
 LENGTH = 512  # tokens of a prompt that are read at most, where a call does not say
@@ -105,6 +106,12 @@ def _thousands(time: Any) -> Any:
     return None if time is None else TIMESTEPS * (1 - time)
 
 
+def _published() -> Components:
+    from diffusers import ZImageTransformer2DModel
+
+    return {"transformer": ZImageTransformer2DModel()}
+
+
 class ZImage(Family):
     """A transformer of one stream; Qwen3 reads the text."""
 
@@ -113,6 +120,7 @@ class ZImage(Family):
     denoiser = "transformer"
     patch = 2
     architectures: ClassVar[Mapping[str, Architecture]] = {"transformer": ZImageTransformer()}
+    skeletons = (Skeleton("Z-Image", r"(layers|_refiner)_\d+_(attention|feed_forward|adaLN_modulation)_", _published),)
 
     def readings(self, pipe: Any, given: Mapping[str, Any]) -> list[Reading]:
         message = [{"role": "user", "content": MARK}]

@@ -85,7 +85,7 @@ class TestDescribed(PipelineContract, RegionContract, StepContract):
     @pytest.fixture(scope="class", autouse=True)
     @classmethod
     def described(cls) -> Iterator[None]:
-        """As its file in `mole_diffusion/families/` and its place in `FAMILIES` would do it."""
+        """As its file in `mole_diffusion/families/` would do it."""
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(families, "FAMILIES", (*families.FAMILIES, Chroma()))
             patch.setattr(families, "ARCHITECTURES", [*families.ARCHITECTURES, ChromaTransformer()])

@@ -168,7 +168,7 @@ STATES: list[tuple[str, Callable[[State], State], str]] = [
         "a full model",
         lambda state: {"conv_in.weight": ONE, "conv_in.bias": ONE},
         "no LoRA keys in it: 'conv_in.bias', 'conv_in.weight'. Give a LoRA in one of the layouts "
-        "diffusers, peft, xlabs, diffusers-old, kohya, original; a full model",
+        "diffusers, diffusers-old, kohya, original, peft, xlabs; a full model",
     ),
     (
         "never trained",
@@ -235,7 +235,7 @@ STATES: list[tuple[str, Callable[[State], State], str]] = [
     (
         "two kinds at one module",
         with_({f"{QUERY}.diff": torch.ones(64, 64)}),
-        "factors of full difference together with lora_A.weight, lora_B.weight",
+        "factors of LoRA together with diff",
     ),
     (
         "a bias of another module",

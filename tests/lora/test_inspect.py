@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from mole_diffusion.families import FAMILIES, family_of
 from mole_diffusion.lora import LoRAError, fitting, inspect_lora, judge, load_lora
 from mole_diffusion.lora.skeletons import SKELETONS, candidates, names_of
 from mole_diffusion.lora.trainers import trainer_of
@@ -179,9 +180,16 @@ def test_a_file_for_another_family_says_which_and_who_wrote_it(models: dict[str,
         load_lora(state, models)
 
 
-def test_every_skeleton_is_a_family_that_is_known_here() -> None:
-    from mole_diffusion.families import family_of
+def test_every_skeleton_is_of_the_family_that_names_it() -> None:
+    for family in FAMILIES:
+        assert family.skeletons
+        for known in family.skeletons if family.denoiser == "transformer" else ():  # UNets are built in test_names
+            assert family_of(known.build()) is family, known.title
 
-    for known in SKELETONS[3:]:  # the first three are UNets of full size, which test_lora_names builds
-        components: dict[str, nn.Module] = known.build()
-        assert known.title.startswith(family_of(components).title.split(" or ")[0]), known.title
+
+def test_names_of_a_denoiser_outweigh_those_of_a_text_encoder() -> None:
+    encoder = ["text_model.encoder.layers.0.mlp.fc1", "text_model.encoder.layers.1.mlp.fc1"]
+    assert "FLUX.1" in str(names_of(encoder))
+    unet = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    assert names_of([*encoder, unet]) == "Stable Diffusion 1.x, Stable Diffusion 2.x or Stable Diffusion XL"
+    assert names_of([*encoder, "double_blocks.0.img_attn.qkv"]) == "FLUX.1"

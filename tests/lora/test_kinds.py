@@ -396,7 +396,7 @@ def test_what_peft_trains_acts_as_in_peft(config: str, settings: Any, models: An
 
 
 def test_what_a_kind_takes_is_read_in_every_layout() -> None:
-    """A new kind is one file and its place in `KINDS`: nothing else knows the names of its parts."""
+    """A new kind is one file: nothing else knows the names of its parts."""
     parts = {part for kind in KINDS for part in kind.takes} - {"down", "up", "mid"}
     assert len(parts) > 10
     for part in parts:

@@ -1,7 +1,7 @@
 """Key layouts: what the keys of a file mean, as `Slot`s, which are the same in all layouts.
 
 A layout is one function, key in, `Slot` out, or `None` where the key is not its own. It needs no model; which module
-of a model a slot means is decided in `modules.py`. A new layout is one function and one entry of `LAYOUTS`.
+of a model a slot means is decided in `modules.py`. A new layout is one file here, whose `LAYOUTS` names its function.
 """
 
 from __future__ import annotations
@@ -9,22 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-from .diffusers import diffusers, diffusers_old
-from .kohya import kohya
-from .original import original
-from .peft import peft
+from mole_diffusion.discovery import modules_in
+
 from .slot import Slot
-from .xlabs import xlabs
 
 __all__ = ["LAYOUTS", "Slot", "read_layout"]
 
 LAYOUTS: dict[str, Callable[[str], Slot | None]] = {
-    "diffusers": diffusers,
-    "peft": peft,
-    "xlabs": xlabs,
-    "diffusers-old": diffusers_old,
-    "kohya": kohya,
-    "original": original,
+    name: layout for module in modules_in(__name__) for name, layout in getattr(module, "LAYOUTS", {}).items()
 }
 T = TypeVar("T")
 
@@ -36,9 +28,9 @@ def read_layout(state: Mapping[str, T]) -> tuple[str | None, list[tuple[Slot, st
         state: The file's keys, with anything as values: tensors, or what the header says of them.
 
     Returns:
-        The layout that understands most keys (some `.alpha` keys fit several), `None` where none understands any; what
-        it says of each key, beside the key and its value, in the order of the keys; and the keys that it does not
-        understand.
+        The layout that understands most keys (of two, that whose name comes first: some `.alpha` keys fit several, and
+        kohya's of text encoders are the authors' too), `None` where none understands any; what it says of each key,
+        beside the key and its value, in the order of the keys; and the keys that it does not understand.
     """
     ordered = sorted(state)
     best: tuple[str | None, dict[str, Slot]] = (None, {})

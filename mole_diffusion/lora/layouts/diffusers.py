@@ -11,7 +11,9 @@ from .slot import PEFT_ENDINGS, Slot, take_ending
 _OWNER = re.compile(
     rf"(?:base_model\.model\.)?(?P<component>{'|'.join(COMPONENTS)})\.(?:base_model\.model\.)?(?P<rest>.+)"
 )
-_OLD_ATTENTION = re.compile(r"(?P<parent>.+?)(?:\.processor)?\.(?P<leaf>\w+)_lora\.(?P<part>down|up)\.weight")
+_OLD_ATTENTION = re.compile(
+    r"(?P<parent>.+?)(?:\.processor)?\.(?P<leaf>to_\w+|\w+_proj)_lora\.(?P<part>down|up)\.weight"
+)
 _OLD_LINEAR = re.compile(r"(?P<module>.+)\.lora(?:_linear_layer)?\.(?P<part>down|up)\.weight")
 # In the oldest files the text encoder's projections carry the names of the UNet's.
 _OLD_TEXT_ENCODER_LEAVES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
@@ -49,6 +51,9 @@ def diffusers_old(key: str) -> Slot | None:
     elif leaf == "to_out":
         leaf = "to_out.0"
     return Slot(component, f"{parent}.{leaf}", match["part"])
+
+
+LAYOUTS = {"diffusers": diffusers, "diffusers-old": diffusers_old}
 
 
 def write(slot: Slot) -> str:

@@ -30,6 +30,9 @@ def kohya(key: str) -> Slot | None:
     return Slot(_COMPONENTS.get(match["owner"]), match["module"], found[1])
 
 
+LAYOUTS = {"kohya": kohya}
+
+
 def write(slot: Slot, first_of_several: bool = False) -> str:
     """The key.
 

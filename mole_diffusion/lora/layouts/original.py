@@ -29,3 +29,6 @@ def original(key: str) -> Slot | None:
     if match := _TEXT_ENCODER.fullmatch(stem):
         return Slot(_TEXT_ENCODERS[match["name"]], match["module"], part)
     return kohya(key) if stem.startswith("lora_te") else None
+
+
+LAYOUTS = {"original": original}

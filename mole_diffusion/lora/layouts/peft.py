@@ -17,6 +17,9 @@ def peft(key: str) -> Slot | None:
     return Slot(None, *found) if found else None
 
 
+LAYOUTS = {"peft": peft}
+
+
 def write(slot: Slot) -> str:
     """The key in an adapter of the slot's component."""
     return f"{_PREFIX}{slot.module}.{PEFT_ENDINGS.get(slot.part, slot.part)}"

@@ -29,3 +29,6 @@ def xlabs(key: str) -> Slot | None:
     return (
         Slot("transformer", f"{match['block']}.{match['index']}.{module}", match["part"]) if match and module else None
     )
+
+
+LAYOUTS = {"xlabs": xlabs}
