@@ -13,7 +13,7 @@ from ..composition.call import current_call, running
 from ..errors import MoLEError
 from ..experts.blocks import Blocks
 from .gate_calls import GateCalls
-from .loaded import Loaded, drawing
+from .loaded import drawing
 from .prior import drawing_prior
 from .processors import processors_given_back
 from .reading import Spans, add_region_words, given_words, prompt_words, split_prompts, with_region_prompts
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 READ = "the prompts that were read"
 EACH = "pictures of one prompt"
 
-# Every `composing` that this thread is inside of: what is loaded, its call, its stack and its scale.
-_OPEN: Blocks[tuple[Loaded, Call, ExitStack, float]] = Blocks("mole_diffusion.open")
+# Every `composing` that this thread is inside of, of what is loaded: its call, its stack and its scale.
+_OPEN: Blocks[tuple[Call, ExitStack, float]] = Blocks("mole_diffusion.open")
 
 
 class MoLEPipelineMixin(GateCalls):
@@ -80,7 +80,7 @@ class MoLEPipelineMixin(GateCalls):
 
         Raises:
             TypeError, MoLEError: As in a call of the pipeline, on entering.
-            MoLEError: It ends inside of another `composing` that began later, or in another thread, as in generators.
+            MoLEError: It ends inside of another `composing` that began later, or in another thread.
         """
         with drawing(self.lora_components):
             loras = [] if self._loaded.disabled and loras is None else loras
@@ -92,11 +92,12 @@ class MoLEPipelineMixin(GateCalls):
             settings: dict[str, Any] = {"scale": scale, "regions": regions, "scheduler": scheduler, "size": None}
             with self._composing(loras, method, **settings) as call:
                 yield
-                if next(iter(_OPEN), (None, None))[1] is not call:
+                entered = _OPEN.holding(self._loaded)
+                if entered is None or entered[0] is not call:
                     raise MoLEError(
                         "this `composing` ends inside of another one that began later, or in another thread or task "
-                        "than it began in, as in generators that take turns. What was drawn in it may have LoRAs that "
-                        "were chosen elsewhere. Choose in each call of a pipeline instead: `pipe(..., loras=[...])`."
+                        "than it began in. What was drawn in it may have LoRAs that were chosen elsewhere. Choose in "
+                        "each call of a pipeline instead: `pipe(..., loras=[...])`."
                     )
 
     @contextmanager
@@ -137,7 +138,7 @@ class MoLEPipelineMixin(GateCalls):
         of_roles = tuple(loaded.roles[name] for name in names)
         call = Call(names, of_roles, scheduler or self.scheduler, regions=region_map, region_prompts=prompts)
         with ExitStack() as stack:
-            stack.enter_context(_OPEN.open((loaded, call, stack, scale)))
+            stack.enter_context(_OPEN.open((call, stack, scale), of=loaded))
             stack.enter_context(running(call))
             if loaded.experts is not None:
                 models = self.lora_components.values()
@@ -194,14 +195,14 @@ class MoLEPipelineMixin(GateCalls):
         """
         loaded = self._loaded
         keep, scales = read_selection(loras, list(loaded.loras))
-        entered = next(((stack, scale) for record, _, stack, scale in _OPEN if record is loaded), None)
+        entered = _OPEN.told(loaded)
         if entered is None:
             raise RuntimeError(
                 "`use_loras` changes the LoRAs of a running call. Call it from `callback_on_step_end` or inside "
                 "`with pipe.composing():`; for a whole call pass `pipe(..., loras=...)`."
             )
         if loaded.experts is not None:
-            stack, scale = entered
+            _, stack, scale = entered
             stack.enter_context(loaded.experts.using(keep=keep, scale=scales * scale))
 
     def __call__(

@@ -47,7 +47,7 @@ class WordMaps:
         if not len(conditional):
             return
         owned = self.words.of_embeddings(text).to(query.device)[conditional].to(torch.float32)  # (rows, N, words)
-        size = token_grid(query.shape[2], run.sample_size, layer.name)
+        size = token_grid(query.shape[2], run.sample_size, layer)
         there = None if run.told.words is None else run.told.words[conditional]
         probabilities = attention_probabilities(query[conditional], key[conditional], layer.scale, there)
         # Mean over the words of a LoRA, so that one called by three words weighs no more than one called by one.

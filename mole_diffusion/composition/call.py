@@ -57,7 +57,7 @@ _CURRENT: Blocks[Call | None] = Blocks("mole_diffusion.call")
 
 def current_call() -> Call | None:
     """The call that runs in this thread."""
-    return next(iter(_CURRENT), None)
+    return _CURRENT.holding()
 
 
 def running(call: Call | None) -> AbstractContextManager[None]:

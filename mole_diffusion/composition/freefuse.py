@@ -114,7 +114,7 @@ class _Likeness:
         ends = self.words.ends(text).to(query.device)[conditional]  # (rows, 1, words)
         scores = (query[conditional].float() @ key[conditional].float().transpose(-1, -2)) * layer.scale
         scores = scores.transpose(-1, -2)  # (rows, heads, words, pixels)
-        size = token_grid(query.shape[2], run.sample_size, layer.name)
+        size = token_grid(query.shape[2], run.sample_size, layer)
         both = torch.cat([owned, ends], dim=1).float()
         attention = scores.unflatten(-1, size)
         attention = z_scores(attention).flatten(-2).softmax(dim=-1).mean(dim=1)  # over pixels: (rows, words, pixels)

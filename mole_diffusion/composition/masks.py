@@ -200,7 +200,7 @@ class Masks(RegionalComposition):
         region_map = None if call.prior else self.find(run)
         if region_map is None or text is None or run.sample_size is None:
             return None
-        size, rows = token_grid(query.shape[2], run.sample_size, layer.name), len(query)
+        size, rows = token_grid(query.shape[2], run.sample_size, layer), len(query)
         return self._kept(
             run,
             ("bias", *size, rows, query.dtype),

@@ -82,7 +82,7 @@ class RegionalComposition(Composition):
                 '`set_composition("norm_router")`, which need not know where a pixel is.'
             )
         if joint is None:  # a UNet's layers have fewer pixels than its sample, or as many
-            size = projections.spatial or token_grid(tokens, size, site.name)
+            size = projections.spatial or token_grid(tokens, size, site)
         if size is None or (site.reads == "both" and joint is None):
             raise MoLEError(
                 f"composition {self.name!r} cannot tell words from pixels at {site.name}, in a sequence of {tokens} "

@@ -41,8 +41,8 @@ class Attachment:
             the stock `AttnProcessor2_0` get a `MoLEAttnProcessor`, everything else a hook. With
             `"processors"` a component without such a layer is an error.
         add: Adds the experts' share to a site's output.
-        seam: What an attention layer of a denoiser asks, by its name, whether it attends to the prompt, and its scale;
-            `None` in a text encoder.
+        seam: What an attention layer of a denoiser asks, by its name, whether it attends to the prompt, its scale, and
+            how often a picture was halved on its way there; `None` in a text encoder.
         where: Says where words and pixels stand in the sequences of both, in the present pass.
         begin: Called with the root's arguments before every forward pass of the component; may return others.
         end: Called with its output after, or with `None` after an exception; may return another output.
@@ -61,7 +61,7 @@ class Attachment:
         sites: Sequence[Site],
         engine: Engine,
         add: AddExperts,
-        seam: Callable[[str, bool, float], LayerSeam] | None,
+        seam: Callable[[str, bool, float, int], LayerSeam] | None,
         where: Callable[[], Joint | None],
         begin: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]] | None],
         end: Callable[[Any], Any],
@@ -211,7 +211,8 @@ class Attachment:
     def _ask(self, name: str, crossed: bool, layer: Any) -> LayerSeam:
         assert self._seam is not None
         scale = getattr(layer, "scale", None)
-        return self._seam(name, bool(crossed), float(layer.head_dim**-0.5 if scale is None else scale))
+        scale = float(layer.head_dim**-0.5 if scale is None else scale)
+        return self._seam(name, bool(crossed), scale, self.architecture.halvings(self.model, name))
 
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # Somebody may have changed the model since: replaced our processors (IP-Adapter, attention slicing) or fused

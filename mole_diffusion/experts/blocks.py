@@ -1,27 +1,47 @@
-"""What `with` blocks set for the thread (or task) inside of them, in whatever order and thread they end."""
+"""What `with` blocks set for the thread, task or generator inside of them, in whatever order and thread they end."""
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from pathlib import Path
+from types import FrameType
+from typing import Any, Generic, TypeVar
+
+from ..errors import MoLEError
 
 Value = TypeVar("Value")
+
+_GENERATOR = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
+_ENTERING = ("contextlib", "_pytest.fixtures")  # they run a generator up to its `yield`, for what comes after
 
 
 @dataclass(eq=False)
 class _Block(Generic[Value]):
+    """A `with` block: its value, for whom it is, and the generator it stands in, if any."""
+
     value: Value
+    of: Any
+    generator: FrameType | None
     over: bool = False
+
+    @property
+    def waits(self) -> bool:
+        """Whether it stands in a generator that does not run now, in any thread."""
+        return self.generator is not None and self.generator.f_back is None
 
 
 class Blocks(Generic[Value]):
     """Values, each of a `with` block that is open.
 
-    Blocks in generators end when these go on or are thrown away: not the innermost first, and perhaps in another
-    thread. A context variable's own `reset` would then bring back what had ended before, for good.
+    A context variable alone would not do. Blocks in generators end when these go on or are thrown away: not the
+    innermost first, and perhaps in another thread, and its own `reset` would then bring back what had ended before,
+    for good. And generators that take turns share the context of who calls them: a block in one holds while that one
+    runs, wherever it is called from, and not while another does.
 
     Args:
         name: Of the context variable behind it.
@@ -29,20 +49,74 @@ class Blocks(Generic[Value]):
 
     def __init__(self, name: str) -> None:
         self._blocks: ContextVar[tuple[_Block[Value], ...]] = ContextVar(name, default=())
+        self._in_generators: dict[FrameType, tuple[_Block[Value], ...]] = {}
 
-    def __iter__(self) -> Iterator[Value]:
-        """The values of the blocks that are open, the innermost first."""
-        for block in reversed(self._blocks.get()):
-            if not block.over:
-                yield block.value
+    def holding(self, of: Any = None) -> Value | None:
+        """The value of the innermost block for `of` that holds here, which those in generators that wait do not."""
+        return next((block.value for block in self._here() if block.of is of and not block.waits), None)
+
+    def told(self, of: Any) -> Value | None:
+        """As `holding`, where a block that does not hold might be meant.
+
+        Raises:
+            MoLEError: The innermost stands in a generator that waits, so that nobody can tell.
+        """
+        block = next((block for block in self._here() if block.of is of), None)
+        if block is None:
+            return None
+        if block.waits:
+            assert block.generator is not None
+            code = block.generator.f_code
+            place = f"{code.co_name} ({Path(code.co_filename).name}, line {block.generator.f_lineno})"
+            raise MoLEError(
+                f"a `with` block that chooses LoRAs, such as `composing`, is open in the generator {place}, which "
+                "waits: nobody can tell whether what runs now belongs to it. Choose here too, by `with "
+                "pipe.composing([...]):` around this call or `pipe(..., loras=[...])`; or run it in the generator; or "
+                "make a generator that is to choose for others a `contextlib.contextmanager`."
+            )
+        return block.value
 
     @contextmanager
-    def open(self, value: Value) -> Iterator[None]:
-        """A `with` block of this value."""
-        block = _Block(value)
+    def open(self, value: Value, of: Any = None) -> Iterator[None]:
+        """A `with` block of this value.
+
+        Args:
+            value: Its value.
+            of: Whom it is for.
+        """
+        generator = _generator()
+        block = _Block(value, of, generator)
         self._blocks.set((*self._blocks.get(), block))
+        if generator is not None:
+            self._in_generators[generator] = (*self._in_generators.get(generator, ()), block)
         try:
             yield
         finally:
             block.over = True  # also where another thread or task has it
             self._blocks.set(tuple(one for one in self._blocks.get() if not one.over))
+            if generator is not None:
+                rest = tuple(one for one in self._in_generators.pop(generator) if not one.over)
+                self._in_generators.update({generator: rest} if rest else {})
+
+    def _here(self) -> Iterator[_Block[Value]]:
+        """The open blocks of generators that run in this thread, then those of the context, the innermost first."""
+        frame = sys._getframe() if self._in_generators else None
+        while frame is not None:
+            yield from reversed(self._in_generators.get(frame, ()))
+            frame = frame.f_back
+        yield from (block for block in reversed(self._blocks.get()) if not block.over)
+
+
+def _generator() -> FrameType | None:
+    """The innermost generator that runs here, other than those that stand for a `with` block."""
+    frame: FrameType | None = sys._getframe()
+    found = None
+    while frame is not None:
+        if frame.f_code.co_flags & _GENERATOR:
+            found = found or frame
+        elif found is not None:
+            if frame.f_globals.get("__name__") not in _ENTERING:
+                return found
+            found = None
+        frame = frame.f_back
+    return found

@@ -38,5 +38,5 @@ class Choice:
         return self._moved[device]
 
 
-# Each beside who holds the LoRAs that it is about.
-CHOICES: Blocks[tuple[Any, Choice]] = Blocks("mole_diffusion.experts.choices")
+# Each of who holds the LoRAs that it is about.
+CHOICES: Blocks[Choice] = Blocks("mole_diffusion.experts.choices")

@@ -51,7 +51,7 @@ class Runs:
     @property
     def choice(self) -> Choice:
         """What holds just now, in this thread."""
-        return next((choice for owner, choice in CHOICES if owner is self), self._everything)
+        return CHOICES.told(self) or self._everything
 
     @property
     def chosen(self) -> Weigher | None:
@@ -125,7 +125,9 @@ class Runs:
         call: Any = None,
     ) -> Iterator[None]:
         """As `using`."""
-        before = self.choice
+        # What is given whole is right also where nobody can tell what holds around it.
+        whole = not any(part is None for part in (keep, scale, weigher, call))
+        before = self._everything if whole else self.choice
         kept, scales = before.keep, before.scale
         if keep is not None:
             kept = self._rows("keep", keep)
@@ -140,7 +142,7 @@ class Runs:
             before.call if call is None else call,
             _kept(kept, scales),
         )
-        with CHOICES.open((self, choice)):
+        with CHOICES.open(choice, of=self):
             yield
 
     def _rows(self, name: str, values: Tensor) -> Tensor:

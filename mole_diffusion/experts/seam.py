@@ -18,14 +18,16 @@ class LayerSeam:
         name: Of the attention layer in it.
         crossed: Whether it attends to the prompt.
         scale: What scores are multiplied by before the softmax.
+        halvings: How often a picture was halved on its way there.
     """
 
-    def __init__(self, runs: Runs, component: str, name: str, crossed: bool, scale: float) -> None:
+    def __init__(self, runs: Runs, component: str, name: str, crossed: bool, scale: float, halvings: int) -> None:
         self._runs = runs
         self._component = component
         self.name = name
         self.crossed = crossed
         self.scale = scale
+        self.halvings = halvings
 
     def watched(self) -> bool:
         """Whether the weigher wants to see what attention layers compute in the present pass."""

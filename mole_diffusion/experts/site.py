@@ -35,6 +35,7 @@ class Site:
         beside: What some LoRAs add here that is no product of small rank, or `None`.
         group: The sites that read the same input tensor, this one included (`to_q, to_k, to_v` of a self-attention).
         reads: What it is given.
+        halvings: How often a picture was halved on its way there.
         merged: What stands in for the module's forward where LoRAs are merged into its weight.
         lengths: Tells from what the model was told how many tokens each sample has, where the module is given those of
             all samples one after another; `None` where samples come first.
@@ -53,6 +54,7 @@ class Site:
         self.beside = beside
         self.group = SiteGroup([self])
         self.reads: Reads = "pixels"
+        self.halvings = 0
         self.merged: Any = None
         self.lengths: Callable[[Told], tuple[int, ...] | None] | None = None
         self.seen: tuple[torch.Size, torch.Size] | None = None
@@ -284,6 +286,7 @@ def group_sites(sites: Sequence[Site], model: nn.Module, architecture: Architect
     packs = type(architecture).lengths is not Architecture.lengths
     for site in sites:
         site.reads = architecture.reads(model, site.module_name)
+        site.halvings = architecture.halvings(model, site.module_name)
         site.lengths = functools.partial(architecture.lengths, site.module_name) if packs else None
         for names in architecture.siblings:
             found = [(name, p) for name in names if (p := _prefix(site.module_name, name)) is not None]

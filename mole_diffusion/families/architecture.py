@@ -164,6 +164,15 @@ class Architecture:
         first = ids if isinstance(ids, Tensor) else embeds
         return Told(rows=len(first) if isinstance(first, Tensor) else 1, input_ids=ids)
 
+    def halvings(self, model: nn.Module, module: str) -> int:
+        """How often a picture has been halved, rounding up, on its way to a module.
+
+        Args:
+            model: The model.
+            module: Name of the module.
+        """
+        return 0
+
     def lengths(self, module: str, told: Told) -> tuple[int, ...] | None:
         """How many tokens each sample has where a module is given those of all samples one after another.
 

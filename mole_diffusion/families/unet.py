@@ -55,6 +55,15 @@ class UNet(Architecture):
             return "text"
         return super().reads(model, module)
 
+    def halvings(self, model: Any, module: str) -> int:
+        part, index = (*module.split("."), "0")[:2]
+        if part == "down_blocks":
+            return sum(_changes_size(block) for block in model.down_blocks[: int(index)])
+        if part in ("mid_block", "up_blocks"):
+            above = model.up_blocks[: int(index) if part == "up_blocks" else 0]
+            return sum(map(_changes_size, model.down_blocks)) - sum(map(_changes_size, above))
+        return 0
+
     def told(self, model: nn.Module, given: Mapping[str, Any]) -> Told:
         sample = given["sample"]
         return Told(
@@ -97,6 +106,10 @@ class UNet(Architecture):
             else:
                 key.append(int(part) if part.isdigit() else rank.get(part, len(rank)))
         return tuple(key)
+
+
+def _changes_size(block: Any) -> bool:
+    return any(getattr(block, name, None) for name in ("downsamplers", "upsamplers"))
 
 
 def _original_blocks(names: Sequence[str]) -> dict[str, str]:

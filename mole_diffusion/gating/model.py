@@ -36,8 +36,8 @@ from .routing import Routing
 from .spec import GateSpec, plan_gates, with_positions
 from .tokens import token_grid
 
-# Each beside the gates that it is of.
-_RECORDS: Blocks[tuple[MoLEModel, GateRecord]] = Blocks("mole_diffusion.records")
+# Each of the gates that it is about.
+_RECORDS: Blocks[GateRecord] = Blocks("mole_diffusion.records")
 
 
 class MoLEModel(ModelMixin, ConfigMixin):
@@ -188,9 +188,7 @@ class MoLEModel(ModelMixin, ConfigMixin):
                 features = without_filling(features, run.told.there(site.reads, features.shape[1]))
             size = None
             if spec.spatial and isinstance(self.gate_config.token_axis, int):
-                size = feature_grid(spec, site, projections) or token_grid(
-                    features.shape[1], run.sample_size, spec.name
-                )
+                size = feature_grid(spec, site, projections) or token_grid(features.shape[1], run.sample_size, site)
             lean = self._divisors(binding, run, features.device).get(spec.name)
             weights = self._routing.weigh(
                 binding.gates[spec.name], spec, features, size, run, masks, self._record, lean
@@ -225,12 +223,12 @@ class MoLEModel(ModelMixin, ConfigMixin):
             accumulate: Whether to keep all passes (denoising steps), not only the latest of each model.
         """
         record = GateRecord(self.specs, self.lora_names, accumulate)
-        with _RECORDS.open((self, record)):
+        with _RECORDS.open(record, of=self):
             yield record
 
     @property
     def _record(self) -> GateRecord | None:
-        return next((record for gates, record in _RECORDS if gates is self), None)
+        return _RECORDS.holding(self)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
         """Writes `config.json` and the gates as safetensors into a folder.

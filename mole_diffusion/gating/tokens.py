@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -42,20 +44,25 @@ def reduce_tokens(features: Tensor, axis: TokenAxis, positions: int, size: tuple
     return grid.flatten(2).transpose(1, 2)
 
 
-def token_grid(tokens: int, sample_size: tuple[int, int] | None, place: str) -> tuple[int, int]:
-    """Height and width of a UNet layer's tokens: the sample's, halved (rounding up) until the number fits.
+class Place(Protocol):
+    """A module or attention layer of a denoiser: its name, and how often the picture was halved on its way there."""
+
+    name: str
+    halvings: int
+
+
+def token_grid(tokens: int, sample_size: tuple[int, int] | None, place: Place) -> tuple[int, int]:
+    """Height and width of a denoiser layer's tokens: the sample's, halved (rounding up) as often as the model does.
 
     Raises:
-        MoLEError: No halving gives that many tokens, or the sample has no height and width.
+        MoLEError: There are more or fewer, or the sample has no height and width.
     """
     if sample_size is not None:
-        height, width = sample_size
-        while height * width > tokens:
-            height, width = -(-height // 2), -(-width // 2)
+        height, width = (-(-side // 2**place.halvings) for side in sample_size)
         if height * width == tokens:
             return height, width
     raise MoLEError(
-        f"{tokens} tokens at {place} are no picture of a sample of size {sample_size}, as where a model has no pixels, "
-        "or something merges them or adds others (token merging, reference pictures in self-attention). Draw with what "
-        "knows no places: `set_composition(\"budget\")`, or gates with token_axis='pooled'."
+        f"{tokens} tokens at {place.name} are no picture of a sample of size {sample_size}, as where a model has no "
+        "pixels, or something merges them or adds others (token merging, reference pictures in self-attention). Use "
+        "what knows no places: `set_composition(\"budget\")`, or gates with token_axis='pooled'."
     )

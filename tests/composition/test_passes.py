@@ -292,20 +292,27 @@ def test_gradients_flow_through_all_passes(pipe: Any) -> None:
     assert_close(gradient(None, "composite"), sample.grad, atol=1e-3)
 
 
-def merging_tokens(unet: Any) -> None:
+def merging_tokens(unet: Any, into: int = 2) -> None:
     """Attention of every second token, as ToMe has it: blocks get another class."""
 
     class Merged(BasicTransformerBlock):
         def forward(self, hidden_states: Tensor, *_: Any, encoder_hidden_states: Any = None, **__: Any) -> Tensor:
             text = encoder_hidden_states
             for norm, attention, words in ((self.norm1, self.attn1, None), (self.norm2, self.attn2, text)):
-                few = norm(hidden_states)[:, ::2]
-                hidden_states = hidden_states + attention(few, encoder_hidden_states=words).repeat_interleave(2, dim=1)
+                few = norm(hidden_states)[:, ::into]
+                hidden_states = hidden_states + attention(few, encoder_hidden_states=words).repeat_interleave(
+                    into, dim=1
+                )
             return self.ff(self.norm3(hidden_states)) + hidden_states
 
     for module in unet.modules():
         if isinstance(module, BasicTransformerBlock):
             module.__class__ = Merged
+
+
+def merging_to_the_next_level(unet: Any) -> None:
+    """As many tokens as the next lower level has, which are not those of its grid."""
+    merging_tokens(unet, into=4)
 
 
 def reading_a_reference(unet: Any) -> None:
@@ -340,7 +347,7 @@ def of_free_u(unet: Any) -> None:
     unet.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
 
 
-@pytest.mark.parametrize("change", [merging_tokens, reading_a_reference, of_free_u])
+@pytest.mark.parametrize("change", [merging_tokens, merging_to_the_next_level, reading_a_reference, of_free_u])
 def test_what_others_change_in_a_model_goes_through_the_loras(change: Callable[[Any], None]) -> None:
     pipe, merged = composing_pipeline("cat"), composing_pipeline()
     merge_state(merged, lora_states(merged)["cat"])

@@ -96,21 +96,27 @@ def test_untrained_gates_equal_the_normalised_sum(components: dict[str, Any], ex
 def test_a_record_is_of_its_own_thread_and_ends_in_any_order(components: dict[str, Any], experts: Experts) -> None:
     gates = gates_for(experts, components)
 
-    def recorded() -> Iterator[GateRecord]:
-        with gates.record(accumulate=True) as record:
-            yield record
-
-    first, second = recorded(), recorded()
-    outer, inner = next(first), next(second)
+    first, second = gates.record(accumulate=True), gates.record(accumulate=True)
+    outer, inner = first.__enter__(), second.__enter__()
     with ThreadPoolExecutor(1) as threads:
         threads.submit(run_unet, components).result()
     assert outer.names == inner.names == ()
-    first.close()
+    first.__exit__(None, None, None)
     run_unet(components)
-    second.close()
+    second.__exit__(None, None, None)
     run_unet(components)
     assert outer.names == ()
     assert {len(passes) for passes in inner.by_pass.values()} == {1}
+
+    def recorded() -> Iterator[GateRecord]:
+        with gates.record(accumulate=True) as record:
+            for _ in range(2):
+                run_unet(components)
+                yield record
+
+    generators = [recorded(), recorded()]
+    records = [next(generator) for generator in generators * 2]
+    assert {len(passes) for record in records for passes in record.by_pass.values()} == {2}
 
 
 @torch.no_grad()

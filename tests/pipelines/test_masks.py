@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import functools
 import gc
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -134,47 +137,138 @@ def test_composing_nests_and_reaches_direct_calls_of_the_models(pipe: Any) -> No
     assert not torch.equal(cat, noise())
 
 
-def test_composing_in_generators_ends_in_any_order(pipe: Any) -> None:
-    sample, text = torch.randn(1, 4, 16, 16), torch.randn(1, 5, 32)
+class Drawn:
+    """Latents of one pass of the denoiser, with the LoRAs chosen around it and with some chosen here."""
 
-    def noise() -> torch.Tensor:
-        with torch.no_grad():
-            return pipe.unet(sample, 10, text).sample
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = pipe
+        self.inputs = torch.randn(1, 4, 16, 16), 10, torch.randn(1, 5, 32)
+        self.everything = self()
 
-    def alone(name: str) -> torch.Tensor:
-        with pipe.composing([name]):
-            return noise()
+    @torch.no_grad()
+    def __call__(self) -> torch.Tensor:
+        return self.pipe.unet(*self.inputs).sample
 
-    def drawing(name: str) -> Iterator[torch.Tensor]:
-        with pipe.composing([name]):
-            yield noise()
-            yield noise()
+    def alone(self, name: str) -> torch.Tensor:
+        with self.pipe.composing([name]):
+            return self()
 
-    everything, cat = noise(), alone("cat")
-    assert [torch.equal(drawn, cat) for drawn in drawing("cat")] == [True, True]
-    thrown_away = drawing("cat")
+    def by(self, name: str, times: int = 2) -> Iterator[torch.Tensor]:
+        with self.pipe.composing([name]):
+            for _ in range(times):
+                yield self()
+
+    async def slowly_by(self, name: str) -> AsyncIterator[torch.Tensor]:
+        with self.pipe.composing([name]):
+            for _ in range(2):
+                await asyncio.sleep(0)
+                yield self()
+
+    @contextlib.contextmanager
+    def around(self, name: str) -> Iterator[None]:
+        with self.pipe.composing([name]):
+            yield
+
+
+@pytest.fixture
+def drawn(pipe: Any) -> Drawn:
+    return Drawn(pipe)
+
+
+@pytest.fixture
+def composed(pipe: Any) -> Iterator[Drawn]:
+    drawn = Drawn(pipe)
+    with pipe.composing(["cat"]):
+        yield drawn
+
+
+def test_generators_that_take_turns_draw_with_their_own_choice(drawn: Drawn) -> None:
+    cat, dog = drawn.alone("cat"), drawn.alone("dog")
+    for one, other in zip(drawn.by("cat"), drawn.by("dog"), strict=True):
+        assert torch.equal(one, cat)
+        assert torch.equal(other, dog)
+
+    async def both() -> list[tuple[torch.Tensor, torch.Tensor]]:
+        dogs = drawn.slowly_by("dog")
+        return [(one, await anext(dogs)) async for one in drawn.slowly_by("cat")]
+
+    assert all(torch.equal(one, cat) and torch.equal(other, dog) for one, other in asyncio.run(both()))
+
+    elsewhere = drawn.by("cat", times=3)  # as servers run them: every step in a thread of its own
+    for _ in range(3):
+        with ThreadPoolExecutor(1) as threads:
+            assert torch.equal(threads.submit(next, elsewhere).result(), cat)
+    assert list(elsewhere) == []
+
+    def nested() -> Iterator[torch.Tensor]:
+        with drawn.pipe.composing(["dog"]):
+            for one in drawn.by("cat"):
+                assert torch.equal(one, cat)
+                with drawn.around("cat"):
+                    assert torch.equal(drawn(), cat)
+                yield drawn()
+
+    with drawn.pipe.composing([]):
+        assert all(torch.equal(one, dog) for one in nested())
+    assert torch.equal(drawn(), drawn.everything)
+
+
+def test_what_runs_beside_a_generator_that_waits_chooses_for_itself(drawn: Drawn) -> None:
+    waiting = drawn.by("cat")
+    next(waiting)
+    for wish in (drawn, lambda: drawn.pipe.use_loras(["dog"])):
+        with pytest.raises(MoLEError, match=r"open in the generator by \(test_masks\.py, line \d+\), which waits"):
+            wish()
+    with drawn.pipe.composing():
+        assert torch.equal(drawn(), drawn.everything)
+    assert draw(drawn.pipe).isfinite().all()
+    waiting.close()
+    assert torch.equal(drawn(), drawn.everything)
+
+
+def test_generators_that_stand_for_a_block_choose_for_what_is_inside(drawn: Drawn, composed: Drawn) -> None:
+    assert torch.equal(composed(), composed.alone("cat"))
+    wrapped = contextlib.contextmanager(torch.no_grad()(drawn.around.__wrapped__))
+    for around in (drawn.around, functools.partial(wrapped, drawn)):
+        with around("dog"):
+            assert torch.equal(drawn(), drawn.alone("dog"))
+
+    async def inside() -> torch.Tensor:
+        @contextlib.asynccontextmanager
+        async def around() -> AsyncIterator[None]:
+            with drawn.pipe.composing(["dog"]):
+                yield
+
+        async with around():
+            return await asyncio.to_thread(drawn)
+
+    assert torch.equal(asyncio.run(inside()), drawn.alone("dog"))
+
+
+def test_composing_ends_in_any_order(drawn: Drawn) -> None:
+    thrown_away = drawn.by("cat")
     next(thrown_away)
-    with pipe.composing(["dog"]):
+    with drawn.pipe.composing(["dog"]):
         del thrown_away
         gc.collect()
-        assert torch.equal(noise(), alone("dog"))
-    assert torch.equal(noise(), everything)
+        assert torch.equal(drawn(), drawn.alone("dog"))
+    assert torch.equal(drawn(), drawn.everything)
 
-    first, second = drawing("cat"), drawing("dog")
-    next(first), next(second), next(first)
+    first, second = drawn.pipe.composing(["cat"]), drawn.pipe.composing(["dog"])
+    first.__enter__(), second.__enter__()
     with pytest.raises(MoLEError, match=r"ends inside of another one that began later.*`pipe\(\.\.\., loras="):
-        next(first)
-    assert torch.equal(next(second), alone("dog"))
-    second.close()
-    assert torch.equal(noise(), everything)
+        first.__exit__(None, None, None)
+    assert torch.equal(drawn(), drawn.alone("dog"))
+    second.__exit__(None, None, None)
+    assert torch.equal(drawn(), drawn.everything)
 
-    elsewhere = drawing("cat")
-    next(elsewhere)
+    elsewhere = drawn.pipe.composing(["cat"])
+    elsewhere.__enter__()
     with ThreadPoolExecutor(1) as threads, pytest.raises(MoLEError, match="in another thread or task than it began"):
-        threads.submit(list, elsewhere).result()
-    assert torch.equal(noise(), everything)
+        threads.submit(elsewhere.__exit__, None, None, None).result()
+    assert torch.equal(drawn(), drawn.everything)
     with pytest.raises(RuntimeError, match="`use_loras` changes the LoRAs of a running call"):
-        pipe.use_loras(["cat"])
+        drawn.pipe.use_loras(["cat"])
 
 
 LOADED = "Loaded are: cat, dog, mug"
