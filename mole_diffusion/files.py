@@ -61,6 +61,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 def atomic_files(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """Hands out a temporary folder; on success every file in it takes its place in `folder`, on an error none does.
 
+    So do files in folders inside of it. Other files of `folder` stay.
+
     `folder` is made if it is missing. What a process that was killed left in it is cleaned away.
 
     Raises:
@@ -73,8 +75,10 @@ def atomic_files(folder: str | os.PathLike[str]) -> Iterator[Path]:
         prefix = f".files.{_HOST}-{os.getpid()}-"
         with tempfile.TemporaryDirectory(prefix=prefix, suffix=".part", dir=target) as temporary:
             yield Path(temporary)
-            for file in sorted(Path(temporary).iterdir()):
-                _put(file, target / file.name)
+            for file in sorted(file for file in Path(temporary).rglob("*") if file.is_file()):
+                place = target / file.relative_to(temporary)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                _put(file, place)
 
 
 def _put(file: Path, target: Path) -> None:

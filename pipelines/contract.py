@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import os
 from collections.abc import Mapping
 from functools import reduce, wraps
 from pathlib import Path
@@ -14,9 +15,11 @@ import torch
 from torch import nn
 
 from ..errors import MoLEError, printable
+from ..files import atomic_files
 from ..loading import LoadingError, loading
 from ..reading import regular_size
 from .read_wrongly import refuse_random_text_encoders
+from .saving import remove_older_weights
 
 if TYPE_CHECKING:
     from typing import Self
@@ -29,6 +32,7 @@ else:
     Base = object  # at run time the mixin stands before the diffusers class and has no ancestor of its own
 
 
+HUB = ("repo_id", "commit_message", "private", "token", "create_pr")
 SINGLE_FILE_HINT = (
     "How such a model is built diffusers looks up on the Hub; without a network say config=FOLDER, a model of the same "
     "kind as a folder (--base-config on the command line)."
@@ -126,6 +130,30 @@ class DiffusersContract(Base):
             if dtype != widest:
                 model.to(dtype)
         return new
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """As in diffusers, but what is in the folder stays as it is until everything has been written beside it.
+
+        Raises:
+            NotWrittenError: It cannot be written.
+        """
+        settings: dict[str, Any] = {"safe_serialization": safe_serialization, "variant": variant}
+        hub = {name: kwargs.pop(name) for name in HUB if name in kwargs}
+        folder = Path(save_directory)
+        with atomic_files(folder) as temporary:
+            super().save_pretrained(temporary, max_shard_size=max_shard_size, **settings, **kwargs)
+            written = [file.relative_to(temporary) for file in temporary.rglob("*") if file.is_file()]
+        remove_older_weights(folder, written)
+        if push_to_hub:
+            self.push_to_hub(hub.pop("repo_id", folder.resolve().name), **hub, **settings)
 
     def to_json_string(self) -> str:
         """The configuration as JSON, under the name of the diffusers class, so that stock diffusers opens it."""

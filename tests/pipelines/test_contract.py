@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
+import resource
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +21,14 @@ from diffusers import (
 )
 from PIL import Image
 
+from mole_diffusion.files import NotWrittenError
 from mole_diffusion.pipelines import MoLEPipelineMixin, MoLEStableDiffusionPipeline
 from tests.composing import NAMES, PROMPT, assert_close, composing_pipeline, draw, lora_states
 from tests.merging import merge_state
+from tests.test_files import forked
 from tests.tiny import tiny_pipeline
 
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 # In one order everywhere: processes that share the tests must agree on it, and diffusers gives a set.
 SCHEDULERS = sorted(
     (scheduler for scheduler in DDIMScheduler().compatibles if not scheduler.__module__.endswith("objects")),
@@ -183,6 +189,46 @@ def test_saved_with_loras_attached_it_is_a_stock_folder(pipe: Any, tmp_path: Pat
         assert torch.equal(draw(reloaded), base)
     reloaded.load_loras(lora_states(reloaded))
     assert torch.equal(draw(reloaded), draw(pipe))
+
+
+def test_a_save_that_breaks_off_leaves_what_was_there(tmp_path: Path) -> None:
+    tiny_pipeline(MoLEStableDiffusionPipeline).save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_text("mine")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    other = tiny_pipeline(MoLEStableDiffusionPipeline, seed=1)
+
+    def on_a_full_disk() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # enough for the VAE, and not for the UNet
+        with pytest.raises(NotWrittenError, match="cannot be written"):
+            other.save_pretrained(tmp_path)
+
+    def killed() -> None:
+        other.scheduler.save_pretrained = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        other.save_pretrained(tmp_path)
+
+    assert forked(on_a_full_disk) == 0
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert forked(killed) == -signal.SIGKILL
+    assert {path: path.read_bytes() for path in before} == before
+    other.save_pretrained(tmp_path)
+    now = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert now.keys() == before.keys()
+    assert now[tmp_path / "README.md"] == b"mine"
+    assert now[tmp_path / "unet" / WEIGHTS] != before[tmp_path / "unet" / WEIGHTS]
+
+
+def test_weights_of_an_earlier_save_are_not_read_instead(tmp_path: Path) -> None:
+    first, second = tiny_pipeline(MoLEStableDiffusionPipeline), tiny_pipeline(MoLEStableDiffusionPipeline, seed=1)
+    first.save_pretrained(tmp_path, max_shard_size="200KB")
+    first.save_pretrained(tmp_path, variant="fp16")
+    assert len(list((tmp_path / "unet").glob("*.safetensors"))) > 2
+    second.save_pretrained(tmp_path)
+    for variant, saved in ((None, second), ("fp16", first)):
+        opened = MoLEStableDiffusionPipeline.from_pretrained(tmp_path, variant=variant)
+        for name in ("unet", "text_encoder"):
+            expected = getattr(saved, name).state_dict()
+            assert all(torch.equal(value, expected[key]) for key, value in getattr(opened, name).state_dict().items())
 
 
 @pytest.mark.parametrize(("dtype", "share"), [(torch.bfloat16, 0.25), (torch.float16, 0.05)])
