@@ -52,8 +52,8 @@ def parse_yaml(text: str) -> Any:
         return _reader().load(text)
     except MoLEError:
         raise
-    except (YAMLError, ValueError, OverflowError, RecursionError, AttributeError, KeyError, TypeError) as error:
-        # The last six: numbers of a million digits, and whatever else YAML's own types fall over.
+    except (YAMLError, ValueError, ArithmeticError, LookupError, RecursionError, AttributeError, TypeError) as error:
+        # All but the first: numbers of a million digits, and whatever else YAML's own types fall over.
         raise MoLEError(f"no YAML that can be read: {error}. Correct it there.") from None
 
 

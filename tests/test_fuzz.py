@@ -1,5 +1,7 @@
 """Files that chance damaged: LoRA files, gates folders and YAML end in the right thing or in one of our errors.
 
+Pictures and prompts: `test_pictures.py`, `test_prompts.py`.
+
 Bounded in number, and the same in every run. What loads from a damaged file is checked too: its numbers are finite
 and do something.
 """
@@ -28,7 +30,7 @@ from mole_diffusion.errors import MoLEError
 from mole_diffusion.experts import Experts
 from mole_diffusion.gating import GateConfig, MoLEModel
 from mole_diffusion.lora import LoRA, convert_lora, inspect_lora, load_lora
-from mole_diffusion.yaml_files import read_yaml
+from mole_diffusion.yaml_files import parse_yaml, read_yaml
 from tests import ROOT
 from tests.lora import test_families
 from tests.lora_files import to_kohya, to_peft
@@ -391,3 +393,27 @@ def test_yaml(path: list[int], new: Any, noise: str) -> None:
                 file.write_text(content, encoding="utf-8", errors="surrogatepass")
                 with refusing():
                     read(file)
+
+
+SIGNS = (
+    "a", "b: ", "- ", "\n", "\n  ", "{", "}", "[", "]", ", ", "&a ", "*a", "<<: ", "? ", ": ", "|\n", ">\n",
+    "'", '"', "\\", "---\n", "...\n", "%YAML 1.1\n", "!!float ", "!!int ", "!!str ", "!!bool ", "!!null ",
+    "!!merge ", "!!map ", "!!seq ", "!!set ", "!!omap ", "!!binary ", "!!timestamp ",
+    "!!python/name:os.system ", "!own ", "!<tag:yaml.org,2002:int> ", "0o17", "1e400", ".nan", "2020-01-01",
+    "1:30", "~", "off", "=", "9" * 5000, "\t", "#", "\u2028", "\ufeff", "\x1b[2J", '"\\ud800"', "key: v\n",
+)  # fmt: skip
+
+
+def is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(type(key) is str and is_plain(one) for key, one in value.items())
+    if isinstance(value, list):
+        return all(map(is_plain, value))
+    return value is None or type(value) in (str, int, float, bool)
+
+
+@settings(bounded, max_examples=150)
+@given(st.lists(st.sampled_from(SIGNS), max_size=8).map("".join))
+def test_signs_of_yaml_in_any_order(text: str) -> None:
+    with refusing():
+        assert is_plain(parse_yaml(text))

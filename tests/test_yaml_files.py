@@ -62,6 +62,7 @@ def test_a_byte_order_mark_is_no_part_of_a_key(tmp_path: Path) -> None:
         ('a: ["x", "\\ud800 cat"]', "half a UTF-16 pair in line 1"),
         ('"\\udfff": 1', "half a UTF-16 pair in line 1"),
         ("a: !!int x", "no YAML that can be read"),
+        ("a: !!float", "no YAML that can be read"),
         ("a: !!binary é", "a binary in line 1"),
         ("a: {" + "b" * 10**5 + ": 1, " + "b" * 10**5 + ": 2}", "no YAML that can be read"),
     ],
