@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,7 +15,7 @@ from .gate_calls import GateCalls
 from .loaded import drawing
 from .prior import drawing_prior
 from .processors import processors_given_back
-from .reading import Spans, add_region_words, given_words, prompt_words, split_prompts, with_region_prompts
+from .reading import Spans, add_region_words, given_words, prompt_words, split_prompts
 from .refusals import refuse_broken_gates, refuse_half_measures, refuse_not_finite
 from .selection import Selection, read_scale, read_selection
 from .size import latent_grid, picture_count, picture_size
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
 
 READ = "the prompts that were read"
 EACH = "pictures of one prompt"
+LIMIT = "max_sequence_length"  # the argument of `encode_prompt` that says how many tokens are read
 
 # Every `composing` that this thread is inside of, of what is loaded: its call, its stack and its scale.
 _OPEN: Blocks[tuple[Call, ExitStack, float]] = Blocks("mole_diffusion.open")
@@ -123,12 +123,6 @@ class MoLEPipelineMixin(GateCalls):
         prompts: dict[str, str] = {}
         if regions is not None:
             regions, prompts = split_prompts(regions)
-            if prompts and not self.family.crossed:
-                raise MoLEError(
-                    f"regions of {', '.join(prompts)} have prompts of their own, and {self.family.title} attends to "
-                    "words and pixels at once, so that more words would change the picture everywhere. Leave their "
-                    "prompts out, and write all words into the one prompt."
-                )
             size = size or picture_size(self, {})
             # Those of an earlier call have a row for each picture; what else is given is one for all pictures.
             rows = (count or regions.rows) if isinstance(regions, RegionMap) and regions.rows > 1 else 1
@@ -278,19 +272,28 @@ class MoLEPipelineMixin(GateCalls):
         given = inspect.signature(encode).bind_partial(*args, **kwargs).arguments
         prompt = given.get("prompt")
         if prompt is None:  # embeddings, as they were given
+            if call.region_prompts and READ not in call.state:
+                raise MoLEError(
+                    f"regions of {', '.join(call.region_prompts)} have prompts of their own, and nobody can put them "
+                    "behind `prompt_embeds`. Pass `prompt`, or leave the prompts of regions out."
+                )
             encoded = encode(*args, **kwargs)
         else:
             # Where guidance is a call of its own, the negative prompt is encoded like a prompt, after it.
             if call.state.setdefault(READ, prompt) != prompt:
-                return encode(*args, **kwargs)
+                assert call.words is not None
+                return self.family.as_long(encode(*args, **kwargs), call.words.tokens)
             call.words = prompt_words(self, prompt, loaded, call, given)
             encoded = encode(*args, **kwargs)
-            if call.region_prompts:
-                add_region_words(self, call)
-                device = given.get("device")
+            if call.region_prompts and loaded.experts is not None and loaded.experts.keep.any():
+                limits = {name: value for name, value in given.items() if name == LIMIT}
+                add_region_words(self, call, limits)
+                texts, device = call.region_prompts.values(), given.get("device")
                 with running(None):  # these are no prompts of the call
-                    beside = functools.partial(self.family.encode, self, device=device)
-                    encoded = with_region_prompts(encoded, beside, list(call.region_prompts.values()))
+                    others = [self.family.encode(self, [text], device, **limits) for text in texts]
+                encoded, whose, negative = self.family.together(encoded, others)
+                call.words.encoded(self.family.embedded(encoded, call.state.get(EACH, 1)), whose, negative)
+                return encoded
         if call.words is not None:
             call.words.encoded(self.family.embedded(encoded, call.state.get(EACH, 1)))
         return encoded

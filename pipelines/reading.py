@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -127,11 +127,17 @@ def split_prompts(regions: Any) -> tuple[Any, dict[str, str]]:
     return places, prompts
 
 
-def add_region_words(pipe: Any, call: Call) -> None:
-    """Tells whose the words of regions' own prompts are."""
+def add_region_words(pipe: Any, call: Call, limits: Mapping[str, Any]) -> None:
+    """Tells whose the words of regions' own prompts are.
+
+    Args:
+        pipe: The pipeline.
+        call: The call.
+        limits: How many tokens are read, by the names of `encode_prompt`, where the call says so.
+    """
     assert call.words is not None
     for name, text in call.region_prompts.items():
-        readings = pipe.family.readings(pipe, {"prompt": [text]})
+        readings = pipe.family.readings(pipe, {**limits, "prompt": [text]})
         marks = []
         for reading in readings:
             special = torch.tensor(reading.tokenizer.all_special_ids)
@@ -139,26 +145,6 @@ def add_region_words(pipe: Any, call: Call) -> None:
             mark[0, call.names.index(name)] = ~torch.isin(_token_ids(reading)[0], special)
             marks.append(mark)
         call.words.add_region(_joined(readings, marks))
-
-
-def with_region_prompts(encoded: Any, encode: Callable[[list[str]], Any], texts: Sequence[str]) -> Any:
-    """Prompt embeddings with those of regions' own prompts behind them.
-
-    The words of a region are drawn to its pixels and kept from others by the method. Negative embeddings, which must
-    be as long, are repeated: attention over the same tokens several times is attention over them once.
-
-    Args:
-        encoded: What the pipeline's `encode_prompt` gave: prompt embeddings, negative ones or `None`, and more.
-        encode: Encodes other prompts in the same way, without guidance.
-        texts: The regions' prompts.
-    """
-    embeds, negative, *rest = encoded
-    for text in texts:
-        beside = encode([text])[0]
-        embeds = torch.cat([embeds, beside.expand(len(embeds), -1, -1)], dim=1)
-    if negative is not None:
-        negative = negative.repeat(1, 1 + len(texts), 1)
-    return (embeds, negative, *rest)
 
 
 def _token_ids(reading: Reading) -> Tensor:

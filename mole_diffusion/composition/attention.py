@@ -48,7 +48,8 @@ class WordMaps:
             return
         owned = self.words.of_embeddings(text).to(query.device)[conditional].to(torch.float32)  # (rows, N, words)
         size = token_grid(query.shape[2], run.sample_size, layer)
-        there = None if run.told.words is None else run.told.words[conditional]
+        there = self.words.there(text, run.told.words)
+        there = None if there is None else there[conditional]
         probabilities = attention_probabilities(query[conditional], key[conditional], layer.scale, there)
         # Mean over the words of a LoRA, so that one called by three words weighs no more than one called by one.
         maps = torch.einsum("rpw,rnw->rnp", probabilities, owned) / owned.sum(dim=-1).clamp(min=1)[..., None]

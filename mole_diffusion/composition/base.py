@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..experts import Projections, Run, Site
 from ..experts.seam import LayerSeam
+from ..families import Joint
 from .step import Step
 
 __all__ = ["Composition", "Need", "Step"]
@@ -92,6 +93,23 @@ class Composition(ABC):
         Arguments as in `attended`.
         """
         return None
+
+    def keeps_apart(self, run: Run) -> bool:
+        """Whether some words of this pass are not for all to see where words and pixels are one sequence."""
+        return False
+
+    def apart(self, joint: Joint, tokens: int, run: Run) -> Tensor:
+        """Added to the scores of an attention of words and pixels, or of words, where `keeps_apart` says so.
+
+        Args:
+            joint: Where words and pixels stand.
+            tokens: How many tokens there are.
+            run: The forward pass.
+
+        Returns:
+            `(batch, 1, tokens, tokens)`, of queries and keys.
+        """
+        raise NotImplementedError  # a method that keeps apart overrides this
 
     def combine(self, predictions: Tensor, run: Run) -> Tensor:
         """One prediction `(batch, ...)` from those of all passes `(passes, batch, ...)`; by default their mean."""

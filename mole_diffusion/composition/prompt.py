@@ -28,6 +28,7 @@ class PromptWords:
         self._read = list(read)
         self._ends = ends
         self._beside: list[Tensor] = []
+        self._whose: tuple[Tensor, Tensor | None] | None = None
         self._embeddings: Tensor | None = None
         self._latest: tuple[Tensor, Tensor] | None = None
 
@@ -40,15 +41,29 @@ class PromptWords:
         self._read += words._read
         self._beside.append(words.owned)
 
-    def encoded(self, embeddings: Tensor) -> None:
-        """Says what the prompts became: `(prompts * pictures, tokens, width)`, pictures of a prompt side by side."""
+    def encoded(self, embeddings: Tensor, whose: Tensor | None = None, negative: Tensor | None = None) -> None:
+        """Says what the prompts became.
+
+        Args:
+            embeddings: `(prompts * pictures, tokens, width)`, pictures of a prompt side by side.
+            whose: Where regions have prompts of their own, which of the tokens are theirs, as in `Together`; with a
+                row for each prompt, or for each picture.
+            negative: The same for rows that are none of the prompts.
+        """
         self._embeddings = embeddings
+        if whose is not None:
+            self._whose = whose[:: len(whose) // len(self.owned)], negative
         self._latest = None
 
     @property
     def pictures(self) -> int:
         """How many pictures the call draws at once."""
         return len(self.owned) if self._embeddings is None else len(self._embeddings)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the denoiser is given of a prompt."""
+        return self.owned.shape[2] if self._embeddings is None else self._embeddings.shape[1]
 
     def of_tokens(self, input_ids: Tensor) -> Tensor:
         """Which tokens of a text encoder's rows are whose, `(rows, N, tokens)` bool.
@@ -103,8 +118,37 @@ class PromptWords:
         Args:
             embeddings: What the denoiser is given, `(rows, tokens, width)`.
         """
-        beside = [owned.expand(len(self.owned), -1, -1) for owned in self._beside]
-        return self._by_row(torch.cat([self.owned, *beside], dim=2), embeddings)
+        if self._whose is None:
+            return self._by_row(self.owned, embeddings)
+        whose = self._whose[0]
+        owned = self.owned.new_zeros(len(whose), self.owned.shape[1], max(self.owned.shape[2], whose.shape[1]))
+        owned[:, :, : self.owned.shape[2]] = self.owned
+        for row, of_prompt in enumerate(whose):
+            for region, marks in enumerate(self._beside, start=1):
+                # Prompts are read up to a length that few have: what was filled up may be gone again.
+                places = (of_prompt == region).nonzero().flatten()
+                own = marks[0, :, : len(places)]
+                owned[row][:, places] = torch.nn.functional.pad(own, (0, len(places) - own.shape[1]))
+        return self._by_row(owned, embeddings)
+
+    def whose(self, embeddings: Tensor) -> Tensor:
+        """Which tokens of the denoiser's rows are of which region's own prompt, `(rows, tokens)`.
+
+        0: of the call's prompt, or of none; k: of the k-th region's that has one; −1: they only fill a row up.
+
+        Args:
+            embeddings: What the denoiser is given, `(rows, tokens, width)`.
+        """
+        found = torch.zeros(embeddings.shape[:2], dtype=torch.long)
+        if self._whose is not None:
+            whose, negative = self._whose
+            rows = self.rows(embeddings)
+            known = rows >= 0
+            width = min(whose.shape[1], embeddings.shape[1])
+            found[known, :width] = whose[rows[known] // (self.pictures // len(whose)), :width]
+            if negative is not None and negative.shape[0] <= embeddings.shape[1]:
+                found[~known, : len(negative)] = negative
+        return found.to(embeddings.device)
 
     def ends(self, embeddings: Tensor) -> Tensor:
         """Where the denoiser's rows end their prompt, `(rows, 1, tokens)` bool; nowhere if only embeddings are known.
@@ -114,6 +158,21 @@ class PromptWords:
         """
         ends = torch.zeros_like(self.owned[:, 0]) if self._ends is None else self._ends
         return self._by_row(ends[:, None], embeddings)
+
+    def there(self, embeddings: Tensor, words: Tensor | None) -> Tensor | None:
+        """Which tokens of the denoiser's rows are of their prompt, and neither fill up nor of a region's own.
+
+        Args:
+            embeddings: What the denoiser is given, `(rows, tokens, width)`.
+            words: Which do not fill up, `(rows, tokens)`; `None`: all.
+
+        Returns:
+            `(rows, tokens)` bool, or `None`: all.
+        """
+        if self._whose is None:
+            return words
+        of_prompt = self.whose(embeddings) == 0
+        return of_prompt if words is None else of_prompt & words.to(of_prompt.device)
 
     def _by_row(self, by_prompt: Tensor, embeddings: Tensor) -> Tensor:
         """`(prompts, k, tokens)` to `(rows, k, tokens)`."""

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from ..errors import MoLEError
 from ..experts import Projections, Run, Site
+from ..families import Joint
 from ..gating.tokens import token_grid
+from .apart import kept_apart
 from .base import Composition
 from .call import Call
 from .prompt import PromptWords
@@ -92,6 +94,25 @@ class RegionalComposition(Composition):
         if site.reads == "both":
             return self._kept(run, key, (region_map, text), lambda: self._of_both(region_map, size, tokens, run))
         return self._kept(run, key, (region_map,), lambda: self._of_pixels(region_map, size, rows, tokens, run))
+
+    def keeps_apart(self, run: Run) -> bool:
+        call = run.call
+        return isinstance(call, Call) and run.told.joint is not None and bool(call.region_prompts)
+
+    def apart(self, joint: Joint, tokens: int, run: Run) -> Tensor:
+        call, text = self.call(run), run.encoder_hidden_states
+        assert text is not None
+        assert run.sample_size is not None
+        assert call.regions is not None
+        regions, size = call.regions, run.sample_size
+        there = joint.pixels.stop > joint.pixels.start
+
+        def keep_apart() -> Tensor:
+            columns = [regions.names.index(name) for name in call.region_prompts]
+            shares = regions.at(*size, device=text.device)[..., columns]
+            return kept_apart(self.words(call).whose(text), shares if there else shares[:, :0], joint, tokens)
+
+        return self._kept(run, ("apart", *size, tokens, there), (text,), keep_apart)
 
     def call(self, run: Run) -> Call:
         """The call a forward pass belongs to.

@@ -52,3 +52,10 @@ class Wrapper(Composition):
     def attention_bias(self, *asked: Any) -> Tensor | None:
         bias: Tensor | None = self.method.attention_bias(*asked)
         return bias
+
+    def keeps_apart(self, run: Run) -> bool:
+        return bool(self.method.keeps_apart(run))
+
+    def apart(self, *asked: Any) -> Tensor:
+        bias: Tensor = self.method.apart(*asked)
+        return bias

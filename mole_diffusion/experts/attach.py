@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NoReturn
 
@@ -95,12 +96,15 @@ class Attachment:
 
         self._attentions = _attentions(model, self.sites)
         # A transformer of words and pixels shows the layers in which they meet, whatever attention processors it has.
-        met = () if seam is None or architecture.meeting is None else _meeting_layers(model, architecture)
+        met = [] if seam is None else _matching(model, architecture.meeting)
+        refining = [] if seam is None else _matching(model, architecture.refining)
         self._meetings = [
-            Meeting(layer, self._ask(name, True, layer), self._ask(name, False, layer), where) for name, layer in met
+            Meeting(layer, self._ask(name, True, layer), self._ask(name, False, layer), where, alone)
+            for layers, alone in ((met, False), (refining, True))
+            for name, layer in layers
         ]
         self._layers = dict(_attention_layers(model)) if seam is not None and not met else {}
-        self._around = _around(model, [*dict(met), *self._layers])
+        self._around = _around(model, [*dict(met), *dict(refining), *self._layers])
         self._begin = begin
         self._end = end
         self._engine = engine
@@ -326,11 +330,11 @@ def _blocks(model: nn.Module, sites: Sequence[Site]) -> dict[str, tuple[Any, str
     return found
 
 
-def _meeting_layers(model: nn.Module, architecture: Architecture) -> list[tuple[str, nn.Module]]:
-    """Attention layers in which words and pixels meet."""
+def _matching(model: nn.Module, pattern: re.Pattern[str] | None) -> list[tuple[str, nn.Module]]:
+    """The modules that a pattern names; none without."""
     found = []
     for name, module in model.named_modules():
-        match = None if architecture.meeting is None else architecture.meeting.match(name)
+        match = None if pattern is None else pattern.match(name)
         if match is not None and match[1] == name:
             found.append((name, module))
     return found

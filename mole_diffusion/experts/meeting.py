@@ -28,14 +28,21 @@ class Meeting:
         crossed: Asked as for a layer of pixels that attend to words.
         among: Shown as a layer of pixels that attend to each other.
         where: Says where words and pixels stand in the present pass.
+        refining: Whether it is a layer of words alone, of which nobody is shown anything.
     """
 
     def __init__(
-        self, layer: nn.Module, crossed: LayerSeam, among: LayerSeam, where: Callable[[], Joint | None]
+        self,
+        layer: nn.Module,
+        crossed: LayerSeam,
+        among: LayerSeam,
+        where: Callable[[], Joint | None],
+        refining: bool = False,
     ) -> None:
         self._crossed = crossed
         self._among = among
         self._where = where
+        self._refining = refining
         self._open = threading.local()  # several threads may run one layer
         self._handles = [
             layer.register_forward_pre_hook(self._before),
@@ -49,10 +56,13 @@ class Meeting:
     def _before(self, layer: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        watched, biased = self._crossed.watched(), self._crossed.biased()
-        joint = self._where() if watched or biased else None
+        watched, biased = (False, False) if self._refining else (self._crossed.watched(), self._crossed.biased())
+        apart = self._crossed.keeps_apart()
+        joint = self._where() if watched or biased or apart else None
         if joint is not None:
-            self._open.mode = mode = _WatchedAttention(self._crossed, self._among, joint, watched, biased)
+            if self._refining:
+                joint = Joint(slice(0, joint.text.stop - joint.text.start), slice(0, 0))
+            self._open.mode = mode = _WatchedAttention(self._crossed, self._among, joint, watched, biased, apart)
             mode.__enter__()
 
     def _after(self, layer: nn.Module, args: Any, output: Any) -> None:
@@ -75,13 +85,16 @@ class Meeting:
 class _WatchedAttention(TorchFunctionMode):
     """Inside of it, `scaled_dot_product_attention` is shown and biased."""
 
-    def __init__(self, crossed: LayerSeam, among: LayerSeam, joint: Joint, watched: bool, biased: bool) -> None:
+    def __init__(
+        self, crossed: LayerSeam, among: LayerSeam, joint: Joint, watched: bool, biased: bool, apart: bool
+    ) -> None:
         super().__init__()
         self._crossed = crossed
         self._among = among
         self._joint = joint
         self._watched = watched
         self._biased = biased
+        self._apart = apart
         self.fired = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -100,6 +113,8 @@ class _WatchedAttention(TorchFunctionMode):
             bias = self._crossed.bias(seen, words)
             if bias is not None:
                 attn_mask = _widened(bias, query, key, self._joint, attn_mask)
+        if self._apart:
+            attn_mask = _both(self._crossed.apart(self._joint, query.shape[2]).to(query.dtype), attn_mask)
         output = F.scaled_dot_product_attention(query, key, value, attn_mask, **kwargs)
         if self._watched:
             attended = output[:, :, pixels].transpose(1, 2).flatten(2)
@@ -112,8 +127,13 @@ def _widened(bias: Tensor, query: Tensor, key: Tensor, joint: Joint, mask: Tenso
     """A bias of pixels on words `(batch, 1, pixels, words)` for the whole sequence, with the layer's own mask."""
     whole = query.new_zeros(len(bias), 1, query.shape[2], key.shape[2])
     whole[:, :, joint.pixels, joint.text] = bias
+    return _both(whole, mask)
+
+
+def _both(added: Tensor, mask: Tensor | None) -> Tensor:
+    """What is added to scores, with a mask: `None`, bool, or what is added too."""
     if mask is None:
-        return whole
+        return added
     if mask.dtype is torch.bool:
-        return whole.masked_fill(~mask, float("-inf"))
-    return whole + mask
+        return added.masked_fill(~mask, float("-inf"))
+    return added + mask

@@ -95,6 +95,8 @@ class Weigher(Protocol):
     `combine(predictions, run)`: predictions `(passes, batch, ...)` to what the caller of the denoiser gets,
     `(batch, ...)`.
     `attention_bias(layer, query, key, run)`: an additive bias `(batch, 1, pixels, words)` for a cross-attention.
+    `keeps_apart(run) -> bool`: whether some words are not for all to see where words and pixels are one sequence, and
+    `apart(joint, tokens, run)`: what is then added to the scores of such a layer, `(batch, 1, tokens, tokens)`.
     `watches(run) -> bool`: whether it wants to see what attention layers compute in this pass of the denoiser, and
     `attended(layer, query, key, output, run)`: what one did. Layers are `LayerSeam`; query and key
     `(batch, heads, tokens, d)`; output `(batch, tokens, heads * d)`.

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..families import Joint
 from .runs import Runs
 
 
@@ -46,6 +47,27 @@ class LayerSeam:
         ask = getattr(run.weigher, "attention_bias", None) if run.active else None
         bias: Tensor | None = None if ask is None else ask(self, query, key, run)
         return bias
+
+    def keeps_apart(self) -> bool:
+        """Whether some words of the present pass are not for all to see, with LoRAs or without."""
+        run = self._runs.run(self._component)
+        keeps_apart = getattr(run.weigher, "keeps_apart", None)
+        return keeps_apart is not None and bool(keeps_apart(run))
+
+    def apart(self, joint: Joint, tokens: int) -> Tensor:
+        """What the weigher adds to the scores of all tokens of this layer, to keep some apart.
+
+        Args:
+            joint: Where words and pixels stand.
+            tokens: How many tokens there are.
+
+        Returns:
+            `(batch, 1, tokens, tokens)`, of queries and keys.
+        """
+        run = self._runs.run(self._component)
+        weigher: Any = run.weigher
+        found: Tensor = weigher.apart(joint, tokens, run)
+        return found
 
     def attended(self, query: Tensor, key: Tensor, output: Tensor) -> None:
         """Show the weigher what this layer computed, if it wants to see it."""

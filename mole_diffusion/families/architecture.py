@@ -116,6 +116,7 @@ class Architecture:
         siblings: Names, below one parent, of modules that are given the very same tensor: `to_q, to_k, to_v`.
         targets: Last parts of the names of modules that a LoRA is trained on where nobody says otherwise.
         meeting: Attention layers in which words and pixels attend to each other, in one sequence.
+        refining: Attention layers in which words attend to each other alone.
         lists: Whether the model takes and returns lists with one tensor for each sample.
         originals: The authors' names of modules that have another here, to ours; several where one of theirs is fused
             of ours, in the order of its rows. `*` is any one part of a name.
@@ -134,6 +135,7 @@ class Architecture:
     siblings: ClassVar[tuple[tuple[str, ...], ...]] = ()
     targets: ClassVar[tuple[str, ...]] = ()
     meeting: ClassVar[re.Pattern[str] | None] = None
+    refining: ClassVar[re.Pattern[str] | None] = None
     lists: ClassVar[bool] = False
     originals: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     exchanged: ClassVar[frozenset[str]] = frozenset()

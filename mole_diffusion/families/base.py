@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
+from ..errors import MoLEError
 from .architecture import Architecture
 from .skeleton import Skeleton
+from .together import Together
 
 
 class Text(NamedTuple):
@@ -104,8 +106,6 @@ class Family:
         texts: The tokenizers of the family.
         patch: Latent pixels to a side of what the denoiser takes as one token.
         skeletons: Published models of the family, by which a file of LoRAs is known.
-        crossed: Whether pixels attend to words alone, as in a cross-attention, so that further texts can stand behind
-            a prompt without taking attention from pixels.
     """
 
     name: ClassVar[str]
@@ -115,7 +115,6 @@ class Family:
     texts: ClassVar[tuple[Text, ...]] = (Text(),)
     patch: ClassVar[int] = 1
     skeletons: ClassVar[tuple[Skeleton, ...]] = ()
-    crossed: ClassVar[bool] = False
 
     def fits(self, components: Mapping[str, Any]) -> bool:
         """Whether the components of a pipeline are of this family.
@@ -155,15 +154,40 @@ class Family:
             readings.append(Reading(tokenizer, texts, length, start))
         return readings
 
-    def encode(self, pipe: Any, prompts: list[str], device: Any) -> Any:
+    def encode(self, pipe: Any, prompts: list[str], device: Any, **limits: int) -> Any:
         """What `encode_prompt` gives for prompts without guidance.
 
         Args:
             pipe: The pipeline.
             prompts: The prompts, for all its tokenizers.
             device: Where the embeddings go.
+            limits: How many tokens are read, by the names of `encode_prompt`, where a call says so.
         """
         return pipe.encode_prompt(prompts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False)
+
+    def together(self, encoded: Any, others: Sequence[Any]) -> Together:
+        """Prompts with others behind them: those that regions have of their own.
+
+        Args:
+            encoded: What `encode_prompt` gave for the prompts of a call.
+            others: What `encode` gave, for one prompt each.
+
+        Raises:
+            MoLEError: Nobody said how this family reads several prompts at once.
+        """
+        raise MoLEError(
+            f"regions of this call have prompts of their own, and nobody said where further prompts of {self.title} "
+            "go (`together` of its family). Leave their prompts out, and write all words into the one prompt."
+        )
+
+    def as_long(self, encoded: Any, tokens: int) -> Any:
+        """A negative prompt's encoding, where its pipeline counts the tokens of the prompt for both.
+
+        Args:
+            encoded: What `encode_prompt` gave for the negative prompt in a call of its own.
+            tokens: How many tokens the prompt became, with those of regions behind it.
+        """
+        return encoded
 
     def embedded(self, encoded: Any, each: int) -> Tensor:
         """Prompt embeddings, `(pictures, tokens, width)`, as the denoiser will be given them in a call.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +16,7 @@ from .clip import CLIPText, clip_skeleton
 from .latents import from_patches, latent_side, positions, size_shift, to_patches
 from .skeleton import DIFFUSERS_BLOCKS, Components, Skeleton
 from .t5 import T5, t5_skeleton
+from .together import Together, behind, whose
 
 GUIDANCE = 3.5  # that models of embedded guidance are told where nobody says another, as in diffusers
 TIMESTEPS = 1000  # the scheduler counts in thousands what the model is given as 0 to 1
@@ -144,8 +145,14 @@ class Flux(Family):
     # CLIP gives one vector of the whole prompt.
     texts = (Text(stretch=None), Text("tokenizer_2", "prompt_2", limit=("max_sequence_length", 512)))
 
-    def encode(self, pipe: Any, prompts: list[str], device: Any) -> Any:
-        return pipe.encode_prompt(prompts, None, device=device)
+    def encode(self, pipe: Any, prompts: list[str], device: Any, **limits: int) -> Any:
+        return pipe.encode_prompt(prompts, None, device=device, **limits)
+
+    def together(self, encoded: Any, others: Sequence[Any]) -> Together:
+        embeds, pooled, places = encoded
+        further = [other[0] for other in others]
+        places = torch.cat([places, *(other[2] for other in others)])
+        return Together((behind(embeds, further), pooled, places), whose(embeds, further))
 
     def conditions(self, pipe: Any, prompts: list[str]) -> Conditions:
         embeds, pooled, _ = self.encode(pipe, prompts, pipe.transformer.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +15,7 @@ from .chats import MARK, QWEN_END, chat_reading
 from .flux import DOUBLE_ATTENTION, NAMES, TIMESTEPS, words_then_pixels
 from .latents import from_patches, latent_side, positions, time_shift, to_patches
 from .skeleton import Components, Skeleton
+from .together import Together, behind, whose
 
 
 class Flux2Transformer(Architecture):
@@ -131,8 +132,15 @@ class Flux2(Family):
             )
         return [chat_reading(tokenizer, given, rendered, length, special=special, end=end)]
 
-    def encode(self, pipe: Any, prompts: list[str], device: Any) -> Any:
-        return pipe.encode_prompt(prompts, device=device)
+    def encode(self, pipe: Any, prompts: list[str], device: Any, **limits: int) -> Any:
+        return pipe.encode_prompt(prompts, device=device, **limits)
+
+    def together(self, encoded: Any, others: Sequence[Any]) -> Together:
+        embeds, places = encoded
+        further = [other[0] for other in others]
+        # Each prompt's tokens are counted from its own beginning, as if it stood alone.
+        places = behind(places, [other[1] for other in others])
+        return Together((behind(embeds, further), places), whose(embeds, further))
 
     def latent_shape(self, pipe: Any) -> tuple[int, ...]:
         return ((latent_side(pipe) // 2) ** 2, pipe.transformer.config.in_channels)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from .flux import TIMESTEPS, words_then_pixels
 from .latents import from_patches, latent_side, size_shift, time_shift, to_patches
 from .qwen_image import video_distribution, video_latents, video_picture
 from .skeleton import Components, Skeleton
+from .together import Together, behind, masks_behind, whose
 
 
 class Krea2Transformer(Architecture):
@@ -68,6 +69,7 @@ class Krea2Transformer(Architecture):
         "last.linear": ("final_layer.linear",),
     }
     meeting = unit(r"(?<!\w)transformer_blocks\.\d+\.attn")
+    refining = unit(r"refiner_blocks\.\d+\.attn")
 
     def told(self, model: nn.Module, given: Mapping[str, Any]) -> Told:
         text, places, mask = (given.get(k) for k in ("encoder_hidden_states", "position_ids", "encoder_attention_mask"))
@@ -111,8 +113,19 @@ class Krea2(Family):
         rendered = pipe.prompt_template_encode_prefix + MARK
         return [chat_reading(pipe.tokenizer, given, rendered, length, dropped=dropped)]
 
-    def encode(self, pipe: Any, prompts: list[str], device: Any) -> Any:
-        return pipe.encode_prompt(prompts, device=device)
+    def encode(self, pipe: Any, prompts: list[str], device: Any, **limits: int) -> Any:
+        return pipe.encode_prompt(prompts, device=device, **limits)
+
+    def together(self, encoded: Any, others: Sequence[Any]) -> Together:
+        embeds, mask = encoded
+        further = [other[:, there[0].bool()] for other, there in others]  # words have no place, so filling may go
+        mask = masks_behind(embeds, mask, further, [None] * len(further))
+        return Together((behind(embeds, further), mask), whose(embeds, further))
+
+    def as_long(self, encoded: Any, tokens: int) -> Any:
+        embeds, mask = encoded
+        missing = tokens - embeds.shape[1]  # the mask hides them
+        return nn.functional.pad(embeds, (0, 0, 0, 0, 0, missing)), nn.functional.pad(mask, (0, missing))
 
     def conditions(self, pipe: Any, prompts: list[str]) -> Conditions:
         embeds, mask = self.encode(pipe, prompts, pipe.transformer.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from .chats import MARK, chat_reading
 from .flux import TIMESTEPS, words_then_pixels
 from .latents import from_patches, latent_side, size_shift, to_patches
 from .skeleton import DIFFUSERS_BLOCKS, Components, Skeleton
+from .together import Together, behind, masks_behind, whose
 
 
 class QwenImageTransformer(Architecture):
@@ -79,8 +80,14 @@ class QwenImage(Family):
         rendered = pipe.prompt_template_encode.format(MARK)
         return [chat_reading(pipe.tokenizer, given, rendered, length, dropped=dropped, gathered=True)]
 
-    def encode(self, pipe: Any, prompts: list[str], device: Any) -> Any:
-        return pipe.encode_prompt(prompts, device=device)
+    def encode(self, pipe: Any, prompts: list[str], device: Any, **limits: int) -> Any:
+        return pipe.encode_prompt(prompts, device=device, **limits)
+
+    def together(self, encoded: Any, others: Sequence[Any]) -> Together:
+        embeds, mask = encoded
+        further = [other[0] for other in others]
+        mask = masks_behind(embeds, mask, further, [other[1] for other in others])
+        return Together((behind(embeds, further), mask), whose(embeds, further))
 
     def conditions(self, pipe: Any, prompts: list[str]) -> Conditions:
         embeds, mask = self.encode(pipe, prompts, pipe.transformer.device)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from .architecture import Architecture
 from .base import Family
 from .clip import CLIPText, clip_skeleton
 from .skeleton import Components, Skeleton
-from .unet import NAMES, UNet
+from .together import Together
+from .unet import NAMES, UNet, together
 
 
 def _first() -> Components:
@@ -32,7 +33,6 @@ class StableDiffusion(Family):
     name = "stable-diffusion"
     title = "Stable Diffusion 1.x or 2.x"
     denoiser = "unet"
-    crossed = True
     architectures: ClassVar[Mapping[str, Architecture]] = {"unet": UNet(), "text_encoder": CLIPText()}
     skeletons = (
         Skeleton("Stable Diffusion 1.x", NAMES, _first),
@@ -41,3 +41,6 @@ class StableDiffusion(Family):
 
     def fits(self, components: Mapping[str, Any]) -> bool:
         return super().fits(components) and components["unet"].config.addition_embed_type is None
+
+    def together(self, encoded: Any, others: Sequence[Any]) -> Together:
+        return together(encoded, others)

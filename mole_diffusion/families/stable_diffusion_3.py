@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from .architecture import Architecture, Joint, Original, Told, spatial_size, unit
@@ -12,6 +13,7 @@ from .base import Conditions, Family, Text
 from .clip import CLIPText, clip_skeleton
 from .skeleton import DIFFUSERS_BLOCKS, Components, Skeleton
 from .t5 import T5, t5_skeleton
+from .together import NOBODY, PROMPT, Together, behind, whose
 
 _NAMES = rf"joint_blocks_\d|{DIFFUSERS_BLOCKS}"
 
@@ -131,8 +133,19 @@ class StableDiffusion3(Family):
         Text("tokenizer_3", "prompt_3", stretch=1, limit=("max_sequence_length", 256)),
     )
 
-    def encode(self, pipe: Any, prompts: list[str], device: Any) -> Any:
-        return pipe.encode_prompt(prompts, None, None, device=device, do_classifier_free_guidance=False)
+    def encode(self, pipe: Any, prompts: list[str], device: Any, **limits: int) -> Any:
+        return pipe.encode_prompt(prompts, None, None, device=device, do_classifier_free_guidance=False, **limits)
+
+    def together(self, encoded: Any, others: Sequence[Any]) -> Together:
+        embeds, negative, *pooled = encoded
+        further = [other[0] for other in others]
+        owners = whose(embeds, further)
+        if negative is None:
+            return Together((behind(embeds, further), negative, *pooled), owners)
+        filled = behind(negative, [torch.zeros_like(other) for other in further])
+        return Together(
+            (behind(embeds, further), filled, *pooled), owners, owners[0].masked_fill(owners[0] != PROMPT, NOBODY)
+        )
 
     def conditions(self, pipe: Any, prompts: list[str]) -> Conditions:
         embeds, _, pooled, _ = self.encode(pipe, prompts, pipe.transformer.device)

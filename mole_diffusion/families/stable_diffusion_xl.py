@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +13,8 @@ from .architecture import Architecture
 from .base import Conditions, Family, Text
 from .clip import CLIPText, clip_skeleton
 from .skeleton import Components, Skeleton
-from .unet import NAMES, UNet
+from .together import Together
+from .unet import NAMES, UNet, together
 
 
 def _published() -> Components:
@@ -41,7 +42,6 @@ class StableDiffusionXL(Family):
     name = "stable-diffusion-xl"
     title = "Stable Diffusion XL"
     denoiser = "unet"
-    crossed = True
     architectures: ClassVar[Mapping[str, Architecture]] = {
         "unet": UNet(),
         "text_encoder": CLIPText(),
@@ -53,6 +53,9 @@ class StableDiffusionXL(Family):
 
     def fits(self, components: Mapping[str, Any]) -> bool:
         return super().fits(components) and components["unet"].config.addition_embed_type == "text_time"
+
+    def together(self, encoded: Any, others: Sequence[Any]) -> Together:
+        return together(encoded, others)
 
     def conditions(self, pipe: Any, prompts: list[str]) -> Conditions:
         embeds, _, pooled, _ = self.encode(pipe, prompts, pipe.unet.device)

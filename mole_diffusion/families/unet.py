@@ -10,6 +10,7 @@ from torch import nn
 
 from .architecture import Architecture, Original, Reads, Told, spatial_size, unit
 from .clip import NAMES as CLIP_NAMES
+from .together import Together, behind, whose
 
 # What the original code calls the parts of a residual block, and what stands outside of all blocks.
 _RESIDUAL = {
@@ -142,3 +143,16 @@ def _original_blocks(names: Sequence[str]) -> dict[str, str]:
         after = 2 if f"{block}.attentions.0" in names else 1  # the change of size comes last in its block
         found[f"output_blocks.{index - 1}.{after}"] = f"{block}.upsamplers.0"
     return found
+
+
+def together(encoded: Any, others: Sequence[Any]) -> Together:
+    """Prompts with others behind them, for attention of pixels to words alone.
+
+    Negative embeddings, which must be as long, are repeated: attention over the same tokens several times is attention
+    over them once.
+    """
+    embeds, negative, *rest = encoded
+    further = [other[0] for other in others]
+    if negative is not None:
+        negative = negative.repeat(1, 1 + len(others), 1)
+    return Together((behind(embeds, further), negative, *rest), whose(embeds, further))

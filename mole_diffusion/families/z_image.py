@@ -14,6 +14,7 @@ from .base import Conditions, Family, Reading
 from .chats import MARK, chat_reading
 from .latents import latent_side, size_shift
 from .skeleton import Components, Skeleton
+from .together import PROMPT, Together, behind, whose
 
 TIMESTEPS = 1000
 LENGTH = 512  # tokens of a prompt that are read at most, where a call does not say
@@ -55,6 +56,7 @@ class ZImageTransformer(Architecture):
         "final_layer.adaLN_modulation.1": ("all_final_layer.2-1.adaLN_modulation.1",),
     }
     meeting = unit(r"(?<!\w)layers\.\d+\.attention")
+    refining = unit(r"context_refiner\.\d+\.attention")
     lists = True
 
     def told(self, model: nn.Module, given: Mapping[str, Any]) -> Told:
@@ -133,8 +135,15 @@ class ZImage(Family):
     def embedded(self, encoded: Any, each: int) -> Tensor:
         return padded(encoded[0]).repeat_interleave(each, dim=0)  # the pipeline itself repeats them later
 
-    def encode(self, pipe: Any, prompts: list[str], device: Any) -> Any:
-        return pipe.encode_prompt(prompts, device=device, do_classifier_free_guidance=False)
+    def encode(self, pipe: Any, prompts: list[str], device: Any, **limits: int) -> Any:
+        return pipe.encode_prompt(prompts, device=device, do_classifier_free_guidance=False, **limits)
+
+    def together(self, encoded: Any, others: Sequence[Any]) -> Together:
+        embeds, negative = encoded
+        further = [other[0][0][None] for other in others]
+        owners = [whose(prompt[None], further)[0] for prompt in embeds]
+        joined = [behind(prompt[None], further)[0] for prompt in embeds]
+        return Together((joined, negative), pad_sequence(owners, batch_first=True, padding_value=PROMPT))
 
     def conditions(self, pipe: Any, prompts: list[str]) -> Conditions:
         embeds, _ = self.encode(pipe, prompts, pipe.transformer.device)

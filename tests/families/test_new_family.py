@@ -16,7 +16,7 @@ from mole_diffusion.families.base import Text
 from mole_diffusion.families.flux import FluxTransformer
 from mole_diffusion.families.t5 import T5
 from mole_diffusion.pipelines import MoLEPipelineMixin
-from tests.families.contract import Case, PipelineContract, RegionContract, StepContract
+from tests.families.contract import Case, PipelineContract, RegionContract, StepContract, draw
 from tests.tiny.dits import SIZE, WIDTH, tiny_parts
 
 pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")  # diffusers' own use of it
@@ -90,3 +90,9 @@ class TestDescribed(PipelineContract, RegionContract, StepContract):
             patch.setattr(families, "FAMILIES", (*families.FAMILIES, Chroma()))
             patch.setattr(families, "ARCHITECTURES", [*families.ARCHITECTURES, ChromaTransformer()])
             yield
+
+    def test_it_takes_no_prompts_of_regions_until_it_says_where_they_go(self, pipe: Any) -> None:
+        pipe.set_composition("masks")
+        regions = {"cat": {"region": (0, 0, 0.5, 1), "prompt": "a cat asleep"}}
+        with pytest.raises(MoLEError, match=r"where further prompts of Chroma go \(`together` of its family\)"):
+            draw(self.case, pipe, regions=regions)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import pytest
 from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     StableDiffusion3Img2ImgPipeline,
@@ -17,8 +14,7 @@ from mole_diffusion import (
     MoLEStableDiffusion3InpaintPipeline,
     MoLEStableDiffusion3Pipeline,
 )
-from mole_diffusion.errors import MoLEError
-from tests.families.contract import MASK, PICTURE, Case, PipelineContract, WholeContract, draw
+from tests.families.contract import MASK, PICTURE, Case, PipelineContract, WholeContract
 from tests.tiny.families import sd3
 
 GUIDED = {"guidance_scale": 3.0, "max_sequence_length": 16, "height": 32, "width": 32}
@@ -28,12 +24,6 @@ SCALE = "joint_attention_kwargs"
 class TestStableDiffusion3(WholeContract):
     case = Case(MoLEStableDiffusion3Pipeline, StableDiffusion3Pipeline, sd3, GUIDED, scale=SCALE)
     descent = FlowMatchEulerDiscreteScheduler(shift=3.0), {"sigmas": [1.0, 0.75, 0.5, 0.25], "max_sequence_length": 256}
-
-    def test_regions_with_prompts_of_their_own_need_a_cross_attention(self, pipe: Any) -> None:
-        pipe.set_composition("masks")
-        regions = {"cat": {"region": (0, 0, 0.5, 1), "prompt": "a cat asleep"}}
-        with pytest.raises(MoLEError, match="regions of cat have prompts of their own, and Stable Diffusion 3"):
-            draw(self.case, pipe, regions=regions)
 
 
 class TestImg2Img(PipelineContract):
