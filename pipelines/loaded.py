@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 
 from ..composition import Budget, Composition, Role
@@ -17,6 +18,7 @@ from ..experts.merged import refuse_unmergeable
 from ..families.base import unwrapped
 from ..gating import MoLEModel
 from ..lora import LoRA
+from ..lora.effect import refuse_precision
 
 
 @dataclass(eq=False)
@@ -32,6 +34,7 @@ class Loaded:
         called_by_name: The LoRAs whose triggers nobody told, so that their own name stands in for them.
         roles: The role of each LoRA.
         disabled: Whether diffusers' `disable_lora` was called.
+        precisions: By component, that in which the LoRAs are known to act.
     """
 
     loras: dict[str, LoRA] = field(default_factory=dict)
@@ -42,6 +45,7 @@ class Loaded:
     called_by_name: frozenset[str] = frozenset()
     roles: dict[str, Role] = field(default_factory=dict)
     disabled: bool = False
+    precisions: dict[str, torch.dtype] = field(default_factory=dict)
 
     @property
     def fused(self) -> bool:
@@ -76,7 +80,8 @@ class Loaded:
         """Makes sure that what is listed acts on these models, or says why not.
 
         Raises:
-            MoLEError: A model was exchanged after loading, or carries the LoRAs of another pipeline.
+            MoLEError: A model was exchanged after loading, or carries the LoRAs of another pipeline; or a LoRA vanishes
+                or overflows in the precision to which a model was cast.
         """
         for name, model in components.items():
             other = _RECORDS.get(unwrapped(model))
@@ -96,6 +101,12 @@ class Loaded:
                     f"the LoRAs {', '.join(self.loras)} were loaded into another {name} than this pipeline has now, "
                     "so they would do nothing there. Call `unload_loras()`, then `load_loras` again."
                 )
+        models = {name: experts.component(name) for name in experts.components}
+        precisions = _precisions(models)
+        if precisions != self.precisions:
+            for lora in self.loras.values():
+                refuse_precision(lora, models)
+            self.precisions = precisions
 
     def hang(self, components: Mapping[str, nn.Module], loras: dict[str, LoRA]) -> None:
         """Replaces the LoRAs on the models. Everything is checked first: if they are refused, nothing changes.
@@ -106,6 +117,9 @@ class Loaded:
         experts = Experts(list(loras.values())) if loras else None
         if experts is not None:
             planned = experts.check(components)
+            for name, lora in loras.items():
+                if name not in self.loras:  # perhaps read for models of another precision
+                    refuse_precision(lora, components)
             if self.fused:
                 for site in (site for sites in planned.values() for site in sites):
                     refuse_unmergeable(site)
@@ -123,6 +137,7 @@ class Loaded:
             experts.attach(components)
             if fused:
                 experts.merge()
+            self.precisions = _precisions({name: components[name] for name in experts.components})
         self.loras, self.experts = loras, experts
         self.disabled = self.disabled and bool(loras)
         for model in [model for model, record in _RECORDS.items() if record is self]:
@@ -148,6 +163,10 @@ class Loaded:
         """Draws without the LoRAs, also in calls of other pipelines on these models, or with them again."""
         self.disabled = disabled and bool(self.loras)
         self.set_weigher()
+
+
+def _precisions(models: Mapping[str, nn.Module]) -> dict[str, torch.dtype]:
+    return {name: next(model.parameters()).dtype for name, model in models.items()}
 
 
 _RECORDS: WeakKeyDictionary[nn.Module, Loaded] = WeakKeyDictionary()

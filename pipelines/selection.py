@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,8 +41,8 @@ def read_selection(loras: Selection, names: Sequence[str]) -> tuple[Tensor, Tens
     check_names(loras, names, "loras")
     keep.zero_()
     for name in loras:
-        weight = _lora_scale(name, loras[name]) if isinstance(loras, Mapping) else 1.0
-        # A LoRA at 0 is left out, so that the others share what it would have had.
+        weight = float(np.float32(_lora_scale(name, loras[name]))) if isinstance(loras, Mapping) else 1.0
+        # A LoRA at 0, or what float32 takes for it, is left out, so that the others share what it would have had.
         keep[0, names.index(name)] = weight != 0
         scale[0, names.index(name)] = weight or 1.0
     return keep, scale

@@ -84,6 +84,14 @@ def family_of(components: Mapping[str, Any]) -> Family:
             family.refuse(components)
             return family
     denoisers = {name: components.get(name) for name in ("unet", "transformer")}
+    for name, model in denoisers.items():
+        inside = next(filter(is_denoiser, model.modules()), None) if isinstance(model, nn.Module) else None
+        if inside is not None and inside is not model:
+            raise MoLEError(
+                f"the {name} is a {type(inside).__name__} inside of a {type(model).__name__}, by which LoRAs would not "
+                f"find its modules. Take it out, for PEFT's by `pipe.{name} = pipe.{name}.unload()`, and load an "
+                "adapter's file with `load_loras`."
+            )
     found = [f"{name} ({type(model).__name__})" for name, model in denoisers.items() if model is not None]
     raise MoLEError(
         f"a pipeline with {' and '.join(found) or 'neither unet nor transformer'} is of no family that is known here. "

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 TEXT_MODEL = "text_model."
+COMPILED = "_orig_mod."
 
 
 def canonical_name(module: str) -> str:
-    """A module's name that does not depend on the version of transformers: without the `text_model.` it dropped."""
-    return module.removeprefix(TEXT_MODEL)
+    """A module's name that depends neither on the version of transformers nor on whether a model was compiled.
+
+    That is without the `text_model.` which transformers dropped, and the `_orig_mod.` of `torch.compile`.
+    """
+    return module.replace(COMPILED, "").removeprefix(TEXT_MODEL)

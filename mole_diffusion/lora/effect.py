@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mole_diffusion.lora.factors import LoRAFactors
+from mole_diffusion.errors import MoLEError
+from mole_diffusion.lora.factors import LoRA, LoRAFactors
 
 # Of numbers that cancel, rounding alone leaves about this share; such a product is meant to be zero.
 CANCELLED = 1e-5
@@ -18,6 +19,25 @@ BELOW_LAST_DIGIT = 1e-3
 LARGEST_PRODUCT = 1e30
 COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Number formats in which torch multiplies matrices; weights in others are quantised."""
+
+
+def refuse_precision(lora: LoRA, models: Mapping[str, nn.Module]) -> None:
+    """Raises MoLEError where a LoRA that was read for other models, or before a cast, cannot act in these.
+
+    Args:
+        lora: The LoRA.
+        models: By component, in the precision in which it is to act.
+    """
+    acting = [
+        (models[part].get_submodule(name), one) for part in lora.factors for name, one in lora.factors[part].items()
+    ]
+    if any(overflows(factors, module) for module, factors in acting):
+        what = "has factors too large for the precision of the models, so that pictures would be black"
+    elif changes_nothing(lora.factors, models):
+        what = "is too small for the precision of the models, and would change nothing"
+    else:
+        return
+    raise MoLEError(f"the LoRA {lora.name!r} {what}. Draw in a higher precision: `pipe.to(torch.float32)`.")
 
 
 def changes_nothing(factors: Mapping[str, Mapping[str, LoRAFactors]], models: Mapping[str, nn.Module]) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mole_diffusion.families import Original
+from mole_diffusion.families.base import unwrapped
 from mole_diffusion.lora.adapter import read_adapter_settings, strength
 from mole_diffusion.lora.effect import changes_nothing, overflows
 from mole_diffusion.lora.embeddings import Embeddings, read_embeddings
@@ -65,7 +66,7 @@ class _Reader:
     def __init__(self, file: LoRAFile, components: Mapping[str, nn.Module]) -> None:
         self.file = file
         self.layout, self.pieces = find_pieces(file)
-        self.models = {key: model for key, model in components.items() if isinstance(model, nn.Module)}
+        self.models = {key: unwrapped(model) for key, model in components.items() if isinstance(model, nn.Module)}
         self.indices = {key: ModuleIndex(model) for key, model in self.models.items()}
         self.settings = read_adapter_settings(file, self.layout)
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from mole_diffusion.families import ARCHITECTURES, Original
 from mole_diffusion.families.base import is_a
-from mole_diffusion.families.names import TEXT_MODEL
+from mole_diffusion.families.names import COMPILED, TEXT_MODEL
 from mole_diffusion.families.norms import is_norm, is_of_heads
 
 
@@ -79,4 +79,4 @@ class ModuleIndex:
 
 
 def _normal(name: str) -> str:
-    return name.replace(".", "_").removeprefix(TEXT_MODEL.replace(".", "_"))
+    return name.replace(".", "_").replace(COMPILED.replace(".", "_"), "").removeprefix(TEXT_MODEL.replace(".", "_"))

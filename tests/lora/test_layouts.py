@@ -85,6 +85,20 @@ def test_a_bare_adapter_finds_the_one_model_it_fits(
         assert torch.equal(factors.delta(), expected.factors[component][name].delta())
 
 
+@pytest.mark.parametrize("place", ["unet._orig_mod.", "unet.mid_block._orig_mod."])
+def test_names_of_a_compiled_model_are_those_of_the_model(
+    place: str, expected: LoRA, state: Mapping[str, Tensor], models: Any
+) -> None:
+    renamed = {key.replace(place.replace("_orig_mod.", ""), place): value for key, value in state.items()}
+    assert renamed.keys() != state.keys()
+    for spelled in (renamed, to_kohya(renamed)):
+        lora = load_lora(spelled, models)
+        same_factors(lora, expected)
+        assert lora.fingerprint == expected.fingerprint
+    compiled = {**models, "unet": torch.compile(models["unet"], backend="eager")}
+    same_factors(load_lora(renamed, compiled), expected)
+
+
 def test_unet_keys_without_component(expected: LoRA, state: Mapping[str, Tensor], models: Any) -> None:
     """What `unet.save_attn_procs` wrote."""
     old = {key.removeprefix("unet."): v for key, v in to_old(state).items() if key.startswith("unet.")}

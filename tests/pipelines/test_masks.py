@@ -86,6 +86,11 @@ def test_text_encoders_read_the_prompt_with_the_same_choice(pipe: Any) -> None:
     assert not torch.allclose(read(["cat"]), base, atol=0.05)
 
 
+@pytest.mark.parametrize("weight", [0, -0.0, 1e-60])
+def test_a_weight_that_is_nothing_is_left_out(pipe: Any, weight: float) -> None:
+    assert torch.equal(draw(pipe, loras={"cat": 1.0, "dog": weight}), draw(pipe, loras=["cat"]))
+
+
 def test_cross_attention_scale_scales_as_in_diffusers(pipe: Any) -> None:
     assert torch.equal(draw(pipe, loras=["cat"], cross_attention_kwargs={"scale": 0.5}), draw(pipe, loras={"cat": 0.5}))
 

@@ -11,12 +11,14 @@ from diffusers import (
     AutoPipelineForInpainting,
     AutoPipelineForText2Image,
 )
+from peft import LoraConfig, get_peft_model
 
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.experts import AttachError
+from mole_diffusion.lora import load_lora
 from mole_diffusion.pipelines import MoLEStableDiffusionImg2ImgPipeline, MoLEStableDiffusionPipeline
 from tests.composing import PROMPT, assert_close, composing_pipeline, draw, lora_states
-from tests.tiny import TEXT_ENCODER, random_lora, tiny_components
+from tests.tiny import TEXT_ENCODER, random_lora, tiny_components, tiny_pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -47,6 +49,44 @@ def test_a_compiled_model_is_the_model_that_has_the_loras() -> None:
     with pytest.raises(AttachError, match="is compiled"):
         pipe.load_loras({"dog": lora_states(pipe)["dog"]})
     assert pipe.experts.names == ("cat",)
+    other = composing_pipeline()
+    other.unet = torch.compile(other.unet, backend="eager")
+    with pytest.raises(AttachError, match="is compiled"):
+        other.load_loras({"cat": lora_states(pipe)["cat"]})
+
+
+def test_a_model_inside_of_another_is_named_and_no_other_kind_of_model() -> None:
+    pipe = composing_pipeline()
+    pipe.unet = inside = get_peft_model(pipe.unet, LoraConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(
+        MoLEError, match=r"the unet is a UNet2DConditionModel inside of a PeftModel.*pipe\.unet\.unload"
+    ):
+        pipe.load_loras({"cat": lora_states(tiny_pipeline())["cat"]})
+    pipe.unet = inside.unload()
+    pipe.load_loras({"cat": lora_states(pipe)["cat"]})
+    assert torch.equal(draw(pipe), draw(composing_pipeline("cat")))
+
+
+@pytest.mark.parametrize(("down", "up", "message"), [(1e4, 1e-9, "is too small for"), (1e-6, 1e6, "too large for the")])
+def test_loras_that_a_cast_takes_away_are_missed(down: float, up: float, message: str) -> None:
+    """Single precision has room for their factors, and half precision for one of them."""
+    pipe = composing_pipeline()
+    state = random_lora({"unet": pipe.unet})
+    state = {key: value * (up if "lora_B" in key else down) for key, value in state.items()}
+    pipe.load_loras({"cat": state})
+    lora = load_lora(state, pipe.lora_components)
+    expected = draw(pipe)
+    pipe.unet.half()
+    with pytest.raises(MoLEError, match=rf"the LoRA 'cat' .*{message}"), pipe.composing():
+        pass
+    with pipe.composing([]):
+        pass
+    pipe.unet.float()
+    assert_close(draw(pipe), expected, atol=0.02)  # the base was rounded
+    pipe.unload_loras()
+    pipe.unet.half()
+    with pytest.raises(MoLEError, match=message):
+        pipe.load_loras({"cat": lora})
 
 
 def test_processors_somebody_kept_act_once_or_not_at_all() -> None:
