@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -45,7 +44,7 @@ def load_clip(source: str) -> DifferentiableCLIP:
         from .. import toybox
 
         return DifferentiableCLIP(toybox.clip_dir())
-    if Path(source).is_dir():
+    if os.path.isdir(source):
         return DifferentiableCLIP(source)
     architecture, separator, weights = source.partition(":")
     if not (architecture and separator and weights):

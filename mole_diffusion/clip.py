@@ -145,7 +145,7 @@ def _quick_gelu(name: str, pretrained: str | None) -> bool:
 def _open_clip_name(name: str, pretrained: str | None) -> str:
     """What open_clip calls this model. Raises MoLEError where it would go on with random weights."""
     folder = Path(name.removeprefix(_LOCAL))
-    if name.startswith(_LOCAL) or folder.is_dir():
+    if name.startswith(_LOCAL) or os.path.isdir(folder):
         missing = [file for file in ("open_clip_config.json", _WEIGHTS) if not (folder / file).is_file()]
         if missing:
             raise MoLEError(f"{folder} is no folder of an open_clip model: it lacks {' and '.join(missing)}.")

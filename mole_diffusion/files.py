@@ -288,6 +288,12 @@ def sha256(path: str | os.PathLike[str]) -> str:
 @contextmanager
 def _not_written(target: Path) -> Iterator[None]:
     try:
+        named = b"\0" not in os.fsencode(target)
+    except UnicodeEncodeError:
+        named = False
+    if not named:
+        raise NotWrittenError(f"{str(target)!r} cannot be written: no file has such a name. Choose another.")
+    try:
         yield
     except NotWrittenError:
         raise

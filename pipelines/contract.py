@@ -105,7 +105,7 @@ class DiffusersContract(Base):
                 f"{printable(file)} is no .safetensors file, and pickles, which can run any code, are not read. Most "
                 "models are there as both."
             )
-        if Path(file).exists():
+        if os.path.lexists(file):
             try:
                 regular_size(file)
             except MoLEError as error:

@@ -61,6 +61,8 @@ def test_where_results_go_is_tried_and_nothing_is_left(tmp_path: Path) -> None:
         (lambda: try_file(tmp_path), "is a folder, and a file is to be written"),
         (lambda: try_folder(tmp_path / "file"), "is a file, and a folder is to be written"),
         (lambda: try_file(tmp_path / ("x" * 300)), "cannot be written: File name too long"),
+        (lambda: try_file("a\0b"), r"'a\\x00b' cannot be written: no file has such a name"),
+        (lambda: try_folder("\ud800"), "no file has such a name"),
         (lambda: try_folder("/proc/mole"), "/proc/mole cannot be written: No such file or directory. Choose a place"),
     ):
         with pytest.raises(NotWrittenError, match=message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -73,7 +74,7 @@ def find_folder(option: str, given: str, *, example: str) -> str:
         MoLEError: It is neither.
     """
     folder = Path(given).expanduser()
-    if given and folder.is_dir():
+    if given and os.path.isdir(folder):
         return str(folder)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", given):
         raise MoLEError(f"{option} {given}: there is no such folder, and it is no Hub id such as {example}.")

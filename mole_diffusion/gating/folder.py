@@ -83,7 +83,7 @@ def read_gates(
         GatesError: It is no such folder, or holds something else than `save_pretrained` writes.
     """
     folder = Path(source)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # unlike Path's, it takes names that are none
         # What the Hub takes of these settings is what diffusers takes.
         hub = {"revision": revision, "token": token, "cache_dir": cache_dir}
         folder = _download(
@@ -120,7 +120,7 @@ def _download(source: str, subfolder: str, **settings: Any) -> Path:
 
 
 def _read_folder(folder: Path) -> SavedGates:
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise MoLEError("no such folder. Check the path.")
     try:
         regular_size(folder / CONFIG)

@@ -243,8 +243,8 @@ class MoLEModel(ModelMixin, ConfigMixin):
             NotWrittenError: It cannot be written.
         """
         folder = Path(save_directory)
-        refuse_others(folder)
         with atomic_files(folder) as temporary:
+            refuse_others(folder)
             super().save_pretrained(temporary)
         if push_to_hub:
             self._card = own_card(folder) or self._card  # a training leaves its card beside the gates

@@ -129,13 +129,6 @@ def _from_path(source: str) -> LoRAFile:
     )
 
 
-def _is_folder(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except OSError:  # a name longer than the file system takes
-        return False
-
-
 def _weights_in(folder: Path, suffixes: tuple[str, ...] = (".safetensors",)) -> list[Path]:
     """The files of a folder that may hold a LoRA; those with a dot in front are other programs' leftovers."""
     found = [path for path in folder.iterdir() if path.suffix.lower() in suffixes and not path.name.startswith(".")]
@@ -144,7 +137,7 @@ def _weights_in(folder: Path, suffixes: tuple[str, ...] = (".safetensors",)) -> 
 
 def _one_weights_file(source: str) -> Path:
     path = Path(source)
-    if not _is_folder(path):
+    if not os.path.isdir(path):  # unlike Path's, it takes names that are none
         return path
     try:
         files = _weights_in(path)
@@ -160,7 +153,9 @@ def _one_weights_file(source: str) -> Path:
         )
     if pickles:
         raise _pickle_refusal(source, pickles[0])
-    if parts := [name for name in COMPONENTS if _is_folder(path / name)]:
+    if (path / "model_index.json").is_file():
+        raise refusal(source, "a whole model, which is no LoRA", "Name the file of a LoRA for it.")
+    if parts := [name for name in COMPONENTS if (path / name).is_dir()]:
         raise refusal(
             source,
             f"a folder of adapters for {' and '.join(parts)}",

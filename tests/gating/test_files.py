@@ -17,6 +17,7 @@ from torch import nn
 
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.experts import Experts
+from mole_diffusion.files import NotWrittenError
 from mole_diffusion.gating import GateConfig, MoLEModel
 from mole_diffusion.gating.identity import GatesError
 from mole_diffusion.lora import LoRA, load_lora, save_lora
@@ -410,6 +411,16 @@ def test_pipes_in_the_place_of_files(experts: Experts, tmp_path: Path) -> None:
         MoLEModel.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(GatesError, match="cannot be had from the Hub"):
         MoLEModel.from_pretrained("me/nowhere", local_files_only=True)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "x/" * 3000, "a\0b", "\ud800"])
+def test_names_that_no_folder_has(experts: Experts, name: str) -> None:
+    with pytest.raises(GatesError, match="no such folder"):
+        MoLEModel.from_pretrained(name)
+    with pytest.raises(GatesError):
+        MoLEModel.from_pretrained(".", subfolder=name)
+    with pytest.raises(NotWrittenError, match="cannot be written"):
+        random_gates(experts).save_pretrained(name)
 
 
 def test_gates_whose_indices_were_called_experts_are_read(experts: Experts, tmp_path: Path) -> None:

@@ -82,6 +82,10 @@ def test_folders(state: State, models: Any, tmp_path: Path) -> None:
         LoRAError, match=r"a folder with 2 weight files: 'a.safetensors', 'b.safetensors'\. Name one file"
     ):
         load_lora(tmp_path, models)
+    models["unet"].save_pretrained(tmp_path / "base" / "unet")
+    (tmp_path / "base" / "model_index.json").write_text("{}")
+    with pytest.raises(LoRAError, match="base: a whole model, which is no LoRA"):
+        load_lora(tmp_path / "base", models)
 
 
 @pytest.mark.parametrize(
