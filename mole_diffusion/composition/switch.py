@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from mole_diffusion.errors import MoLEError
@@ -34,7 +36,19 @@ class Switch(StepComposition):
         self.every = every
 
     def weights(self, keep: Tensor, step: Step | None) -> Tensor:
+        """As in `StepComposition`.
+
+        Raises:
+            MoLEError: There are too few steps for every LoRA to have a turn.
+        """
         if step is None:
             return keep
+        several, turns = int(keep.sum(dim=-1).max()), math.ceil(step.total / self.every)
+        if 1 < step.total and turns < several:  # a model outside of any pipeline has one step
+            raise MoLEError(
+                f"composition 'switch' draws {self.every} steps with each LoRA in turn, and {step.total} steps leave "
+                f"none for {several - turns} of {several}. Take more than {(several - 1) * self.every} steps, fewer "
+                "LoRAs, or shorter turns, of which `set_composition(Switch(every=1))` has the shortest."
+            )
         turn = (step.index // self.every) % keep.sum(dim=-1, keepdim=True).clamp(min=1)
         return keep * (keep.cumsum(dim=-1) - 1 == turn)

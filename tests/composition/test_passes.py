@@ -81,6 +81,10 @@ def test_switch_takes_turns_among_the_kept_loras() -> None:
             expected[kept[(k // 5) % len(kept)]] = 1
             assert torch.equal(weights, expected)
     assert torch.equal(method.weights(KEEP, None), KEEP)  # the text encoder carries all
+    with pytest.raises(MoLEError, match=r"10 steps leave none for 1 of 3\. Take more than 10 steps, fewer LoRAs, or"):
+        method.weights(KEEP, step(0, 10))
+    for enough, total in ((method, 11), (Switch(every=1), 10)):
+        assert enough.weights(KEEP, step(0, total)).sum() == len(KEEP)
     with pytest.raises(ValueError, match="`every` must be at least 1 step, got 0"):
         Switch(0)
     with pytest.raises(ValueError, match="`every` must be at least 1 step, got nan"):
@@ -388,7 +392,7 @@ def test_steps_are_read_whatever_stands_in_the_place_of_forward() -> None:
         for method in (Switch(every=1), "composite"):
             for one in (pipe, changed):
                 one.set_composition(method)
-            assert torch.equal(draw(changed), draw(pipe))
+            assert torch.equal(draw(changed, num_inference_steps=3), draw(pipe, num_inference_steps=3))
 
 
 def test_a_model_whose_call_is_passed_by_is_refused_where_the_step_matters(pipe: Any) -> None:

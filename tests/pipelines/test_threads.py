@@ -10,7 +10,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
-from mole_diffusion.composition import Masks
+from mole_diffusion.composition import Masks, Switch
 from mole_diffusion.pipelines import MoLEStableDiffusionImg2ImgPipeline, MoLEStableDiffusionPipeline
 from tests.composing import assert_close, composing_pipeline, draw
 
@@ -41,7 +41,7 @@ CHOICES: list[Any] = [["cat"], {"dog": 0.5}, [], ["cat", "dog"]]
 
 
 @pytest.mark.parametrize("sharing", ["one pipeline", "models", "scheduler"])
-@pytest.mark.parametrize("method", ["linear", "switch", Masks()])
+@pytest.mark.parametrize("method", ["linear", Switch(every=1), Masks()])
 def test_calls_at_once_are_as_calls_in_turn(sharing: str, method: Any) -> None:
     pipe = composing_pipeline("cat", "dog")
     pipe.set_composition(method)
@@ -89,7 +89,7 @@ def test_two_tasks_of_one_model_draw_at_once() -> None:
 
 def test_a_stock_pipeline_with_a_scheduler_of_its_own_is_told_how() -> None:
     pipe = composing_pipeline("cat", "dog")
-    pipe.set_composition("switch")
+    pipe.set_composition(Switch(every=2))
     stock = StableDiffusionPipeline(
         **{**pipe.components, "scheduler": type(pipe.scheduler)()}, requires_safety_checker=False
     )
