@@ -15,6 +15,7 @@ from mole_diffusion.errors import MoLEError, printable
 from mole_diffusion.families import COMPONENTS
 from mole_diffusion.families.names import TEXT_MODEL
 from mole_diffusion.lora.errors import LoRAError, refusal
+from mole_diffusion.lora.layouts.peft import is_whole
 from mole_diffusion.lora.patterns import PatternError, Patterns
 from mole_diffusion.lora.pieces import Piece
 from mole_diffusion.lora.sources import Config, LoRAFile
@@ -44,7 +45,6 @@ _OTHER_KINDS = {
     "kasa_config": "KaSA, which changes the base",
     "monteclora_config": "MonteCLoRA",
     "layer_replication": "layer replication, which changes the base",
-    "modules_to_save": "modules_to_save, whole modules trained beside the LoRA",
     "trainable_token_indices": "trainable tokens, embeddings trained beside the LoRA",
     "target_parameters": "LoRA of bare parameters",
 }
@@ -117,7 +117,7 @@ def strength(
     stated: Any = alpha
     r = piece.r
     if settings is not None:
-        if settings.dora and not piece.magnitude:
+        if settings.dora and not piece.magnitude and piece.form and not piece.whole:
             raise refuse("its config says DoRA, and a module has no magnitudes", "Save the adapter again.")
         names = _spellings(piece.module)
         try:
@@ -132,7 +132,7 @@ def strength(
             )
         if r is None and alpha is None and isinstance(expected, int) and expected > 0:
             r = expected
-    if stated is None or piece.form is None:
+    if stated is None or piece.form is None or "diff" in piece.whole:
         return None, 1.0
     number = _finite(stated)
     if number is None:
@@ -178,9 +178,18 @@ def _refuse_other_kinds(file: LoRAFile, config: Config) -> str:
     for name, what in _OTHER_KINDS.items():
         if config.get(name):
             raise refusal(file.source, f"its config says {what}", f"That is not read. {_EXTRACT}")
-    if config.get("bias") not in (None, False, "none"):
-        bias = printable(str(config["bias"]), 60)
-        raise refusal(file.source, f"its config says that biases were trained ({bias})", _EXTRACT)
+    trained = {
+        "modules_to_save, whole modules trained beside the LoRA": (config.get("modules_to_save"), ".weight"),
+        "that biases were trained": (config.get("bias") not in (None, False, "none"), ".bias"),
+    }
+    for what, (said, ending) in trained.items():
+        if said and not any(is_whole(key) and key.endswith(ending) for key in file.entries):
+            raise refusal(
+                file.source,
+                f"its config says {what}, and the file has none in PEFT's layout",
+                "Save the adapter again with PEFT's `save_pretrained`. If the base has none there, take the setting "
+                "out of the config.",
+            )
     # The last is how a kernel was factored, which the shapes tell too.
     known = {*_OTHER_KINDS, "use_rslora", "use_dora", "use_effective_conv2d"}
     # PEFT names a variant of LoRA so; one that is newer than this reader is none that it reads.

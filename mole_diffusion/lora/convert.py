@@ -85,6 +85,14 @@ def convert_lora(
     if target.exists() and target.samefile(file.source):
         raise MoLEError(f"{target} is the file that is converted, and would be lost. Give another name.")
     layout, pieces = find_pieces(file)
+    if given_whole := [piece.keys[part] for piece in pieces for part in piece.whole]:
+        raise refusal(
+            file.source,
+            "weights or biases that PEFT trained whole, which have no place in another layout",
+            "Draw with it as it is, or merge it into its base with PEFT.",
+            layout=layout,
+            keys=given_whole,
+        )
     bundled = {key: file.tensors[key].contiguous() for key in file.entries if is_embedding(key)}
     if to == "kohya":
         modules = _untouched(file, layout, pieces, components)

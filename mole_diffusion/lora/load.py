@@ -6,7 +6,7 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -46,13 +46,25 @@ def load_lora(
         name: What to call it. Default: the file's name without suffix.
 
     Returns:
-        Factors in fp32 on the CPU for every module the file has, in the order of the models' modules.
+        Factors in fp32 on the CPU for every module the file has, in the order of the models' modules. What PEFT trained
+        whole (`bias="all"`, `modules_to_save`) is in them as the difference to these models' own values.
 
     Raises:
         LoRAError: The file cannot be read, is not plain LoRA on the whole base, has a key that finds no place, a
             shape that does not fit, a value that is not finite, or would change nothing in the base's precision.
     """
     return _Reader(read_source(source), components).lora(name)
+
+
+def fits(source: str | os.PathLike[str] | Mapping[str, Tensor], components: Mapping[str, nn.Module]) -> LoRA:
+    """`load_lora` for models that may have no values, by names and sizes alone.
+
+    What a file gives whole is then counted as if the base had zeros in its place.
+
+    Raises:
+        LoRAError: As `load_lora`.
+    """
+    return _Reader(read_source(source), components, sizes_only=True).lora(None)
 
 
 # What a key calls a component, to the component it may be: `lora_unet_` is in front of transformers too, and FLUX.1's
@@ -63,8 +75,9 @@ _OTHER_NAMES = {"unet": "transformer", "transformer": "unet", "text_encoder_3": 
 class _Reader:
     """One file on its way into one set of models; holds what every message names."""
 
-    def __init__(self, file: LoRAFile, components: Mapping[str, nn.Module]) -> None:
+    def __init__(self, file: LoRAFile, components: Mapping[str, nn.Module], sizes_only: bool = False) -> None:
         self.file = file
+        self.sizes_only = sizes_only
         self.layout, self.pieces = find_pieces(file)
         self.models = {key: unwrapped(model) for key, model in components.items() if isinstance(model, nn.Module)}
         self.indices = {key: ModuleIndex(model) for key, model in self.models.items()}
@@ -228,6 +241,8 @@ class _Reader:
         own = read_alpha(self.file, self.layout, piece)
         _, scaling = strength(self.file, self.layout, piece, own, settings)
         parts = read_parts(self.file, self.layout, piece)
+        for part in piece.whole:
+            parts[part] = parts[part] - self._base(piece, component, targets, part)
         whole = _whole(piece, parts, out, tuple(rest), scaling)
         found = {}
         for target in targets:
@@ -243,6 +258,33 @@ class _Reader:
                 )
             found[target.module] = factors
         return found
+
+    def _base(self, piece: Piece, component: str, targets: tuple[Original, ...], part: str) -> Tensor:
+        """What the base has where a file says what is to be there, in fp32 on the CPU."""
+        name = targets[0].module
+        module: Any = self.models[component].get_submodule(name)
+        values = module.weight if part == "diff" else module.bias
+        what = "weight" if part == "diff" else "bias"
+        like = torch.zeros(piece.shapes[part])
+        if values is None or len(targets) > 1 or targets[0].rows is not None:
+            self._refuse(
+                f"a whole {what}, for which {name} is not the one place",
+                f"{self._hint()}Use a LoRA for this kind of model.",
+                [piece],
+                component,
+            )
+        if values.is_meta and self.sizes_only:
+            return like
+        if values.is_meta or not values.is_floating_point() or values.numel() != like.numel():
+            self._refuse(
+                f"a whole {what}, of which the difference to the base's counts, and {component}.{name} has no plain "
+                "values just now",
+                "Load the base's weights before the LoRA, unquantised and before `enable_sequential_cpu_offload()`; or "
+                "merge the adapter into its base with PEFT and draw with that.",
+                [piece],
+                component,
+            )
+        return values.detach().to(device="cpu", dtype=torch.float32).reshape(like.shape)
 
     def _hint(self) -> str:
         written = trainer_of(self.file.metadata, self.file.entries)

@@ -18,6 +18,7 @@ from mole_diffusion.lora.embeddings import find_embeddings, is_embedding
 from mole_diffusion.lora.errors import LoRAError, refusal
 from mole_diffusion.lora.kinds import Change, Form, Kind, KindError, Shape, dora, kind_of
 from mole_diffusion.lora.layouts import LAYOUTS, read_layout
+from mole_diffusion.lora.layouts.peft import is_whole
 from mole_diffusion.lora.sources import LoRAFile
 from mole_diffusion.lora.spoken import spoken
 from mole_diffusion.lora.unsupported import explain_unplaced, find_unsupported
@@ -63,6 +64,11 @@ class Piece:
     def magnitude(self) -> str | None:
         """The part that holds DoRA's magnitudes."""
         return next((part for part in dora.PARTS if part in self.keys), None)
+
+    @property
+    def whole(self) -> frozenset[str]:
+        """Of `diff` and `diff_b`, those that say what the weight or bias is to be, and not by how much it changes."""
+        return frozenset(part for part in ("diff", "diff_b") if part in self.keys and is_whole(self.keys[part]))
 
     @property
     def key(self) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mole_diffusion.lora.errors import LoRAError
 from mole_diffusion.lora.factors import LoRA, LoRAFactors
 from mole_diffusion.lora.families import family, text_width
-from mole_diffusion.lora.load import load_lora
+from mole_diffusion.lora.load import fits
 from mole_diffusion.lora.pieces import find_pieces
 from mole_diffusion.lora.skeletons import candidates, names_of
 from mole_diffusion.lora.sources import read_source
@@ -54,7 +54,7 @@ def judge(source: str | os.PathLike[str], components: Mapping[str, nn.Module], b
         base: What to call the model.
     """
     try:
-        lora = load_lora(source, components)
+        lora = fits(source, components)
     except LoRAError as error:
         return Verdict(base, {}, str(error))
     counts = {component: len(modules) for component, modules in lora.factors.items()}

@@ -16,9 +16,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mole_diffusion.lora import LoRAError, convert_lora, inspect_lora, load_lora
+from mole_diffusion.composition import Linear
+from mole_diffusion.experts import Experts
+from mole_diffusion.lora import LoRAError, convert_lora, inspect_lora, judge, load_lora
 from mole_diffusion.lora.patterns import PatternError, Patterns
 from tests.lora_files import to_kohya, to_peft
+from tests.running import run_unet
 from tests.tiny import random_lora, tiny_components
 
 QUERIES = r"attn1\.to_q$"
@@ -58,9 +61,9 @@ CHANGES = [
     ({"peft_type": "ADALORA"}, "ADALORA"),
     ({"alora_invocation_tokens": [1]}, "Activated LoRA"),
     ({"layer_replication": [[0, 2]]}, "layer replication"),
-    ({"modules_to_save": ["conv_in"]}, "modules_to_save"),
     ({"kasa_config": {"x": 1}}, "KaSA"),
-    ({"bias": "all"}, "biases were trained (all)"),
+    ({"bias": "all"}, "its config says that biases were trained"),
+    ({"modules_to_save": ["conv_in"]}, "its config says modules_to_save"),
     ({"use_rslora": "yes"}, "use_rslora in its config is 'yes', not true or false"),
     ({"lora_alpha": 10**400}, "is not a finite number"),
     ({"lora_alpha": True}, "alpha True is not a finite number"),
@@ -115,35 +118,81 @@ def test_the_remedy_for_moved_bases_gives_a_plain_lora(start: Any, tmp_path: Pat
         assert torch.allclose(pair.delta(), change, atol=1e-5)
 
 
-WHOLE = {
-    "all biases": ({"bias": "all"}, r"are whole biases \(PEFT's `bias="),
-    "biases of its own modules": ({"bias": "lora_only"}, r"are whole biases \(PEFT's `bias="),
-    "whole modules": (
-        {"modules_to_save": ["conv_in"]},
-        r"are full weights of whole modules \(PEFT's modules_to_save\)",
-    ),
+WHOLE: dict[str, dict[str, Any]] = {
+    "all biases": {"bias": "all"},
+    "biases of its own modules": {"bias": "lora_only"},
+    "whole modules": {"modules_to_save": ["conv_in", "conv_norm_out"]},
 }
 
 
-@pytest.mark.parametrize(("settings", "message"), WHOLE.values(), ids=WHOLE)
+@torch.no_grad()
+@pytest.mark.parametrize("settings", WHOLE.values(), ids=WHOLE)
 @pytest.mark.parametrize("with_config", [True, False])
-def test_what_peft_trains_whole_is_refused_by_name(
-    settings: Any, message: str, with_config: bool, models: Any, tmp_path: Path
+def test_what_peft_trains_whole_acts_as_in_peft(
+    settings: Any, with_config: bool, models: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Such a value replaces that of the base it was trained on; on another base it would be another change."""
-    config = LoraConfig(r=4, target_modules=["to_out.0"], init_lora_weights=False, **settings)
-    get_peft_model(tiny_components()["unet"], config).save_pretrained(tmp_path / "cat")
+    """By the difference to the base's own values: at full weight the base has PEFT's, at half weight half the way."""
+    config = LoraConfig(r=4, lora_alpha=4, target_modules=["to_out.0"], init_lora_weights=False, **settings)
+    theirs: Any = get_peft_model(tiny_components()["unet"], config)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in theirs.named_parameters():
+        if parameter.requires_grad and "lora_" not in name:
+            parameter += torch.randn(parameter.shape, generator=generator) / 4
+    theirs.save_pretrained(tmp_path / "cat")
     if not with_config:
         (tmp_path / "cat" / "adapter_config.json").unlink()
-    readers: list[Any] = [
-        lambda: load_lora(tmp_path / "cat", models),
-        lambda: inspect_lora(tmp_path / "cat"),
-        lambda: convert_lora(tmp_path / "cat", tmp_path / "out.safetensors", "kohya", models),
-    ]
-    for read in readers:
-        with pytest.raises(LoRAError, match=message):
-            read()
+    lora = load_lora(tmp_path / "cat", models)
+    name = "conv_in" if "modules_to_save" in settings else "mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0"
+    trained, base = (model.get_parameter(f"{name}.bias") for model in (peeled(theirs), models["unet"]))
+    torch.testing.assert_close(lora.factors["unet"][name].bias, trained - base)
+
+    wanted, alone = run_unet({"unet": theirs.base_model.model}), run_unet(models)
+    assert (wanted - alone).abs().max() > 1e-2
+    experts = Experts([lora])
+    experts.attach(models)
+    try:
+        experts.weigher = Linear()
+        torch.testing.assert_close(run_unet(models), wanted, atol=2e-5, rtol=1e-4)
+    finally:
+        experts.detach()
+    assert inspect_lora(tmp_path / "cat").layout == "peft"
+    with pytest.raises(LoRAError, match="weights or biases that PEFT trained whole, which have no place in another"):
+        convert_lora(tmp_path / "cat", tmp_path / "out.safetensors", "kohya", models)
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def peeled(model: Any) -> Any:
+    """PEFT's model with its modules under the names they had, and the values that were trained."""
+    whole = tiny_components()["unet"]
+    state = {}
+    for key, value in model.base_model.model.state_dict().items():
+        if "original_module" not in key and "lora_" not in key:
+            state[key.replace(".base_layer", "").replace(".modules_to_save.default", "")] = value
+    whole.load_state_dict(state)
+    return whole
+
+
+def test_what_is_whole_needs_the_base_s_values(models: dict[str, Any], tmp_path: Path) -> None:
+    name = "base_model.model.conv_in"
+    state = {f"{name}.weight": torch.ones_like(models["unet"].conv_in.weight), f"{name}.bias": torch.ones(32)}
+    empty = tiny_components()["unet"].to("meta")
+    with pytest.raises(LoRAError, match=r"a whole (weight|bias), .* unet.conv_in has no plain values.*before the LoRA"):
+        load_lora(state, {"unet": empty})
+    assert judge(saved(tmp_path / "it", state), {"unet": empty}, "it").refusal is None
+    for config, message in (
+        ({"modules_to_save": ["conv_in"]}, "modules_to_save, whole modules trained beside the LoRA, and the file has"),
+        ({"bias": "all"}, "that biases were trained, and the file has none"),
+    ):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        ending = "bias" if "bias" not in config else "weight"
+        save_file({f"{name}.{ending}": state[f"{name}.{ending}"]}, tmp_path / "adapter_model.safetensors")
+        with pytest.raises(LoRAError, match=message):
+            load_lora(tmp_path, models)
+
+
+def saved(path: Path, state: dict[str, Tensor]) -> Path:
+    save_file(state, path.with_suffix(".safetensors"))
+    return path.with_suffix(".safetensors")
 
 
 def test_inspecting_says_the_scaling_that_loading_uses(state: dict[str, Tensor], models: Any, tmp_path: Path) -> None:
