@@ -193,8 +193,12 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """A grey picture of more than 8 bits, scaled to 8."""
+def deep_grey(image: Image.Image) -> np.ndarray:
+    """How bright each pixel of a grey picture of more than 8 bits is, in [0, 1], `(h, w)`.
+
+    Raises:
+        MoLEError: It has a depth at which nobody knows what is white: 32-bit integers or floats.
+    """
     tags: Any = getattr(image, "tag_v2", {})
     bits = tags.get(_BITS_PER_SAMPLE, 16)
     bits = int(bits[0]) if isinstance(bits, tuple) else int(bits)
@@ -202,12 +206,14 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     if not deep or not 8 < bits <= 16:
         kind = "floating-point numbers" if image.mode == "F" else "integers of 32 bits"
         raise MoLEError(f"it holds {kind}, and nobody says which is white. Save it with 8 or 16 bits a channel.")
-    values = np.asarray(image).astype(np.float64)
-    levels = np.clip(np.rint(values * (255 / (2**bits - 1))), 0, 255).astype(np.uint8)
-    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
-        levels = 255 - levels
-    grey = Image.fromarray(levels)
+    levels = np.clip(np.asarray(image).astype(np.float64) / (2**bits - 1), 0, 1)
+    return 1 - levels if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO else levels
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """A grey picture of more than 8 bits, scaled to 8."""
+    grey = Image.fromarray(np.rint(deep_grey(image) * 255).astype(np.uint8))
     clear = image.info.get("transparency")
     if isinstance(clear, int):
-        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+        grey.putalpha(Image.fromarray(np.where(np.asarray(image) == clear, 0, 255).astype(np.uint8)))
     return grey

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from mole_diffusion.errors import MoLEError
+from mole_diffusion.pictures import deep_grey
 
 Box: TypeAlias = tuple[float, float, float, float]
 Point: TypeAlias = tuple[float, float]
@@ -110,9 +111,13 @@ def _inside(
 
 
 def luminance(image: Image.Image) -> np.ndarray:
-    """How bright each pixel is, in [0, 1], `(h, w)`; of any mode, 16 bits included."""
+    """How bright each pixel is, in [0, 1], `(h, w)`; of any mode, 16 bits included.
+
+    Raises:
+        MoLEError: Nobody says which of its numbers is white.
+    """
     if image.mode.startswith("I"):
-        return np.asarray(image).astype(np.float32) / 65535
+        return deep_grey(image).astype(np.float32)
     return np.asarray(image.convert("RGB").convert("L"), dtype=np.float32) / 255
 
 
@@ -129,7 +134,11 @@ def _painted(image: Image.Image, whose: str) -> Tensor:
         return _array(np.asarray(image), whose)
     alpha = transparency(image)
     # An alpha that is full everywhere says nothing: some paint programs add one to every picture.
-    return _array(alpha if alpha.min() < 1 else luminance(image), whose)
+    try:
+        shares = alpha if alpha.min() < 1 else luminance(image)
+    except MoLEError as error:
+        raise MoLEError(f"{whose} is a picture that cannot be read: {error}") from None
+    return _array(shares, whose)
 
 
 def _array(mask: np.ndarray | Tensor, whose: str) -> Tensor:

@@ -123,6 +123,7 @@ def test_rows_are_alike_unless_a_map_of_an_earlier_call_differs_in_them():
 @pytest.mark.parametrize(
     ("region", "message"),
     [
+        (Image.new("I", (8, 8), 255), "is a picture that cannot be read: it holds integers of 32 bits, and nobody"),
         ((0, 0, 0, 1), r"'cat' is the box \(0, 0, 0, 1\), which is empty or reversed. Give \(left, top"),
         ((0.5, 0, 0.2, 1), "empty or reversed"),
         ((200, 0, 300, 64), r"covers nothing of the picture of 128 x 64 pixels: it lies outside or has no area"),
