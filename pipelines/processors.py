@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..experts import Experts
+from ..families.parts import every_module
 
 
 @contextmanager
@@ -18,7 +19,9 @@ def processors_given_back(models: Iterable[nn.Module], experts: Experts) -> Iter
     Pipelines with self-attention guidance, or perturbed attention, exchange some, and give them back at the end of a
     call that ends well. Where the LoRAs were taken off meanwhile, so were their processors, and stay off.
     """
-    layers: list[Any] = [layer for model in models for layer in model.modules() if hasattr(layer, "set_processor")]
+    layers: list[Any] = [
+        layer for model in models for layer in every_module(model) if hasattr(type(layer), "set_processor")
+    ]
     before = [getattr(layer, "processor", None) for layer in layers]
     try:
         yield

@@ -71,6 +71,13 @@ class Composition(ABC):
         """How many passes of the denoiser this step takes; they run as one widened batch. Asked once a step."""
         return 1
 
+    @property
+    def in_attention(self) -> bool:
+        """Whether the method has a `watches` or an `attention_bias` of its own; if not, no attention layer asks it."""
+        kind = type(self)
+        watches = kind.watches is not Composition.watches
+        return watches or kind.attention_bias is not Composition.attention_bias
+
     def watches(self, run: Run) -> bool:
         """Whether the method wants to see what attention layers compute in this pass of the denoiser."""
         return False

@@ -43,6 +43,10 @@ class Wrapper(Composition):
     def prior_done(self, run: Run) -> bool:
         return bool(self.method.prior_done(run))
 
+    @property
+    def in_attention(self) -> bool:
+        return bool(self.method.in_attention)
+
     def watches(self, run: Run) -> bool:
         return bool(self.method.watches(run))
 

@@ -55,7 +55,7 @@ def add_experts(site: Site, hidden_states: Tensor, output: Tensor, run: Run) -> 
             f"The weights for {site.name} must be (1 or {rows}, 1 or {projections.tokens}, {stack.num_experts}), "
             f"got {tuple(shape)}."
         )
-    if getattr(weigher, "alike", False) and shape[0] == shape[1] == kept == scaled == 1:
+    if shape[0] == shape[1] == kept == scaled == 1 and getattr(weigher, "alike", False):
         run.notes[ALIKE] = weights  # fit everywhere
     beside = None if site.beside is None else site.beside.add(hidden_states, output, weights, stack.indices)
     rows_here = projections.rows[site.name]

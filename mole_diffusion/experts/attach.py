@@ -22,7 +22,7 @@ from .meeting import Meeting
 from .processor import AddExperts, MoLEAttnProcessor
 from .refusals import AttachError, may_fuse, refuse_adapters, refuse_bypassed, refuse_fused
 from .seam import LayerSeam
-from .site import Site
+from .site import Site, made_on
 
 Engine = Literal["auto", "hooks", "processors"]
 ENGINES: tuple[Engine, ...] = ("auto", "hooks", "processors")
@@ -73,6 +73,7 @@ class Attachment:
         self.model = model
         self.architecture = architecture
         self.sites = list(sites)
+        self._groups = list({id(site.group): site.group for site in sites}.values())
         self._add = add
         self._seam = seam
         self._handles: list[RemovableHandle] = []
@@ -145,15 +146,13 @@ class Attachment:
 
     def follow(self) -> None:
         """Keep nothing on a device that the component has left, as offloading has it leave a GPU."""
-        weight = next(self.model.parameters(), None)
-        if weight is None:
+        made = made_on(self._groups)
+        if made is None:
             return
-        for site in self.sites:
-            device = site.group.device
-            if device == weight.device:
-                return  # they are made ready in a pass, all in the same place
-            if device is not None:
-                site.group.start_again()
+        weight = next(self.model.parameters(), None)
+        if weight is not None and weight.device != made:
+            for group in self._groups:
+                group.start_again()
 
     @property
     def meets(self) -> bool:
@@ -285,6 +284,8 @@ class Attachment:
                 if site.module_name in self._site_hooks:
                     self._site_hooks.pop(site.module_name).remove()
                 site.seen, self._all_reached = None, False  # look again whether it is reached
+                for _, _, ours in self._swapped.values():
+                    ours.look_again()
 
     def _after_forward(self, model: nn.Module, args: Any, output: Any) -> Any:
         if torch.compiler.is_compiling():

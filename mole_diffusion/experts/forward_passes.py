@@ -19,7 +19,7 @@ from .packed import packed, unpacked
 from .refusals import refuse_caches, refuse_method, refuse_unseen
 from .run import Run
 from .runs import Runs
-from .site import Site
+from .site import Site, forget_inputs
 from .uncast import is_cast
 from .widening import narrow, tensors, widen
 
@@ -70,7 +70,7 @@ class ForwardPasses:
         Raises:
             MoLEError: The weigher's answer does not broadcast to the batch, tokens and experts of this module.
         """
-        run = self._runs.run(self.component)
+        run = self._runs.thread.running.get(self.component) or self._runs.run(self.component)
         if site.lengths is None or run.merged:  # looked at here, and not in a call of its own: so it is at every module
             site.seen = hidden_states.shape, output.shape
             return output if run.merged or not run.active else add_experts(site, hidden_states, output, run)
@@ -79,8 +79,7 @@ class ForwardPasses:
     def end(self, output: Any) -> Any:
         """A pass ends, with an exception where there is no output; another output, where that is to be another."""
         run = self._runs.end(self.component)
-        for group in self._groups:
-            group.forget()
+        forget_inputs(self._groups)
         if output is None or run is None:
             return None
         for tensor in tensors(output):

@@ -21,6 +21,14 @@ STOCK = AttnProcessor2_0()
 class AttentionSeam(Protocol):
     """What an attention layer asks while it attends; nothing of it costs anything where no weigher wants it."""
 
+    def idle(self) -> bool:
+        """Whether nothing is added in this pass and nobody looks on."""
+        ...
+
+    def attends(self) -> bool:
+        """Whether anybody may look on, or add to the scores, in this pass."""
+        ...
+
     def watched(self) -> bool:
         """Whether anybody wants to see this pass."""
         ...
@@ -67,11 +75,17 @@ class MoLEAttnProcessor:
         self._seam = seam
         self._attention = attention
         self.callback: compiled.Callback | None = None
+        # Of the latest inputs: those of its sites are then known, and may be asked for.
+        self._shapes: tuple[torch.Size, torch.Size | None] | None = None
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         """diffusers asks processors for their class before it exchanges them, and to it this is the stock one."""
         return AttnProcessor2_0
+
+    def look_again(self) -> None:
+        """Serve all sites in the next pass, whatever happens in that: one of them has another module."""
+        self._shapes = None
 
     def retire(self) -> None:
         """Become the stock processor: somebody may have kept this one and put it back after the LoRAs are gone."""
@@ -100,6 +114,10 @@ class MoLEAttnProcessor:
         """
         if self._attention is not None and attn is not self._attention:
             return STOCK(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
+        compiling = torch.compiler.is_compiling()
+        shapes = hidden_states.shape, None if encoder_hidden_states is None else encoder_hidden_states.shape
+        if not compiling and self._shapes == shapes and self._seam is not None and self._seam.idle():
+            return STOCK(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
         residual = hidden_states
         if attn.spatial_norm is not None:
             hidden_states = attn.spatial_norm(hidden_states, temb)
@@ -119,9 +137,9 @@ class MoLEAttnProcessor:
         else:
             context = encoder_hidden_states
 
-        query = self._project("to_q", attn.to_q, hidden_states)
-        key = self._project("to_k", attn.to_k, context)
-        value = self._project("to_v", attn.to_v, context)
+        query = self._project("to_q", attn.to_q, hidden_states, compiling)
+        key = self._project("to_k", attn.to_k, context, compiling)
+        value = self._project("to_v", attn.to_v, context, compiling)
         # (batch, tokens, width) -> (batch, heads, tokens, width / heads)
         heads, width = attn.heads, query.shape[-1] // attn.heads
         query = query.view(batch, -1, heads, width).transpose(1, 2)
@@ -131,21 +149,23 @@ class MoLEAttnProcessor:
             query = attn.norm_q(query)
         if attn.norm_k is not None:
             key = attn.norm_k(key)
-        if self.callback is not None and torch.compiler.is_compiling():
+        if compiling and self.callback is not None:
             attended = compiled.attend(self.callback, query, key, value, attention_mask)
         else:
             attended = self.attend(query, key, value, attention_mask)
 
-        hidden_states = attn.to_out[1](self._project("to_out.0", attn.to_out[0], attended))
+        hidden_states = attn.to_out[1](self._project("to_out.0", attn.to_out[0], attended, compiling))
         if is_image:
             hidden_states = hidden_states.transpose(-1, -2).reshape(residual.shape)
         if attn.residual_connection:
             hidden_states = hidden_states + residual
+        if not compiling:
+            self._shapes = shapes
         return hidden_states / attn.rescale_output_factor
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """Attention as the seam has it: `(batch, heads, tokens, d)` each to `(batch, tokens, heads * d)`."""
-        if self._seam is None:
+        if self._seam is None or not self._seam.attends():
             return compiled.attention(query, key, value, mask)
         bias = self._seam.bias(query, key)
         if bias is not None:
@@ -154,11 +174,11 @@ class MoLEAttnProcessor:
         self._seam.attended(query, key, attended)
         return attended
 
-    def _project(self, name: str, layer: Any, hidden_states: Tensor) -> Tensor:
+    def _project(self, name: str, layer: Any, hidden_states: Tensor, compiling: bool) -> Tensor:
         output = layer(hidden_states)
         site = self.sites.get(name)
         if site is None or self._add is None:
             return output
-        if site.callback is not None and torch.compiler.is_compiling():
+        if compiling and site.callback is not None:
             return compiled.add(site.callback, hidden_states, output)
         return self._add(site, hidden_states, output)

@@ -9,6 +9,7 @@ from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_
 from torch import nn
 
 from ..errors import MoLEError
+from ..families.parts import every_module
 from .run import Run
 
 FUSED = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
@@ -118,12 +119,9 @@ def refuse_caches(component: str, model: nn.Module, run: Run, previous: Run | No
 def _cache_hooks(model: nn.Module) -> list[str]:
     """Names of the hooks that `apply_faster_cache` and its kin put on a model, also on one without `enable_cache`."""
     found: dict[str, None] = {}
-    waiting = [model]  # once a picture: `modules()` takes ten calls a module
-    while waiting:
-        module = waiting.pop()
-        waiting += [part for part in module._modules.values() if part is not None]
+    for module in every_module(model):
         registry = module.__dict__.get("_diffusers_hook")
-        for name, hook in getattr(registry, "hooks", {}).items():
+        for name, hook in () if registry is None else registry.hooks.items():
             home = type(hook).__module__.rpartition(".")[2]
             if "cache" in home or home == "pyramid_attention_broadcast":
                 found[name] = None

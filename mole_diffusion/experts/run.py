@@ -56,6 +56,12 @@ class Run:
         """Whether anything can be added in this pass: somebody weighs, and some LoRA is kept."""
         return self.weigher is not None and self.kept != ()
 
+    @cached_property  # asked at every attention layer
+    def attends(self) -> bool:
+        """Whether the weigher may want to see what attention layers compute, or to add to their scores."""
+        hears = hasattr(self.weigher, "watches") or hasattr(self.weigher, "attention_bias")
+        return self.active and hears and getattr(self.weigher, "in_attention", True)
+
     @property
     def timestep(self) -> Tensor | float | None:
         """In the units of the scheduler's `timesteps`; `None` in a text encoder."""
@@ -100,6 +106,7 @@ class Weigher(Protocol):
     `watches(run) -> bool`: whether it wants to see what attention layers compute in this pass of the denoiser, and
     `attended(layer, query, key, output, run)`: what one did. Layers are `LayerSeam`; query and key
     `(batch, heads, tokens, d)`; output `(batch, tokens, heads * d)`.
+    `in_attention`: whether it does any of these two; where it says that it does not, no layer asks.
     """
 
     def weigh(self, site: Site, projections: Projections, run: Run) -> Tensor | None:

@@ -38,6 +38,7 @@ class Runs:
     Attributes:
         weigher: Who weighs where no choice says otherwise; `None` is the base model.
         merged: Whether modules run with the LoRAs in their weights where a weigher's weights are constant.
+        thread: The passes of this thread.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -45,7 +46,7 @@ class Runs:
         self.weigher: Weigher | None = None
         self.merged = False
         self._everything = Choice(torch.ones(1, len(self.names)), torch.ones(1, len(self.names)))
-        self._thread = _Thread()
+        self.thread = _Thread()  # modules and layers look into it themselves, since a call takes as long as a view
         self._latest: dict[str, Run] = {}  # of any thread
 
     @property
@@ -62,19 +63,19 @@ class Runs:
     @property
     def context(self) -> Run | None:
         """The latest pass of a denoiser in this thread."""
-        denoisers = [run for run in self._thread.latest.values() if run.timestep is not None]
+        denoisers = [run for run in self.thread.latest.values() if run.timestep is not None]
         return denoisers[-1] if denoisers else None
 
     def latest(self, component: str) -> Run | None:
         """The latest pass of a component in this thread."""
-        return self._thread.latest.get(component)
+        return self.thread.latest.get(component)
 
     def run(self, component: str) -> Run:
         """The forward pass a component is in, or is being recomputed for.
 
         A part of the model that is called alone is in a pass of its own, with the present settings.
         """
-        thread = self._thread
+        thread = self.thread
         running = thread.running.get(component)
         if running is not None:
             return running
@@ -87,6 +88,15 @@ class Runs:
             thread.alone[component] = settings, run
         return run
 
+    def idle(self, component: str) -> bool:
+        """Whether a component is in a pass of which layers need not know: nothing is added, and nobody looks on."""
+        run = self.thread.running.get(component)
+        return run is not None and (not run.active or (run.merged and not run.attends))
+
+    def attends(self, component: str) -> bool:
+        """Whether anybody may watch or change attention in the pass that a component is in."""
+        return self.run(component).attends
+
     def new(self, component: str, device: torch.device | None, told: Told) -> Run:
         """A pass with the present choice, which has not begun."""
         choice, previous = self.choice, self.latest(component)
@@ -96,7 +106,7 @@ class Runs:
 
     def begin(self, run: Run) -> None:
         """The pass begins, in this thread."""
-        thread = self._thread
+        thread = self.thread
         thread.resumed.pop(run.component, None)
         thread.alone.pop(run.component, None)
         thread.latest.pop(run.component, None)  # the latest stands last
@@ -104,17 +114,17 @@ class Runs:
 
     def end(self, component: str) -> Run | None:
         """The pass ends; the latest pass of the component, if there was any."""
-        self._thread.running.pop(component, None)
+        self.thread.running.pop(component, None)
         return self.latest(component)
 
     def resume(self, run: Run, gradient: Tensor) -> None:
         """A backward pass reaches the end of a forward pass, whose checkpoints are about to be recomputed."""
-        self._thread.resumed[run.component] = run
+        self.thread.resumed[run.component] = run
 
     def forget(self) -> None:
         """There was no pass."""
         self._latest.clear()
-        self._thread = _Thread()
+        self.thread = _Thread()
 
     @contextmanager
     def using(

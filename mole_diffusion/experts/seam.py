@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import Tensor
@@ -25,6 +26,8 @@ class LayerSeam:
     def __init__(self, runs: Runs, component: str, name: str, crossed: bool, scale: float, halvings: int) -> None:
         self._runs = runs
         self._component = component
+        self.idle = functools.partial(runs.idle, component)
+        self.attends = functools.partial(runs.attends, component)
         self.name = name
         self.crossed = crossed
         self.scale = scale
@@ -33,18 +36,18 @@ class LayerSeam:
     def watched(self) -> bool:
         """Whether the weigher wants to see what attention layers compute in the present pass."""
         run = self._runs.run(self._component)
-        watches = getattr(run.weigher, "watches", None) if run.active else None
+        watches = getattr(run.weigher, "watches", None) if run.attends else None
         return watches is not None and bool(watches(run))
 
     def biased(self) -> bool:
         """Whether the weigher may add to the scores of attention layers in the present pass."""
         run = self._runs.run(self._component)
-        return run.active and hasattr(run.weigher, "attention_bias")
+        return run.attends and hasattr(run.weigher, "attention_bias")
 
     def bias(self, query: Tensor, key: Tensor) -> Tensor | None:
         """What the weigher adds to the scores of this layer, if anything."""
         run = self._runs.run(self._component)
-        ask = getattr(run.weigher, "attention_bias", None) if run.active else None
+        ask = getattr(run.weigher, "attention_bias", None) if run.attends else None
         bias: Tensor | None = None if ask is None else ask(self, query, key, run)
         return bias
 
@@ -73,6 +76,6 @@ class LayerSeam:
         """Show the weigher what this layer computed, if it wants to see it."""
         run = self._runs.run(self._component)
         weigher: Any = run.weigher
-        watches = getattr(weigher, "watches", None) if run.active else None
+        watches = getattr(weigher, "watches", None) if run.attends else None
         if watches is not None and watches(run):
             weigher.attended(self, query, key, output, run)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -128,6 +128,7 @@ class Projections:
         hidden_states: The input tensor.
         rows: Site name to `(batch * tokens, R)`, or `(batch, R, tokens)` of a convolution: as products give it.
         batch: Samples.
+        tokens: Positions to weigh in each sample.
         spatial: `(height, width)` of the output where it has them (convolutions), else `None`.
         base: What the base module gave that is being served.
         waiting: Names of the sites that have not been served.
@@ -142,6 +143,11 @@ class Projections:
         self.spatial = spatial
         self.base: Tensor | None = None
         self.waiting = set(rows) if len(rows) > 1 else set()
+        first = next(iter(rows.values()), None)
+        if first is None:  # where LoRAs are merged
+            self.tokens = 0
+        else:
+            self.tokens = first.shape[2] if spatial is not None else first.shape[0] // max(batch, 1)
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
@@ -149,12 +155,6 @@ class Projections:
         if self.spatial is not None:
             return {name: rows.transpose(1, 2) for name, rows in self.rows.items()}
         return {name: rows.unflatten(0, (self.batch, self.tokens)) for name, rows in self.rows.items()}
-
-    @property
-    def tokens(self) -> int:
-        """Positions to weigh in each sample."""
-        rows = next(iter(self.rows.values()))
-        return rows.shape[2] if self.spatial is not None else rows.shape[0] // max(self.batch, 1)
 
 
 class SiteGroup:
@@ -246,24 +246,12 @@ class SiteGroup:
                 return held
         return hidden_states
 
-    @property
-    def device(self) -> torch.device | None:
-        """Where what was made for the products lies; `None` as long as nothing is."""
-        return next((group._down.device for group in self._with_chosen() if group._down is not None), None)
-
     def start_again(self) -> None:
         """Let go of what was made for the products: a module was exchanged, or lies on another device now."""
         self._down = self._open = None
         for site in self.sites:
             site.stack.let_go()
         self._chosen.clear()
-
-    def forget(self) -> None:
-        """Let go of an input kept for sites that have not fired."""
-        self._open = None
-        for sites in list(self._chosen.values()):
-            for site in sites.values():
-                site.group._open = None
 
     def _with_chosen(self) -> list[SiteGroup]:
         return [self, *(next(iter(sites.values())).group for sites in list(self._chosen.values()))]
@@ -278,6 +266,30 @@ class SiteGroup:
             for member, part in zip(self.sites, together.split([d.shape[0] for d in downs]), strict=True):
                 member.stack.lie_in(part)
         return down
+
+
+def made_on(groups: Iterable[SiteGroup]) -> torch.device | None:
+    """Where what was made for the products of these groups lies, all in one place; `None` as long as nothing is.
+
+    Looked at in every pass of another component: so it calls nothing.
+    """
+    for group in groups:
+        if group._down is not None:
+            return group._down.device
+        for sites in list(group._chosen.values()):
+            for site in sites.values():
+                if site.group._down is not None:
+                    return site.group._down.device
+    return None
+
+
+def forget_inputs(groups: Iterable[SiteGroup]) -> None:
+    """Let go of inputs kept for sites that have not fired."""
+    for group in groups:
+        group._open = None
+        for sites in list(group._chosen.values()):
+            for site in sites.values():
+                site.group._open = None
 
 
 def group_sites(sites: Sequence[Site], model: nn.Module, architecture: Architecture) -> None:

@@ -262,7 +262,10 @@ class ExpertStack:
         if scaled.ndim < 3:
             return (z * scaled).to(z.dtype)
         if not (torch.is_grad_enabled() and (z.requires_grad or scaled.requires_grad)):
-            weighted = z if spare else z.new_empty(z.shape)
+            if spare:
+                self._by_sample(z, batch).mul_(scaled)
+                return z
+            weighted = z.new_empty(z.shape)
             torch.mul(self._by_sample(z, batch), scaled, out=self._by_sample(weighted, batch))
             return weighted
         by_sample = self._by_sample(z, batch)

@@ -203,6 +203,7 @@ def test_img2img_enters_the_schedule_in_the_middle_of_a_turn(pipe: Any) -> None:
 def test_every_method_declares_its_cost_and_where_it_comes_from(name: str) -> None:
     method = COMPOSITIONS[name]()
     assert method.source
+    assert method.in_attention is ("attention" in method.needs)  # else layers would not ask it, or ask for nothing
     for count in (1, 2, 3):
         if not isinstance(method, StepComposition):
             assert method.evaluations(count) >= 1

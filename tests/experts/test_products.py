@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,18 +10,20 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 import mole_diffusion
 from mole_diffusion.composition import Linear
 from mole_diffusion.composition.norm_router import output_norms
 from mole_diffusion.experts import Experts, ExpertStack, Site
-from mole_diffusion.experts.site import CHOICES_KEPT, group_sites
+from mole_diffusion.experts.processor import STOCK
+from mole_diffusion.experts.site import CHOICES_KEPT, forget_inputs, group_sites
 from mole_diffusion.families.unet import UNet
 from mole_diffusion.lora import LoRA, LoRAFactors
 from mole_diffusion.speed import Counted
 from mole_diffusion.speed.counted import python_calls
-from tests.running import make_lora, models, run_unet
+from tests.running import make_lora, models, run_unet, unet_inputs
 from tests.tiny import ATTENTION, CONVOLUTIONS, FEED_FORWARD, tiny_components
 from tests.weighing import Numbers
 
@@ -126,8 +129,41 @@ def test_what_python_does_beside_a_module_is_counted(tiny: dict[str, Any], loras
     sites = sum(name.startswith("unet.") for name in experts.sites)
     experts.detach()
     empty, ours = counts
-    assert empty <= 6 * sites
-    assert ours <= 17 * sites
+    assert empty <= 2.2 * sites
+    assert ours <= 12 * sites
+
+
+@torch.no_grad()
+def test_without_loras_attention_is_the_stock_one_and_sizes_are_still_noted(
+    tiny: dict[str, Any], loras: list[LoRA]
+) -> None:
+    bare, small = run_unet(tiny), unet_inputs(size=8)["sample"]
+    experts = attached(tiny, loras)
+    name = next(name for name in experts.sites if name.startswith("unet.") and name.endswith("attn1.to_q"))
+    layer, site, stock = tiny["unet"].get_submodule(name[len("unet.") : -len(".to_q")]), experts.sites[name], 0
+    ours = layer.processor
+
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        nonlocal stock
+        stock += 1
+        return type(STOCK).__call__(STOCK, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch, experts.using(keep=torch.zeros(4)):
+        patch.setattr("mole_diffusion.experts.processor.STOCK", counted)
+        layers = sum(layer.processor is not None for layer in tiny["unet"].modules() if isinstance(layer, Attention))
+        assert torch.equal(run_unet(tiny), bare)
+        assert (stock, site.tokens) == (0, site.input_tokens)  # nobody knew the sizes yet
+        tokens = site.tokens
+        assert torch.equal(run_unet(tiny), bare)
+        assert stock == layers
+        run_unet(tiny, sample=small)
+        assert (stock, site.tokens) == (layers, tokens // 4)
+        layer.to_q = copy.deepcopy(layer.to_q)  # as offloading does; it is looked at anew whether it is reached
+        run_unet(tiny, sample=small)
+        assert stock == layers
+    assert not torch.equal(run_unet(tiny), bare)
+    assert layer.processor is ours
+    experts.detach()
 
 
 @torch.no_grad()
@@ -164,7 +200,7 @@ def test_a_choice_is_made_ready_once_and_few_are_kept() -> None:
     full = site.stack.down
     torch.testing.assert_close(projected, x @ full[[0, 1, 2, 8, 9]].T)
     down = chosen.group._down
-    chosen.group.forget()
+    forget_inputs([chosen.group])
     again = site.only((0, 2))
     again.group.project(again, x, output)
     assert again is chosen

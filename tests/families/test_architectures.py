@@ -14,6 +14,7 @@ from mole_diffusion.errors import MoLEError
 from mole_diffusion.experts import Experts
 from mole_diffusion.families import FAMILIES, architecture_of, canonical_name, family_of
 from mole_diffusion.families.norms import is_norm, is_of_heads
+from mole_diffusion.families.parts import every_module
 from mole_diffusion.lora import LoRA, LoRAFactors
 from tests.gating.test_transformers import flux, sd3
 from tests.running import unet_inputs
@@ -91,3 +92,10 @@ def test_a_family_is_found_by_its_denoiser() -> None:
         assert (family.name, family.denoiser) == (name, component)
     names = [family.name for family in FAMILIES]
     assert len(set(names)) == len(names)
+
+
+def test_every_module_is_found_also_below_empty_places() -> None:
+    model = nn.Sequential(nn.ModuleList(), nn.ModuleDict({"a": nn.Sequential(nn.Linear(1, 1)), "b": nn.ReLU()}))
+    model.register_module("none", None)
+    assert {id(module) for module in every_module(model)} == {id(module) for module in model.modules()}
+    assert every_module(model)[0] is model
