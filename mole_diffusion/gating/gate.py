@@ -141,25 +141,28 @@ class Gate(nn.Module):
             logits = logits + self._weight(width, None, among) @ beside / self.temperature
         return logits.transpose(1, 2) if channels_first else logits.unflatten(1, (batch, tokens)).movedim(0, 2)
 
-    def shares_at_every_token(self, features: Tensor, divisors: tuple[Tensor, Tensor], null_expert: bool) -> Tensor:
+    def shares_at_every_token(
+        self, features: Tensor, weight: Tensor, divisors: tuple[Tensor, Tensor], null_expert: bool
+    ) -> Tensor:
         """`masked_softmax(at_every_token(features), None, null_expert)` where nobody wants a gradient.
 
         In half as many operators, since small models and GPUs take their time from these.
 
         Args:
             features: `(batch, tokens, width)`.
+            weight: The gate's own; to ask a module for it takes as long as a view.
             divisors: From `divisors`, two numbers.
             null_expert: As in `masked_softmax`.
 
         Returns:
             `(batch, tokens, N)`.
         """
-        rows, weight = features.to(self.weight.dtype), self.weight.flatten(1)
-        experts = len(weight) - null_expert
+        rows, weight = features.to(weight.dtype), weight.flatten(1)
+        experts = weight.shape[0] - null_expert
         smallest, of_all = divisors
         if not rows.is_contiguous() and (columns := rows.transpose(1, 2)).is_contiguous():  # as in `at_every_token`
             norm = columns.square().sum(dim=1, keepdim=True).sqrt_()
-            scores = torch.bmm(weight.expand(len(columns), -1, -1), columns)
+            scores = torch.bmm(weight.expand(columns.shape[0], -1, -1), columns)
             scores.div_(torch.hypot(norm, smallest).mul_(of_all))
             return torch.softmax(scores, dim=1)[:, :experts].transpose(1, 2)
         flat = rows.reshape(-1, rows.shape[-1])

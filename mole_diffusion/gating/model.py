@@ -22,6 +22,7 @@ from mole_diffusion.files import atomic_files
 
 from ..experts import Experts, Projections, Run, Site
 from ..experts.blocks import Blocks
+from ..experts.uncast import is_cast
 from ..lora import LoRA
 from .binding import Binding, Current, up_blocks
 from .block import BlockExperts
@@ -73,6 +74,9 @@ class MoLEModel(ModelMixin, ConfigMixin):
         self.lora_names = tuple(lora["name"] for lora in loras)
         self.gates = nn.ModuleDict({key_of(spec.name): self._make_gate(spec) for spec in self.specs})
         self._routing = Routing(self.gate_config, self.num_experts)
+        config = self.gate_config
+        hidden_tokens = config.token_axis == "token" and config.input == "hidden"
+        self._plain = hidden_tokens and config.normalization != "layer_norm" and not config.residual
         self._binding: Binding | None = None
         self._card: str | None = None
 
@@ -190,9 +194,8 @@ class MoLEModel(ModelMixin, ConfigMixin):
             if spec.spatial and isinstance(self.gate_config.token_axis, int):
                 size = feature_grid(spec, site, projections) or token_grid(features.shape[1], run.sample_size, site)
             lean = self._divisors(binding, run, features.device).get(spec.name)
-            weights = self._routing.weigh(
-                binding.gates[spec.name], spec, features, size, run, masks, self._record, lean
-            )
+            record = self._record if lean is None else None  # nobody records where there is one
+            weights = self._routing.weigh(binding.gates[spec.name], spec, features, size, run, masks, record, lean)
             current = Current(weakref.ref(projections), weights)
             run.notes[spec.name] = current
         elif current is None:
@@ -203,16 +206,20 @@ class MoLEModel(ModelMixin, ConfigMixin):
         return current.weights
 
     def _divisors(self, binding: Binding, run: Run, device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
-        """By name, what gates of this pass divide by that can be asked without a gradient; none with one."""
-        config = self.gate_config
-        plain = config.token_axis == "token" and config.input == "hidden" and config.normalization != "layer_norm"
-        if not plain or config.residual or torch.is_grad_enabled():
+        """By name, what gates of this pass divide by that can be asked in few operators.
+
+        None where somebody wants a gradient or records, or where products are cast: looked at once a pass.
+        """
+        if not self._plain or torch.is_grad_enabled():
             return {}
         key = binding, "divisors", device
-        if key not in run.notes:
-            gates = {spec.name: binding.gates[spec.name] for spec in self.specs if spec.component == run.component}
-            run.notes[key] = dict(zip(gates, divisors(list(gates.values()), device), strict=True))
-        found: dict[str, tuple[Tensor, Tensor]] = run.notes[key]
+        found: dict[str, tuple[Tensor, Tensor]] | None = run.notes.get(key)
+        if found is None:
+            found = {}
+            if self._record is None and not is_cast(device):
+                gates = {spec.name: binding.gates[spec.name] for spec in self.specs if spec.component == run.component}
+                found = dict(zip(gates, divisors(list(gates.values()), device), strict=True))
+            run.notes[key] = found
         return found
 
     @contextmanager

@@ -55,18 +55,21 @@ class Routing:
             record: Where to note what the gate gives.
             divisors: As `Gate.shares_at_every_token` takes them, where the gate may be asked that way.
         """
-        if gate.weight.device != features.device:
+        weight = gate.weight
+        if weight.device != features.device:
             gate.to(features.device)
+            weight = gate.weight
+        if divisors is not None:
+            lean = self._lean(gate, weight, spec, features, run, divisors)
+            if lean is not None:
+                return lean
         with uncast(features.device):
             features = features.to(gate.weight.dtype)
             if masks is not None:
                 gates = masks.to(features.device, features.dtype).expand(*features.shape[:2], -1)
                 return self._correct(gate, spec, features, gates, run, record)
             here, among = self._asked(spec, run)
-            keep, shares, final, plain = self._factors(here, features.device, run)
-            if among is None and keep is None and record is None and divisors is not None:
-                lean = gate.shares_at_every_token(features, divisors, self._config.null_expert)
-                return self._spread(lean if plain else lean * final, here)
+            keep, shares, final, _ = self._factors(here, features.device, run)
             if self._config.token_axis == "token":
                 logits = gate.at_every_token(features, among=among)  # (batch, tokens, experts here)
             else:
@@ -80,6 +83,23 @@ class Routing:
                 if record is not None:
                     record.add(spec.name, run, shown)
             return self._spread(kept * final, here)
+
+    def _lean(
+        self,
+        gate: Gate,
+        weight: Tensor,
+        spec: GateSpec,
+        features: Tensor,
+        run: Run,
+        divisors: tuple[Tensor, Tensor],
+    ) -> Tensor | None:
+        """`weigh` in few operators; `None` where a LoRA of the scope is left out, of all rows or of one."""
+        here, among = (spec.indices, None) if run.kept is None else self._asked(spec, run)
+        keep, _, final, plain = self._factors(here, features.device, run)
+        if among is not None or keep is not None:
+            return None
+        gates = gate.shares_at_every_token(features, weight, divisors, self._config.null_expert)
+        return self._spread(gates if plain else gates * final, here)
 
     def _asked(self, spec: GateSpec, run: Run) -> tuple[tuple[int, ...], list[int] | None]:
         """The LoRAs of a scope that any row keeps, and the gate's rows for them; `None` for those of all."""
