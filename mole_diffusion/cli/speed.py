@@ -26,8 +26,8 @@ def speed(
     sides: Annotated[
         str,
         typer.Option(
-            help="What stands beside one another, some of: bare,empty,sum,budget,norm_router,masks,gates,fused,peft,"
-            "merged."
+            help="What stands beside one another, some of: bare,empty,sum,products,joined,budget,norm_router,masks,"
+            "gates,fused,peft,merged."
         ),
     ] = "bare,empty,sum,gates,masks,fused,peft,merged",
     rounds: Annotated[int, typer.Option(help="How often all sides take their turn.")] = 6,
@@ -73,8 +73,8 @@ def speed(
     from mole_diffusion.speed import SpeedConfig, measure_speed, speed_page
     from mole_diffusion.speed.config import WHOLE
     from mole_diffusion.speed.count import BASES, count_base
-    from mole_diffusion.speed.page import count_table, saved_table, speed_tables
-    from mole_diffusion.speed.train import saved_activations
+    from mole_diffusion.speed.page import count_table, saved_table, speed_tables, walk_table
+    from mole_diffusion.speed.train import saved_activations, walk_operations
 
     if loras is None:
         loras = "3" if count else "1,3,8"
@@ -126,8 +126,10 @@ def speed(
         if whole:
             status.update("counting what training keeps")
             kept = {name: saved_activations(SpeedConfig(size=name, loras=(3,)), 3) for name in ("142m", "sd15")}
-            more.append(saved_table(kept))
-            typer.echo(f"{more[-1]}\n")
+            walks_of = {name: walk_operations(SpeedConfig(size=name, loras=(3,)), 3) for name in kept}
+            more += [saved_table(kept), walk_table(walks_of)]
+            for table in more:
+                typer.echo(f"{table}\n")
     if page is not None:
         given = {"size": size, "loras": loras, "used": used, "rank": rank, "targets": targets, "rounds": rounds}
         given |= {"sides": sides, "latent": latent, "dtype": dtype, "device": device, "threads": threads}

@@ -7,7 +7,9 @@ from typing import Any, Literal, get_args
 
 from ..errors import MoLEError
 
-Side = Literal["bare", "empty", "sum", "budget", "norm_router", "masks", "gates", "fused", "peft", "merged"]
+Side = Literal[
+    "bare", "empty", "sum", "products", "joined", "budget", "norm_router", "masks", "gates", "fused", "peft", "merged"
+]
 SIDES: tuple[Side, ...] = get_args(Side)
 
 MOST = {"loras": 1000, "rank": 4096, "rounds": 1_000_000, "batch": 4096, "threads": 1024}
@@ -173,8 +175,9 @@ class SpeedConfig:
         rank: Of every LoRA.
         targets: A name in `TARGETS`.
         sides: What stands beside one another. `"bare"`: the model without LoRAs, what all others are divided by.
-            `"empty"`: LoRAs loaded, and none in the call. `"sum"`: all, summed. `"gates"`: weighed by the gates
-            that training makes by default. `"budget"`, `"norm_router"`: the methods of these
+            `"empty"`: LoRAs loaded, and none in the call. `"sum"`: all, summed. `"products"`: the same products with
+            nothing around them; `"joined"`: also with the rows of a Linear and of `down` in one. `"gates"`: weighed by
+            the gates that training makes by default. `"budget"`, `"norm_router"`: the methods of these
             names. `"masks"`: each on its stripe of the picture and on its words. `"fused"`: the sum after
             `fuse_lora`, in float32 only. `"peft"`: diffusers' own. `"merged"`: added to the weights beforehand.
         used: How many of the LoRAs a call of ours keeps; `None`: all.
@@ -240,7 +243,7 @@ class SpeedConfig:
 
 _EVERY: tuple[Side, ...] = ("bare", "empty", "sum", "gates", "masks", "norm_router", "fused", "peft", "merged")
 WHOLE = (
-    SpeedConfig(size="142m", loras=(3,), rounds=5, sides=_EVERY, train=True),
+    SpeedConfig(size="142m", loras=(3,), rounds=5, sides=(*_EVERY, "products", "joined"), train=True),
     SpeedConfig(size="142m", loras=(8,), rounds=4, sides=("bare", "sum", "gates", "masks", "fused", "peft", "merged")),
     SpeedConfig(size="142m", loras=(3, 32), used=3, rounds=4, sides=("bare", "sum", "gates", "masks")),
     SpeedConfig(size="toybox", loras=(3,), rounds=12, sides=_EVERY, train=True, pipeline=True),

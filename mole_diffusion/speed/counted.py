@@ -29,7 +29,7 @@ class Counted(TorchDispatchMode):
     Attributes:
         products: `(shape, shape)` of the two tensors of every matrix product and convolution, to how often.
         operators: How many operators ran at all, views among them: what Python and a GPU's queue have to do.
-        operations: Multiplications and additions of all products, attention's included.
+        operations: Multiplications and additions of all products, attention's and those of backward passes included.
         bytes: What all operations read and write, views aside: each input once, each output once.
         largest: Elements of the largest tensor that was made.
     """
@@ -53,11 +53,17 @@ class Counted(TorchDispatchMode):
             outputs = made[0].numel()
             inner = math.prod(right[1:]) if name == "convolution" else left[-1]
             self.operations += 2 * outputs * inner
-        elif "scaled_dot_product" in name and "backward" not in name:
-            query, key, value = args[:3]
-            self.operations += (
-                2 * query.numel() * key.shape[-2] + 2 * query.shape[:-1].numel() * value.shape[-2:].numel()
-            )
+        elif name == "convolution_backward":
+            gradient, _, weight = args[:3]
+            asked = sum(args[-1][:2])  # the gradients of its input and of its weight
+            self.operations += asked * 2 * gradient.numel() * math.prod(weight.shape[1:])
+        elif "scaled_dot_product" in name:
+            backward = "backward" in name
+            query, key, value = args[1:4] if backward else args[:3]
+            scores = 2 * query.numel() * key.shape[-2]
+            values = 2 * query.shape[:-1].numel() * value.shape[-2:].numel()
+            # Backward: the scores again, the gradients of queries and keys; those of probabilities and values.
+            self.operations += 3 * scores + 2 * values if backward else scores + values
         if not func.is_view:
             read = [part for part in _flat([*args, *(kwargs or {}).values()]) if isinstance(part, Tensor)]
             self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in [*read, *made])

@@ -10,11 +10,14 @@ from .count import BaseCount
 from .failed import Failed
 from .measure import SideCost, Speed
 from .ratio import Ratio
+from .train import WalkOperations
 
 NAMES = {
     "bare": "bare base",
     "empty": "loaded, none in the call",
     "sum": "plain sum",
+    "products": "its products alone",
+    "joined": "one product fewer",
     "budget": "budget",
     "norm_router": "norm_router",
     "gates": "gates per token",
@@ -103,6 +106,27 @@ def saved_table(kept: Mapping[str, Mapping[str, float]]) -> str:
     return "\n".join([*head, *_table(["size", *names], rows)])
 
 
+def walk_table(counts: Mapping[str, Mapping[str, WalkOperations]]) -> str:
+    """What a walk of gate training asks for, as Markdown.
+
+    Args:
+        counts: For each size, what `walk_operations` counted.
+    """
+    one = next(iter(next(iter(counts.values())).values()))
+    head = [
+        "Operations of a walk of gate training by the default settings, three LoRAs, in passes of the bare denoiser:",
+        f"{one.before:g} without a gradient in the mean, and {one.losses} with. No way to compose takes a walk below",
+        "*bare*, to which autoencoder and CLIP come.",
+        "",
+    ]
+    rows = [
+        [size, name, f"{one.forward:.3f}", f"{one.backward:.3f}", f"{one.walk:.2f}"]
+        for size, sides in counts.items()
+        for name, one in sides.items()
+    ]
+    return "\n".join([*head, *_table(["size", "side", "a pass", "a pass and its backward pass", "a walk"], rows)])
+
+
 def count_table(counts: Sequence[BaseCount], loras: int, rank: int) -> str:
     """What real bases ask for, as Markdown.
 
@@ -148,11 +172,19 @@ def speed_page(speeds: Sequence[Speed], command: str, *more: str) -> str:
         "can lie below. Only where LoRAs are merged, as `fuse_lora` does, are they those of the base. *Operators* are",
         "all that torch runs, views too, which bind small models. *MiB* is the peak of a call beyond weights and",
         "inputs.",
+        *(_OF_LIMITS if any(row.side in ("products", "joined") for speed in speeds for row in speed.rows) else []),
         *(_OF_GPUS if any(on_gpu(speed.config.device) for speed in speeds) else []),
     ]
     return "\n".join([*head, *(f"\n{table}" for table in (*map(speed_tables, speeds), *more)), ""])
 
 
+_OF_LIMITS = [
+    "",
+    "*Its products alone* are those of the plain sum with nothing around them: nobody can choose LoRAs, weigh them or",
+    "look on, and no sum of two products a module is faster. *One product fewer* has the rows of a Linear and of",
+    "`down` in one matrix, which gives both at once. That is not how sums are computed, since every choice of LoRAs",
+    "would need a copy of the base's weights, and calls of several threads with other choices could not share one.",
+]
 _OF_GPUS = [
     "",
     f"On a GPU, {QUEUED} calls follow one another before the clock is read, as in a denoising loop. *Done* is by the",

@@ -18,6 +18,7 @@ from ..lora import LoRA
 from ..training import GateTrainingConfig
 from .config import SIZES, Side, SpeedConfig
 from .failed import Failed
+from .limits import with_products
 from .models import component_of, load_into_peft, merged, state_dict, twin
 
 Sides = dict[Side, Callable[[], Any]]
@@ -58,7 +59,7 @@ def make_sides(
     def weighed() -> Callable[[], Any]:
         gates = MoLEModel.from_experts(experts, GateTrainingConfig().gates).to(config.device)
         gates.bind(experts)
-        return chosen(experts, run, weigher=gates)
+        return chosen(experts, run, weigher=gates, call=alone())
 
     def fused() -> Callable[[], Any]:
         whole, merging = twin(model), Experts(loras)
@@ -66,6 +67,11 @@ def make_sides(
         experts.on_detach(merging.detach)
         merging.merge()
         return chosen(merging, _compiled(config, whole), weigher=COMPOSITIONS["linear"]())
+
+    def products(joined: bool) -> Callable[[], Any]:
+        whole = with_products(twin(model), experts, tuple(range(config.used or number)), joined)
+        run_whole = _compiled(config, whole)
+        return lambda: run_whole(**inputs)
 
     def peft() -> Callable[[], Any]:
         other = twin(model)
@@ -86,6 +92,8 @@ def make_sides(
         "bare": lambda: lambda: bare(**inputs),
         "empty": lambda: composed("linear", keep=torch.zeros(number)),
         "sum": lambda: composed("linear", call=alone()),
+        "products": lambda: products(joined=False),
+        "joined": lambda: products(joined=True),
         "budget": lambda: composed("budget", call=alone()),
         "norm_router": lambda: composed("norm_router", call=alone()),
         "gates": weighed,

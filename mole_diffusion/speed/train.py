@@ -17,6 +17,7 @@ from ..gating import MoLEModel
 from ..training import GateTrainingConfig
 from .clocks import on_gpu, spent
 from .config import SpeedConfig
+from .counted import Counted
 from .failed import Failed
 from .models import component_of, make_inputs, make_loras, make_model, twin, with_gradient
 
@@ -102,6 +103,59 @@ def saved_activations(config: SpeedConfig, number: int) -> dict[str, float]:
                     kept = _saved(functools.partial(_loss, module, given), weights)
                 found[f"{name}, checkpointed" if checkpointed else name] = kept
     return found
+
+
+@dataclass(frozen=True)
+class WalkOperations:
+    """Multiplications and additions in a walk of gate training, in those of one pass of the bare denoiser.
+
+    A walk has passes with a gradient at the steps at which the loss is taken, and passes without before these.
+    Autoencoder and CLIP come to it, which composing does not change.
+
+    Attributes:
+        forward: Of a pass without a gradient.
+        backward: Of a pass with its backward pass.
+        before: How many passes without a gradient a walk has in the mean.
+        losses: How many with one.
+    """
+
+    forward: float
+    backward: float
+    before: float
+    losses: int
+
+    @property
+    def walk(self) -> float:
+        """Of a walk."""
+        return self.before * self.forward + self.losses * self.backward
+
+
+def walk_operations(config: SpeedConfig, number: int) -> dict[str, WalkOperations]:
+    """Counts what a walk by the default settings asks for, on tensors without values.
+
+    Args:
+        config: What is measured; nothing is computed on its device.
+        number: Of LoRAs.
+
+    Returns:
+        "bare": through the model alone, as if LoRAs and gates cost nothing; and "gates".
+    """
+    config = replace(config, device="meta")
+    training = GateTrainingConfig()
+    steps, losses = training.rollout_steps, training.gradient_steps
+    before = losses * (steps - losses) / (losses + 1)  # a walk ends with its last loss, at a step drawn anew
+    model = make_model(config)
+    inputs = make_inputs(config, model)
+    counts = {}
+    with _ours(config, twin(model), component_of(config), number) as (ours, _):
+        for name, (module, given) in {"bare": (model, with_gradient(inputs)), "gates": (ours, inputs)}.items():
+            with torch.no_grad(), Counted() as forward:
+                module(**inputs)
+            with Counted() as backward:
+                _step(module, given)
+            counts[name] = forward.operations, backward.operations
+    one = counts["bare"][0]
+    return {name: WalkOperations(forward / one, both / one, before, losses) for name, (forward, both) in counts.items()}
 
 
 def _loss(model: Any, inputs: dict[str, Any]) -> Tensor:

@@ -15,17 +15,19 @@ from typer.testing import CliRunner
 from mole_diffusion.cli import app
 from mole_diffusion.composition import COMPOSITIONS
 from mole_diffusion.errors import MoLEError
+from mole_diffusion.experts import Experts
 from mole_diffusion.speed import SIDES, SIZES, Counted, Speed, SpeedConfig, measure_speed, speed_page
 from mole_diffusion.speed import count as count_module
 from mole_diffusion.speed.clocks import timed
 from mole_diffusion.speed.config import WHOLE, Side
 from mole_diffusion.speed.count import Alive, FusedAttention, count_base
+from mole_diffusion.speed.limits import with_products
 from mole_diffusion.speed.measure import SideCost
-from mole_diffusion.speed.models import make_inputs, make_model, merged, twin
-from mole_diffusion.speed.page import saved_table
+from mole_diffusion.speed.models import make_inputs, make_loras, make_model, merged, twin
+from mole_diffusion.speed.page import saved_table, walk_table
 from mole_diffusion.speed.pipeline import pipeline_costs
 from mole_diffusion.speed.ratio import Ratio
-from mole_diffusion.speed.train import saved_activations
+from mole_diffusion.speed.train import saved_activations, walk_operations
 from tests.command import mole
 
 TINY = SpeedConfig(size="tiny", loras=(2,), rounds=1, rank=2, train=True)
@@ -49,6 +51,29 @@ def test_operations_and_bytes_of_one_layer() -> None:
     assert counted.operations == 2 * (2 * 3 * 5 * 7 * 8) * 2
 
 
+def test_operations_of_backward_passes() -> None:
+    conv, picture = nn.Conv2d(3, 4, 3, bias=False).requires_grad_(False), torch.randn(2, 3, 6, 5, requires_grad=True)
+    output = conv(picture)
+    with Counted() as counted:
+        output.sum().backward()
+    assert counted.operations == 2 * 2 * 4 * (4 * 3) * (3 * 3 * 3)  # as many as forward: no gradient of the weight
+    query, key = torch.randn(2, 3, 5, 8, requires_grad=True), torch.randn(2, 3, 7, 8, requires_grad=True)
+    attended = nn.functional.scaled_dot_product_attention(query, key, key)
+    with Counted() as counted:
+        attended.sum().backward()
+    assert counted.operations == 5 * 2 * (2 * 3 * 5 * 7 * 8)
+
+
+def test_a_walk_is_little_more_than_that_of_the_bare_model() -> None:
+    counts = walk_operations(SpeedConfig(size="toybox", loras=(3,)), 3)
+    bare, gates = counts["bare"], counts["gates"]
+    assert bare.forward == 1
+    assert 1.9 < bare.backward < 2.6  # frozen weights ask for no gradient of their own
+    assert bare.walk == 3.5 + bare.backward
+    assert bare.walk < gates.walk < 1.25 * bare.walk
+    assert "| toybox | gates | 1." in walk_table({"toybox": counts})
+
+
 def test_a_table_of_a_tiny_model() -> None:
     told: list[str] = []
     speed = measure_speed(TINY, told.append)
@@ -63,6 +88,9 @@ def test_a_table_of_a_tiny_model() -> None:
     assert rows["sum"].products - rows["bare"].products < 2 * speed.sites
     assert rows["sum"].operations == pytest.approx(rows["peft"].operations, rel=1e-9)
     assert rows["masks"].products >= rows["sum"].products  # every LoRA has joined in
+    assert rows["joined"].products < rows["products"].products
+    assert rows["products"].products >= rows["sum"].products  # of queries, keys and values we make one
+    assert rows["products"].operations == rows["joined"].operations == rows["sum"].operations
     assert rows["gates"].operations < 1.2 * rows["sum"].operations
     assert rows["bare"].operators < rows["sum"].operators < rows["gates"].operators < rows["peft"].operators
     assert all(row.seconds > 0 and row.memory is not None for row in speed.rows)
@@ -195,16 +223,30 @@ def test_a_pipeline_calls_little_beside_the_stock_one() -> None:
     costs = {cost.side: cost for cost in pipeline_costs(1, lambda text: None, steps=1)}
     stock, empty, fused = costs["diffusers, no LoRA"], costs["`loras=[]`"], costs["sum, fused"]
     summed, gated = costs["plain sum"], costs["gates per token"]
-    assert stock.calls < empty.calls < summed.calls < gated.calls
+    assert stock.calls < empty.calls < 1.08 * stock.calls
+    assert empty.calls < summed.calls < gated.calls
     assert stock.operators < empty.operators < fused.operators < summed.operators < gated.operators
     assert empty.operators < 1.05 * stock.operators
     assert fused.operators < 1.15 * stock.operators
 
 
 @torch.no_grad()
-def test_a_twin_has_the_same_weights_and_a_merged_one_its_own() -> None:
-    from mole_diffusion.speed.models import make_loras
+@pytest.mark.parametrize("joined", [False, True])
+def test_products_alone_are_the_sum(joined: bool) -> None:
+    model = make_model(TINY)
+    inputs, loras = make_inputs(TINY, model), make_loras(TINY, model, 3)
+    experts = Experts(loras)
+    experts.attach({"unet": (ours := twin(model))})
+    experts.weigher = COMPOSITIONS["linear"]()
+    alone = with_products(twin(model), experts, (0, 2), joined)
+    with experts.using(keep=torch.tensor([1, 0, 1])):
+        torch.testing.assert_close(alone(**inputs)[0], ours(**inputs)[0], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(alone(**inputs)[0], model(**inputs)[0])
+    experts.detach()
 
+
+@torch.no_grad()
+def test_a_twin_has_the_same_weights_and_a_merged_one_its_own() -> None:
     model = make_model(TINY)
     other = twin(model)
     assert all(a is b for a, b in zip(model.parameters(), other.parameters(), strict=True))
