@@ -97,7 +97,7 @@ class TextAlignment(Averages):
         """
         if isinstance(prompts, str) and len(picture_tensors(images)) == 1:
             prompts = [prompts]
-        texts = self._texts.embed(prompts) if len(prompts) else torch.empty(0, 1)
+        texts = self._texts.embed(prompts)
         features = embed_images(self.clip, images, batch_size=self.batch_size)
         return text_alignment(features, texts, self.scale)[:, None]
 
@@ -196,10 +196,12 @@ def check_scale(scale: str) -> None:
 
 
 def check_references(references: Mapping[str, Sequence[Image.Image]]) -> None:
-    """Raises MoLEError where there is no concept, or one has no pictures."""
+    """Raises MoLEError where there is no concept, or one has no pictures; TypeError for one picture without a list."""
     if not references:
         raise MoLEError("there is no concept: `references` is empty. Give the pictures of at least one.")
     for name, pictures in references.items():
+        if isinstance(pictures, Image.Image):
+            raise TypeError(f"the pictures of concept {name!r} must be a list, got one picture. Write [picture].")
         if not len(pictures):
             raise MoLEError(f"concept {name!r} has no reference pictures. Give at least one, or leave the concept out.")
         if name == "mean":

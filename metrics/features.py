@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import MoLEError
+from ..reading import is_text
 from .encoders import ImageEncoder, TextImageEncoder
 from .pictures import Pictures, picture_tensors
 
@@ -84,10 +85,17 @@ class TextCache:
         """Features `(len(prompts), width)`.
 
         Raises:
-            TypeError: `prompts` is a string or holds something else.
+            TypeError: `prompts` is no list, or holds something else than strings.
+            MoLEError: One is no text: encoders would read it as if it were empty.
         """
-        if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+        known = isinstance(prompts, Iterable) and not isinstance(prompts, str | Mapping)
+        if not known or not all(isinstance(prompt, str) for prompt in prompts):
             raise TypeError(f"`prompts` must be a list of strings, one for each picture, got {prompts!r}.")
+        for prompt in prompts:
+            if not is_text(prompt):
+                raise MoLEError(f"the prompt {prompt!r} has half a UTF-16 pair, which is no text. Take it out.")
+        if not len(prompts):
+            return torch.empty(0, 1)
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._features]
         for k in range(0, len(new), batch_size):
             part = new[k : k + batch_size]

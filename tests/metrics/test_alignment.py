@@ -217,6 +217,18 @@ def test_wrong_input_is_refused_and_leaves_the_metric_as_it_was(
         (lambda: text.update([], []), ValueError, "there is no picture to measure"),
         (lambda: text.update(pictures(), PROMPTS[:2]), ValueError, "there are 3 pictures and 2 prompts"),
         (lambda: text.update(pictures(), "a cat"), TypeError, "`prompts` must be a list of strings"),
+        (lambda: text.update(pictures(), None), TypeError, "`prompts` must be a list of strings"),
+        (lambda: text.update(pictures(), dict.fromkeys(PROMPTS)), TypeError, "`prompts` must be a list of strings"),
+        (
+            lambda: text.update(pictures(), ["a \ud800", *PROMPTS[1:]]),
+            ValueError,
+            "half a UTF-16 pair, which is no text",
+        ),
+        (
+            lambda: ImageAlignment(toybox_clip, {"cat": pictures()[0]}),
+            TypeError,
+            "'cat' must be a list, got one picture",
+        ),
         (lambda: text.update(["cat.png"], ["a cat"]), TypeError, "must be a tensor or a list of PIL images"),
         (lambda: text.update(255 * as_tensor(pictures()[0]), ["a cat"]), ValueError, r"they must lie in \[0, 1\]"),
         (
