@@ -144,6 +144,8 @@ class MoLEPipelineMixin(GateCalls):
                     f"the LoRAs {', '.join(names)} were taken off the models (`experts.detach()`) while a picture was "
                     "being drawn, of which a part is without them. Draw it again; `use_loras` changes the choice."
                 )
+            if keep.any():
+                loaded.check(self.lora_components)  # a callback may have exchanged a model
 
     def _chosen(
         self, loras: Selection, regions: Regions | None, given: Mapping[str, Any], *, has_prompt: bool

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,17 +23,22 @@ _ENTERING = ("contextlib", "_pytest.fixtures")  # they run a generator up to its
 
 @dataclass(eq=False)
 class _Block(Generic[Value]):
-    """A `with` block: its value, for whom it is, and the generator it stands in, if any."""
+    """A `with` block: its value, for whom it is, the generator it stands in, if any, and the thread it began in."""
 
     value: Value
     of: Any
     generator: FrameType | None
+    thread: int
     over: bool = False
 
     @property
     def waits(self) -> bool:
         """Whether it stands in a generator that does not run now, in any thread."""
-        return self.generator is not None and self.generator.f_back is None
+        if self.generator is None or self.generator.f_back is not None:
+            return False
+        # One that awaits what it has another thread do waits too, and that thread has its context.
+        awaits = self.generator.f_code.co_flags & inspect.CO_ASYNC_GENERATOR
+        return not awaits or threading.get_ident() == self.thread
 
 
 class Blocks(Generic[Value]):
@@ -85,7 +91,7 @@ class Blocks(Generic[Value]):
             of: Whom it is for.
         """
         generator = _generator()
-        block = _Block(value, of, generator)
+        block = _Block(value, of, generator, threading.get_ident())
         self._blocks.set((*self._blocks.get(), block))
         if generator is not None:
             self._in_generators[generator] = (*self._in_generators.get(generator, ()), block)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import gc
+import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -197,6 +198,15 @@ def test_generators_that_take_turns_draw_with_their_own_choice(drawn: Drawn) -> 
         dogs = drawn.slowly_by("dog")
         return [(one, await anext(dogs)) async for one in drawn.slowly_by("cat")]
 
+    async def in_threads() -> AsyncIterator[torch.Tensor]:
+        with drawn.pipe.composing(["cat"]):
+            for pause in (0.0, 0.05):  # until the generator waits
+                yield await asyncio.to_thread(lambda pause=pause: (time.sleep(pause), drawn())[1])
+
+    async def one_by_one() -> list[torch.Tensor]:
+        return [one async for one in in_threads()]
+
+    assert all(torch.equal(one, cat) for one in asyncio.run(one_by_one()))
     assert all(torch.equal(one, cat) and torch.equal(other, dog) for one, other in asyncio.run(both()))
 
     elsewhere = drawn.by("cat", times=3)  # as servers run them: every step in a thread of its own

@@ -161,6 +161,19 @@ def test_experts_that_go_in_the_middle_of_a_picture_are_missed() -> None:
     assert torch.equal(draw(pipe), expected)
 
 
+def test_a_model_that_is_exchanged_in_the_middle_of_a_picture_is_missed() -> None:
+    pipe = composing_pipeline("cat")
+    other = tiny_pipeline(seed=1).unet
+
+    def exchange(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        pipe.unet = other
+        return {}
+
+    with pytest.raises(MoLEError, match="the LoRAs cat were loaded into another unet than this pipeline has now"):
+        draw(pipe, callback_on_step_end=exchange)
+    assert draw(pipe, loras=[], callback_on_step_end=exchange).isfinite().all()
+
+
 def test_nothing_is_loaded_under_a_pipeline_that_has_none() -> None:
     pipe = composing_pipeline()
     other = MoLEStableDiffusionImg2ImgPipeline.from_pipe(pipe)
