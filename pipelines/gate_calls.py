@@ -11,7 +11,7 @@ from ..composition import COMPOSITIONS, Budget, Composition, MaskedGates, Masks,
 from ..errors import MoLEError
 from ..experts import Experts
 from ..gating import GateConfig, MoLEModel
-from .loaded import changing
+from .loaded import OPEN, changing
 from .lora_calls import LoRACalls
 
 
@@ -76,8 +76,14 @@ class GateCalls(LoRACalls):
                 their files), and otherwise `"budget"`.
 
         Raises:
-            MoLEError: The name is unknown, or the method needs gates and none are loaded.
+            MoLEError: The name is unknown; the method needs gates and none are loaded; or a call of this thread is
+                running, or a `composing`, which keeps the method it began with.
         """
+        if OPEN.holding(self._loaded) is not None:
+            raise MoLEError(
+                "cannot choose a composition in a call that is running, or inside of `composing`, which keep the one "
+                "they began with. Do it before; to change which LoRAs draw from a step on, call `use_loras`."
+            )
         if isinstance(method, str):
             if method not in COMPOSITIONS:
                 raise MoLEError(f"there is no composition {method!r}. Known are: {', '.join(COMPOSITIONS)}.")
@@ -103,9 +109,10 @@ class GateCalls(LoRACalls):
 
     def _use_gates(self, gates: MoLEModel) -> MoLEModel:
         self._loaded.refuse_fused("choose a composition whose weights change")
-        # Binding compares the gates with the LoRAs and the model; nothing has changed if it refuses.
-        gates.bind(self._need_experts("gates"))
-        self._loaded.gates = gates
+        with changing(self.lora_components, "load gates"):
+            # Binding compares the gates with the LoRAs and the model; nothing has changed if it refuses.
+            gates.bind(self._need_experts("gates"))
+            self._loaded.gates = gates
         self.set_composition(MaskedGates(gates=gates) if gates.gate_config.residual else MoLE(gates))
         return gates
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
-from ..composition import Budget, Composition, Role
+from ..composition import Budget, Call, Composition, Role
 from ..errors import MoLEError
 from ..experts import Experts
+from ..experts.blocks import Blocks
 from ..experts.merged import refuse_unmergeable
 from ..families.base import unwrapped
 from ..gating import MoLEModel
@@ -169,6 +170,8 @@ def _precisions(models: Mapping[str, nn.Module]) -> dict[str, torch.dtype]:
     return {name: next(model.parameters()).dtype for name, model in models.items()}
 
 
+# Every call and `composing` that this thread is inside of, of what is loaded: its call, its stack and its scale.
+OPEN: Blocks[tuple[Call, ExitStack, float]] = Blocks("mole_diffusion.open")
 _RECORDS: WeakKeyDictionary[nn.Module, Loaded] = WeakKeyDictionary()
 # How many calls draw with a model now, of whatever pipeline: one that has no LoRAs is disturbed by new ones too.
 _DRAWING: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()

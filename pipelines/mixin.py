@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 from ..composition import Call, Composition, RegionMap
 from ..composition.call import current_call, running
 from ..errors import MoLEError
-from ..experts.blocks import Blocks
 from .gate_calls import GateCalls
-from .loaded import drawing
+from .loaded import OPEN, drawing
 from .prior import drawing_prior
 from .processors import processors_given_back
 from .reading import Spans, add_region_words, given_words, prompt_words, split_prompts
@@ -29,9 +28,6 @@ if TYPE_CHECKING:
 READ = "the prompts that were read"
 EACH = "pictures of one prompt"
 LIMIT = "max_sequence_length"  # the argument of `encode_prompt` that says how many tokens are read
-
-# Every `composing` that this thread is inside of, of what is loaded: its call, its stack and its scale.
-_OPEN: Blocks[tuple[Call, ExitStack, float]] = Blocks("mole_diffusion.open")
 
 
 class MoLEPipelineMixin(GateCalls):
@@ -92,7 +88,7 @@ class MoLEPipelineMixin(GateCalls):
             settings: dict[str, Any] = {"scale": scale, "regions": regions, "scheduler": scheduler, "size": None}
             with self._composing(loras, method, **settings) as call:
                 yield
-                entered = _OPEN.holding(self._loaded)
+                entered = OPEN.holding(self._loaded)
                 if entered is None or entered[0] is not call:
                     raise MoLEError(
                         "this `composing` ends inside of another one that began later, or in another thread or task "
@@ -132,7 +128,7 @@ class MoLEPipelineMixin(GateCalls):
         of_roles = tuple(loaded.roles[name] for name in names)
         call = Call(names, of_roles, scheduler or self.scheduler, regions=region_map, region_prompts=prompts)
         with ExitStack() as stack:
-            stack.enter_context(_OPEN.open((call, stack, scale), of=loaded))
+            stack.enter_context(OPEN.open((call, stack, scale), of=loaded))
             stack.enter_context(running(call))
             if loaded.experts is not None:
                 models = self.lora_components.values()
@@ -191,7 +187,7 @@ class MoLEPipelineMixin(GateCalls):
         """
         loaded = self._loaded
         keep, scales = read_selection(loras, list(loaded.loras))
-        entered = _OPEN.told(loaded)
+        entered = OPEN.told(loaded)
         if entered is None:
             raise RuntimeError(
                 "`use_loras` changes the LoRAs of a running call. Call it from `callback_on_step_end` or inside "

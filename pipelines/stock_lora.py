@@ -55,17 +55,22 @@ class StockLoRACalls(DiffusersContract):
 
     def disable_lora(self) -> None:
         """Draws without LoRAs, ours and PEFT's, until `enable_lora`."""
-        self._loaded.disable(True)
+        self._disable(True)
         if self._adapters():
             with answered():
                 super().disable_lora()
 
     def enable_lora(self) -> None:
         """Undoes `disable_lora`."""
-        self._loaded.disable(False)
+        self._disable(False)
         if self._adapters():
             with answered():
                 super().enable_lora()
+
+    def _disable(self, disabled: bool) -> None:
+        if self._loaded.loras:
+            with changing(self.lora_components, f"{'disable' if disabled else 'enable'} LoRAs"):
+                self._loaded.disable(disabled)
 
     def unload_lora_weights(self, *args: Any, **kwargs: Any) -> None:
         """Takes off the adapters that `load_lora_weights` loaded; where there are none, ours."""

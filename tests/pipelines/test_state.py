@@ -137,14 +137,19 @@ def test_nothing_is_unloaded_while_a_picture_is_drawn() -> None:
 
     def meddle(pipe: Any, *_: Any) -> dict[str, Any]:
         mug = lora_states(pipe)["mug"]
-        for change in (pipe.unload_loras, pipe.fuse_lora, lambda: pipe.load_loras({"mug": mug})):
-            with pytest.raises(ValueError, match=r"while a picture is being drawn with cat, dog.*use_loras"):
+        for change in (
+            pipe.unload_loras, pipe.fuse_lora, lambda: pipe.load_loras({"mug": mug}), pipe.disable_lora,
+            pipe.enable_lora, pipe.init_gates,
+        ):  # fmt: skip
+            with pytest.raises(MoLEError, match=r"while a picture is being drawn with cat, dog.*use_loras"):
                 change()
             refused.append("yes")
+        with pytest.raises(MoLEError, match=r"cannot choose a composition in a call that is running.*use_loras"):
+            pipe.set_composition("linear")
         return {}
 
     assert torch.equal(draw(pipe, callback_on_step_end=meddle), expected)
-    assert len(refused) == 6
+    assert len(refused) == 12
     pipe.unload_loras()
 
 
