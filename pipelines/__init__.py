@@ -7,6 +7,7 @@ Another pipeline of diffusers becomes a composing one in one line::
 
 from __future__ import annotations
 
+from . import perturbed
 from .flux import MoLEFluxImg2ImgPipeline, MoLEFluxInpaintPipeline, MoLEFluxPipeline
 from .flux2 import MoLEFlux2KleinInpaintPipeline, MoLEFlux2KleinPipeline, MoLEFlux2Pipeline
 from .krea2 import MoLEKrea2Pipeline
@@ -66,5 +67,6 @@ __all__ = [
     "MoLEZImageImg2ImgPipeline",
     "MoLEZImageInpaintPipeline",
     "MoLEZImagePipeline",
+    "perturbed",
     "pipeline_class",
 ]

@@ -13,6 +13,7 @@ from diffusers import (
 )
 from peft import LoraConfig, get_peft_model
 
+from mole_diffusion import pipelines
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.experts import AttachError
 from mole_diffusion.lora import load_lora
@@ -204,7 +205,10 @@ def test_autopipelines_find_ours(cls: Any) -> None:
     pipe = composing_pipeline("cat")
     other = cls.from_pipe(pipe)
     assert type(other).__name__.startswith("MoLEStableDiffusion")
-    assert other.experts is pipe.experts
+    perturbed = cls.from_pipe(other, enable_pag=True)
+    assert type(perturbed) in vars(pipelines.perturbed).values()
+    assert type(cls.from_pipe(perturbed, enable_pag=False)) is type(other)
+    assert other.experts is perturbed.experts is pipe.experts
 
 
 def test_a_lora_of_the_text_encoder_alone_does_not_meet_prompt_embeddings() -> None:
