@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 from torch import Tensor
 
@@ -14,6 +14,7 @@ from ..errors import MoLEError
 from ..lora import LoRA
 from ..reading import is_text
 
+Value = TypeVar("Value")
 LoRASource: TypeAlias = str | os.PathLike[str] | Mapping[str, Tensor] | LoRA
 
 
@@ -54,23 +55,22 @@ def choose_triggers(
         Name to phrases, and the names that stand in for words nobody told.
 
     Raises:
-        TypeError: A phrase is no string.
+        TypeError: `given` is no mapping, or a phrase is no string.
         MoLEError: A name is none of the LoRAs, or has no phrase or an empty one.
     """
-    given = dict(given or {})
-    _refuse_others("triggers", given, loras)
+    given = _by_name("triggers", given, loras)
     words: dict[str, tuple[str, ...]] = {}
     for name, lora in loras.items():
         phrases = given.get(name, lora.triggers or name)
-        phrases = (phrases,) if isinstance(phrases, str) else tuple(phrases)
-        if not all(isinstance(phrase, str) for phrase in phrases):
+        phrases = (phrases,) if isinstance(phrases, str) else phrases
+        if not isinstance(phrases, list | tuple) or not all(isinstance(phrase, str) for phrase in phrases):
             raise TypeError(f"`triggers` of {name!r} must be a phrase or a list of phrases, got {phrases!r}.")
         if not phrases or not all(phrase.strip() for phrase in phrases):
             raise MoLEError(
                 f"`triggers` of {name!r} is {phrases!r}. Give the words that call it, or leave it out: its name "
                 "or what its file tells is taken then."
             )
-        words[name] = phrases
+        words[name] = tuple(phrases)
     by_name = frozenset(name for name, lora in loras.items() if name not in given and not lora.triggers)
     return words, by_name
 
@@ -79,17 +79,21 @@ def choose_roles(given: Mapping[str, Role] | None, loras: Mapping[str, LoRA]) ->
     """The role of each LoRA; by default a subject.
 
     Raises:
+        TypeError: `given` is no mapping.
         MoLEError: A name is none of the LoRAs, or a role is unknown.
     """
-    given = dict(given or {})
-    _refuse_others("roles", given, loras)
+    given = _by_name("roles", given, loras)
     for name, role in given.items():
         if role not in ROLES:
             raise MoLEError(f"the role of {name!r} is {role!r}; it must be one of {', '.join(map(repr, ROLES))}.")
     return {name: given.get(name, "subject") for name in loras}
 
 
-def _refuse_others(argument: str, given: Mapping[str, object], loras: Mapping[str, LoRA]) -> None:
+def _by_name(argument: str, given: Mapping[str, Value] | None, loras: Mapping[str, LoRA]) -> dict[str, Value]:
+    if not isinstance(given, Mapping | None):
+        raise TypeError(f"`{argument}` must be a dict of LoRAs' names, got {given!r} ({type(given).__name__}).")
+    given = dict(given or {})
     others = [str(name) for name in given if name not in loras]
     if others:
         raise MoLEError(f"`{argument}` has {others[0]!r}, which is none of the LoRAs given: {', '.join(loras)}.")
+    return given

@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from ..drawable import check_drawable
 from ..errors import MoLEError
+from ..gating.folder import largest_number
 from .selection import Selection
 
 
@@ -35,12 +38,12 @@ def refuse_half_measures(pipe: Any, loras: Selection, taking_part: Sequence[str]
 
 
 def refuse_broken_gates(gates: Any) -> None:
-    """Raises MoLEError for gates that hold NaN or infinity, as when a training diverged: the picture would be black."""
-    broken = [name for name, value in gates.named_parameters() if not value.isfinite().all()]
+    """Raises MoLEError for gates with NaN or huge numbers, as of a training that diverged: pictures would be black."""
+    broken = [name for name, value in gates.named_parameters() if not (value.abs() <= largest_number(name)).all()]
     if broken:
         raise MoLEError(
-            f"the gates have numbers that are not finite ({broken[0]}). Load them again, or train them with a lower "
-            "learning rate."
+            f"the gates have numbers that are not finite, or huge ({broken[0]}). Load them again, or train them with "
+            "a lower learning rate."
         )
 
 
@@ -48,6 +51,7 @@ def refuse_not_finite(numbers: Mapping[str, Any]) -> None:
     """Raises MoLEError for a number, or a tensor that has one, which would make a black picture."""
     for name, value in numbers.items():
         for one in value if isinstance(value, list | tuple) else [value]:
+            one = torch.as_tensor(one) if isinstance(one, np.ndarray) and one.dtype.kind == "f" else one
             if isinstance(one, Tensor) and one.is_floating_point() and not one.isfinite().all():
                 raise MoLEError(f"`{name}` must be finite, and has NaN or infinity.")
             if isinstance(one, Real):

@@ -60,7 +60,7 @@ def read_scale(kwargs: Mapping[str, Any]) -> float:
     """
     for name in SCALE_ARGUMENTS:
         given = kwargs.get(name)
-        if given and "scale" in given:
+        if given and given.get("scale") is not None:
             scale: float = given["scale"]
             check_drawable(f"`{name}['scale']`", scale)
             return scale

@@ -62,6 +62,15 @@ def refuse_others(folder: Path) -> None:
         )
 
 
+def largest_number(key: str) -> float:
+    """What a number of gates may be at most, without its sign.
+
+    Args:
+        key: The parameter it is in.
+    """
+    return LARGEST_LOG_TEMPERATURE if key.endswith("log_temperature") else LARGEST_WEIGHT
+
+
 def key_of(gate: str) -> str:
     """Name of a gate as a submodule, whose names may hold no dots."""
     return gate.replace(".", "/")
@@ -139,7 +148,7 @@ def _read_folder(folder: Path) -> SavedGates:
         raise MoLEError(f"{WEIGHTS} has {file.entries[wrong].dtype} where gates have float32: '{printable(wrong)}'.")
     tensors = {keys[key]: tensor for key, tensor in file.tensors.items()}
     for key, tensor in tensors.items():
-        largest = LARGEST_LOG_TEMPERATURE if key.endswith("log_temperature") else LARGEST_WEIGHT
+        largest = largest_number(key)
         if not (tensor.isfinite().all() and tensor.abs().max() <= largest):
             raise MoLEError(
                 f"{WEIGHTS} has NaN, infinity or numbers beyond {largest:g}: '{printable(key)}'. Training diverged, "

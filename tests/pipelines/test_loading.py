@@ -129,6 +129,21 @@ def test_a_wrong_load_says_what_is_wrong(pipe: Any, loras: Any, error: Any, mess
 
 
 @pytest.mark.parametrize(
+    ("argument", "given", "message"),
+    [
+        ("triggers", "red dog", "`triggers` must be a dict of LoRAs' names, got 'red dog'"),
+        ("triggers", {"dog": 5}, "`triggers` of 'dog' must be a phrase or a list of phrases, got 5"),
+        ("triggers", {"dog": {"red": "dog"}}, "`triggers` of 'dog' must be a phrase or a list of phrases"),
+        ("roles", "style", "`roles` must be a dict of LoRAs' names, got 'style'"),
+    ],
+)
+def test_what_is_said_of_loras_is_said_by_name(pipe: Any, argument: str, given: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        pipe.load_loras({"dog": lora_states(pipe)["dog"]}, **{argument: given})
+    assert pipe.experts is None
+
+
+@pytest.mark.parametrize(
     ("names", "error", "message"),
     [
         ("cat", TypeError, r"`names` must be None \(all\) or a list of names, got 'cat' \(str\)"),

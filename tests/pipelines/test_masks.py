@@ -94,6 +94,7 @@ def test_a_weight_that_is_nothing_is_left_out(pipe: Any, weight: float) -> None:
 
 def test_cross_attention_scale_scales_as_in_diffusers(pipe: Any) -> None:
     assert torch.equal(draw(pipe, loras=["cat"], cross_attention_kwargs={"scale": 0.5}), draw(pipe, loras={"cat": 0.5}))
+    assert torch.equal(draw(pipe, cross_attention_kwargs={"scale": None}), draw(pipe))
 
 
 def test_a_callback_may_change_the_choice_between_steps(pipe: Any) -> None:

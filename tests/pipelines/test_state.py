@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -230,6 +231,8 @@ BLACK: dict[str, dict[str, Any]] = {
     "cross_attention_kwargs": {"cross_attention_kwargs": {"scale": float("inf")}},
     "the scale of 'cat'": {"loras": {"cat": 1e39}},
     "latents": {"latents": torch.full((1, 4, 16, 16), float("nan"))},
+    "latents`": {"latents": np.full((1, 4, 16, 16), np.nan)},
+    "eta`": {"eta": np.array(np.nan)},
 }
 
 
@@ -243,12 +246,13 @@ def test_numbers_that_would_draw_a_black_picture_are_refused(argument: str) -> N
             pipe(PROMPT, None, None, 2, None, None, float("nan"))  # not by its name
 
 
-def test_gates_that_are_no_numbers_draw_no_black_picture() -> None:
+@pytest.mark.parametrize("number", [float("nan"), -1e30])
+def test_gates_that_are_no_numbers_draw_no_black_picture(number: float) -> None:
     pipe = composing_pipeline("cat", "dog")
     gates = pipe.init_gates()
     draw(pipe)
     with torch.no_grad():
-        next(iter(gates.gate_parameters())).view(-1)[0] = float("nan")
-    with pytest.raises(ValueError, match=r"the gates have numbers that are not finite \(gates\."):
+        next(iter(gates.gate_parameters())).view(-1)[0] = number
+    with pytest.raises(ValueError, match=r"the gates have numbers that are not finite, or huge \(gates\."):
         draw(pipe)
     draw(pipe, loras=[])
