@@ -56,8 +56,9 @@ class LoRACalls(StockLoRACalls):
 
     @property
     def _loaded(self) -> Loaded:
-        own = loaded_into(self.lora_components, self.__dict__.get("_mole_loaded"))
-        self.__dict__["_mole_loaded"] = own
+        own: Loaded | None = self.__dict__.get("_mole_loaded")
+        if own is None or not own.loras:  # else the models need not be asked; a call asks often
+            self.__dict__["_mole_loaded"] = own = loaded_into(self.lora_components, own)
         return own
 
     def load_loras(

@@ -102,7 +102,8 @@ class Runs:
         choice, previous = self.choice, self.latest(component)
         keep, scale = choice.on(device)
         index = 0 if previous is None else previous.index + 1
-        return Run(component, index, self.chosen, keep, scale, told, call=choice.call, kept=choice.kept)
+        weigher = self.weigher if choice.weigher is None else choice.weigher
+        return Run(component, index, weigher, keep, scale, told, call=choice.call, kept=choice.kept)
 
     def begin(self, run: Run) -> None:
         """The pass begins, in this thread."""

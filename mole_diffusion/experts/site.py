@@ -163,7 +163,9 @@ class SiteGroup:
     def __init__(self, sites: Sequence[Site]) -> None:
         self.sites = tuple(sites)
         self.several = len(self.sites) > 1
+        self._names = tuple(site.name for site in self.sites)
         self._down: Tensor | None = None
+        self._ranks: list[int] = []  # of the sites, as they lie in it
         self._open: Projections | None = None
         self._chosen: dict[tuple[int, ...], dict[str, Site]] = {}
 
@@ -215,11 +217,11 @@ class SiteGroup:
             projected = site.project(hidden_states, down)
             if not self.several:
                 return Projections(hidden_states, {site.name: projected}, shape[0], spatial)
-            parts: Sequence[Tensor] = projected.split([member.stack.rank for member in self.sites], dim=1)
+            parts: Sequence[Tensor] = projected.split_with_sizes(self._ranks, 1)
         else:  # nothing is left of the LoRAs that are kept, but a weigher may read the hidden states
             none = (shape[0], 0, shape[2:].numel()) if spatial else (shape[:-1].numel(), 0)
             parts = [output.new_empty(none)] * len(self.sites)
-        rows = {member.name: part for member, part in zip(self.sites, parts, strict=True)}
+        rows = dict(zip(self._names, parts, strict=True))
         return Projections(hidden_states, rows, shape[0], spatial)
 
     def make_ready(self, like: Tensor) -> None:
@@ -261,9 +263,10 @@ class SiteGroup:
         down = self._down
         if down is None or down.device != output.device or down.dtype != output.dtype:
             downs = [member.stack.down_as(output.dtype, output.device) for member in self.sites]
+            self._ranks = [part.shape[0] for part in downs]
             together = torch.cat(downs) if len(downs) > 1 else downs[0]
             self._down = down = together if together.ndim == 4 else together.t()
-            for member, part in zip(self.sites, together.split([d.shape[0] for d in downs]), strict=True):
+            for member, part in zip(self.sites, together.split(self._ranks), strict=True):
                 member.stack.lie_in(part)
         return down
 

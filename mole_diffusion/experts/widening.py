@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -48,12 +48,14 @@ def narrow(output: Any, passes: int, combine: Callable[[Tensor], Tensor]) -> Any
     return type(output)(narrow(part, passes, combine) for part in output)
 
 
-def tensors(output: Any) -> Iterator[Tensor]:
+def tensors(output: Any) -> list[Tensor]:
     """All tensors in what a model returned: a tensor, a tuple, or a dictionary-like output class."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        yield from tensors(tuple(output.values()))
-    elif isinstance(output, tuple | list):
-        for part in output:
-            yield from tensors(part)
+    found, parts = [], [output]
+    for part in parts:  # which grow meanwhile
+        if isinstance(part, Tensor):
+            found.append(part)
+        elif isinstance(part, tuple | list):
+            parts += part
+        elif isinstance(part, Mapping):
+            parts += part.values()
+    return found

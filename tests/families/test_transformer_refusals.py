@@ -150,5 +150,8 @@ def test_attention_that_nobody_sees_is_an_error_where_it_must_be_seen() -> None:
     where = r"single_transformer_blocks.1.attn \(ByHand\).*set_attention_backend\(\"native\"\).*norm_router"
     with pytest.raises(MoLEError, match=where):
         draw(pipe, "flux")
+    pipe.set_composition("norm_router")
+    assert draw(pipe, "flux").isfinite().all()
+    pipe.set_composition("masks")
     pipe.transformer.single_transformer_blocks[1].attn.set_processor(FluxAttnProcessor())
     assert draw(pipe, "flux").isfinite().all()  # nothing is left of the first try
