@@ -6,15 +6,18 @@ What each kind means stands literally in `tests/reference.py`, which `test_kinds
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mole_diffusion.composition import Linear
 from mole_diffusion.experts import Experts
 from mole_diffusion.lora import load_lora
+from tests.command import mole
 from tests.tiny import dits, families, tiny_components
 
 R = 2
@@ -165,6 +168,32 @@ def test_every_layout_and_kind_loads_to_its_factors(family: str, model: tuple[st
                 torch.testing.assert_close(
                     torch.cat(deltas).double(), change, atol=1e-5, rtol=1e-4, msg=f"{layout}, {kind}, {meant}"
                 )
+
+
+def test_the_commands_say_that_a_file_acts_and_convert_it_to_its_factors(
+    family: str, model: tuple[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the names of the authors, whose fused modules are several here."""
+    component, denoiser = model
+    monkeypatch.setattr("mole_diffusion.cli.inspect.read_models", lambda base: {component: denoiser})
+    torch.manual_seed(1)
+    made = list(cases(denoiser, family, "LoRA", True))
+    state: Parts = {}
+    for name, _, parts, _ in made:
+        state |= written("kohya, musubi", component, name, parts)
+    save_file({key: tensor.contiguous() for key, tensor in state.items()}, file := tmp_path / "it.safetensors")
+    told = mole("inspect", file, "--base", "ours").output
+    count = sum(len(meant) for _, meant, _, _ in made)
+    assert f"all of it acts on ours: {count} modules of {component}" in " ".join(told.split())
+    for to in ("kohya", "diffusers", "peft"):
+        out = tmp_path / ("peft" if to == "peft" else f"{to}.safetensors")
+        result = mole("convert", file, "--to", to, "--out", out, "--base", "ours")
+        assert result.exit_code == 0, result.output
+        found = load_lora(out, {component: denoiser}).factors[component]
+        assert len(found) == count
+        for _, meant, _, change in made:
+            delta = torch.cat([found[name].delta() for name in meant])
+            torch.testing.assert_close(delta.double(), change, atol=1e-5, rtol=1e-4, msg=f"{to}, {meant}")
 
 
 @torch.no_grad()
