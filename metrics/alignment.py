@@ -32,13 +32,13 @@ def text_alignment(image_features: Tensor, text_features: Tensor, scale: Scale =
         `(pictures,)`.
 
     Raises:
-        MoLEError: The scale is unknown, or there are not as many prompts as pictures.
+        MoLEError: The scale is unknown, there are not as many prompts as pictures, or features are of two encoders.
     """
     check_scale(scale)
-    if image_features.shape != text_features.shape:
+    _check_features(image_features, text_features)
+    if len(image_features) != len(text_features):
         raise MoLEError(
-            f"there are {len(image_features)} pictures and {len(text_features)} prompts "
-            f"(features {tuple(image_features.shape)} and {tuple(text_features.shape)}). Give one prompt per picture."
+            f"there are {len(image_features)} pictures and {len(text_features)} prompts. Give one prompt per picture."
         )
     cosine = torch.nn.functional.cosine_similarity(image_features, text_features.to(image_features.device), dim=-1)
     return on_scale(cosine, scale)
@@ -62,13 +62,23 @@ def image_alignment(image_features: Tensor, reference_features: Tensor) -> Tenso
         `(pictures,)`.
 
     Raises:
-        MoLEError: There is no reference.
+        MoLEError: There is no reference, or features are of two encoders.
     """
+    _check_features(image_features, reference_features)
     if not len(reference_features):
         raise MoLEError("a concept has no pictures to compare with. Give at least one reference.")
     pictures = torch.nn.functional.normalize(image_features, dim=-1)
     references = torch.nn.functional.normalize(reference_features.to(image_features.device), dim=-1)
     return (pictures @ references.T).mean(dim=-1)
+
+
+def _check_features(one: Tensor, other: Tensor) -> None:
+    if one.ndim != 2 or other.ndim != 2 or one.shape[1] != other.shape[1]:
+        raise MoLEError(
+            "features must be (pictures, width), with the width of one encoder, and those given are "
+            f"{tuple(one.shape)} and {tuple(other.shape)}. Make both with the same encoder; of one picture, as "
+            "`features[None]`."
+        )
 
 
 class TextAlignment(Averages):

@@ -247,6 +247,14 @@ def test_wrong_input_is_refused_and_leaves_the_metric_as_it_was(
         (lambda: ImageAlignment(toybox_clip, {"cat": []}), ValueError, "concept 'cat' has no reference pictures"),
         (lambda: ImageAlignment(toybox_clip, {}), ValueError, "there is no concept"),
         (lambda: image_alignment(torch.ones(1, 2), torch.ones(0, 2)), ValueError, "has no pictures to compare with"),
+        (lambda: image_alignment(torch.ones(1, 2), torch.ones(1, 3)), ValueError, r"\(1, 2\) and \(1, 3\)\. Make both"),
+        (
+            lambda: image_alignment(torch.ones(2), torch.ones(1, 2)),
+            ValueError,
+            r"of one picture, as `features\[None\]`",
+        ),
+        (lambda: text_alignment(torch.ones(1, 2), torch.ones(1, 3)), ValueError, "with the width of one encoder"),
+        (lambda: text_alignment(torch.ones(2, 3), torch.ones(1, 3)), ValueError, "2 pictures and 1 prompts"),
     ):
         with pytest.raises(error, match=message):
             bad()
