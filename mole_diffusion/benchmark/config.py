@@ -26,6 +26,7 @@ _DEFAULTS: dict[str, Any] = {
     "scale": 1.0,
     "steps": 25,
     "guidance_scale": 5.0,
+    "resolution": None,
     "image_encoder": None,
     "reference": None,
     "paper": None,
@@ -53,6 +54,7 @@ class BenchmarkConfig:
         scale: The scale of every LoRA.
         steps: Denoising steps.
         guidance_scale: Scale of classifier-free guidance.
+        resolution: Side of the square pictures, in pixels; `None` is the base's own. Trainings have their own one.
         clip: The CLIP that measures and guides, as `load_clip` takes it.
         image_encoder: For image alignment, a vision model of transformers; `None`: CLIP.
         reference: Label of the method that the report compares the others with.
@@ -73,6 +75,7 @@ class BenchmarkConfig:
     scale: float
     steps: int
     guidance_scale: float
+    resolution: int | None
     clip: str
     image_encoder: str | None
     reference: str
@@ -151,6 +154,9 @@ class BenchmarkConfig:
                 raise MoLEError(
                     f"`{key}` must be a number{'' if least is None else f' of at least {least}'}, got {value!r}."
                 )
+        resolution = values["resolution"]
+        if resolution is not None and (type(resolution) is not int or resolution < 8 or resolution % 8):
+            raise MoLEError(f"`resolution` must be a multiple of 8 pixels, or left out, got {resolution!r}. Try 512.")
         return cls(**values)
 
     @property

@@ -125,11 +125,13 @@ class Drawer:
 
     def _call(self, cells: Sequence[Cell], steps: int) -> list[Image.Image]:
         config, first = self._config, cells[0]
+        side = {} if config.resolution is None else dict.fromkeys(("height", "width"), config.resolution)
         output = self._pipe(
             [config.prompt(first.prompt, first.kept)] * len(cells),
             loras=dict.fromkeys(first.kept, config.scale),
             num_inference_steps=steps,
             guidance_scale=config.guidance_scale,
+            **side,
             generator=[torch.Generator().manual_seed(cell.seed) for cell in cells],
         )
         return list(output.images)

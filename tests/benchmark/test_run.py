@@ -129,6 +129,16 @@ def test_pictures_are_those_of_a_call_with_the_same_seed(done: Path) -> None:
             assert drawn.tobytes() == expected.tobytes()
 
 
+def test_pictures_are_as_large_as_the_study_says(tmp_path: Path) -> None:
+    study = config(compositions=["cat"], methods=["linear"], gates=None, seeds=1, resolution=72)
+    assert run_benchmark(study, tmp_path) == 0
+    with Image.open(tmp_path / "pictures" / "cat" / "linear" / "p00-s0000.png") as drawn:
+        assert drawn.size == (72, 72)
+    assert "72×72 pixels" in write_report(study, tmp_path).read_text()
+    with pytest.raises(ValueError, match="holds a benchmark with another 'resolution': 72 and not None"):
+        run_benchmark(config(compositions=["cat"], methods=["linear"], gates=None, seeds=1), tmp_path)
+
+
 def test_started_again_it_does_only_what_is_missing(done: Path) -> None:
     before = files(done)
     gone = done / "rows" / "mug+robot" / "linear" / "p00-s0001.json"
@@ -241,6 +251,7 @@ def test_bootstrap_wins_and_correlation() -> None:
         ({"seeds": [0, 0]}, "seeds has 0 twice"),
         ({"seeds": 0}, "`seeds` must be a list with at least one entry"),
         ({"steps": 0}, "`steps` must be a number of at least 1, got 0"),
+        ({"resolution": 500}, "`resolution` must be a multiple of 8 pixels, or left out, got 500"),
         ({"concepts": {"cat": {"lora": "x"}}}, "concept 'cat' must have exactly lora, phrase, description, references"),
     ],
 )

@@ -122,7 +122,9 @@ def _setting(config: BenchmarkConfig, rows: Sequence[Row]) -> str:
     steps = sorted({method.training.steps for method in trained if method.training is not None})
     return (
         f"{len(config.compositions)} compositions, {len(config.prompts)} prompts, {len(config.seeds)} seeds, "
-        f"{config.steps} steps, guidance {config.guidance_scale:g}, scale {config.scale:g}, base {shown(config.base)}, "
+        + ("" if config.resolution is None else f"{config.resolution}×{config.resolution} pixels, ")
+        + f"{config.steps} steps, guidance {config.guidance_scale:g}, scale {config.scale:g}, "
+        f"base {shown(config.base)}, "
         f"CLIP {shown(config.clip)}. {len(rows) - failed} pictures measured, {failed} failed, "
         f"{len(config.cells()) - len(rows)} missing."
         + (

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
-from pathlib import Path
-
 from tokenizers import AddedToken
 from transformers import CLIPTokenizer
 
@@ -18,18 +14,15 @@ def make_tokenizer() -> CLIPTokenizer:
     """A stock CLIP tokenizer; words that are not in `WORDS` fall apart into letters."""
     letters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
     vocabulary = letters + [letter + "</w>" for letter in letters] + [_START, _END]
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "vocab.json").write_text(json.dumps({entry: k for k, entry in enumerate(vocabulary)}))
-        (Path(folder) / "merges.txt").write_text("#version: 0.2\n")
-        tokenizer = CLIPTokenizer(
-            vocab=str(Path(folder) / "vocab.json"),
-            merges=str(Path(folder) / "merges.txt"),
-            model_max_length=MAX_TOKENS,
-            bos_token=_START,
-            eos_token=_END,
-            unk_token=_END,
-            pad_token=_END,
-        )
+    tokenizer = CLIPTokenizer(
+        vocab={entry: k for k, entry in enumerate(vocabulary)},
+        merges=[],
+        model_max_length=MAX_TOKENS,
+        bos_token=_START,
+        eos_token=_END,
+        unk_token=_END,
+        pad_token=_END,
+    )
     words = [word for word in WORDS if len(word) > 1]
     tokenizer.add_tokens([AddedToken(word, single_word=True, normalized=True) for word in words])
     tokenizer.add_tokens([AddedToken(token, normalized=True) for token in RARE_TOKENS])
