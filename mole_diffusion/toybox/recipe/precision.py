@@ -9,7 +9,9 @@ def bfloat16_pays(device: torch.device) -> bool:
     """Whether the device computes in bfloat16; a CPU without instructions for it is some fifteen times slower then."""
     if device.type != "cpu":
         return True
-    abilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.8 does not tell, and goes without
+    abilities: dict[str, bool] = getattr(
+        torch.cpu, "get_capabilities", dict
+    )()  # torch 2.8 does not tell, and goes without
     return bool(abilities.get("avx512_bf16") or abilities.get("amx_bf16") or abilities.get("bf16"))
 
 
