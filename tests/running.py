@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mole_diffusion.composition import Linear
+from mole_diffusion.experts import Experts
 from mole_diffusion.lora import LoRA, load_lora
 from tests.tiny import ATTENTION, CONVOLUTIONS, FEED_FORWARD, PROJECTIONS, TEXT_ENCODER, random_lora
 
@@ -45,3 +49,15 @@ def run_unet(components: dict[str, Any], **kwargs: Any) -> Tensor:
 
 def run_text(components: dict[str, Any]) -> Tensor:
     return components["text_encoder"](torch.tensor([[3, 5, 8, 13, 2, 1], [2, 7, 1, 8, 2, 8]])).last_hidden_state
+
+
+@contextmanager
+def summed(components: Mapping[str, nn.Module], *loras: LoRA) -> Iterator[Experts]:
+    """Models with LoRAs on them, whose plain sum acts inside the block."""
+    experts = Experts(list(loras))
+    experts.attach(components)
+    try:
+        experts.weigher = Linear()
+        yield experts
+    finally:
+        experts.detach()

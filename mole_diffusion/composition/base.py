@@ -105,7 +105,7 @@ class Composition(ABC):
         """Whether some words of this pass are not for all to see where words and pixels are one sequence."""
         return False
 
-    def apart(self, joint: Joint, tokens: int, run: Run) -> Tensor:
+    def apart(self, joint: Joint, tokens: int, run: Run) -> Tensor | None:
         """Added to the scores of an attention of words and pixels, or of words, where `keeps_apart` says so.
 
         Args:
@@ -114,9 +114,9 @@ class Composition(ABC):
             run: The forward pass.
 
         Returns:
-            `(batch, 1, tokens, tokens)`, of queries and keys.
+            `(batch, 1, tokens, tokens)`, of queries and keys; `None`: nothing.
         """
-        raise NotImplementedError  # a method that keeps apart overrides this
+        return None
 
     def combine(self, predictions: Tensor, run: Run) -> Tensor:
         """One prediction `(batch, ...)` from those of all passes `(passes, batch, ...)`; by default their mean."""

@@ -60,6 +60,6 @@ class Wrapper(Composition):
     def keeps_apart(self, run: Run) -> bool:
         return bool(self.method.keeps_apart(run))
 
-    def apart(self, *asked: Any) -> Tensor:
-        bias: Tensor = self.method.apart(*asked)
+    def apart(self, *asked: Any) -> Tensor | None:
+        bias: Tensor | None = self.method.apart(*asked)
         return bias

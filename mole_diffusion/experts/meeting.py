@@ -114,7 +114,9 @@ class _WatchedAttention(TorchFunctionMode):
             if bias is not None:
                 attn_mask = _widened(bias, query, key, self._joint, attn_mask)
         if self._apart:
-            attn_mask = _both(self._crossed.apart(self._joint, query.shape[2]).to(query.dtype), attn_mask)
+            added = self._crossed.apart(self._joint, query.shape[2])
+            if added is not None:
+                attn_mask = _both(added.to(query.dtype), attn_mask)
         output = F.scaled_dot_product_attention(query, key, value, attn_mask, **kwargs)
         if self._watched:
             attended = output[:, :, pixels].transpose(1, 2).flatten(2)

@@ -57,7 +57,7 @@ class LayerSeam:
         keeps_apart = getattr(run.weigher, "keeps_apart", None)
         return keeps_apart is not None and bool(keeps_apart(run))
 
-    def apart(self, joint: Joint, tokens: int) -> Tensor:
+    def apart(self, joint: Joint, tokens: int) -> Tensor | None:
         """What the weigher adds to the scores of all tokens of this layer, to keep some apart.
 
         Args:
@@ -65,11 +65,11 @@ class LayerSeam:
             tokens: How many tokens there are.
 
         Returns:
-            `(batch, 1, tokens, tokens)`, of queries and keys.
+            `(batch, 1, tokens, tokens)`, of queries and keys; `None`: nothing.
         """
         run = self._runs.run(self._component)
         weigher: Any = run.weigher
-        found: Tensor = weigher.apart(joint, tokens, run)
+        found: Tensor | None = weigher.apart(joint, tokens, run)
         return found
 
     def attended(self, query: Tensor, key: Tensor, output: Tensor) -> None:

@@ -14,10 +14,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mole_diffusion.composition import Linear
-from mole_diffusion.experts import Experts
 from mole_diffusion.lora import load_lora
 from tests.command import mole
+from tests.running import summed
 from tests.tiny import dits, families, tiny_components
 
 R = 2
@@ -207,13 +206,8 @@ def test_every_kind_acts_as_the_merged_weights(family: str, model: tuple[str, An
         state: Parts = {}
         for name, _, parts, _ in made:
             state |= written("ComfyUI, down and up", component, name, parts)
-        experts = Experts([load_lora(state, {component: denoiser})])
-        experts.attach({component: denoiser})
-        try:
-            experts.weigher = Linear()
+        with summed({component: denoiser}, load_lora(state, {component: denoiser})):
             ours = run()
-        finally:
-            experts.detach()
         kept = {}
         for _, meant, _, change in made:  # in float64, of the known factors
             modules = [denoiser.get_submodule(name) for name in meant]

@@ -17,7 +17,7 @@ from mole_diffusion.lora import LoRA, LoRAError, LoRAFactors, load_lora
 from mole_diffusion.lora.kinds import KINDS
 from mole_diffusion.lora.layouts.slot import take_ending
 from tests import reference
-from tests.running import run_unet
+from tests.running import run_unet, summed
 from tests.tiny import tiny_components
 
 D_IN, D_OUT, R = 6, 8, 2
@@ -368,8 +368,6 @@ PEFT = {
 def test_what_peft_trains_acts_as_in_peft(config: str, settings: Any, models: Any, tmp_path: Any) -> None:
     import peft
 
-    from mole_diffusion.composition import Linear
-
     targets = ["mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0", "mid_block.resnets.0.conv1", "conv_in"]
     start = "init_lora_weights" if config == "LoraConfig" else "init_weights"
     settings = {"r": 4, **settings, start: False}
@@ -386,13 +384,8 @@ def test_what_peft_trains_acts_as_in_peft(config: str, settings: Any, models: An
     base = run_unet(models)
     wanted = run_unet({"unet": theirs.base_model.model.eval()})
     assert (wanted - base).abs().max() > 1e-3
-    experts = Experts([lora])
-    experts.attach(models)
-    try:
-        experts.weigher = Linear()
+    with summed(models, lora):
         torch.testing.assert_close(run_unet(models), wanted, atol=2e-5, rtol=1e-4)
-    finally:
-        experts.detach()
 
 
 def test_what_a_kind_takes_is_read_in_every_layout() -> None:

@@ -7,10 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from mole_diffusion.composition import Linear
-from mole_diffusion.experts import Experts
 from mole_diffusion.lora import load_lora
-from tests.running import run_unet
+from tests.running import run_unet, summed
 from tests.tiny import tiny_components
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -55,10 +53,5 @@ def test_what_lycoris_trains_acts_as_in_lycoris(settings: dict[str, Any]) -> Non
     assert set(lora.factors["unet"]) == set(targets)
     base, wanted = run_unet(models), run_unet({"unet": theirs})
     assert (wanted - base).abs().max() > 1e-3
-    experts = Experts([lora])
-    experts.attach(models)
-    try:
-        experts.weigher = Linear()
+    with summed(models, lora):
         torch.testing.assert_close(run_unet(models), wanted, atol=2e-5, rtol=1e-3)
-    finally:
-        experts.detach()

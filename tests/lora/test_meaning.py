@@ -16,12 +16,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mole_diffusion.composition import Linear
-from mole_diffusion.experts import Experts
 from mole_diffusion.lora import LoRAError, convert_lora, inspect_lora, judge, load_lora
 from mole_diffusion.lora.patterns import PatternError, Patterns
 from tests.lora_files import to_kohya, to_peft
-from tests.running import run_unet
+from tests.running import run_unet, summed
 from tests.tiny import random_lora, tiny_components
 
 QUERIES = r"attn1\.to_q$"
@@ -148,13 +146,8 @@ def test_what_peft_trains_whole_acts_as_in_peft(
 
     wanted, alone = run_unet({"unet": theirs.base_model.model}), run_unet(models)
     assert (wanted - alone).abs().max() > 1e-2
-    experts = Experts([lora])
-    experts.attach(models)
-    try:
-        experts.weigher = Linear()
+    with summed(models, lora):
         torch.testing.assert_close(run_unet(models), wanted, atol=2e-5, rtol=1e-4)
-    finally:
-        experts.detach()
     assert inspect_lora(tmp_path / "cat").layout == "peft"
     with pytest.raises(LoRAError, match="weights or biases that PEFT trained whole, which have no place in another"):
         convert_lora(tmp_path / "cat", tmp_path / "out.safetensors", "kohya", models)

@@ -19,7 +19,7 @@ from mole_diffusion.lora import LoRAError, convert_lora, inspect_lora, load_lora
 from mole_diffusion.lora.modules import ModuleIndex
 from tests import reference
 from tests.lora.test_families import caller, denoiser
-from tests.running import run_text, run_unet, unet_inputs
+from tests.running import run_text, run_unet, summed, unet_inputs
 from tests.tiny import tiny_components
 from tests.weighing import Numbers
 
@@ -207,13 +207,8 @@ def test_what_lycoris_trains_acts_as_in_lycoris() -> None:
     lora = load_lora({key: value.detach().clone() for key, value in network.state_dict().items()}, models)
     assert set(lora.factors["unet"]) == set(targets)
     wanted = run_unet({"unet": theirs})
-    experts = Experts([lora])
-    experts.attach(models)
-    try:
-        experts.weigher = Linear()
+    with summed(models, lora):
         torch.testing.assert_close(run_unet(models), wanted, atol=2e-5, rtol=1e-3)
-    finally:
-        experts.detach()
 
 
 def test_names_of_the_authors_and_other_spellings() -> None:

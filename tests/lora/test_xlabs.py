@@ -10,10 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mole_diffusion.composition import Linear
-from mole_diffusion.experts import Experts
 from mole_diffusion.lora import LoRAError, convert_lora, inspect_lora, load_lora
 from tests.lora.test_families import caller
+from tests.running import summed
 from tests.tiny import dits
 
 R = 2
@@ -61,13 +60,8 @@ def test_a_file_acts_as_xlabs_code_says(flux: Any, state: dict[str, Tensor]) -> 
     assert (lora.layout, set(lora.factors["transformer"])) == ("xlabs", set(changes))
     run = caller("flux", flux)
     base = run()
-    experts = Experts([lora])
-    experts.attach({"transformer": flux})
-    try:
-        experts.weigher = Linear()
+    with summed({"transformer": flux}, lora):
         ours = run()
-    finally:
-        experts.detach()
     for name, change in changes.items():
         flux.get_submodule(name).weight.add_(change)
     wanted = run()

@@ -23,11 +23,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mole_diffusion.composition import Linear
-from mole_diffusion.experts import Experts
 from mole_diffusion.lora import load_lora
 from tests import ROOT
 from tests.lora.test_families import FAMILIES, LAYOUTS, Parts, caller, cases, written
+from tests.running import summed
 from tests.tiny import dits, families, tiny_pipeline
 
 PAGE = ROOT / "docs" / "files.md"
@@ -95,13 +94,8 @@ def merged(model: Any, changes: dict[str, Tensor]) -> Iterator[None]:
 
 
 def ours(state: Parts, component: str, model: Any, run: Callable[[], Tensor]) -> Tensor:
-    experts = Experts([load_lora(state, {component: model})])
-    experts.attach({component: model})
-    try:
-        experts.weigher = Linear()
+    with summed({component: model}, load_lora(state, {component: model})):
         return run()
-    finally:
-        experts.detach()
 
 
 def of_diffusers(family: str, file: Path, component: str) -> Tensor:
