@@ -209,6 +209,16 @@ class Architecture:
         rank = {name: index for index, name in enumerate(self.order)}
         return tuple(int(part) if part.isdigit() else rank.get(part, len(rank)) for part in module.split("."))
 
+    def by_authors(self, module: str) -> bool:
+        """Whether only the authors' own code calls a module so, in a model of any size.
+
+        Args:
+            module: Name as a file spells it, with dots or with underscores in their place.
+        """
+        name = module.replace(".", "_")
+        patterns = (re.escape(theirs.replace(".", "_")).replace(r"\*", r"\d+") for theirs in self.originals)
+        return any(re.fullmatch(pattern, name) for pattern in patterns)
+
     def original_names(self, model: nn.Module) -> dict[str, tuple[Original, ...]]:
         """What the authors' own code calls the modules of this model, as LoRA files for other programs do.
 

@@ -22,6 +22,7 @@ _OUTSIDE = {
     "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
     "label_emb.0.0": "add_embedding.linear_1", "label_emb.0.2": "add_embedding.linear_2",
 }  # fmt: skip
+_BY_AUTHORS = re.compile(r"(in|out)put_blocks_\d|middle_block_\d|(time_embed|label_emb|out)_\d")
 _TRANSFORMER = unit(r"attentions\.\d+")
 
 
@@ -73,6 +74,9 @@ class UNet(Architecture):
             encoder_hidden_states=given.get("encoder_hidden_states"),
             sample_size=spatial_size(sample),
         )
+
+    def by_authors(self, module: str) -> bool:
+        return _BY_AUTHORS.match(module.replace(".", "_")) is not None
 
     def original_names(self, model: nn.Module) -> dict[str, tuple[Original, ...]]:
         """Those of CompVis' and Stability's code (`input_blocks.4.1.proj_in`), which counts blocks without levels."""

@@ -40,18 +40,18 @@ def find_embeddings(file: LoRAFile) -> dict[str, dict[str, str]]:
         if match is None:
             raise refusal(
                 file.source,
-                "an embedding of a kind that is not read",
+                "a textual-inversion embedding of a kind that is not read",
                 "Those of CLIP are: `bundle_emb.<word>.string_to_param.*`, `.emb_params`, `.clip_l` and `.clip_g`.",
                 keys=[key],
             )
         word, component = match["word"], "text_encoder_2" if match["part"] == "clip_g" else "text_encoder"
         problem = None
         if not word.isprintable() or len(word) > LONGEST_WORD or not word.strip():
-            problem = "an embedding whose word nobody can write in a prompt"
+            problem = "a textual-inversion embedding whose word nobody can write in a prompt"
         elif len(entry.shape) not in (1, 2) or 0 in entry.shape or not entry.dtype.is_floating_point:
-            problem = f"an embedding that holds no vectors: {entry.dtype} of shape {entry.shape}"
+            problem = f"a textual-inversion embedding that holds no vectors: {entry.dtype} of shape {entry.shape}"
         elif component in found[word]:
-            problem = f"two embeddings of {printable(word)!r} for {component}"
+            problem = f"two textual-inversion embeddings of {printable(word)!r} for {component}"
         if problem:
             raise refusal(file.source, problem, "Save the LoRA again.", keys=[key])
         found[word][component] = key

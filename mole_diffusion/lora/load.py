@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -24,7 +24,7 @@ from mole_diffusion.lora.kinds import KindError, dora
 from mole_diffusion.lora.kronecker import Kronecker, Rows
 from mole_diffusion.lora.modules import ModuleIndex
 from mole_diffusion.lora.pieces import Piece, find_pieces, fold, read_alpha, read_parts
-from mole_diffusion.lora.skeletons import names_of
+from mole_diffusion.lora.skeletons import by_authors, names_of
 from mole_diffusion.lora.sources import LoRAFile, read_source
 from mole_diffusion.lora.spoken import spoken
 from mole_diffusion.lora.trainers import trainer_of
@@ -129,7 +129,8 @@ class _Reader:
                 if vectors.shape[1] != width:
                     fits = f"{component}'s have {width}" if width else f"there is no {component}"
                     self._refuse(
-                        f"its embedding of {word!r} has vectors of width {vectors.shape[1]}, and {fits}",
+                        f"its textual-inversion embedding of {word!r} has vectors of width {vectors.shape[1]}, "
+                        f"and {fits}",
                         f"{self._hint()}Use a LoRA for this kind of model.",
                     )
         return found
@@ -169,7 +170,8 @@ class _Reader:
             self._refuse("no model to place it in", "Pass `components={'unet': …}`.", pieces)
         nearest = min(lost, key=lambda component: len(lost[component]))
         self._refuse(
-            f"{len(lost[nearest])} of {len(pieces)} modules find no place even in the nearest model",
+            f"{len(lost[nearest])} of {len(pieces)} modules find no place even in the nearest model"
+            f"{_beside_factors(lost[nearest])}",
             f"{self._hint()}{prefix} Or use a LoRA for this kind of model.",
             lost[nearest],
             nearest,
@@ -186,14 +188,15 @@ class _Reader:
             kinds = {str(self.indices[component].other_kind(piece.module)) for piece, component in others}
             self._refuse(
                 f"{len(others)} of {len(self.pieces)} modules are {' and '.join(sorted(kinds))}, of which no change is "
-                "read",
+                f"read{_beside_factors(piece for piece, _ in others)}",
                 "Merge it into its base and draw with that, or train it without these.",
                 [piece for piece, _ in others],
                 *{component for _, component in others},
             )
         if lost:
             self._refuse(
-                f"{len(lost)} of {len(self.pieces)} modules find no place in the model",
+                f"{len(lost)} of {len(self.pieces)} modules find no place in the model"
+                f"{_beside_factors(piece for piece, _ in lost)}",
                 f"{self._hint()}Use a LoRA for this kind of model.",
                 [piece for piece, _ in lost],
                 *{component for _, component in lost},
@@ -211,7 +214,8 @@ class _Reader:
                 what = spoken(parts, piece.keys, self.layout)
             else:
                 made = (piece.out, *piece.form.inputs) if piece.form else (piece.out,)
-                what = f"{piece.title} of {made} does"
+                beside = piece.beside_factors
+                what = f"{beside}, shape {made}, do" if beside else f"{piece.title} of {made} does"
             names = " and ".join(target.module for target in targets)
             self._refuse(
                 f"{what} not fit {names} with weight {shape}",
@@ -264,11 +268,11 @@ class _Reader:
         name = targets[0].module
         module: Any = self.models[component].get_submodule(name)
         values = module.weight if part == "diff" else module.bias
-        what = "weight" if part == "diff" else "bias"
+        what, setting = ("weight", "modules_to_save") if part == "diff" else ("bias", "`bias`")
         like = torch.zeros(piece.shapes[part])
         if values is None or len(targets) > 1 or targets[0].rows is not None:
             self._refuse(
-                f"a whole {what}, for which {name} is not the one place",
+                f"a whole {what} (PEFT's {setting}), for which {name} is not the one place",
                 f"{self._hint()}Use a LoRA for this kind of model.",
                 [piece],
                 component,
@@ -277,8 +281,8 @@ class _Reader:
             return like
         if values.is_meta or not values.is_floating_point() or values.numel() != like.numel():
             self._refuse(
-                f"a whole {what}, of which the difference to the base's counts, and {component}.{name} has no plain "
-                "values just now",
+                f"a whole {what} (PEFT's {setting}), of which the difference to the base's counts, and "
+                f"{component}.{name} has no plain values just now",
                 "Load the base's weights before the LoRA, unquantised and before `enable_sequential_cpu_offload()`; or "
                 "merge the adapter into its base with PEFT and draw with that.",
                 [piece],
@@ -295,11 +299,21 @@ class _Reader:
         model_width = text_width(width for index in self.indices.values() for width in index.widths())
         hint = family_hint(file_width, model_width)
         named = None if hint else names_of(piece.module for piece in self.pieces)
-        return by + hint + (f"Its names are those of {named}. " if named else "")
+        if by_authors(piece.module for piece in self.pieces):
+            hint += f"Its names are the original ones of the published checkpoint{f' of {named}' if named else ''}. "
+        elif named:
+            hint += f"Its names are those of {named}. "
+        return by + hint
 
     def _refuse(self, problem: str, remedy: str, pieces: list[Piece] | None = None, *components: str) -> NoReturn:
         keys = [piece.key for piece in pieces or []]
         raise refusal(self.file.source, problem, remedy, layout=self.layout, components=components, keys=keys)
+
+
+def _beside_factors(pieces: Iterable[Piece]) -> str:
+    """What of some pieces is written out in full, for a message; empty where all are factors."""
+    found = sorted({called for piece in pieces if (called := piece.beside_factors)})
+    return f" (among them {' and '.join(found)})" if found else ""
 
 
 def _fits(piece: Piece, out: int, rest: list[int]) -> bool:

@@ -76,6 +76,14 @@ class Piece:
         return next(self.keys[part] for part in ("down", *sorted(self.keys)) if part in self.keys and part != "alpha")
 
     @property
+    def beside_factors(self) -> str | None:
+        """What it is where it is no factors, as people call several of them; None of factors."""
+        if "diff" in self.keys:
+            of_norms = self.form and not self.form.inputs and not self.whole
+            return _called("diff", self.keys) + (" of normalisation layers" if of_norms else "")
+        return None if self.form else _called("diff_b", self.keys)
+
+    @property
     def title(self) -> str:
         """Its kind, as people call it."""
         kind = self.kind.name if self.kind else "bias"
@@ -179,9 +187,8 @@ class _Checker:
             self._refuse(f"alpha has shape {shapes['alpha']}, expected one number", "Save the LoRA again.", "alpha")
         for part in ("up_bias", "diff_b"):
             if part in shapes and shapes[part] != (piece.out,):
-                self._refuse(
-                    f"<{part}> has shape {shapes[part]}, expected ({piece.out},)", "Save the LoRA again.", part
-                )
+                problem = f"the biases <{part}> have shape {shapes[part]}, expected ({piece.out},)"
+                self._refuse(problem, "Save the LoRA again.", part)
         if form is None:
             return piece
         side = math.prod(form.inputs)
@@ -207,7 +214,8 @@ class _Checker:
                 remedy = "The file is incomplete; download or save it again."
                 raise self._refusal(problem, remedy, *self.keys) from None
             used = [part for part in self.keys if _is_factor(part)]
-            raise self._refusal(str(error), error.remedy, *used) from None
+            called = f" ({_called('diff', self.keys)})" if "diff" in self.keys else ""
+            raise self._refusal(f"{error}{called}", error.remedy, *used) from None
 
     def _check_scales(self, shapes: dict[str, Shape]) -> None:
         for name, shape in shapes.items():
@@ -237,6 +245,13 @@ class _Checker:
 
     def _refuse(self, problem: str, remedy: str, *parts: str) -> NoReturn:
         raise self._refusal(problem, remedy, *parts)
+
+
+def _called(part: str, keys: Mapping[str, str]) -> str:
+    """What a change written out in full is, `diff` or `diff_b`, as people call several of them."""
+    if is_whole(keys[part]):
+        return "whole weights (PEFT's modules_to_save)" if part == "diff" else "whole biases (PEFT's `bias`)"
+    return "full weight differences" if part == "diff" else "full differences of the biases"
 
 
 def _is_factor(part: str) -> bool:

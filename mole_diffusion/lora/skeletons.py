@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from mole_diffusion.families import FAMILIES
+from mole_diffusion.families import ARCHITECTURES, FAMILIES
 from mole_diffusion.families.skeleton import Skeleton
 
 SKELETONS: tuple[Skeleton, ...] = tuple(skeleton for family in FAMILIES for skeleton in family.skeletons)
@@ -31,3 +31,8 @@ def names_of(modules: Iterable[str]) -> str | None:
     if len(found) == len(SKELETONS):
         return None
     return " or ".join(filter(None, [", ".join(found[:-1]), found[-1]]))
+
+
+def by_authors(modules: Iterable[str]) -> bool:
+    """Whether one of a file's names of modules is that of some model's authors, which diffusers calls otherwise."""
+    return any(known.by_authors(module) for module in modules for known in ARCHITECTURES)

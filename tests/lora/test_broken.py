@@ -235,17 +235,60 @@ STATES: list[tuple[str, Callable[[State], State], str]] = [
     (
         "two kinds at one module",
         with_({f"{QUERY}.diff": torch.ones(64, 64)}),
-        "factors of LoRA together with diff",
+        "factors of LoRA together with diff (full weight differences): ",
     ),
     (
         "a bias of another module",
         with_({f"{QUERY}.diff_b": torch.ones(63)}),
-        f"diff_b has shape (63,), expected (64,): '{QUERY}.diff_b'",
+        f"the biases diff_b have shape (63,), expected (64,): '{QUERY}.diff_b'",
     ),
     (
         "a difference of no such module",
         with_({"unet.conv_in.diff": torch.ones(64, 3, 1)}),
-        "diff (64, 3, 1) is the weight of neither a Linear, nor a Conv2d, nor a normalisation layer",
+        "diff (64, 3, 1) is the weight of neither a Linear, nor a Conv2d, nor a normalisation layer (full weight diff",
+    ),
+    (
+        "a difference of another module",
+        with_({"unet.conv_in.diff": torch.ones(64, 3, 3, 3)}),
+        "full weight differences, shape (64, 3, 3, 3), do not fit conv_in with weight (32, 4, 3, 3): 'unet",
+    ),
+    (
+        "a difference of the biases of another module",
+        with_({"unet.conv_in.diff_b": torch.ones(7)}),
+        "full differences of the biases, shape (7,), do not fit conv_in with weight (32, 4, 3, 3): 'unet",
+    ),
+    (
+        "differences of no module",
+        with_({"unet.nowhere.w_norm": ONE, "unet.nowhere.b_norm": ONE, "unet.else.diff_b": ONE}),
+        "2 of 6 modules find no place in the model (among them full differences of the biases and full weight "
+        "differences of normalisation layers): 'unet.else.diff_b', 'unet.nowhere.w_norm'",
+    ),
+    (
+        "a difference of an embedding",
+        with_({"text_encoder.embeddings.token_embedding.diff": torch.ones(9, 9)}),
+        "1 of 5 modules are Embedding, of which no change is read (among them full weight differences): ",
+    ),
+    (
+        "a whole weight of another module",
+        lambda state: to_peft(state, "unet") | {"base_model.model.conv_in.weight": torch.ones(3)},
+        "whole weights (PEFT's modules_to_save), shape (3,), do not fit conv_in with weight (32, 4, 3, 3)",
+    ),
+    (
+        "a whole weight where factors are",
+        lambda state: to_peft(state, "unet") | {f"{QUERY.replace('unet', 'base_model.model')}.weight": ONE},
+        "factors of LoRA together with to_q.weight (whole weights (PEFT's modules_to_save)): ",
+    ),
+    (
+        "a whole bias of another module",
+        lambda state: to_peft(state, "unet") | {"base_model.model.conv_in.bias": torch.ones(3)},
+        "whole biases (PEFT's `bias`), shape (3,), do not fit conv_in with weight (32, 4, 3, 3)",
+    ),
+    (
+        "whole weights of no module, as another PEFT names them",
+        lambda state: (
+            to_peft(state, "unet") | {f"base_model.model.conv_in.modules_to_save.{n}": ONE for n in ("weight", "bias")}
+        ),
+        "modules find no place even in the nearest model (among them whole weights (PEFT's modules_to_save)): 'base_m",
     ),
     (
         "an embedding as if it were a Linear",
@@ -260,7 +303,7 @@ STATES: list[tuple[str, Callable[[State], State], str]] = [
     (
         "a bias of PEFT's of another module",
         with_({f"{QUERY}.lora_B.bias": torch.ones(63)}),
-        f"lora_B.bias has shape (63,), expected (64,): '{QUERY}.lora_B.bias'",
+        f"the biases lora_B.bias have shape (63,), expected (64,): '{QUERY}.lora_B.bias'",
     ),
     (
         "half a pair as diffusers once wrote it",

@@ -109,15 +109,21 @@ def test_words_that_are_taken_are_refused_with_a_remedy_that_works(state: dict[s
     [
         (
             {"bundle_emb.<it>.t5": torch.ones(1, HIDDEN)},
-            "an embedding of a kind that is not read: 'bundle_emb.<it>.t5'",
+            "a textual-inversion embedding of a kind that is not read: 'bundle_emb.<it>.t5'",
         ),
-        ({"bundle_emb.<it>.clip_l_out": torch.ones(1, HIDDEN)}, "an embedding of a kind that is not read"),
+        (
+            {"bundle_emb.<it>.clip_l_out": torch.ones(1, HIDDEN)},
+            "a textual-inversion embedding of a kind that is not read",
+        ),
         ({KEY: torch.ones(2, HIDDEN, 1)}, "holds no vectors: torch.float32 of shape (2, 32, 1)"),
         ({KEY: torch.ones(2, HIDDEN, dtype=torch.int8)}, "holds no vectors: torch.int8"),
         ({KEY: torch.ones(2, HIDDEN) / 0}, f"NaN or infinity: '{KEY}'"),
-        ({"bundle_emb.<it>.clip_l": torch.ones(HIDDEN)}, "two embeddings of '<it>' for text_encoder"),
+        ({"bundle_emb.<it>.clip_l": torch.ones(HIDDEN)}, "two textual-inversion embeddings of '<it>' for text_encoder"),
         ({"bundle_emb.\x1b[2J.clip_l": torch.ones(HIDDEN)}, "whose word nobody can write"),
-        ({KEY: torch.ones(2, 768)}, "its embedding of '<it>' has vectors of width 768, and text_encoder's have 32"),
+        (
+            {KEY: torch.ones(2, 768)},
+            "its textual-inversion embedding of '<it>' has vectors of width 768, and text_encoder's have 32",
+        ),
         ({"bundle_emb.<it>.clip_g": torch.ones(HIDDEN)}, "of width 32, and there is no text_encoder_2"),
     ],
 )

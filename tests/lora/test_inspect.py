@@ -180,6 +180,34 @@ def test_a_file_for_another_family_says_which_and_who_wrote_it(models: dict[str,
         load_lora(state, models)
 
 
+AUTHORS = {
+    "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q": "Stable Diffusion 1.x, Stable",
+    "unet.output_blocks.5.1.transformer_blocks.1.attn1.to_q": "Stable Diffusion 1.x, Stable",
+    "lora_unet_middle_block_9_in_layers_2": "Stable Diffusion 1.x, Stable",
+    "unet.time_embed.4": "",
+    "diffusion_model.double_blocks.3.img_attn.qkv": "FLUX.1, FLUX.2 dev",
+    "lora_unet_single_blocks_37_linear1": "FLUX.1, FLUX.2 dev",
+    "transformer.blocks.3.attn.wk": "Krea 2",
+    "lora_unet_joint_blocks_3_x_block_attn_qkv": "Stable Diffusion 3.5",
+}
+
+
+@pytest.mark.parametrize("stem", AUTHORS)
+def test_names_of_a_published_checkpoint_are_said_to_be_its_original_ones(stem: str, models: dict[str, Any]) -> None:
+    state = {f"{stem}.{end}.weight": torch.ones(2, 2) for end in ("lora_down", "lora_up")}
+    parts = {("transformer" if stem.startswith("transformer") else "unet"): models["unet"]}
+    of = f" of {AUTHORS[stem]}" if AUTHORS[stem] else r"\."
+    with pytest.raises(LoRAError, match=f"Its names are the original ones of the published checkpoint{of}"):
+        load_lora(state, parts)
+
+
+def test_names_of_diffusers_are_not_said_to_be_others(models: dict[str, Any]) -> None:
+    for stem in ("unet.down_blocks.7.attentions.0.proj_in", "lora_unet_transformer_blocks_0_attn_to_q"):
+        state = {f"{stem}.{end}.weight": torch.ones(2, 2) for end in ("lora_down", "lora_up")}
+        with pytest.raises(LoRAError, match="Its names are those of"):
+            load_lora(state, models)
+
+
 def test_every_skeleton_is_of_the_family_that_names_it() -> None:
     for family in FAMILIES:
         assert family.skeletons

@@ -169,7 +169,7 @@ def test_what_is_whole_needs_the_base_s_values(models: dict[str, Any], tmp_path:
     name = "base_model.model.conv_in"
     state = {f"{name}.weight": torch.ones_like(models["unet"].conv_in.weight), f"{name}.bias": torch.ones(32)}
     empty = tiny_components()["unet"].to("meta")
-    with pytest.raises(LoRAError, match=r"a whole (weight|bias), .* unet.conv_in has no plain values.*before the LoRA"):
+    with pytest.raises(LoRAError, match=r"a whole (weight|bias) .* unet.conv_in has no plain values.*before the LoRA"):
         load_lora(state, {"unet": empty})
     assert judge(saved(tmp_path / "it", state), {"unet": empty}, "it").refusal is None
     for config, message in (

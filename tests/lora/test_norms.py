@@ -244,7 +244,7 @@ def test_inspecting_and_converting(tmp_path: Path) -> None:
 
 TO_Q = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 REFUSED = {
-    "of another width": ({f"{GROUPS}.w_norm": torch.ones(63)}, r"normalisation of \(63,\) does not fit .*\(64,\)"),
+    "of another width": ({f"{GROUPS}.w_norm": torch.ones(63)}, r"layers, shape \(63,\), do not fit .*\(64,\)"),
     "magnitudes": (
         {f"{GROUPS}.w_norm": torch.ones(64), f"{GROUPS}.dora_scale": torch.ones(64, 1)},
         "magnitudes at mid_block.resnets.0.norm1, a layer of normalisation",
@@ -257,7 +257,7 @@ REFUSED = {
         {f"{LAYERS}.lokr_w1": torch.ones(8, 1), f"{LAYERS}.lokr_w2": torch.ones(8, 1)},
         r"LoKr of \(64, 1\) does not fit .* weight \(64,\)",
     ),
-    "one at a Linear": ({f"{TO_Q}.w_norm": torch.ones(64)}, r"normalisation of \(64,\) does not fit .*to_q "),
+    "one at a Linear": ({f"{TO_Q}.w_norm": torch.ones(64)}, r"normalisation layers, shape \(64,\), do not fit .*to_q "),
     "two spellings": (
         {f"{GROUPS}.w_norm": torch.ones(64), f"{GROUPS}.diff": torch.ones(64)},
         "two keys for the diff of one module: .*norm1.diff', '.*norm1.w_norm'",
