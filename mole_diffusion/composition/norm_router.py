@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
+from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -15,32 +16,33 @@ from .base import Composition
 from .roles import roles
 
 LEAST_TEMPERATURE = 1e-6
+# Of two LoRAs that are equally large, the first wins: others count for so much less, a few digits of the last place.
+_LATER = 2.0**-21
 _ROOTS: WeakKeyDictionary[ExpertStack, Tensor] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
 class _Parts:
-    """Weights at the modules that the same LoRAs touch, before tokens are given away; each `(N, rows, 1)`.
+    """Weights at the modules that the same LoRAs touch, before tokens are given away; each `(rows, 1, N)`.
 
     Attributes:
         made_of: What they were worked out from.
-        competing: 1 for a subject that takes part and touches the module.
         lost: The weight of a LoRA at a token that is not its own.
         gain: What winning a token adds to it.
         won: The weight of a LoRA at a token of its own, `lost + gain`.
-        shared: The weight where there are no tokens, `(rows, 1, N)`.
-        everybody: Whether every LoRA competes in every row.
-        index: 0 to N - 1, `(N, 1, 1)`.
+        shared: The weight where there are no tokens.
+        idle: Whether a LoRA does not compete: no subject, left out, or not touching the module; `(N, rows, 1)`.
+            `None` where all compete in every row.
+        order: What ratios are multiplied by, so that no two are equal, `(N, 1, 1)`.
     """
 
     made_of: tuple[Tensor, Tensor]
-    competing: Tensor
     lost: Tensor
     gain: Tensor
     won: Tensor
     shared: Tensor
-    everybody: bool
-    index: Tensor
+    idle: Tensor | None
+    order: Tensor
 
 
 class NormRouter(Composition):
@@ -75,6 +77,19 @@ class NormRouter(Composition):
         parts = self._parts(site, run)
         if projections.tokens == 1:
             return parts.shared
+        given = projections.hidden_states
+        if site.reads != "text" or run.call is None or given.requires_grad:
+            return self._weights(parts, site, projections, run)
+        # The prompt is the same in all steps of a picture: what was worked out for it holds for all of them.
+        known: dict[Any, Any] = run.call.state.setdefault((self, "text"), {})
+        version = None if given.is_inference() else given._version
+        found = known.get(site)
+        if found is None or found[0]() is not given or found[1:3] != (version, parts):
+            known[site] = found = ref(given), version, parts, self._weights(parts, site, projections, run)
+        weights: Tensor = found[3]
+        return weights
+
+    def _weights(self, parts: _Parts, site: Site, projections: Projections, run: Run) -> Tensor:
         norms = whole_norms(site, projections)  # (N, batch, tokens): what follows runs along the longer axis
         there = run.told.there(site.reads, projections.tokens)
         if there is None or len(there) != projections.batch:
@@ -82,15 +97,15 @@ class NormRouter(Composition):
         else:  # what fills up a prompt says nothing
             counted = there.to(norms)
             means = (norms * counted).sum(dim=2, keepdim=True) / counted.sum(dim=1)[:, None]
-        ratios = norms / means.clamp_min_(torch.finfo(norms.dtype).tiny)
-        if not parts.everybody:
-            ratios = ratios.masked_fill(parts.competing == 0, float("-inf"))
+        ratios = norms * (parts.order / means.clamp_min_(torch.finfo(norms.dtype).tiny))
+        if parts.idle is not None:
+            ratios = ratios.masked_fill(parts.idle, float("-inf"))
         if self.temperature > 0:
             shares = torch.softmax(ratios / self.temperature, dim=0).nan_to_num()  # of nobody, where nobody competes
-            weights = torch.addcmul(parts.lost, shares, parts.gain)
-        else:
-            weights = torch.where(ratios.argmax(dim=0) == parts.index, parts.won, parts.lost)
-        return weights.movedim(0, 2)
+            return torch.addcmul(parts.lost, shares.movedim(0, 2), parts.gain)
+        wins = ratios == ratios.amax(dim=0)  # an index of the largest takes many times longer to find
+        weights = wins.new_empty((*wins.shape[1:], len(wins)), dtype=parts.won.dtype)
+        return torch.where(wins.movedim(0, 2), parts.won, parts.lost, out=weights)
 
     def _parts(self, site: Site, run: Run) -> _Parts:
         """Kept until the call ends or the choice of LoRAs changes: asked at every module, they cost more than norms."""
@@ -105,17 +120,10 @@ class NormRouter(Composition):
             lost = (run.keep * (1 - subject))[:, None] * scale
             gain = competing * scale
             shared = lost + gain / competing.sum(dim=-1, keepdim=True).clamp(min=1)
-            everybody, index = bool(competing.all()), torch.arange(len(subject), device=subject.device)
-            known[key] = parts = _Parts(
-                (run.keep, run.scale),
-                competing.movedim(2, 0),
-                lost.movedim(2, 0),
-                gain.movedim(2, 0),
-                (lost + gain).movedim(2, 0),
-                shared,
-                everybody,
-                index[:, None, None],
-            )
+            idle = None if bool(competing.all()) else (competing == 0).movedim(2, 0)
+            order = 1 - _LATER * torch.arange(len(subject), device=subject.device)
+            parts = _Parts((run.keep, run.scale), lost, gain, lost + gain, shared, idle, order[:, None, None])
+            known[key] = parts
         return parts
 
 
@@ -134,9 +142,14 @@ def output_norms(stack: ExpertStack, projected: Tensor) -> Tensor:
     root = _ROOTS.get(stack)
     if root is None or root.device != projected.device:
         _ROOTS[stack] = root = _root(stack).to(projected.device)
-    coordinates = root @ (projected if stack.is_convolution else projected.t()).float()
-    dim = coordinates.ndim - 2
-    norms = coordinates.unflatten(dim, (stack.num_experts, -1)).square().sum(dim=dim + 1).sqrt()
+    turned = (projected if stack.is_convolution else projected.t()).float()
+    dim = turned.ndim - 2
+    if root.ndim == 3:  # one product for each LoRA instead of a large one that is mostly zeros
+        turned = turned.unflatten(dim, (stack.num_experts, -1))
+    coordinates = root @ turned
+    if root.ndim == 2:
+        coordinates = coordinates.unflatten(dim, (stack.num_experts, -1))
+    norms = coordinates.square().sum(dim=dim + 1).sqrt()
     return norms.movedim(1, 0) if stack.is_convolution else norms
 
 
@@ -160,9 +173,14 @@ def whole_norms(site: Site, projections: Projections) -> Tensor:
 
 
 def _root(stack: ExpertStack) -> Tensor:
-    """R of each LoRA in rows of its own, all as many, `(N * rows, R)`; zero elsewhere."""
+    """R of each LoRA: `(N, r, r)` where all touch the module with one rank.
+
+    Else R of each in rows of its own, all as many, `(N * rows, sum of the ranks)`, zero elsewhere.
+    """
     ups = stack.up_as(torch.float32).split([stack.ranks[expert] for expert in stack.indices], dim=1)
     triangles = [torch.linalg.qr(up, mode="r").R for up in ups]
+    if len({triangle.shape for triangle in triangles}) == 1 and len(triangles) == stack.num_experts:
+        return torch.stack(triangles)
     rows = max([1, *map(len, triangles)])
     root, column = torch.zeros(stack.num_experts, rows, sum(stack.ranks)), 0
     for expert, triangle in zip(stack.indices, triangles, strict=True):

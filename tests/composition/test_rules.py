@@ -189,15 +189,60 @@ def test_the_norm_router_gives_each_token_to_the_largest_output_for_its_kind(pip
 def test_sizes_of_outputs_come_from_factors_alone(pipe: Any) -> None:
     """Also where LoRAs of other ranks, or none, touch the module, and where a rank is above the module's width."""
     wide = LoRAFactors(torch.randn(9, 5), torch.randn(3, 9), 0.5)
+    as_wide = LoRAFactors(torch.randn(9, 5), torch.randn(3, 9), 1.5)
     narrow = LoRAFactors(torch.randn(2, 5), torch.randn(3, 2), 2.0)
-    stack = ExpertStack([wide, None, narrow], "here")
     x = torch.randn(2, 7, 5)
-    sizes = output_norms(stack, (x @ stack.down.T).flatten(0, 1)).view(3, 2, 7)
-    for index, factors in ((0, wide), (2, narrow)):
-        literal = reference.delta((factors.down, factors.up, factors.scaling))
-        expected = (x.double() @ literal.T).norm(dim=-1)
-        torch.testing.assert_close(sizes[index].double(), expected, rtol=1e-5, atol=1e-5)
-    assert not sizes[1].any()
+    for loras in ([wide, None, narrow], [wide, as_wide], [None, as_wide], [narrow]):
+        stack = ExpertStack(loras, "here")
+        sizes = output_norms(stack, (x @ stack.down.T).flatten(0, 1)).view(-1, 2, 7)
+        kernels = [f and LoRAFactors(f.down[..., None, None], f.up[..., None, None], f.scaling) for f in loras]
+        of_picture = output_norms(ExpertStack(kernels, "here"), (x @ stack.down.T).transpose(1, 2))
+        for index, factors in enumerate(loras):
+            if factors is None:
+                assert not sizes[index].any()
+                continue
+            literal = reference.delta((factors.down, factors.up, factors.scaling))
+            expected = (x.double() @ literal.T).norm(dim=-1)
+            torch.testing.assert_close(sizes[index].double(), expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(of_picture[index].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_of_two_loras_that_are_equally_large_the_first_has_the_token() -> None:
+    other = composing_pipeline()
+    cat = lora_states(other)["cat"]
+    other.load_loras({"first": cat, "second": cat}, triggers={"first": "cat", "second": "dog"})
+    site = next(s for s in other.experts.sites.values() if s.module_name.endswith("attn1.to_out.0"))
+    x = torch.randn(2, 6, site.stack.down.shape[1])
+    with other.composing():
+        run = other.experts.run("unet")
+        weights = NormRouter().weigh(site, site.group.project(site, x, site.module(x)), run)
+    assert weights.unique(dim=1).tolist() == [[[1.0, 0.0]]] * 2
+
+
+@torch.no_grad()
+def test_the_norm_router_works_out_a_prompt_once_and_anew_for_another(pipe: Any) -> None:
+    method = NormRouter()
+    site = next(s for s in pipe.experts.sites.values() if s.module_name.endswith("attn2.to_k"))
+    x = torch.randn(2, 6, site.stack.down.shape[1])
+
+    def weights(run: Any) -> torch.Tensor:
+        return method.weigh(site, site.group.project(site, x, site.module(x)), run)
+
+    with pipe.composing():
+        first = weights(pipe.experts.run("unet"))
+        assert weights(pipe.experts.run("unet")) is first
+        x.neg_()[:, 0] += 5.0
+        changed = weights(pipe.experts.run("unet"))
+        times, x = x._version, x.flip(1)
+        for _ in range(times):  # changed as often as the other was
+            x.mul_(1)
+        other = weights(pipe.experts.run("unet"))
+        with pipe.experts.using(keep=torch.tensor([0, 1, 0])):
+            alone = weights(pipe.experts.run("unet"))
+    assert not torch.equal(changed, first)
+    assert torch.equal(other, changed.flip(1))
+    assert torch.equal(alone, torch.tensor([0.0, 1.0, 0.0]).expand(2, 6, 3))
 
 
 @torch.no_grad()
