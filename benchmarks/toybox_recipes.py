@@ -1,10 +1,11 @@
 """Other ways to train the toybox's base, compared at equal time by its oracle: `python benchmarks/toybox_recipes.py`.
 
-Each way trains a new denoiser for so many minutes, beside the shipped text encoder, which can read; its number of steps
-is what fits into the time, and the learning rate falls to zero within them. Then the oracle counts how many of three
-classes are there, and how many of three looks that a prompt names in words: what a composition of three LoRAs is judged
-by. Stopped and started again, it goes on, except with SOAP. A GPU makes it worth reading. Needs
-`pip install pytorch-optimizer`.
+Each way trains a denoiser and a text encoder for so many minutes: a new denoiser beside the shipped text encoder, which
+can read, or with `--start` those of a folder. Its number of steps is what fits into the time, and the learning rate
+falls to zero within them. Then the oracle counts how many of three classes are there, and how many of three looks that
+a prompt names in words: what a composition of three LoRAs is judged by. Stopped and started again, it goes on, except
+with SOAP. From nothing, a GPU makes it worth reading; from weights that draw already, some minutes of a CPU core do.
+Needs `pip install pytorch-optimizer`.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from pytorch_optimizer import SOAP, Muon
+from pytorch_optimizer.optimizer.utils import zero_power_via_newton_schulz_5
 from torch import nn
 from transformers import CLIPTextModel
 
@@ -29,15 +31,18 @@ from mole_diffusion.files import write_json
 from mole_diffusion.tables import markdown_table, number
 from mole_diffusion.toybox.recipe.base import BaseSettings, load_base, train_base
 from mole_diffusion.toybox.recipe.measure_pictures import measure_base, measure_named
+from mole_diffusion.toybox.recipe.precision import bfloat16_pays
 from mole_diffusion.toybox.recipe.tokenizer import make_tokenizer
 from mole_diffusion.toybox.recipe.vae import load_vae
 
 AS_IT_IS = BaseSettings()
-BATCH_SIZE, NUM_SCENES = 64, 20480
 
 
 def muon(parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
     """Orthogonal steps for matrices and kernels, as long as AdamW's; AdamW for the rest."""
+    if not bfloat16_pays(parameters[0].device):  # in which the library makes them orthogonal
+        *others, _ = zero_power_via_newton_schulz_5.__defaults__
+        zero_power_via_newton_schulz_5.__defaults__ = (*others, torch.float32)
     matrices = [parameter for parameter in parameters if parameter.ndim > 1]
     others = [parameter for parameter in parameters if parameter.ndim <= 1]
     orthogonal = {"params": matrices, "use_muon": True, "use_adjusted_lr": True, "weight_decay": 0.01}
@@ -65,29 +70,48 @@ def soap(parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.Op
     )
 
 
-# What is tried: settings, and samples in a batch.
-WAYS: dict[str, tuple[BaseSettings, int]] = {
-    "as it is": (AS_IT_IS, BATCH_SIZE),
-    "learning rate halved": (replace(AS_IT_IS, learning_rate=7e-4), BATCH_SIZE),
-    "learning rate doubled": (replace(AS_IT_IS, learning_rate=2.8e-3), BATCH_SIZE),
-    "batches of 32": (AS_IT_IS, 32),
-    "batches of 128": (AS_IT_IS, 128),
-    "timesteps even": (replace(AS_IT_IS, timestep_power=1.0), BATCH_SIZE),
-    "timesteps towards the picture": (replace(AS_IT_IS, timestep_power=1.4), BATCH_SIZE),
-    "average over a longer time": (replace(AS_IT_IS, average=0.9997), BATCH_SIZE),
-    "average over a shorter time": (replace(AS_IT_IS, average=0.99), BATCH_SIZE),
-    "no layout heads": (replace(AS_IT_IS, layout_weight=0.0), BATCH_SIZE),
-    "Muon": (replace(AS_IT_IS, make_optimizer=muon), BATCH_SIZE),
-    "SOAP": (replace(AS_IT_IS, make_optimizer=soap), BATCH_SIZE),
-}
+class Way(NamedTuple):
+    """Settings of the training and samples in a batch."""
+
+    settings: BaseSettings
+    batch_size: int
+
+
+def ways(batch_size: int, learning_rate: float) -> dict[str, Way]:
+    """What is tried, beside what the recipe does: batches of `batch_size` at the highest rate `learning_rate`."""
+
+    def changed(**settings: Any) -> Way:
+        return Way(replace(AS_IT_IS, learning_rate=learning_rate, **settings), batch_size)
+
+    return {
+        "as it is": changed(),
+        "Muon": changed(make_optimizer=muon),
+        "SOAP": changed(make_optimizer=soap),
+        "timesteps even": changed(timestep_power=1.0),
+        "timesteps towards the picture": changed(timestep_power=1.4),
+        "learning rate doubled": Way(replace(AS_IT_IS, learning_rate=learning_rate * 2), batch_size),
+        "twice the batch": Way(replace(AS_IT_IS, learning_rate=learning_rate * 2**0.5), batch_size * 2),
+        "half the batch": Way(replace(AS_IT_IS, learning_rate=learning_rate / 2**0.5), batch_size // 2),
+        "average over a shorter time": changed(average=0.99),
+        "layout heads at two resolutions": changed(fine_layout=True),
+        "no layout heads": changed(layout_weight=0.0),
+        "learning rate halved": Way(replace(AS_IT_IS, learning_rate=learning_rate / 2), batch_size),
+        "average over a longer time": changed(average=0.9997),
+    }
 
 
 def train(
-    settings: BaseSettings, batch_size: int, steps: int, folder: Path, num_scenes: int, device: torch.device
+    settings: BaseSettings,
+    batch_size: int,
+    steps: int,
+    folder: Path,
+    num_scenes: int,
+    device: torch.device,
+    start: Path | None,
 ) -> tuple[UNet2DConditionModel, CLIPTextModel]:
-    """A new denoiser and the shipped text encoder, trained."""
+    """Denoiser and text encoder, trained from those in `start`, or a new denoiser beside the shipped text encoder."""
     tokenizer, vae = make_tokenizer(), load_vae(toybox.base_dir() / "vae").to(device)
-    _, text_encoder = load_base(toybox.base_dir(), tokenizer)
+    unet, text_encoder = load_base(start or toybox.base_dir(), tokenizer)
     unet = train_base(
         vae,
         text_encoder,
@@ -98,19 +122,24 @@ def train(
         num_steps=steps,
         batch_size=batch_size,
         num_scenes=num_scenes,
+        start=unet if start else None,
         settings=settings,
     )
     return unet, text_encoder
 
 
 def step_seconds(settings: BaseSettings, batch_size: int, device: torch.device) -> float:
-    """Time of a step: of the longer of two trainings beyond that of the shorter, after one to warm up."""
+    """Time of a step: of the longer of two trainings beyond that of the shorter, after one to warm up.
+
+    On a CPU its own time, so that what else the machine does counts little.
+    """
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
     taken = []
     for steps in (2, 2, 22):
         with TemporaryDirectory() as folder:
-            begun = time.perf_counter()
-            train(settings, batch_size, steps, Path(folder), num_scenes=320, device=device)
-            taken.append(time.perf_counter() - begun)
+            begun = clock()
+            train(settings, batch_size, steps, Path(folder), 320, device, None)
+            taken.append(clock() - begun)
     return (taken[2] - taken[1]) / 20
 
 
@@ -124,38 +153,44 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=10.0, help="of training for each way")
     parser.add_argument("--pictures", type=int, default=100)
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--start", type=Path, help="folder with a trained unet/ and text_encoder/ to go on from")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--scenes", type=int, default=20480)
+    parser.add_argument("--ways", nargs="+", help="some of them; without it all")
     parser.add_argument("--out", type=Path, default=Path("outputs/toybox_recipes"))
     parser.add_argument("--device", default="auto")
     given = parser.parse_args()
 
     given.out.mkdir(parents=True, exist_ok=True)
     device = pick_device(given.device)
-    rows = {}
-    for way in given.ways:
-        settings, batch_size = WAYS[way]
-        folder = given.out / way.replace(" ", "_")
-        rows[way] = folder / "row.json"
-        if rows[way].exists():
+    tried = ways(given.batch, (7e-4 if given.start else 1e-3) * (given.batch / 32) ** 0.5)
+    rows, seconds = {}, {}
+    for name in given.ways or tried:
+        way = tried[name]
+        folder = given.out / name.replace(" ", "_")
+        rows[name] = folder / "row.json"
+        if rows[name].exists():
             continue
         plan = folder / "plan.json"
         if not plan.exists():
-            step = step_seconds(settings, batch_size, device)
-            write_json(plan, {"steps": round(given.minutes * 60 / step)})
+            alike = way.batch_size, way.settings.make_optimizer, way.settings.fine_layout  # take the same time a step
+            if alike not in seconds:
+                seconds[alike] = step_seconds(way.settings, way.batch_size, device)
+            write_json(plan, {"steps": round(given.minutes * 60 / seconds[alike])})
         steps = json.loads(plan.read_text())["steps"]
         for file in given.out.glob("*/scenes-*.safetensors"):  # scenes are encoded once for all
             if not (folder / file.name).exists():
                 (folder / file.name).hardlink_to(file)
-        unet, text_encoder = train(settings, batch_size, steps, folder, NUM_SCENES, device)
+        unet, text_encoder = train(*way, steps, folder, given.scenes, device, given.start)
         pipe = StableDiffusionPipeline.from_pretrained(toybox.base_dir(), unet=unet, text_encoder=text_encoder)
         pipe.to(device)
-        write_json(rows[way], {"steps": steps, **looked_at(pipe, given.pictures)})
+        write_json(rows[name], {"steps": steps, "samples": steps * way.batch_size, **looked_at(pipe, given.pictures)})
     table = []
-    for way, file in rows.items():
+    for name, file in rows.items():
         row = json.loads(file.read_text())
         rates = [number(100 * row[key], 1) for key in ("presence", "all three", "three classes")]
-        table.append([way, str(row["steps"]), *rates])
-    print(markdown_table(["way", "steps", "presence, %", "all three, %", "three classes, %"], table))
+        table.append([name, str(row["steps"]), str(row["samples"]), *rates])
+    print(markdown_table(["way", "steps", "samples", "presence, %", "all three, %", "three classes, %"], table))
 
 
 if __name__ == "__main__":

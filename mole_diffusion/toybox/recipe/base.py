@@ -58,6 +58,7 @@ class BaseSettings:
         timestep_power: Timesteps are `1000 u ** timestep_power` with u uniform: below 1 they lie towards the noise,
             where it is decided what stands where, above 1 towards the picture, where fills and patterns are.
         layout_weight: Of the loss of the layout heads beside the denoising loss.
+        fine_layout: A third layout head, at the resolution of the latents.
         average: Decay per step of the averaged weights, which are what is kept.
         make_optimizer: Parameters and learning rate in, optimiser out; `None` is AdamW. All of its parameter groups
             get the one learning rate that follows the schedule.
@@ -66,6 +67,7 @@ class BaseSettings:
     learning_rate: float | None = None
     timestep_power: float = 0.7
     layout_weight: float = 0.1
+    fine_layout: bool = False
     average: float = 0.999
     make_optimizer: Callable[[list[nn.Parameter], float], torch.optim.Optimizer] | None = None
 
@@ -129,15 +131,18 @@ class _Trained(nn.Module):
     the denoising loss alone hardly ever needs the words; the heads do, and features that know the words draw by them.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel) -> None:
+    def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, fine_layout: bool) -> None:
         super().__init__()
         self.unet = unet
         self.text_encoder = text_encoder
         *_, wide, widest = unet.config["block_out_channels"]
         answers = sum(_LAYOUT_LABELS.values())
-        self.heads = nn.ModuleList([nn.Conv2d(channels, answers, 1) for channels in (widest, wide)])
+        sources = [(unet.up_blocks[0], widest), (unet.up_blocks[1].attentions[-1], wide)]
+        if fine_layout:
+            sources.append((unet.up_blocks[1], wide))
+        self.heads = nn.ModuleList([nn.Conv2d(channels, answers, 1) for _, channels in sources])
         self._features: dict[int, Tensor] = {}
-        for k, source in enumerate((unet.up_blocks[0], unet.up_blocks[1].attentions[-1])):
+        for k, (source, _) in enumerate(sources):
             source.register_forward_hook(partial(self._keep_features, k))
 
     def _keep_features(self, k: int, module: nn.Module, args: object, output: Tensor | tuple[Tensor]) -> None:
@@ -179,9 +184,12 @@ def layout_loss(answers: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy per cell, summed over the entries of `_LAYOUT_LABELS`.
 
     Args:
-        answers: Logits, `(batch, all answers, cells, cells)`.
+        answers: Logits, `(batch, all answers, side, side)`; `side` is a multiple of `cells`, and each cell is asked
+            about at all its places.
         labels: `(batch, 7, cells, cells)`.
     """
+    places = answers.shape[-1] // labels.shape[-1]
+    labels = labels.repeat_interleave(places, dim=2).repeat_interleave(places, dim=3)
     parts = answers.float().split(list(_LAYOUT_LABELS.values()), dim=1)
     return torch.stack([F.cross_entropy(part, labels[:, k].long()) for k, part in enumerate(parts)]).sum()
 
@@ -271,7 +279,12 @@ def train_base(
     settings = settings or BaseSettings()
     torch.manual_seed(seed + 1)
     # Channels last is a tenth faster in fp32 on a CPU, and what GPUs want in bfloat16.
-    module = _Trained(start or make_unet(), text_encoder).to(device).to(memory_format=torch.channels_last).train()
+    module = (
+        _Trained(start or make_unet(), text_encoder, settings.fine_layout)
+        .to(device)
+        .to(memory_format=torch.channels_last)
+        .train()
+    )
     module.requires_grad_(True)
     if device.type == "cpu":  # the backward pass of fused attention takes more time there than all convolutions
         module.unet.set_attn_processor(AttnProcessor())
