@@ -20,7 +20,7 @@ from mole_diffusion import toybox
 from mole_diffusion.clip import DifferentiableCLIP
 from mole_diffusion.toybox import recipe
 from mole_diffusion.toybox.recipe.base import _LAYOUT_LABELS as LABELS
-from mole_diffusion.toybox.recipe.base import layout, layout_loss, load_base, train_base
+from mole_diffusion.toybox.recipe.base import BaseSettings, layout, layout_loss, load_base, train_base
 from mole_diffusion.toybox.recipe.clip import clip_config, encode, train_clip, wrong_scenes
 from mole_diffusion.toybox.recipe.loop import AveragedWeights, made_ahead, run_stage, step_rng, trapezoid
 from mole_diffusion.toybox.recipe.loras import company_scenes, lora_config
@@ -155,6 +155,8 @@ def test_the_layout_loss_is_the_cross_entropy_of_every_answer() -> None:
                 expected -= (logits.log_softmax(0)[int(labels[(sample, k, *cell)])] / 128).item()
         start += number
     assert layout_loss(answers, labels).item() == pytest.approx(expected, rel=1e-5)
+    finer = answers.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    assert layout_loss(finer, labels).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_reading_says_of_every_noun_what_the_caption_says() -> None:
@@ -286,7 +288,7 @@ def interrupted_in_the_third_step() -> Iterator[None]:
 def test_the_base_goes_on_from_the_installed_one_and_resumes_bit_by_bit(tmp_path: Path) -> None:
     """Both sides of picture are among the few scenes, and the first step must start from what ships."""
 
-    def train(work_dir: Path, num_steps: int = 3) -> torch.Tensor:
+    def train(work_dir: Path, num_steps: int = 3, **settings: bool) -> torch.Tensor:
         tokenizer = make_tokenizer()
         start, text_encoder = load_base(toybox.base_dir(), tokenizer)
         unet = train_base(
@@ -300,6 +302,7 @@ def test_the_base_goes_on_from_the_installed_one_and_resumes_bit_by_bit(tmp_path
             batch_size=2,
             num_scenes=12,
             start=start,
+            settings=BaseSettings(**settings),
         )
         return torch.cat([p.detach().flatten() for p in unet.parameters()])
 
@@ -313,6 +316,8 @@ def test_the_base_goes_on_from_the_installed_one_and_resumes_bit_by_bit(tmp_path
     with interrupted_in_the_third_step(), pytest.raises(KeyboardInterrupt):
         train(tmp_path / "broken")
     assert torch.equal(train(tmp_path / "broken"), straight)
+
+    assert not torch.equal(train(tmp_path / "fine", fine_layout=True), straight)
 
 
 def test_captions_padded_to_the_longest_have_the_features_of_the_full_length() -> None:
