@@ -61,16 +61,28 @@ class Step:
         values = _floats(self.timesteps)
         order = self._order()
         if order == 1:  # one timestep a step; some schedulers visit it twice
-            return {timestep: index for index, timestep in enumerate(dict.fromkeys(values))}
+            between, places, index = self._between(), {}, 0
+            for timestep in dict.fromkeys(values):
+                places[timestep] = index
+                index += timestep not in between
+            return places
         # First t_0, then for every further step the point on the way to it (KDPM2) or itself (Heun), and itself.
         return {timestep: (index + order - 1) // order for index, timestep in enumerate(values)}
 
     def _order(self) -> int:
-        if self.order is not None:
-            return self.order
+        return int(getattr(self._scheduler(), "order", 1)) if self.order is None else self.order
+
+    def _between(self) -> set[float]:
+        """The points halfway to a step's end, at which PNDM's first three steps (Runge-Kutta's) look twice each."""
+        given = getattr(self._scheduler(), "prk_timesteps", None)
+        visits = [] if given is None else _floats(given)  # of each step its begin, halfway, halfway, its end
+        return set(visits[1::4]) - set(visits[::4]) - set(visits[3::4])
+
+    def _scheduler(self) -> Any:
+        """That of the running call, where the timesteps are its."""
         call = current_call()
         scheduler = None if call is None else call.scheduler
-        return int(getattr(scheduler, "order", 1)) if getattr(scheduler, "timesteps", None) is self.timesteps else 1
+        return scheduler if getattr(scheduler, "timesteps", None) is self.timesteps else None
 
 
 def step_of(run: Run) -> Step:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, HeunDiscreteScheduler
+from diffusers import DDIMScheduler, HeunDiscreteScheduler, PNDMScheduler
 from torch import Tensor
 
 from mole_diffusion.composition import COMPOSITIONS, Composition, Linear, Normalized, Step, StepComposition
@@ -75,14 +75,20 @@ class Rotate(StepComposition):
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Heun under NumPy 2
 @pytest.mark.parametrize(
-    ("scheduler", "indices"), [(DDIMScheduler, [0, 1, 2]), (HeunDiscreteScheduler, [0, 1, 1, 2, 2])]
+    ("scheduler", "steps", "indices"),
+    [
+        (DDIMScheduler, 3, [0, 1, 2]),
+        (HeunDiscreteScheduler, 3, [0, 1, 1, 2, 2]),
+        # Its first three steps are Runge-Kutta's: begin, twice halfway, end.
+        (PNDMScheduler, 5, [0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4]),
+    ],
 )
-def test_weights_may_change_from_step_to_step(scheduler: Any, indices: list[int]) -> None:
+def test_weights_may_change_from_step_to_step(scheduler: Any, steps: int, indices: list[int]) -> None:
     pipe = composing_pipeline("cat", "dog")
-    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    pipe.scheduler = scheduler.from_config({**pipe.scheduler.config, "skip_prk_steps": False})
     method = Rotate()
     pipe.set_composition(method)
-    draw(pipe, num_inference_steps=3)
+    draw(pipe, num_inference_steps=steps)
     # One call each for the prompt and the negative prompt, then one per call of the denoiser.
     assert method.seen == [None, None, *indices]
 
