@@ -33,6 +33,7 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF
+_SAMPLES_PER_PIXEL, _PLANES, _CHANNELS_APART = 277, 284, 2
 _MOST_BYTES = 1024 * 2**20
 _POSTSCRIPT = (b"%!PS", b"\xc5\xd0\xd3\xc6")
 _PNG, _NO_PIXELS = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
@@ -124,8 +125,11 @@ def as_seen(image: Image.Image) -> Image.Image:
     Depths of up to 16 bits are scaled, not cut. What is RGB and upright comes out as it is.
 
     Raises:
-        MoLEError: The picture has a depth at which nobody knows what is white: 32-bit integers or floats.
+        MoLEError: The picture has a depth at which nobody knows what is white: 32-bit integers or floats; or it is a
+            TIFF that holds less than its header says.
     """
+    if getattr(image, "tile", None):  # not read yet
+        _refuse_gaps(image)
     try:
         image.load()  # some formats turn the picture while they read it
     except Exception as error:  # damaged data makes the decoders raise what they like
@@ -160,6 +164,7 @@ def _decode(data: bytes) -> Image.Image:
         raise MoLEError("it is PostScript, a program. Save it as .png or .jpg.")
     try:
         picture = Image.open(io.BytesIO(data))
+        _refuse_gaps(picture)
         picture.load()
     except ValueError as error:
         # Pillow refuses texts of more than a MiB, as drawing programs write their workflows; they are no pixels.
@@ -168,6 +173,19 @@ def _decode(data: bytes) -> Image.Image:
         picture = Image.open(io.BytesIO(_without_texts(data)))
         picture.load()
     return picture
+
+
+def _refuse_gaps(picture: Image.Image) -> None:
+    """Raises MoLEError where the strips of a TIFF do not fill it: Pillow would leave the rest black, in silence."""
+    if picture.format != "TIFF":
+        return
+    tiles: Any = getattr(picture, "tile", [])
+    tags: Any = getattr(picture, "tag_v2", {})
+    apart = all(tile[0] == "raw" for tile in tiles) and tags.get(_PLANES) == _CHANNELS_APART
+    wanted = picture.width * picture.height * (int(tags.get(_SAMPLES_PER_PIXEL, 1)) if apart else 1)
+    filled = sum((right - left) * (bottom - top) for _, (left, top, right, bottom), *_ in tiles)
+    if filled < wanted:
+        raise MoLEError(f"its header speaks of {wanted} values, and it holds {filled}. Write it again.")
 
 
 def _without_texts(png: bytes) -> bytes:

@@ -47,6 +47,38 @@ def png(array: np.ndarray, colour: int, extra: bytes = b"") -> bytes:
     )
 
 
+def retagged(tiff: bytes, tag: int, value: int) -> bytes:
+    """A TIFF as Pillow writes it, with another value of a tag."""
+    start = struct.unpack("<I", tiff[4:8])[0] + 2
+    entries = range(start, start + 12 * struct.unpack("<H", tiff[start - 2 : start])[0], 12)
+    (place,) = (entry for entry in entries if struct.unpack("<H", tiff[entry : entry + 2])[0] == tag)
+    return tiff[: place + 2] + struct.pack("<HII", 4, 1, value) + tiff[place + 12 :]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "I;16", "RGB", "RGBA", "CMYK"])
+@pytest.mark.parametrize(
+    ("tag", "value"), [(257, 2_000_000), (256, 9), (278, 1)], ids=["rows", "columns", "rows of its one strip"]
+)
+def test_a_tiff_that_holds_less_than_its_header_says_is_named(tmp_path: Path, mode: str, tag: int, value: int) -> None:
+    whole = io.BytesIO()
+    (Image.fromarray(RAMP[:, :8]) if mode == "I;16" else scene(8, 4).convert(mode)).save(whole, "TIFF")
+    assert as_seen(Image.open(whole)).size == (8, 4)
+    broken = retagged(whole.getvalue(), tag, value)
+    (tmp_path / "a.tif").write_bytes(broken)
+    with pytest.raises(MoLEError, match=r"a\.tif cannot be read as a picture: .*(speaks of .* holds|truncated)"):
+        read_picture(tmp_path / "a.tif")
+    with pytest.raises(MoLEError, match=r"speaks of .* holds|truncated"):
+        as_seen(Image.open(io.BytesIO(broken)))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "CMYK"])
+def test_a_tiff_of_channels_one_after_another_holds_all_of_them(mode: str) -> None:
+    one = io.BytesIO()
+    scene(8, 4).convert(mode).save(one, "TIFF")
+    with pytest.raises(MoLEError, match=rf"speaks of {32 * len(mode)} values, and it holds 32\."):
+        as_seen(Image.open(io.BytesIO(retagged(one.getvalue(), 284, 2))))
+
+
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif", ".webp"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_picture_is_upright(tmp_path: Path, suffix: str, orientation: int) -> None:
