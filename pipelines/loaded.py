@@ -106,7 +106,7 @@ class Loaded:
         precisions = _precisions(models)
         if precisions != self.precisions:
             for lora in self.loras.values():
-                refuse_precision(lora, models)
+                refuse_precision(lora, {**components, **models})
             self.precisions = precisions
 
     def hang(self, components: Mapping[str, nn.Module], loras: dict[str, LoRA]) -> None:

@@ -15,7 +15,7 @@ from .loaded import OPEN, drawing
 from .prior import drawing_prior
 from .processors import processors_given_back
 from .reading import Spans, add_region_words, given_words, prompt_words, split_prompts
-from .refusals import refuse_broken_gates, refuse_half_measures, refuse_not_finite
+from .refusals import refuse_broken_gates, refuse_half_measures, refuse_not_finite, refuse_unheard
 from .selection import Selection, read_scale, read_selection
 from .size import latent_grid, picture_count, picture_size
 from .turns import turn
@@ -264,10 +264,13 @@ class MoLEPipelineMixin(GateCalls):
         if call is None:  # perhaps of a pipeline with text encoders alone
             return encode(*args, **kwargs)
         loaded = self._loaded
-        weigher = None if loaded.experts is None else loaded.experts.chosen
-        if call.names != tuple(loaded.loras) or "words" not in getattr(weigher, "needs", ()):
+        if loaded.experts is None:
             return encode(*args, **kwargs)
         given = inspect.signature(encode).bind_partial(*args, **kwargs).arguments
+        refuse_unheard(self, given)
+        weigher = loaded.experts.chosen
+        if call.names != tuple(loaded.loras) or "words" not in getattr(weigher, "needs", ()):
+            return encode(*args, **kwargs)
         prompt = given.get("prompt")
         if prompt is None:  # embeddings, as they were given
             if call.region_prompts and READ not in call.state:
@@ -283,7 +286,7 @@ class MoLEPipelineMixin(GateCalls):
                 return self.family.as_long(encode(*args, **kwargs), call.words.tokens)
             call.words = prompt_words(self, prompt, loaded, call, given)
             encoded = encode(*args, **kwargs)
-            if call.region_prompts and loaded.experts is not None and loaded.experts.keep.any():
+            if call.region_prompts and loaded.experts.keep.any():
                 limits = {name: value for name, value in given.items() if name == LIMIT}
                 add_region_words(self, call, limits)
                 texts, device = call.region_prompts.values(), given.get("device")

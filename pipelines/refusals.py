@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..drawable import check_drawable
 from ..errors import MoLEError
+from ..families import Listening
 from ..gating.folder import largest_number
 from .selection import Selection
 
@@ -35,6 +36,33 @@ def refuse_half_measures(pipe: Any, loras: Selection, taking_part: Sequence[str]
                     "would do nothing. Pass the prompt, or make the embeddings inside `with pipe.composing():` and "
                     f"draw with loras={[other for other in taking_part if other != name]}."
                 )
+
+
+def refuse_unheard(pipe: Any, given: Mapping[str, Any]) -> None:
+    """Raises MoLEError where a call takes from its text encoders nothing of what a LoRA changes there.
+
+    Args:
+        pipe: The pipeline.
+        given: The arguments of `encode_prompt`, by name.
+    """
+    unusual = given.get("clip_skip") is not None or given.get("pooled_prompt_embeds") is not None
+    if given.get("prompt") is None or given.get("prompt_embeds") is not None or not unusual:
+        return
+    zeros = given.get("negative_prompt") is None and getattr(pipe.config, "force_zeros_for_empty_prompt", False)
+    guided = given.get("do_classifier_free_guidance", True) and not zeros
+    negative = guided and given.get("negative_prompt_embeds") is None
+    summaries = [given.get("pooled_prompt_embeds")]
+    summaries += [given.get("negative_pooled_prompt_embeds")] if negative else []
+    listening = Listening(given.get("clip_skip") or 0, negative, any(one is None for one in summaries))
+    loaded, family, components = pipe._loaded, pipe.family, pipe.lora_components
+    for (name, lora), kept in zip(loaded.loras.items(), loaded.experts.keep.any(dim=0).tolist(), strict=True):
+        touched = [(component, module) for component, modules in lora.factors.items() for module in modules]
+        if kept and not any(family.is_read(components, *where, listening) for where in touched):
+            raise MoLEError(
+                f"the LoRA {name!r} acts on {'.'.join(touched[0])} and the like alone, and this call takes nothing of "
+                "that from the text encoder (`clip_skip`, `pooled_prompt_embeds`): it would do nothing. Skip fewer "
+                f"layers, or leave the LoRA out: `loras={[other for other in loaded.loras if other != name]}`."
+            )
 
 
 def refuse_broken_gates(gates: Any) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from ..discovery import one_of_each
 from ..errors import MoLEError
 from .architecture import Architecture, Joint, Original, Reads, Told, arguments
-from .base import Family, is_a
+from .base import Family, Listening, is_a, unwrapped
 from .names import canonical_name
 
 FAMILIES: tuple[Family, ...] = tuple(one_of_each(__name__, Family))
@@ -37,6 +37,7 @@ __all__ = [
     "Architecture",
     "Family",
     "Joint",
+    "Listening",
     "Original",
     "Reads",
     "Told",
@@ -45,6 +46,7 @@ __all__ = [
     "canonical_name",
     "family_of",
     "is_denoiser",
+    "is_read",
 ]
 
 
@@ -68,6 +70,21 @@ def architecture_of(model: nn.Module) -> Architecture:
 def is_denoiser(model: Any) -> bool:
     """Whether a component of a pipeline is a denoiser that is known here."""
     return isinstance(model, nn.Module) and any(is_a(model, known) for known in ARCHITECTURES if known.denoiser)
+
+
+def is_read(components: Mapping[str, Any], component: str, module: str) -> bool:
+    """Whether a picture depends on what a module computes, as far as is known of these models.
+
+    Args:
+        components: All models of a pipeline by name, or some.
+        component: That of the module.
+        module: Its name.
+    """
+    family = next((family for family in FAMILIES if family.fits(components)), None)
+    if family is not None and component in family.architectures:
+        return family.is_read(components, component, module)
+    known = next((known for known in ARCHITECTURES if is_a(components[component], known)), None)
+    return known is None or known.is_read(unwrapped(components[component]), module)
 
 
 def family_of(components: Mapping[str, Any]) -> Family:

@@ -154,6 +154,15 @@ class Architecture:
             return "text"
         return "both" if parts & self.both else self.tokens
 
+    def is_read(self, model: nn.Module, module: str) -> bool:
+        """Whether what the model returns depends on what a module computes.
+
+        Args:
+            model: The model.
+            module: Name of the module.
+        """
+        return True
+
     def told(self, model: nn.Module, given: Mapping[str, Any]) -> Told:
         """Reads a call of the model.
 
@@ -275,6 +284,17 @@ def parameters(kind: type[nn.Module]) -> tuple[str, ...]:
         named = [found for found in written if all(one.kind is not one.VAR_POSITIONAL for one in found.values())]
         _PARAMETERS[kind] = names = tuple((named or written)[0])[1:]
     return names
+
+
+def last_of(model: nn.Module, blocks: str = "transformer_blocks") -> int:
+    """The number of the last of a model's blocks.
+
+    Args:
+        model: The model.
+        blocks: What they are called.
+    """
+    found: Any = model.get_submodule(blocks)
+    return len(found) - 1
 
 
 def packed_grid(places: Any, first: int = 0) -> tuple[int, int] | None:

@@ -95,6 +95,23 @@ class Conditions(NamedTuple):
         return Conditions(rows_of(self.prompt_embeds), rows_of(self.others))
 
 
+class Listening(NamedTuple):
+    """What a call of a pipeline takes from its text encoders; by default what any call may.
+
+    Attributes:
+        skipped: How many of the last layers of CLIP are left out for the prompt (`clip_skip`).
+        negative: Whether a negative prompt is read too, for which no layers are left out.
+        summary: Whether the summaries of the prompts are read, and not given with the call.
+    """
+
+    skipped: int = 0
+    negative: bool = True
+    summary: bool = True
+
+
+ALL = Listening()
+
+
 class Family:
     """One family of base models. A subclass sets what differs; an instance has no state.
 
@@ -127,6 +144,17 @@ class Family:
 
     def refuse(self, components: Mapping[str, Any]) -> None:
         """Raises MoLEError for models of this family that no LoRAs are composed on."""
+
+    def is_read(self, components: Mapping[str, Any], component: str, module: str, listening: Listening = ALL) -> bool:
+        """Whether a picture depends on what a module computes; a LoRA on others alone would do nothing.
+
+        Args:
+            components: The components by name.
+            component: That of the module.
+            module: Its name.
+            listening: What is taken from the text encoders.
+        """
+        return self.architectures[component].is_read(unwrapped(components[component]), module)
 
     def readings(self, pipe: Any, given: Mapping[str, Any]) -> list[Reading]:
         """How the prompts of a call become tokens.

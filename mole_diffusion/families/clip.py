@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 from torch import nn
 
 from .architecture import Architecture, unit
@@ -19,6 +22,20 @@ class CLIPText(Architecture):
     )  # fmt: skip
     siblings = (("q_proj", "k_proj", "v_proj"),)
     targets = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+
+
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+
+
+def layers_behind(model: Any, module: str) -> int | None:
+    """How many layers of a text encoder come after that of a module; `None` of what is in none.
+
+    Args:
+        model: The text encoder.
+        module: Name of the module.
+    """
+    layer = _LAYER.search(module)
+    return None if layer is None else model.config.num_hidden_layers - 1 - int(layer[1])
 
 
 NAMES = r"text_model|encoder_layers_\d"

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from .architecture import Architecture, Told, unit
+from .architecture import Architecture, Told, last_of, unit
 from .base import Conditions, Family, Reading
 from .chats import MARK, chat_reading
 from .flux import TIMESTEPS, words_then_pixels
@@ -38,6 +38,11 @@ class QwenImageTransformer(Architecture):
     siblings = (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"))
     targets = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
     meeting = unit("attn")
+
+    def is_read(self, model: nn.Module, module: str) -> bool:
+        """Words have no place in the picture: what becomes of them in the last block nobody is given."""
+        name = module.partition(f"transformer_blocks.{last_of(model)}.")[2]
+        return not name.startswith(("attn.add_q_proj", "attn.to_add_out", "txt_mlp."))
 
     def told(self, model: nn.Module, given: Mapping[str, Any]) -> Told:
         mask = given.get("encoder_hidden_states_mask")

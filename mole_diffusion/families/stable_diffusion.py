@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from .architecture import Architecture
-from .base import Family
-from .clip import CLIPText, clip_skeleton
+from .base import ALL, Family, Listening, unwrapped
+from .clip import CLIPText, clip_skeleton, layers_behind
 from .skeleton import Components, Skeleton
 from .together import Together
 from .unet import NAMES, UNet, together
@@ -41,6 +41,12 @@ class StableDiffusion(Family):
 
     def fits(self, components: Mapping[str, Any]) -> bool:
         return super().fits(components) and components["unet"].config.addition_embed_type is None
+
+    def is_read(self, components: Mapping[str, Any], component: str, module: str, listening: Listening = ALL) -> bool:
+        if component != "text_encoder" or listening.negative:
+            return super().is_read(components, component, module, listening)
+        behind = layers_behind(unwrapped(components[component]), module)
+        return behind is None or behind >= listening.skipped  # the norm at the end is taken all the same
 
     def together(self, encoded: Any, others: Sequence[Any]) -> Together:
         return together(encoded, others)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .architecture import Architecture, Joint, Original, Told, spatial_size, unit
+from .architecture import Architecture, Joint, Original, Told, last_of, spatial_size, unit
 from .base import Conditions, Family, Text
 from .clip import CLIPText, clip_skeleton
 from .skeleton import DIFFUSERS_BLOCKS, Components, Skeleton
@@ -65,6 +65,10 @@ class SD3Transformer(Architecture):
     }
     exchanged = frozenset({"norm_out.linear"})
 
+    def is_read(self, model: nn.Module, module: str) -> bool:
+        """In the last block the words end: what they ask for there nobody is given."""
+        return not module.endswith(f"transformer_blocks.{last_of(model)}.attn.add_q_proj")
+
     def told(self, model: nn.Module, given: Mapping[str, Any]) -> Told:
         sample = given["hidden_states"]
         text: Tensor = given["encoder_hidden_states"]
@@ -82,8 +86,7 @@ class SD3Transformer(Architecture):
     def original_names(self, model: nn.Module) -> dict[str, tuple[Original, ...]]:
         """In the last block the words end: their norm has a scale and a shift alone, and these are exchanged."""
         found = super().original_names(model)
-        blocks: Any = model.get_submodule("transformer_blocks")
-        last = len(blocks) - 1
+        last = last_of(model)
         name = f"joint_blocks.{last}.context_block.adaLN_modulation.1"
         module: Any = model.get_submodule(f"transformer_blocks.{last}.norm1_context.linear")
         half = module.out_features // 2

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..errors import MoLEError
 from .architecture import Architecture
-from .base import Conditions, Family, Text
-from .clip import CLIPText, clip_skeleton
+from .base import ALL, Conditions, Family, Listening, Text, unwrapped
+from .clip import CLIPText, clip_skeleton, layers_behind
 from .skeleton import Components, Skeleton
 from .together import Together
 from .unet import NAMES, UNet, together
@@ -53,6 +53,13 @@ class StableDiffusionXL(Family):
 
     def fits(self, components: Mapping[str, Any]) -> bool:
         return super().fits(components) and components["unet"].config.addition_embed_type == "text_time"
+
+    def is_read(self, components: Mapping[str, Any], component: str, module: str, listening: Listening = ALL) -> bool:
+        """Of both text encoders the last layer but one is taken, and of the second the summary, from the very end."""
+        if component == "unet" or (component == "text_encoder_2" and listening.summary):
+            return super().is_read(components, component, module, listening)
+        behind = layers_behind(unwrapped(components[component]), module)
+        return behind is not None and behind > (0 if listening.negative else listening.skipped)
 
     def together(self, encoded: Any, others: Sequence[Any]) -> Together:
         return together(encoded, others)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mole_diffusion.errors import MoLEError
+from mole_diffusion.families import is_read
 from mole_diffusion.lora.factors import LoRA, LoRAFactors
 
 # Of numbers that cancel, rounding alone leaves about this share; such a product is meant to be zero.
@@ -21,16 +22,25 @@ COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Number formats in which torch multiplies matrices; weights in others are quantised."""
 
 
+UNREAD = "no picture depends on the modules that it changes"
+READ_REMEDY = (
+    "These models are read before those come, as Stable Diffusion XL reads its first text encoder before the last "
+    "layer. Use a LoRA that changes others too."
+)
+
+
 def refuse_precision(lora: LoRA, models: Mapping[str, nn.Module]) -> None:
     """Raises MoLEError where a LoRA that was read for other models, or before a cast, cannot act in these.
 
     Args:
         lora: The LoRA.
-        models: By component, in the precision in which it is to act.
+        models: Those of the pipeline by component, in the precision in which it is to act.
     """
     acting = [
         (models[part].get_submodule(name), one) for part in lora.factors for name, one in lora.factors[part].items()
     ]
+    if never_read(lora.factors, models):
+        raise MoLEError(f"the LoRA {lora.name!r} would do nothing: {UNREAD}. {READ_REMEDY}")
     if any(overflows(factors, module) for module, factors in acting):
         what = "has factors too large for the precision of the models, so that pictures would be black"
     elif changes_nothing(lora.factors, models):
@@ -45,13 +55,23 @@ def changes_nothing(factors: Mapping[str, Mapping[str, LoRAFactors]], models: Ma
 
     Args:
         factors: Component to module name to factors.
-        models: By component; the precision of their weights is that in which the factors will run.
+        models: All by component; the precision of their weights is that in which the factors will run.
     """
     return not any(
-        _acts(pair, models[component].get_submodule(module))
+        is_read(models, component, module) and _acts(pair, models[component].get_submodule(module))
         for component, modules in factors.items()
         for module, pair in modules.items()
     )
+
+
+def never_read(factors: Mapping[str, Mapping[str, LoRAFactors]], models: Mapping[str, nn.Module]) -> bool:
+    """Whether a LoRA changes only what no picture of these models depends on.
+
+    Args:
+        factors: Component to module name to factors.
+        models: All by component.
+    """
+    return not any(is_read(models, component, module) for component, modules in factors.items() for module in modules)
 
 
 def overflows(factors: LoRAFactors, module: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from mole_diffusion.families import Original
 from mole_diffusion.families.base import unwrapped
 from mole_diffusion.lora.adapter import read_adapter_settings, strength
-from mole_diffusion.lora.effect import changes_nothing, overflows
+from mole_diffusion.lora.effect import READ_REMEDY, UNREAD, changes_nothing, never_read, overflows
 from mole_diffusion.lora.embeddings import Embeddings, read_embeddings
 from mole_diffusion.lora.errors import refusal
 from mole_diffusion.lora.factors import LoRA, LoRAFactors
@@ -102,6 +102,8 @@ class _Reader:
             for component, index in self.indices.items()
             if component in found
         }
+        if never_read(factors, self.models):
+            self._refuse(f"{UNREAD}, so it would do nothing", READ_REMEDY, self.pieces, *factors)
         if changes_nothing(factors, self.models):
             self._refuse(
                 "the products of its factors are zero, or too small for the base's precision, so it would change "
