@@ -143,7 +143,11 @@ def step_seconds(settings: BaseSettings, batch_size: int, device: torch.device) 
     return (taken[2] - taken[1]) / 20
 
 
-def looked_at(pipe: StableDiffusionPipeline, pictures: int) -> dict[str, Any]:
+def looked_at(
+    unet: UNet2DConditionModel, text_encoder: CLIPTextModel, device: torch.device, pictures: int
+) -> dict[str, Any]:
+    """What the oracle finds in pictures of a denoiser."""
+    pipe = StableDiffusionPipeline.from_pretrained(toybox.base_dir(), unet=unet, text_encoder=text_encoder).to(device)
     presence, all_three = measure_named(pipe, num_pictures=pictures, seed=1)
     classes = measure_base(pipe, num_pictures=pictures, seed=1, rows=(3,))[3]
     return {"presence": presence, "all three": all_three, "three classes": classes[0]}
@@ -156,7 +160,7 @@ def main() -> None:
     parser.add_argument("--start", type=Path, help="folder with a trained unet/ and text_encoder/ to go on from")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--scenes", type=int, default=20480)
-    parser.add_argument("--ways", nargs="+", help="some of them; without it all")
+    parser.add_argument("--ways", nargs="+", choices=list(ways(2, 1.0)), help="some of them; without it all")
     parser.add_argument("--out", type=Path, default=Path("outputs/toybox_recipes"))
     parser.add_argument("--device", default="auto")
     given = parser.parse_args()
@@ -165,6 +169,11 @@ def main() -> None:
     device = pick_device(given.device)
     tried = ways(given.batch, (7e-4 if given.start else 1e-3) * (given.batch / 32) ** 0.5)
     rows, seconds = {}, {}
+    if given.start:
+        rows["before"] = given.out / "before.json"
+        if not rows["before"].exists():
+            models = load_base(given.start, make_tokenizer())
+            write_json(rows["before"], {"steps": 0, "samples": 0, **looked_at(*models, device, given.pictures)})
     for name in given.ways or tried:
         way = tried[name]
         folder = given.out / name.replace(" ", "_")
@@ -182,9 +191,8 @@ def main() -> None:
             if not (folder / file.name).exists():
                 (folder / file.name).hardlink_to(file)
         unet, text_encoder = train(*way, steps, folder, given.scenes, device, given.start)
-        pipe = StableDiffusionPipeline.from_pretrained(toybox.base_dir(), unet=unet, text_encoder=text_encoder)
-        pipe.to(device)
-        write_json(rows[name], {"steps": steps, "samples": steps * way.batch_size, **looked_at(pipe, given.pictures)})
+        seen = looked_at(unet, text_encoder, device, given.pictures)
+        write_json(rows[name], {"steps": steps, "samples": steps * way.batch_size, **seen})
     table = []
     for name, file in rows.items():
         row = json.loads(file.read_text())

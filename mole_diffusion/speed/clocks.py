@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import random
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+Name = TypeVar("Name", bound=str)
 QUEUED = 5  # calls of a GPU that are timed together: as a denoising loop calls, without waiting for one before the next
 
 
@@ -21,6 +23,18 @@ def wait(device: str) -> None:
     """Returns when a GPU has done what it was told; at once on a CPU."""
     if on_gpu(device):
         torch.cuda.synchronize(device)
+
+
+def in_turn(sides: Iterable[Name], rounds: int) -> Iterator[tuple[int, list[Name]]]:
+    """The number of each round, and all sides in another order in each.
+
+    What ran before leaves its memory and its caches: so no side may always come after the same one. The orders are the
+    same every time.
+    """
+    order, rng = list(sides), random.Random(0)
+    for turn in range(rounds):
+        rng.shuffle(order)
+        yield turn, list(order)
 
 
 def timed(call: Callable[[], Any], device: str, calls: int = 1) -> tuple[float, float]:

@@ -14,7 +14,7 @@ from torch._dynamo.exc import TorchDynamoException
 
 from ..benchmark.memory import call_memory
 from ..experts import Experts
-from .clocks import QUEUED, busy, on_gpu, spent, timed
+from .clocks import QUEUED, busy, in_turn, on_gpu, spent, timed
 from .config import Side, SpeedConfig
 from .counted import Counted
 from .failed import Failed
@@ -26,6 +26,7 @@ from .train import TrainingCost, training_costs
 from .walks import WalkCost, walk_cost
 
 Told = Callable[[str], None]
+PIPELINE_ROUNDS = 4  # for each of a model: a call of the pipeline is short
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def measure_speed(config: SpeedConfig, tell: Told | None = None) -> Speed:
             except Exception as error:  # the sides' numbers are wanted all the same
                 speed.failed.append(Failed.of("whole training step", min(config.loras), error))
         if config.pipeline:
-            speed.pipeline = pipeline_costs(config.rounds, tell)
+            speed.pipeline = pipeline_costs(PIPELINE_ROUNDS * config.rounds, tell)
     finally:
         torch.set_num_threads(threads)
     return speed
@@ -187,10 +188,10 @@ def _measure(speed: Speed, model: Any, inputs: dict[str, Any], number: int, tell
             processor: dict[Side, list[float]] = {side: [] for side in sides}
             clock: dict[Side, list[float]] = {side: [] for side in sides}
             calls = QUEUED if on_gpu(config.device) else 1
-            for turn in range(config.rounds):
+            for turn, order in in_turn(sides, config.rounds):
                 tell(f"{number} LoRAs: round {turn + 1} of {config.rounds}")
-                for side, call in sides.items():
-                    of_processor, by_clock = timed(call, config.device, calls)
+                for side in order:
+                    of_processor, by_clock = timed(sides[side], config.device, calls)
                     processor[side].append(of_processor)
                     clock[side].append(by_clock)
         bare = counts["bare"]

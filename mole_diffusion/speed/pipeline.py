@@ -15,6 +15,7 @@ from diffusers import StableDiffusionPipeline
 from .. import toybox
 from ..pipelines import MoLEStableDiffusionPipeline
 from ..training import GateTrainingConfig
+from .clocks import in_turn
 from .counted import Counted, python_calls
 from .ratio import Ratio
 
@@ -59,11 +60,11 @@ def pipeline_costs(rounds: int, tell: Callable[[str], None], steps: int = 4) -> 
             draw()
         operators[side] = counted.operators
     spent: dict[str, list[float]] = {side: [] for side in sides}
-    for turn in range(rounds):
+    for turn, order in in_turn(sides, rounds):
         tell(f"pipeline: round {turn + 1} of {rounds}")
-        for side, draw in sides.items():
+        for side in order:
             begin = time.process_time()
-            draw()
+            sides[side]()
             spent[side].append(time.process_time() - begin)
     stock = next(iter(sides))
     return [

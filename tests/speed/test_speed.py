@@ -18,7 +18,7 @@ from mole_diffusion.errors import MoLEError
 from mole_diffusion.experts import Experts
 from mole_diffusion.speed import SIDES, SIZES, Counted, Speed, SpeedConfig, measure_speed, speed_page
 from mole_diffusion.speed import count as count_module
-from mole_diffusion.speed.clocks import timed
+from mole_diffusion.speed.clocks import in_turn, timed
 from mole_diffusion.speed.config import WHOLE, Side
 from mole_diffusion.speed.count import Alive, FusedAttention, count_base
 from mole_diffusion.speed.limits import with_products
@@ -31,6 +31,14 @@ from mole_diffusion.speed.train import saved_activations, walk_operations
 from tests.command import mole
 
 TINY = SpeedConfig(size="tiny", loras=(2,), rounds=1, rank=2, train=True)
+
+
+def test_sides_come_in_another_order_in_every_round_and_in_the_same_orders_every_time() -> None:
+    rounds = list(in_turn(["bare", "sum", "gates"], 30))
+    assert [turn for turn, _ in rounds] == list(range(30))
+    assert all(sorted(order) == ["bare", "gates", "sum"] for _, order in rounds)
+    assert len({tuple(order) for _, order in rounds}) == 6
+    assert rounds == list(in_turn(["bare", "sum", "gates"], 30))
 
 
 @torch.no_grad()
