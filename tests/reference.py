@@ -396,6 +396,12 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return (x - mean) / (variance + eps) ** 0.5 * weight + bias
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root mean square normalisation (Zhang and Sennrich, https://arxiv.org/abs/1910.07467, eq. 4), `(…, d)`."""
+    x = x.double()
+    return x / torch.sqrt((x**2).mean(dim=-1, keepdim=True) + eps) * weight.double()
+
+
 def group_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, groups: int) -> Tensor:
     """Group normalisation (Wu and He, https://arxiv.org/abs/1803.08494, eqs. 1, 2, 6), `(rows, channels, h, w)`."""
     size = x.shape[1] // groups

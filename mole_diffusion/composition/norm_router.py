@@ -167,6 +167,9 @@ def whole_norms(site: Site, projections: Projections) -> Tensor:
     up, owner = (x.to(projected.device) for x in (site.stack.up_as(torch.float32), site.stack.expert_of_rank))
     terms = site.beside.outputs(projections.hidden_states, projections.base, site.stack.indices)
     for index, term in terms.items():
+        if not site.stack.rank:  # a norm, which gives more features than its weight has where it is one for all heads
+            norms[index] = term.float().norm(dim=-1)
+            continue
         its = owner == index
         norms[index] = (projected[..., its] @ up[:, its].T + term.float()).norm(dim=-1)
     return norms

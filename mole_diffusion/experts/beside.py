@@ -26,6 +26,7 @@ class Term:
     those of columns, `W` is applied once more, to `(columns - 1) * x`.
 
     At a layer of normalisation it adds `gain * n + bias`: n is what the layer makes of x before it scales and shifts.
+    That of queries or keys does the same with each of their heads, which lie behind one another in x.
 
     Attributes:
         kronecker: Of LoKr, s in its first factor.
@@ -85,11 +86,12 @@ class Beside:
         """
         terms, bias = self._moved_like(output)
         base = self._positions(output)
-        base = base if bias is None else base - bias
+        base = base if bias is None else base - _each_head(bias, base)
         x = hidden_states.to(output.dtype)
         if any(term.gain is not None for term in terms.values()):  # the same for all LoRAs
-            normalised = run_with(self.module, neutral(self.module, hidden_states.device), hidden_states)
-            x = self._positions(normalised.to(output.dtype))
+            heads = hidden_states if self._channels_first else _heads(hidden_states, self.module.weight)
+            normalised = run_with(self.module, neutral(self.module, hidden_states.device), heads)
+            x = self._positions(normalised.reshape(hidden_states.shape).to(output.dtype))
         return {index: self._apply(terms[index], x, base) for index in among if index in terms}
 
     def add(self, hidden_states: Tensor, output: Tensor, weights: Tensor, among: Sequence[int]) -> Tensor | None:
@@ -139,7 +141,7 @@ class Beside:
     def _apply(self, term: Term, x: Tensor, base: Tensor) -> Tensor:
         added = torch.zeros_like(base)
         if term.gain is not None:
-            added = x * term.gain
+            added = x * _each_head(term.gain, x)
         if term.kronecker is not None:
             added = self._per_position(term.kronecker(self._scaled(x, term.columns), self._convolution))
         if term.rows is not None and term.rows_beyond is not None:
@@ -148,7 +150,7 @@ class Beside:
             again = self._positions(self.module.forward(self._scaled(x, term.columns_beyond)).to(base.dtype))
             bias = self._moved_like(base)[1]
             added = added + (again if bias is None else again - bias)
-        return added if term.bias is None else added + term.bias
+        return added if term.bias is None else added + _each_head(term.bias, added)
 
     @property
     def _convolution(self) -> Any:
@@ -172,6 +174,17 @@ class Beside:
             bias = None if self._bias is None else self._bias.to(*key)
             self._moved = moved = key, {index: term.to(*key) for index, term in self.terms.items()}, bias
         return moved[1], moved[2]
+
+
+def _heads(x: Tensor, weight: Tensor) -> Tensor:
+    """Heads that lie behind one another, on an axis of their own: `(…, heads, d)`."""
+    return x.unflatten(-1, (-1, len(weight)))
+
+
+def _each_head(vector: Tensor, x: Tensor) -> Tensor:
+    """`(d,)` for each head in the last axis of x; mostly there is one."""
+    times = x.shape[-1] // len(vector)
+    return vector if times == 1 else vector.repeat(times)
 
 
 def settle(

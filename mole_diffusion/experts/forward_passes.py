@@ -15,6 +15,7 @@ from ..families import Architecture, Told, arguments
 from .adding import add_experts
 from .attach import Attachment
 from .compiled import refuse_learning
+from .heads import apart, together
 from .packed import packed, unpacked
 from .refusals import refuse_caches, refuse_method, refuse_unseen
 from .run import Run
@@ -111,6 +112,18 @@ class ForwardPasses:
             return self._add(site, site.group.same(hidden_states), output, run)
 
     def _add(self, site: Site, hidden_states: Tensor, output: Tensor, run: Run) -> Tensor:
+        if site.heads is None:
+            return self._in_samples(site, hidden_states, output, run)
+        if output.ndim != 4:
+            raise MoLEError(
+                f"{site.name} was given queries or keys of shape {tuple(output.shape)}, which do not say where their "
+                "heads are. Set the model's own attention processor again, or leave this module out of the LoRAs."
+            )
+        rows = together(output, site.heads)
+        added = self._in_samples(site, together(hidden_states, site.heads), rows, run)
+        return output if added is rows else apart(added, site.heads, output)
+
+    def _in_samples(self, site: Site, hidden_states: Tensor, output: Tensor, run: Run) -> Tensor:
         lengths = None if site.lengths is None else site.lengths(run.told)
         if lengths is None:
             site.seen = hidden_states.shape, output.shape

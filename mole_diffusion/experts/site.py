@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from mole_diffusion.errors import MoLEError
 
 from ..families import Architecture, Reads, Told
-from ..families.norms import is_norm
+from ..families.norms import is_norm, is_of_heads
 from .beside import Beside
 from .compiled import Callback
 from .stack import ExpertStack
@@ -39,7 +39,8 @@ class Site:
         merged: What stands in for the module's forward where LoRAs are merged into its weight.
         lengths: Tells from what the model was told how many tokens each sample has, where the module is given those of
             all samples one after another; `None` where samples come first.
-        seen: Shapes of the last input and output, samples first; `None` before the first call.
+        heads: Axis of the heads where the module is given these one by one (norms of queries and keys); else `None`.
+        seen: Shapes of the last input and output, samples first and heads together; `None` before the first call.
         place: Where a compiled graph calls back.
     """
 
@@ -57,6 +58,7 @@ class Site:
         self.halvings = 0
         self.merged: Any = None
         self.lengths: Callable[[Told], tuple[int, ...] | None] | None = None
+        self.heads: int | None = None
         self.seen: tuple[torch.Size, torch.Size] | None = None
         self.callback: Callback | None = None
         _check_fit(self)
@@ -118,6 +120,8 @@ class Site:
         """The module's input as `(batch, positions, features)`, whatever its own layout is."""
         if self.stack.is_convolution:
             return hidden_states.flatten(2).transpose(1, 2)
+        if self.heads is not None:  # for all of them alike, so what is read is their mean
+            hidden_states = hidden_states.unflatten(-1, (-1, *self.stack.input_shape)).mean(dim=-2)
         return hidden_states[:, None] if hidden_states.ndim == 2 else hidden_states.flatten(1, -2)
 
 
@@ -302,7 +306,9 @@ def group_sites(sites: Sequence[Site], model: nn.Module, architecture: Architect
     for site in sites:
         site.reads = architecture.reads(model, site.module_name)
         site.halvings = architecture.halvings(model, site.module_name)
-        site.lengths = functools.partial(architecture.lengths, site.module_name) if packs else None
+        site.heads = architecture.heads if is_norm(site.module) and is_of_heads(site.module_name) else None
+        looked_at = packs or site.heads is not None  # whether what the module is given has another shape first
+        site.lengths = functools.partial(architecture.lengths, site.module_name) if looked_at else None
         for names in architecture.siblings:
             found = [(name, p) for name in names if (p := _prefix(site.module_name, name)) is not None]
             for name, prefix in found[:1]:

@@ -16,6 +16,8 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .norms import is_norm
+
 _GRIDS: Any = WeakIdKeyDictionary()
 
 Reads = Literal["pixels", "text", "both", "vector", "own"]
@@ -117,6 +119,8 @@ class Architecture:
         targets: Last parts of the names of modules that a LoRA is trained on where nobody says otherwise.
         meeting: Attention layers in which words and pixels attend to each other, in one sequence.
         refining: Attention layers in which words attend to each other alone.
+        heads: Axis of the heads where norms of queries and keys are given these one by one: 1 before the tokens, 2
+            behind them. `None`: it has no such norms, or nobody looked.
         lists: Whether the model takes and returns lists with one tensor for each sample.
         originals: The authors' names of modules that have another here, to ours; several where one of theirs is fused
             of ours, in the order of its rows. `*` is any one part of a name.
@@ -136,6 +140,7 @@ class Architecture:
     targets: ClassVar[tuple[str, ...]] = ()
     meeting: ClassVar[re.Pattern[str] | None] = None
     refining: ClassVar[re.Pattern[str] | None] = None
+    heads: ClassVar[int | None] = None
     lists: ClassVar[bool] = False
     originals: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     exchanged: ClassVar[frozenset[str]] = frozenset()
@@ -233,17 +238,15 @@ class Architecture:
 
         Only names that differ from diffusers' are in it. Made from the model, so of any size of it.
         """
-        sides: dict[str, Any] = {
-            name: getattr(module, "out_features", getattr(module, "out_channels", None))
-            for name, module in model.named_modules()
-        }
+        sides = {name: _outputs(module) for name, module in model.named_modules()}
         found: dict[str, tuple[Original, ...]] = {}
         for theirs, ours in self.originals.items():
             first = re.compile(re.escape(ours[0]).replace(r"\*", r"([^.]+)"))
             for match in filter(None, map(first.fullmatch, sides)):
                 names = [_fill(name, match.groups()) for name in ours]
-                if all(isinstance(sides.get(name), int) for name in names):
-                    found[_fill(theirs, match.groups())] = self._parts(names, [sides[name] for name in names], ours)
+                rows = [side for name in names if (side := sides.get(name)) is not None]
+                if len(rows) == len(names):
+                    found[_fill(theirs, match.groups())] = self._parts(names, rows, ours)
         return found
 
     def _parts(self, names: Sequence[str], sides: Sequence[int], patterns: Sequence[str]) -> tuple[Original, ...]:
@@ -255,6 +258,14 @@ class Architecture:
         return tuple(
             Original(name, (slice(end - side, end),)) for name, side, end in zip(names, sides, ends, strict=True)
         )
+
+
+def _outputs(module: Any) -> int | None:
+    """How many features a module gives; `None` where it has no weight to tell by."""
+    side = getattr(module, "out_features", getattr(module, "out_channels", None))
+    if side is None and is_norm(module):
+        side = module.weight.shape[0]
+    return side if isinstance(side, int) else None
 
 
 def _fill(pattern: str, parts: Sequence[str]) -> str:

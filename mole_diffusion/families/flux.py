@@ -27,6 +27,15 @@ DOUBLE_ATTENTION = {
     "img_attn.proj": ("attn.to_out.0",),
     "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
     "txt_attn.proj": ("attn.to_add_out",),
+    "img_attn.norm.query_norm": ("attn.norm_q",),
+    "img_attn.norm.key_norm": ("attn.norm_k",),
+    "txt_attn.norm.query_norm": ("attn.norm_added_q",),
+    "txt_attn.norm.key_norm": ("attn.norm_added_k",),
+}
+
+SINGLE_NORMS = {
+    "single_blocks.*.norm.query_norm": ("single_transformer_blocks.*.attn.norm_q",),
+    "single_blocks.*.norm.key_norm": ("single_transformer_blocks.*.attn.norm_k",),
 }
 
 NAMES = rf"double_blocks_\d|single_blocks_\d|single_transformer_blocks_\d|stream_modulation|{DIFFUSERS_BLOCKS}"
@@ -43,15 +52,20 @@ class FluxTransformer(Architecture):
     denoiser = True
     tokens = "pixels"
     vectors = frozenset({"time_text_embed", "norm", "norm1", "norm1_context", "norm_out"})
-    words = frozenset({"context_embedder", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context"})
+    words = frozenset(
+        {
+            "context_embedder", "add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k", "to_add_out",
+            "ff_context",
+        }
+    )  # fmt: skip
     both = frozenset({"single_transformer_blocks"})
     blocks = unit(r"(?:single_)?transformer_blocks\.\d+")
     layers = unit("attn|ff|ff_context")
     order = (
         "x_embedder", "time_text_embed", "context_embedder", "transformer_blocks", "single_transformer_blocks",
         "norm", "norm1", "norm1_context", "proj_mlp", "attn", "ff", "ff_context",
-        "to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out", "to_add_out",
-        "norm_out", "proj_out",
+        "to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj",
+        "norm_q", "norm_k", "norm_added_q", "norm_added_k", "to_out", "to_add_out", "norm_out", "proj_out",
     )  # fmt: skip
     siblings = (
         ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
@@ -59,6 +73,7 @@ class FluxTransformer(Architecture):
     )
     targets = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
     meeting = unit("attn")
+    heads = 2
     originals: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "img_in": ("x_embedder",),
         "txt_in": ("context_embedder",),
@@ -86,6 +101,7 @@ class FluxTransformer(Architecture):
         # XLabs' trainer has factors for this part of `linear1` alone.
         "single_blocks.*.qkv": tuple(f"single_transformer_blocks.*.attn.{name}" for name in ("to_q", "to_k", "to_v")),
         "single_blocks.*.linear2": ("single_transformer_blocks.*.proj_out",),
+        **SINGLE_NORMS,
         "single_blocks.*.modulation.lin": ("single_transformer_blocks.*.norm.linear",),
         "final_layer.linear": ("proj_out",),
         "final_layer.adaLN_modulation.1": ("norm_out.linear",),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .architecture import Architecture, Told, packed_grid, unit
 from .base import Conditions, Family, Reading
 from .chats import MARK, QWEN_END, chat_reading
-from .flux import DOUBLE_ATTENTION, NAMES, TIMESTEPS, words_then_pixels
+from .flux import DOUBLE_ATTENTION, NAMES, SINGLE_NORMS, TIMESTEPS, words_then_pixels
 from .latents import from_patches, latent_side, positions, time_shift, to_patches
 from .skeleton import Components, Skeleton
 from .together import Together, behind, whose
@@ -36,7 +36,12 @@ class Flux2Transformer(Architecture):
             "single_stream_modulation", "norm_out",
         }
     )  # fmt: skip
-    words = frozenset({"context_embedder", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context"})
+    words = frozenset(
+        {
+            "context_embedder", "add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k", "to_add_out",
+            "ff_context",
+        }
+    )  # fmt: skip
     both = frozenset({"single_transformer_blocks"})
     blocks = unit(r"(?:single_)?transformer_blocks\.\d+")
     layers = unit("attn|ff|ff_context")
@@ -45,7 +50,8 @@ class Flux2Transformer(Architecture):
         "double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation",
         "x_embedder", "context_embedder", "transformer_blocks", "single_transformer_blocks",
         "attn", "to_qkv_mlp_proj", "to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj",
-        "to_add_out", "to_out", "ff", "ff_context", "linear_in", "linear_out", "norm_out", "proj_out",
+        "norm_q", "norm_k", "norm_added_q", "norm_added_k", "to_add_out", "to_out", "ff", "ff_context",
+        "linear_in", "linear_out", "norm_out", "proj_out",
     )  # fmt: skip
     siblings = (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"))
     targets = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.to_qkv_mlp_proj")
@@ -71,11 +77,13 @@ class Flux2Transformer(Architecture):
         },
         "single_blocks.*.linear1": ("single_transformer_blocks.*.attn.to_qkv_mlp_proj",),
         "single_blocks.*.linear2": ("single_transformer_blocks.*.attn.to_out",),
+        **SINGLE_NORMS,
         "final_layer.linear": ("proj_out",),
         "final_layer.adaLN_modulation.1": ("norm_out.linear",),
     }
     exchanged = frozenset({"norm_out.linear"})
     meeting = unit("attn")
+    heads = 2
 
     def told(self, model: nn.Module, given: Mapping[str, Any]) -> Told:
         mode = given.get("kv_cache_mode")

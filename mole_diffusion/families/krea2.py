@@ -36,7 +36,7 @@ class Krea2Transformer(Architecture):
     order = (
         "time_embed", "time_mod_proj", "text_fusion", "layerwise_blocks", "projector", "refiner_blocks", "txt_in",
         "norm", "linear_1", "linear_2", "img_in", "transformer_blocks", "norm1", "attn", "to_q", "to_k", "to_v",
-        "to_gate", "to_out", "norm2", "ff", "gate", "up", "down", "final_layer", "linear",
+        "to_gate", "norm_q", "norm_k", "to_out", "norm2", "ff", "gate", "up", "down", "final_layer", "linear",
     )  # fmt: skip
     siblings = (("to_q", "to_k", "to_v", "to_gate"), ("ff.gate", "ff.up"))
     targets = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_gate", "attn.to_out.0", "ff.gate", "ff.up", "ff.down")
@@ -61,6 +61,8 @@ class Krea2Transformer(Architecture):
                 "attn.wv": "attn.to_v",
                 "attn.wo": "attn.to_out.0",
                 "attn.gate": "attn.to_gate",
+                "attn.qknorm.qnorm": "attn.norm_q",
+                "attn.qknorm.knorm": "attn.norm_k",
                 "mlp.gate": "ff.gate",
                 "mlp.up": "ff.up",
                 "mlp.down": "ff.down",
@@ -70,6 +72,7 @@ class Krea2Transformer(Architecture):
     }
     meeting = unit(r"(?<!\w)transformer_blocks\.\d+\.attn")
     refining = unit(r"refiner_blocks\.\d+\.attn")
+    heads = 2
 
     def told(self, model: nn.Module, given: Mapping[str, Any]) -> Told:
         text, places, mask = (given.get(k) for k in ("encoder_hidden_states", "position_ids", "encoder_attention_mask"))

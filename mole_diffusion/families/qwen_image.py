@@ -27,22 +27,29 @@ class QwenImageTransformer(Architecture):
     denoiser = True
     tokens = "pixels"
     vectors = frozenset({"time_text_embed", "img_mod", "txt_mod", "norm_out"})
-    words = frozenset({"txt_norm", "txt_in", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "txt_mlp"})
+    words = frozenset(
+        {
+            "txt_norm", "txt_in", "add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k",
+            "to_add_out", "txt_mlp",
+        }
+    )  # fmt: skip
     blocks = unit(r"transformer_blocks\.\d+")
     layers = unit("attn|img_mlp|txt_mlp")
     order = (
         "img_in", "txt_norm", "txt_in", "time_text_embed", "linear_1", "linear_2", "transformer_blocks", "img_mod",
-        "txt_mod", "attn", "to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out", "to_add_out",
+        "txt_mod", "attn", "to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj",
+        "norm_q", "norm_k", "norm_added_q", "norm_added_k", "to_out", "to_add_out",
         "img_mlp", "txt_mlp", "norm_out", "proj_out",
     )  # fmt: skip
     siblings = (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"))
     targets = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
     meeting = unit("attn")
+    heads = 2
 
     def is_read(self, model: nn.Module, module: str) -> bool:
         """Words have no place in the picture: what becomes of them in the last block nobody is given."""
         name = module.partition(f"transformer_blocks.{last_of(model)}.")[2]
-        return not name.startswith(("attn.add_q_proj", "attn.to_add_out", "txt_mlp."))
+        return not name.startswith(("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "txt_mlp."))
 
     def told(self, model: nn.Module, given: Mapping[str, Any]) -> Told:
         mask = given.get("encoder_hidden_states_mask")

@@ -25,17 +25,24 @@ class SD3Transformer(Architecture):
     denoiser = True
     tokens = "pixels"
     vectors = frozenset({"time_text_embed", "norm1", "norm1_context", "norm_out"})
-    words = frozenset({"context_embedder", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context"})
+    words = frozenset(
+        {
+            "context_embedder", "add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k", "to_add_out",
+            "ff_context",
+        }
+    )  # fmt: skip
     blocks = unit(r"transformer_blocks\.\d+")
     layers = unit("attn2?|ff|ff_context")
     order = (
         "pos_embed", "time_text_embed", "timestep_embedder", "text_embedder", "context_embedder", "transformer_blocks",
         "norm1", "norm1_context", "attn", "attn2", "ff", "ff_context",
-        "to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "to_out",
+        "to_q", "to_k", "to_v", "norm_q", "norm_k", "add_q_proj", "add_k_proj", "add_v_proj",
+        "norm_added_q", "norm_added_k", "to_add_out", "to_out",
         "norm_out", "proj_out",
     )  # fmt: skip
     siblings = (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"))
     meeting = unit("attn")
+    heads = 1
     targets = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
     originals: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "x_embedder.proj": ("pos_embed.proj",),
@@ -52,6 +59,12 @@ class SD3Transformer(Architecture):
                 "x_block.attn2.proj": ("attn2.to_out.0",),
                 "context_block.attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
                 "context_block.attn.proj": ("attn.to_add_out",),
+                "x_block.attn.ln_q": ("attn.norm_q",),
+                "x_block.attn.ln_k": ("attn.norm_k",),
+                "x_block.attn2.ln_q": ("attn2.norm_q",),
+                "x_block.attn2.ln_k": ("attn2.norm_k",),
+                "context_block.attn.ln_q": ("attn.norm_added_q",),
+                "context_block.attn.ln_k": ("attn.norm_added_k",),
                 "x_block.mlp.fc1": ("ff.net.0.proj",),
                 "x_block.mlp.fc2": ("ff.net.2",),
                 "context_block.mlp.fc1": ("ff_context.net.0.proj",),
@@ -67,7 +80,8 @@ class SD3Transformer(Architecture):
 
     def is_read(self, model: nn.Module, module: str) -> bool:
         """In the last block the words end: what they ask for there nobody is given."""
-        return not module.endswith(f"transformer_blocks.{last_of(model)}.attn.add_q_proj")
+        last = f"transformer_blocks.{last_of(model)}.attn"
+        return not module.endswith((f"{last}.add_q_proj", f"{last}.norm_added_q"))
 
     def told(self, model: nn.Module, given: Mapping[str, Any]) -> Told:
         sample = given["hidden_states"]

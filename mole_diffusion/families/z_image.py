@@ -39,8 +39,8 @@ class ZImageTransformer(Architecture):
     layers = unit("attention|feed_forward")
     order = (
         "t_embedder", "all_x_embedder", "noise_refiner", "cap_embedder", "context_refiner", "layers",
-        "adaLN_modulation", "attention_norm1", "attention", "to_q", "to_k", "to_v", "to_out", "attention_norm2",
-        "ffn_norm1", "feed_forward", "w1", "w3", "w2", "ffn_norm2",
+        "adaLN_modulation", "attention_norm1", "attention", "to_q", "to_k", "to_v", "norm_q", "norm_k", "to_out",
+        "attention_norm2", "ffn_norm1", "feed_forward", "w1", "w3", "w2", "ffn_norm2",
         "all_final_layer", "linear",
     )  # fmt: skip
     siblings = (("to_q", "to_k", "to_v"), ("w1", "w3"))
@@ -50,13 +50,19 @@ class ZImageTransformer(Architecture):
         **{
             f"{part}.*.attention.{theirs}": tuple(f"{part}.*.attention.{name}" for name in ours)
             for part in ("noise_refiner", "context_refiner", "layers")
-            for theirs, ours in {"qkv": ("to_q", "to_k", "to_v"), "out": ("to_out.0",)}.items()
+            for theirs, ours in {
+                "qkv": ("to_q", "to_k", "to_v"),
+                "out": ("to_out.0",),
+                "q_norm": ("norm_q",),
+                "k_norm": ("norm_k",),
+            }.items()
         },
         "final_layer.linear": ("all_final_layer.2-1.linear",),
         "final_layer.adaLN_modulation.1": ("all_final_layer.2-1.adaLN_modulation.1",),
     }
     meeting = unit(r"(?<!\w)layers\.\d+\.attention")
     refining = unit(r"context_refiner\.\d+\.attention")
+    heads = 2
     lists = True
 
     def told(self, model: nn.Module, given: Mapping[str, Any]) -> Told:

@@ -16,8 +16,8 @@ from mole_diffusion.families.norms import is_norm, is_of_heads
 class ModuleIndex:
     """Modules of one model that LoRAs change, found by dotted or underscored name, diffusers' or the authors' own.
 
-    They are Linears, convolutions and layers of normalisation. Those of queries and keys are left out: they
-    are given heads one by one, and nothing says for all models alike where the tokens are among these.
+    They are Linears, convolutions and layers of normalisation. Those of queries and keys, which are given heads one
+    by one, are left out where the model's family does not say where the tokens are among these.
 
     A leading `text_model.` may be there or not, in the model as in the file: transformers dropped it from
     `CLIPTextModel` (not from `CLIPTextModelWithProjection`), files keep it.
@@ -27,6 +27,7 @@ class ModuleIndex:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        known = next((known for known in ARCHITECTURES if is_a(model, known)), None)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.grouped: set[str] = set()
         self._names: dict[str, set[str]] = defaultdict(set)
@@ -39,14 +40,13 @@ class ModuleIndex:
                 self.shapes[name] = (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
                 if module.groups > 1:
                     self.grouped.add(name)
-            elif is_norm(module) and not is_of_heads(name):
+            elif is_norm(module) and (not is_of_heads(name) or (known is not None and known.heads is not None)):
                 self.shapes[name] = tuple(module.weight.shape)
             else:
                 if next(module.children(), None) is None and next(module.parameters(), None) is not None:
                     self._others[_normal(name)] = type(module).__name__
                 continue
             self._names[_normal(name)].add(name)
-        known = next((known for known in ARCHITECTURES if is_a(model, known)), None)
         originals = known.original_names(model) if known else {}
         self._original = {
             _normal(name): parts
@@ -65,7 +65,7 @@ class ModuleIndex:
         return self._original.get(name, ())
 
     def other_kind(self, spelling: str) -> str | None:
-        """The class of a module that has weights and takes no LoRA here: an embedding, a norm of queries."""
+        """The class of a module that has weights and takes no LoRA here: an embedding."""
         return self._others.get(_normal(spelling))
 
     def shape(self, targets: tuple[Original, ...]) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.experts import Experts
 from mole_diffusion.families import FAMILIES, architecture_of, canonical_name, family_of
-from mole_diffusion.families.norms import is_norm, is_of_heads
+from mole_diffusion.families.norms import is_norm
 from mole_diffusion.families.parts import every_module
 from mole_diffusion.lora import LoRA, LoRAFactors
 from tests.gating.test_transformers import flux, sd3
@@ -33,7 +33,7 @@ def calls_of(model: nn.Module, inputs: dict[str, Any]) -> list[tuple[str, Tensor
     """The modules that LoRAs change as a forward pass reaches them, each with what it was given."""
     calls: list[tuple[str, Tensor]] = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv2d) or (is_norm(module) and not is_of_heads(name)):
+        if isinstance(module, nn.Linear | nn.Conv2d) or is_norm(module):
             module.register_forward_hook(lambda _, args, __, name=name: calls.append((name, args[0])))
     with torch.no_grad():
         model(**inputs)

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mole_diffusion.lora import load_lora
+from mole_diffusion.lora import convert_lora, judge, load_lora
 from tests.command import mole
 from tests.running import summed
 from tests.tiny import dits, families, tiny_components
@@ -193,6 +193,33 @@ def test_the_commands_say_that_a_file_acts_and_convert_it_to_its_factors(
         for _, meant, _, change in made:
             delta = torch.cat([found[name].delta() for name in meant])
             torch.testing.assert_close(delta.double(), change, atol=1e-5, rtol=1e-4, msg=f"{to}, {meant}")
+
+
+PLACES = {"kohya": set(KINDS), "diffusers": {"LoRA", "LoHa"}, "peft": {"LoRA", "LoHa", "DoRA"}}
+
+
+def test_what_convert_writes_acts_whole_and_is_the_same(family: str, model: tuple[str, Any], tmp_path: Path) -> None:
+    """From every layout to every one that has a place for the kind; over the families each layout meets all kinds."""
+    component, denoiser = model
+    models = {component: denoiser}
+    torch.manual_seed(3)
+    for turn, (layout, (authors, *_)) in enumerate(LAYOUTS.items(), start=list(FAMILIES).index(family)):
+        kind = list(KINDS)[turn % len(KINDS)]
+        made = list(cases(denoiser, family, kind, authors))
+        state: Parts = {}
+        for name, _, parts, _ in made:
+            state |= written(layout, component, name, parts)
+        save_file({key: tensor.contiguous() for key, tensor in state.items()}, file := tmp_path / f"{turn}.safetensors")
+        for to in (to for to, kinds in PLACES.items() if kind in kinds):
+            case = f"{layout}, {kind}, {to}"
+            out = convert_lora(file, tmp_path / to / (f"{turn}" if to == "peft" else file.name), to, models)
+            verdict = judge(out, models, "ours")
+            assert verdict.refusal is None, case
+            assert verdict.modules == {component: sum(len(meant) for _, meant, *_ in made)}, case
+            found = load_lora(out, models).factors[component]
+            for _, meant, _, change in made:
+                deltas = [found[name].delta(denoiser.get_submodule(name).weight.detach()) for name in meant]
+                torch.testing.assert_close(torch.cat(deltas).double(), change, atol=1e-5, rtol=1e-4, msg=case)
 
 
 @torch.no_grad()

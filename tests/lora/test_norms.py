@@ -13,6 +13,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from mole_diffusion.composition import Linear, NormRouter
 from mole_diffusion.composition.budget import site_gram
+from mole_diffusion.errors import MoLEError
 from mole_diffusion.experts import Experts, Projections, Run, Site
 from mole_diffusion.gating import GateConfig, MoLEModel
 from mole_diffusion.lora import LoRAError, convert_lora, inspect_lora, load_lora
@@ -71,7 +72,8 @@ def transformer(family: str) -> Callable[[], tuple[str, Any, Callable[[Any], Ten
 
 
 MODELS = {"UNet": (unet, 9), "CLIP": (clip, 5), "T5": (flan, 7)}
-MODELS |= {name: (transformer(name), least) for name, least in (("z_image", 10), ("krea2", 8), ("qwen_image", 1))}
+LEAST = {"stable_diffusion_3": 4, "flux": 4, "flux2": 4, "z_image": 12, "krea2": 12, "qwen_image": 5}
+MODELS |= {name: (transformer(name), least) for name, least in LEAST.items()}
 
 
 @torch.no_grad()
@@ -157,6 +159,52 @@ def test_every_position_has_its_own_weight() -> None:
                 weights.reshape(len(x), 1, *x.shape[2:]) if name == GROUPS else weights[..., None]
             )
         torch.testing.assert_close(output, wanted, atol=1e-10, rtol=1e-8)
+
+
+# A norm, and its axes in the order (samples, tokens, heads, d): heads come before the tokens or
+# behind them. Of the last one several rows are one sample's.
+HEADS = {
+    "stable_diffusion_3": ("transformer_blocks.0.attn.norm_q", (0, 2, 1, 3)),
+    "flux": ("single_transformer_blocks.0.attn.norm_k", (0, 1, 2, 3)),
+    "krea2": ("text_fusion.layerwise_blocks.0.attn.norm_q", (0, 1, 2, 3)),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", HEADS)
+def test_heads_of_queries_and_keys_have_the_weight_of_their_token(family: str) -> None:
+    """Against the formula in float64: whatever axis the heads are on, they are of one position."""
+    component, model = denoiser(family)
+    name, tokens_first = HEADS[family]
+    module: Any = model.get_submodule(name)
+    loras = [load_lora(changes(model, component, [name], s), {component: model}, name=str(s)) for s in (1, 2)]
+    experts, run = Experts(loras), caller(family, model)
+    base = run()
+    experts.attach({component: model})
+    seen: list[tuple[Tensor, Tensor]] = []
+    handle = module.register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
+    try:
+        experts.weigher = weigher = Random()
+        run()
+        gates = MoLEModel.from_experts(experts, GateConfig(scope="matrix", input="hidden", token_axis="token"))
+        for other in (gates, NormRouter()):
+            experts.weigher = other
+            assert run().isfinite().all()
+            assert not torch.equal(run(), base)
+        with pytest.raises(MoLEError, match=r"norm_[qk] was given queries or keys of shape \(2, 5, \d+\)"):
+            module(torch.ones(2, 5, len(module.weight)))  # as a processor would that has its heads among the samples
+    finally:
+        experts.detach()
+        handle.remove()
+    x, output = (given.permute(tokens_first) for given in seen[0])
+    own = 1 + module.weight if family == "krea2" else module.weight
+    gains = [lora.factors[component][name].gain for lora in loras]
+    weights = weigher.given[name].reshape(*x.shape[:2], 1, 2)
+    wanted = reference.rms_norm(x, own, module.eps)
+    for index, gain in enumerate(gains):
+        assert gain is not None
+        wanted = wanted + weights[..., index, None] * reference.rms_norm(x, gain, module.eps)
+    torch.testing.assert_close(output.double(), wanted, atol=1e-5, rtol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -271,8 +319,8 @@ def test_what_has_no_meaning_is_refused(state: dict[str, Tensor], message: str) 
         load_lora({f"unet.{key}": value for key, value in state.items()}, {"unet": tiny_components()["unet"]})
 
 
-def test_norms_of_queries_and_keys_are_refused_by_name() -> None:
-    component, model = denoiser("flux")
-    key = f"{component}.transformer_blocks.0.attn.norm_q.w_norm"
+def test_norms_of_queries_and_keys_of_models_that_nobody_described_are_refused_by_name() -> None:
+    """Nothing says whether their heads come before the tokens or behind them."""
+    model = nn.ModuleDict({"to_q": nn.Linear(8, 8), "norm_q": nn.RMSNorm(8)})
     with pytest.raises(LoRAError, match=r"1 of 1 modules are RMSNorm, of which no change is read.*Merge it"):
-        load_lora({key: torch.ones(16)}, {component: model})
+        load_lora({"transformer.norm_q.w_norm": torch.ones(8)}, {"transformer": model})
