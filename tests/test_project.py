@@ -97,6 +97,16 @@ def test_every_tracked_file_has_a_name_that_every_system_takes() -> None:
     assert len({name.casefold() for name in listed.split("\0")}) == len(listed.split("\0"))
 
 
+def test_every_tracked_text_has_the_same_bytes_on_every_system() -> None:
+    listed = subprocess.run(["git", "ls-files", "--eol"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout")
+    entries = [line.split("\t") for line in listed.stdout.splitlines()]
+    texts = {name: how for how, name in entries if "i/-text" not in how}
+    assert len(texts) > 100
+    assert [name for name, how in texts.items() if "i/crlf" in how or "eol=lf" not in how] == []
+
+
 def test_what_a_user_can_mend_is_one_class_of_errors() -> None:
     """The command line shows any other error as the bug that it is."""
     files = [file for room in ("mole_diffusion", "metrics", "pipelines") for file in (ROOT / room).rglob("*.py")]
