@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.extras import needs
 
 from .files import atomic_path
 from .pictures import refuse_ending
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PLOTS = "drawing weights and curves"  # what needs matplotlib
 INK, PAPER, GAP = (28, 28, 32), (255, 255, 255), 6

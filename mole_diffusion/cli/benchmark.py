@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ..drawing.opening import pick_device, quiet_loading
+from .early import refuse_missing
 from .edge import SOME_FAILED
 from .inputs import Device, warnings_in_a_line
 
@@ -39,6 +40,9 @@ def run(config: Config, out: Out = None, device: Device = "auto") -> None:
       mole benchmark run table1
       torchrun --nproc-per-node 4 --no-python mole benchmark run benchmarks/table1.yaml --out runs/table1
     """
+    if config.suffix:
+        refuse_missing("config", [config])
+    pick_device(device)
     from mole_diffusion.benchmark import BenchmarkConfig, run_benchmark
     from mole_diffusion.benchmark.studies import find_study
 
@@ -72,6 +76,8 @@ def report(
       mole benchmark report benchmarks/table1.yaml
       mole benchmark report benchmarks/table1.yaml --page docs/results
     """
+    if config.suffix:
+        refuse_missing("config", [config])
     from mole_diffusion.benchmark import BenchmarkConfig, write_report
     from mole_diffusion.benchmark.studies import find_study
 

@@ -9,6 +9,7 @@ import typer
 
 from ..drawing.opening import find_folder, pick_device, quiet_loading
 from ..errors import MoLEError
+from .early import refuse_missing, refuse_missing_clip
 from .edge import SOME_FAILED
 from .inputs import Device, read_pairs, warnings_in_a_line
 
@@ -49,6 +50,11 @@ def evaluate(
     from mole_diffusion.files import try_file, write_last
 
     try_file(out)
+    refuse_missing("--images", [images])
+    refuse_missing("--prompts", [prompts])
+    refuse_missing("--references", folders.values())
+    refuse_missing_clip(clip)
+    where = pick_device(device)
     from rich.console import Console
     from rich.table import Table
 
@@ -58,7 +64,6 @@ def evaluate(
 
     encoder_found = image_encoder and find_folder("--image-encoder", image_encoder, example="facebook/dinov2-base")
     read_inputs(images, prompts, folders)
-    where = pick_device(device)
     with quiet_loading():
         encoder = None if encoder_found is None else VisionBackbone.from_pretrained(encoder_found).to(where)
         model = load_clip(clip).to(where)

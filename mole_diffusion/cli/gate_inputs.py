@@ -10,11 +10,15 @@ from typing import TYPE_CHECKING, Any
 from mole_diffusion.errors import MoLEError
 
 from ..drawing.opening import find_base, pick_device, quiet_loading
+from .early import refuse_missing, refuse_missing_clip, refuse_missing_loras
 from .inputs import read_base_dtype, read_pairs, read_pictures
 
 if TYPE_CHECKING:
     from mole_diffusion.clip import DifferentiableCLIP
     from mole_diffusion.training import Concept, GateTrainingConfig
+
+
+NO_PROMPTS = 'no prompts: give --prompt, --prompts FILE or --template "a photo of {concepts}".'
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,36 @@ class GateTrainingInputs:
     prompts: list[str]
     clip: DifferentiableCLIP
     concepts: dict[str, Concept]
+
+
+def look_first(
+    *,
+    base: str,
+    lora: Sequence[str],
+    references: Sequence[str] | None,
+    prompt: Sequence[str] | None,
+    prompts: Path | None,
+    template: Sequence[str] | None,
+    clip: str | None,
+    device: str,
+    dtype: str,
+) -> None:
+    """What is quick to check, before anything large is imported.
+
+    Raises:
+        MoLEError: Something is not there, or is none of what there is to choose from.
+    """
+    refuse_missing_loras(read_pairs("--lora", [entry for entry in lora if "=" in entry or base != "toybox"]))
+    refuse_missing("--references", read_pairs("--references", references or [], "cat=./my-cat").values())
+    refuse_missing("--prompts", [] if prompts is None else [prompts])
+    if not (prompt or prompts or template):
+        raise MoLEError(NO_PROMPTS)
+    if clip is None and base != "toybox":
+        raise MoLEError("--clip is missing. Give a folder, or --clip ViT-B-32 --clip-pretrained laion2b_s34b_b79k.")
+    refuse_missing_clip(clip)
+    find_base(base)
+    read_base_dtype(dtype)
+    pick_device(device)
 
 
 def read_gate_training(
@@ -54,8 +88,6 @@ def read_gate_training(
     files = read_pairs("--lora", own)
     concepts = known | read_concepts(files, token, class_name, description, references)
     texts = read_training_prompts(prompt, prompts, template, concepts)
-    if clip is None and base != "toybox":
-        raise MoLEError("--clip is missing. Give a folder, or --clip ViT-B-32 --clip-pretrained laion2b_s34b_b79k.")
     from mole_diffusion import toybox
     from mole_diffusion.clip import DifferentiableCLIP
     from mole_diffusion.pipelines import pipeline_class
@@ -144,5 +176,5 @@ def read_training_prompts(
         texts += [line for line in read_prompt_lines(prompts) if not line.startswith("#")]
     texts += prompts_from_templates(template or [], concepts)
     if not texts:
-        raise MoLEError('no prompts: give --prompt, --prompts FILE or --template "a photo of {concepts}".')
+        raise MoLEError(NO_PROMPTS)
     return texts

@@ -13,6 +13,7 @@ import typer
 from mole_diffusion.files import try_file, try_folder, write_all_last
 
 from ..drawing.opening import (
+    DTYPES,
     SINGLE_FILE,
     find_base,
     find_folder,
@@ -24,6 +25,7 @@ from ..drawing.opening import (
 )
 from ..drawing.settings import LARGEST_SEED, MOST_IMAGES
 from ..errors import MoLEError
+from .early import refuse_missing_loras, refuse_other
 from .generate_inputs import output_files, read_prompt, read_size
 from .inputs import Device
 from .lora_entries import read_chosen, read_loras, read_role_entries, read_trigger_entries, toybox_name
@@ -140,6 +142,9 @@ def generate(
     if save_masks is not None:
         try_folder(save_masks)
     read_size(height, width)
+    refuse_missing_loras(files)
+    refuse_other("--dtype", dtype, DTYPES)
+    where = pick_device(device)
     from mole_diffusion.lora import inspect_lora
 
     found = {name: inspect_lora(file) for name, file in files.items()}
@@ -164,7 +169,6 @@ def generate(
     if base_config is not None and not base_found.endswith(SINGLE_FILE):
         raise MoLEError(f"--base-config says how a single file is built, and --base {base} is none. Leave it out.")
     read_scheduler(scheduler)
-    where = pick_device(device)
     precision = read_dtype(dtype, where)
 
     from mole_diffusion.drawing import draw, settings

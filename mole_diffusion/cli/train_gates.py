@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from . import gate_options as given
-from .gate_inputs import read_gate_training
+from .gate_inputs import look_first, read_gate_training
 from .gate_settings import read_config
 from .inputs import Base, BaseDtype, Device
 
@@ -61,6 +61,17 @@ def train_gates(
     from mole_diffusion.files import try_folder
 
     try_folder(out)
+    look_first(
+        base=base,
+        lora=lora,
+        references=references,
+        prompt=prompt,
+        prompts=prompts,
+        template=template,
+        clip=clip,
+        device=device,
+        dtype=dtype,
+    )
     options = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
     chosen = read_config(preset, config, settings, options)
     inputs = read_gate_training(

@@ -60,6 +60,7 @@ def train_lora(
     place = work or out.with_suffix(".work")
     try_folder(place)
     pictures = read_pictures("--images", images)
+    precision, where = read_base_dtype(dtype), pick_device(device)
     from mole_diffusion.loading import loading
     from mole_diffusion.pipelines import pipeline_class
     from mole_diffusion.training import TEXT_ENCODER_TARGETS, LoRATrainingConfig
@@ -81,7 +82,6 @@ def train_lora(
         resolution=resolution,
         seed=seed,
     )
-    precision, where = read_base_dtype(dtype), pick_device(device)
     with quiet_loading(), loading(f"--base {base}"):
         pipe = pipeline_class(base_found).from_pretrained(base_found, dtype=precision, use_safetensors=True).to(where)
     train(pipe, pictures, config, out=out, work=place)

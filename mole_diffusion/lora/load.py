@@ -10,7 +10,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from mole_diffusion.families import Original
 from mole_diffusion.families.base import unwrapped
@@ -126,8 +125,8 @@ class _Reader:
         found = read_embeddings(self.file)
         for word, by_component in found.items():
             for component, vectors in by_component.items():
-                model = self.models.get(component)
-                width = model.get_input_embeddings().weight.shape[1] if isinstance(model, PreTrainedModel) else None
+                words: Any = getattr(self.models.get(component), "get_input_embeddings", None)
+                width = None if words is None else words().weight.shape[1]
                 if vectors.shape[1] != width:
                     fits = f"{component}'s have {width}" if width else f"there is no {component}"
                     self._refuse(

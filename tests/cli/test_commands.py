@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import io
+import json
 import os
 import subprocess
 import sys
@@ -357,6 +358,39 @@ def run_script(*arguments: str, environment: dict[str, str] | None = None) -> su
     start = "import sys; from mole_diffusion.cli import main; main()"
     command = [sys.executable, "-c", start, *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
+
+
+def test_what_is_not_there_is_said_before_torch_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a cat")
+    gates = ["--lora", "cat", "--lora", "boot", "--out", str(tmp_path / "gates")]
+    measure = ["evaluate", "--out", str(tmp_path / "e.csv"), "--prompts", str(tmp_path / "prompts.txt"), "--images"]
+    wrong = {
+        "cat=/no/cat.safetensors: no such file": ["generate", "--prompt", "x", "--lora", "cat=/no/cat.safetensors"],
+        "--dtype float8: must be one of": ["generate", "--prompt", "x", "--dtype", "float8"],
+        "--images /no/pictures: there is no such": [*measure, "/no/pictures"],
+        "--references /no/cat: there is no such": [*measure, str(tmp_path), "--references", "cat=/no/cat"],
+        "--clip /no/clip: there is no such folder": [*measure, str(tmp_path), "--clip", "/no/clip"],
+        "no prompts: give --prompt": ["train-gates", *gates],
+        "--clip ./no: there is no such folder": ["balance-study", *gates, "--prompt", "x", "--clip", "./no"],
+        "config /no.yaml: there is no such": ["benchmark", "run", "/no.yaml"],
+        "config no.yml: there is no such": ["benchmark", "report", "no.yml"],
+    }
+    wrong["--base ./no: there is no such folder"] = [
+        "train-gates", "--lora", f"cat={tmp_path}", *gates[4:], "--prompt", "x", "--base", "./no", "--clip", "x",
+    ]  # fmt: skip
+    code = (
+        "import json, sys; from typer.testing import CliRunner; from mole_diffusion.cli import app\n"
+        "said = [CliRunner().invoke(app, one) for one in json.loads(sys.argv[1])]\n"
+        "print(json.dumps([[one.exit_code, one.stderr] for one in said] + ['torch' in sys.modules]))"
+    )
+    command = [sys.executable, "-c", code, json.dumps(list(wrong.values()))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    *said, torch_is_there = json.loads(done.stdout)
+    for message, (exit_code, stderr) in zip(wrong, said, strict=True):
+        assert exit_code == 2, message
+        assert message in stderr
+        assert len(stderr.splitlines()) == 1
+    assert not torch_is_there
 
 
 def test_as_a_process_of_its_own() -> None:

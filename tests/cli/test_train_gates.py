@@ -122,7 +122,10 @@ def test_a_base_is_opened_in_the_format_that_was_asked_for(world: Path, dtype: s
 
 
 def test_balance_study_looks_at_its_temperatures_before_any_model(tmp_path: Path) -> None:
-    lora = ["--lora", f"a={tmp_path}/none.safetensors", "--base", tmp_path / "none", "--template", "{concepts}"]
+    file, folder = tmp_path / "empty.safetensors", tmp_path / "empty"
+    file.touch()
+    folder.mkdir()
+    lora = ["--lora", f"a={file}", "--base", folder, "--clip", folder, "--template", "{concepts}"]
     done = mole("balance-study", *lora, "--out", tmp_path / "study", "--temperature", "-1")
     assert done.exit_code == 2
     assert "`temperature` must be positive and finite, got -1.0" in " ".join(done.output.split())

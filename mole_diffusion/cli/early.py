@@ -1,0 +1,50 @@
+"""What is seen of wrong arguments before torch and diffusers are imported, which takes seconds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from mole_diffusion.errors import MoLEError
+
+
+def refuse_missing_loras(files: Mapping[str, str]) -> None:
+    """Raises MoLEError where nothing is at the path of a LoRA.
+
+    Args:
+        files: Name to path.
+    """
+    for name, file in files.items():
+        if not _is_there(file):
+            raise MoLEError(
+                f"--lora {name}={file}: no such file. Check the path; a LoRA on the Hub is fetched with "
+                "`hf download <repository>` first."
+            )
+
+
+def refuse_missing(option: str, paths: Iterable[str | os.PathLike[str]]) -> None:
+    """Raises MoLEError where nothing is at a path that an option was given."""
+    for path in paths:
+        if not _is_there(path):
+            raise MoLEError(f"{option} {os.fspath(path)}: there is no such file or folder. Check the path.")
+
+
+def refuse_missing_clip(clip: str | None) -> None:
+    """Raises MoLEError for a CLIP that is named by a path where no folder is; architectures are left to open_clip."""
+    path = "" if clip is None else os.path.expanduser(clip)
+    if (os.path.isabs(path) or path.startswith(".")) and not os.path.isdir(path):
+        raise MoLEError(f"--clip {clip}: there is no such folder. Give one in open_clip's format, or an architecture.")
+
+
+def refuse_other(option: str, given: str, known: Iterable[str]) -> None:
+    """Raises MoLEError for a word that is none of those that an option takes."""
+    if given not in known:
+        raise MoLEError(f"{option} {given}: must be one of {', '.join(known)}.")
+
+
+def _is_there(path: str | os.PathLike[str]) -> bool:
+    try:
+        return os.path.lexists(Path(path))
+    except ValueError:  # no name of a file; whoever reads it says so
+        return True
