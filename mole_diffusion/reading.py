@@ -11,6 +11,7 @@ from typing import Any
 from mole_diffusion.errors import MoLEError, printable
 
 LARGEST_TEXT = 16 * 2**20
+DEEPEST = 200  # tables and lists within one another
 
 
 def regular_size(path: str | os.PathLike[str]) -> int:
@@ -70,6 +71,16 @@ def is_text(text: str) -> bool:
     return True
 
 
+def _is_deep(found: Any) -> bool:
+    level = [found]
+    for _ in range(DEEPEST):
+        tables = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)]
+        level = [inner for table in tables for inner in table]
+        if not level:
+            return False
+    return True
+
+
 def parse_json(text: str) -> Any:
     """JSON, strictly: no key twice, no NaN or infinity, no nesting that exhausts the interpreter, nothing but text.
 
@@ -90,6 +101,8 @@ def parse_json(text: str) -> Any:
 
     try:
         found = json.loads(text, object_pairs_hook=table, parse_constant=no_constant)
+        if _is_deep(found):  # Python 3.14 reads that, and what walks through it would fail
+            raise RecursionError
         if "\\ud" in text.lower() and not is_text(json.dumps(found, ensure_ascii=False)):
             raise MoLEError("has half a UTF-16 pair, which is no text")
         return found

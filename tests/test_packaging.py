@@ -69,7 +69,7 @@ def test_every_python_that_is_named_is_tested_and_the_oldest_versions_too() -> N
     named = re.findall(r"Python :: (3\.\d+)", " ".join(PROJECT["classifiers"]))
     job = read_yaml(ROOT / ".github" / "workflows" / "ci.yml")["jobs"]["versions"]
     matrix = job["strategy"]["matrix"]
-    assert matrix["python"] == named
+    assert set(named) <= set(matrix["python"])
     assert PROJECT["requires-python"] == f">={named[0]}"
     assert matrix["target"] == ["test"]
     assert matrix["include"] == [{"python": named[0], "target": "test-lowest"}]
