@@ -87,6 +87,7 @@ def ways(batch_size: int, learning_rate: float) -> dict[str, Way]:
         "as it is": changed(),
         "Muon": changed(make_optimizer=muon),
         "SOAP": changed(make_optimizer=soap),
+        "timesteps further towards the noise": changed(timestep_power=0.5),
         "timesteps even": changed(timestep_power=1.0),
         "timesteps towards the picture": changed(timestep_power=1.4),
         "learning rate doubled": Way(replace(AS_IT_IS, learning_rate=learning_rate * 2), batch_size),
