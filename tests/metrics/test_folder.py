@@ -106,8 +106,8 @@ def test_wrong_input_is_said_before_anything_is_measured(folder: Path) -> None:
         (wrong_count, "has 2 prompts, and there are 3 pictures"),
         (no_pictures, f"references of concept 'boot': {folder / 'boot'}: no picture in this folder"),
         (broken_reference, "references of concept 'boot': "),
-        (none, f"{folder / 'pictures'}: there is no such folder of pictures"),
-        (before_clip, f"{folder / 'pictures'}: there is no such folder of pictures"),
+        (none, f"--images {folder / 'pictures'}: there is no such file or folder"),
+        (before_clip, f"--images {folder / 'pictures'}: there is no such file or folder"),
         (unknown, "'ViT-B-32' is no CLIP"),
     ):
         assert done.exit_code == 2, done.output
