@@ -243,7 +243,7 @@ class SpeedConfig:
 
 _EVERY: tuple[Side, ...] = ("bare", "empty", "sum", "gates", "masks", "norm_router", "fused", "peft", "merged")
 WHOLE = (
-    SpeedConfig(size="142m", loras=(3,), rounds=5, sides=(*_EVERY, "products", "joined"), train=True),
+    SpeedConfig(size="142m", loras=(3,), rounds=9, sides=(*_EVERY, "products", "joined"), train=True),
     SpeedConfig(size="142m", loras=(8,), rounds=4, sides=("bare", "sum", "gates", "masks", "fused", "peft", "merged")),
     SpeedConfig(size="142m", loras=(3, 32), used=3, rounds=4, sides=("bare", "sum", "gates", "masks")),
     SpeedConfig(size="toybox", loras=(3,), rounds=12, sides=_EVERY, train=True, pipeline=True),
