@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from . import gate_options as given
-from .gate_inputs import look_first, read_gate_training
+from .gate_inputs import GateArguments
 from .gate_settings import read_config
 from .inputs import Base, BaseDtype, Device
 
@@ -53,24 +53,7 @@ def balance_study(
     from mole_diffusion.files import try_folder
 
     try_folder(out)
-    look_first(
-        base=base,
-        lora=lora,
-        references=references,
-        prompt=prompt,
-        prompts=prompts,
-        template=template,
-        clip=clip,
-        device=device,
-        dtype=dtype,
-    )
-    options = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
-    chosen = read_config(preset, config, settings, options)
-    from mole_diffusion.benchmark.study import TEMPERATURES, variants
-
-    temperatures = temperature or TEMPERATURES
-    variants(chosen, temperatures)  # before any model is loaded
-    inputs = read_gate_training(
+    arguments = GateArguments(
         base=base,
         lora=lora,
         token=token,
@@ -84,8 +67,15 @@ def balance_study(
         clip_pretrained=clip_pretrained,
         device=device,
         dtype=dtype,
-        config=chosen,
     )
+    arguments.look_first()
+    options = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
+    chosen = read_config(preset, config, settings, options)
+    from mole_diffusion.benchmark.study import TEMPERATURES, variants
+
+    temperatures = temperature or TEMPERATURES
+    variants(chosen, temperatures)  # before any model is loaded
+    inputs = arguments.read(chosen)
     from mole_diffusion.benchmark import balance_study as study
 
     study(

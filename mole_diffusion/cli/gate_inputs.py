@@ -32,75 +32,66 @@ class GateTrainingInputs:
     concepts: dict[str, Concept]
 
 
-def look_first(
-    *,
-    base: str,
-    lora: Sequence[str],
-    references: Sequence[str] | None,
-    prompt: Sequence[str] | None,
-    prompts: Path | None,
-    template: Sequence[str] | None,
-    clip: str | None,
-    device: str,
-    dtype: str,
-) -> None:
-    """What is quick to check, before anything large is imported.
+@dataclass(frozen=True, kw_only=True)
+class GateArguments:
+    """What these commands were given, as the command line has it; see `gate_options`."""
 
-    Raises:
-        MoLEError: Something is not there, or is none of what there is to choose from.
-    """
-    refuse_missing_loras(read_pairs("--lora", [entry for entry in lora if "=" in entry or base != "toybox"]))
-    refuse_missing("--references", read_pairs("--references", references or [], "cat=./my-cat").values())
-    refuse_missing("--prompts", [] if prompts is None else [prompts])
-    if not (prompt or prompts or template):
-        raise MoLEError(NO_PROMPTS)
-    if clip is None and base != "toybox":
-        raise MoLEError("--clip is missing. Give a folder, or --clip ViT-B-32 --clip-pretrained laion2b_s34b_b79k.")
-    refuse_missing_clip(clip)
-    find_base(base)
-    read_base_dtype(dtype)
-    pick_device(device)
+    base: str
+    lora: Sequence[str]
+    token: Sequence[str] | None
+    class_name: Sequence[str] | None
+    description: Sequence[str] | None
+    references: Sequence[str] | None
+    prompt: Sequence[str] | None
+    prompts: Path | None
+    template: Sequence[str] | None
+    clip: str | None
+    clip_pretrained: str | None
+    device: str
+    dtype: str
 
+    def look_first(self) -> None:
+        """What is quick to check, before anything large is imported.
 
-def read_gate_training(
-    *,
-    base: str,
-    lora: Sequence[str],
-    token: Sequence[str] | None,
-    class_name: Sequence[str] | None,
-    description: Sequence[str] | None,
-    references: Sequence[str] | None,
-    prompt: Sequence[str] | None,
-    prompts: Path | None,
-    template: Sequence[str] | None,
-    clip: str | None,
-    clip_pretrained: str | None,
-    device: str,
-    dtype: str,
-    config: GateTrainingConfig,
-) -> GateTrainingInputs:
-    """Loads the models, after everything that is quick to check.
+        Raises:
+            MoLEError: Something is not there, or is none of what there is to choose from.
+        """
+        base, clip = self.base, self.clip
+        refuse_missing_loras(read_pairs("--lora", [entry for entry in self.lora if "=" in entry or base != "toybox"]))
+        refuse_missing("--references", read_pairs("--references", self.references or [], "cat=./my-cat").values())
+        refuse_missing("--prompts", [] if self.prompts is None else [self.prompts])
+        if not (self.prompt or self.prompts or self.template):
+            raise MoLEError(NO_PROMPTS)
+        if clip is None and base != "toybox":
+            raise MoLEError("--clip is missing. Give a folder, or --clip ViT-B-32 --clip-pretrained laion2b_s34b_b79k.")
+        refuse_missing_clip(clip)
+        find_base(base)
+        read_base_dtype(self.dtype)
+        pick_device(self.device)
 
-    Raises:
-        MoLEError: Something is missing or does not fit.
-    """
-    own, known = toybox_loras(lora) if base == "toybox" else (list(lora), {})
-    files = read_pairs("--lora", own)
-    concepts = known | read_concepts(files, token, class_name, description, references)
-    texts = read_training_prompts(prompt, prompts, template, concepts)
-    from mole_diffusion import toybox
-    from mole_diffusion.clip import DifferentiableCLIP
-    from mole_diffusion.pipelines import pipeline_class
+    def read(self, config: GateTrainingConfig) -> GateTrainingInputs:
+        """Loads the models, after everything that is quick to check.
 
-    precision, where = read_base_dtype(dtype), pick_device(device)
-    guide = DifferentiableCLIP(toybox.clip_dir() if clip is None else clip, clip_pretrained)
-    with quiet_loading():
-        found = find_base(base)
-        pipe = pipeline_class(found).from_pretrained(found, dtype=precision).to(where)
-    # What gates are trained on the masks of is found by these words.
-    words = {name: (f"{item.token} {item.class_name}", item.token) for name, item in concepts.items()}
-    pipe.load_loras(files, triggers=words)
-    return GateTrainingInputs(pipe, config, texts, guide, concepts)
+        Raises:
+            MoLEError: Something is missing or does not fit.
+        """
+        own, known = toybox_loras(self.lora) if self.base == "toybox" else (list(self.lora), {})
+        files = read_pairs("--lora", own)
+        concepts = known | read_concepts(files, self.token, self.class_name, self.description, self.references)
+        texts = read_training_prompts(self.prompt, self.prompts, self.template, concepts)
+        from mole_diffusion import toybox
+        from mole_diffusion.clip import DifferentiableCLIP
+        from mole_diffusion.pipelines import pipeline_class
+
+        precision, where = read_base_dtype(self.dtype), pick_device(self.device)
+        guide = DifferentiableCLIP(toybox.clip_dir() if self.clip is None else self.clip, self.clip_pretrained)
+        with quiet_loading():
+            found = find_base(self.base)
+            pipe = pipeline_class(found).from_pretrained(found, dtype=precision).to(where)
+        # What gates are trained on the masks of is found by these words.
+        words = {name: (f"{item.token} {item.class_name}", item.token) for name, item in concepts.items()}
+        pipe.load_loras(files, triggers=words)
+        return GateTrainingInputs(pipe, config, texts, guide, concepts)
 
 
 def toybox_loras(lora: Sequence[str]) -> tuple[list[str], dict[str, Concept]]:

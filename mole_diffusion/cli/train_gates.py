@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from . import gate_options as given
-from .gate_inputs import look_first, read_gate_training
+from .gate_inputs import GateArguments
 from .gate_settings import read_config
 from .inputs import Base, BaseDtype, Device
 
@@ -61,20 +61,7 @@ def train_gates(
     from mole_diffusion.files import try_folder
 
     try_folder(out)
-    look_first(
-        base=base,
-        lora=lora,
-        references=references,
-        prompt=prompt,
-        prompts=prompts,
-        template=template,
-        clip=clip,
-        device=device,
-        dtype=dtype,
-    )
-    options = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
-    chosen = read_config(preset, config, settings, options)
-    inputs = read_gate_training(
+    arguments = GateArguments(
         base=base,
         lora=lora,
         token=token,
@@ -88,8 +75,11 @@ def train_gates(
         clip_pretrained=clip_pretrained,
         device=device,
         dtype=dtype,
-        config=chosen,
     )
+    arguments.look_first()
+    options = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
+    chosen = read_config(preset, config, settings, options)
+    inputs = arguments.read(chosen)
     from accelerate import PartialState
 
     from mole_diffusion.training import train_gates as train

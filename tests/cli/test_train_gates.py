@@ -12,8 +12,8 @@ import torch
 
 from mole_diffusion import toybox
 from mole_diffusion.cli.gate_inputs import (
+    GateArguments,
     read_concepts,
-    read_gate_training,
     read_training_prompts,
     toybox_loras,
 )
@@ -102,7 +102,7 @@ def test_balance_study_prints_its_table(world: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_base_is_opened_in_the_format_that_was_asked_for(world: Path, dtype: str) -> None:
     names = ("cat", "dog")
-    found = read_gate_training(
+    arguments = GateArguments(
         base=str(world / "base"),
         lora=[f"{name}={world / name}.safetensors" for name in names],
         token=[f"{name}={name}" for name in names],
@@ -116,8 +116,8 @@ def test_a_base_is_opened_in_the_format_that_was_asked_for(world: Path, dtype: s
         clip_pretrained=None,
         device="cpu",
         dtype=dtype,
-        config=GateTrainingConfig(),
     )
+    found = arguments.read(GateTrainingConfig())
     assert {found.pipe.unet.dtype, found.pipe.text_encoder.dtype} == {getattr(torch, dtype)}
 
 
