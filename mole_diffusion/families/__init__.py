@@ -47,7 +47,13 @@ __all__ = [
     "family_of",
     "is_denoiser",
     "is_read",
+    "known_architecture",
 ]
+
+
+def known_architecture(model: Any) -> Architecture | None:
+    """The architecture of a model, if it is described here."""
+    return next((known for known in ARCHITECTURES if is_a(model, known)), None)
 
 
 def architecture_of(model: nn.Module) -> Architecture:
@@ -56,9 +62,9 @@ def architecture_of(model: nn.Module) -> Architecture:
     Raises:
         MoLEError: No architecture here describes the model.
     """
-    for known in ARCHITECTURES:
-        if is_a(model, known):
-            return known
+    known = known_architecture(model)
+    if known is not None:
+        return known
     classes = ", ".join(name for known in ARCHITECTURES for name in known.classes)
     raise MoLEError(
         f"{type(model).__name__} is a kind of model that is not known here, so nobody can say what its modules read "
@@ -83,7 +89,7 @@ def is_read(components: Mapping[str, Any], component: str, module: str) -> bool:
     family = next((family for family in FAMILIES if family.fits(components)), None)
     if family is not None and component in family.architectures:
         return family.is_read(components, component, module)
-    known = next((known for known in ARCHITECTURES if is_a(components[component], known)), None)
+    known = known_architecture(components[component])
     return known is None or known.is_read(unwrapped(components[component]), module)
 
 

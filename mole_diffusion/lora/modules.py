@@ -7,8 +7,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from mole_diffusion.families import ARCHITECTURES, Original
-from mole_diffusion.families.base import is_a
+from mole_diffusion.families import Original, known_architecture
 from mole_diffusion.families.names import COMPILED, TEXT_MODEL
 from mole_diffusion.families.norms import is_norm, is_of_heads
 
@@ -27,7 +26,7 @@ class ModuleIndex:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        known = next((known for known in ARCHITECTURES if is_a(model, known)), None)
+        known = known_architecture(model)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.grouped: set[str] = set()
         self._names: dict[str, set[str]] = defaultdict(set)
