@@ -78,6 +78,7 @@ class ExpertStack:
         self._ups: tuple[Tensor, Tensor] | None = None  # B, and the same turned
         self._alike: _Alike | None = None
         self._spread: Tensor | None = None
+        self._columns: Tensor | None = None
 
     def only(self, kept: Collection[int]) -> ExpertStack:
         """The same place with the rows of the `kept` LoRAs alone; their indices stay, the others have rank 0.
@@ -138,7 +139,7 @@ class ExpertStack:
 
     def let_go(self) -> None:
         """Forget what was made for the products; it is made again when it is needed."""
-        self._ups = self._spread = None
+        self._ups = self._spread = self._columns = None
 
     @property
     def up_ready(self) -> Tensor | None:
@@ -230,7 +231,7 @@ class ExpertStack:
             with uncast(weights.device):
                 return spread.t() @ weights.transpose(1, 2) if self.is_convolution else weights @ spread
         if len(self.indices) < self.num_experts:
-            weights = weights[..., list(self.indices)]
+            weights = weights.index_select(-1, self._columns_like(weights))
         if self._scales:
             weights = weights * weights.new_tensor(self._scalings)
         if alike:
@@ -241,6 +242,14 @@ class ExpertStack:
             weights = weights.transpose(1, 2)
         weights = weights.contiguous()  # a product that reads it with jumps takes three times as long
         return weights.unsqueeze(2 if self.is_convolution else 3) if self._same_rank else weights
+
+    def _columns_like(self, weights: Tensor) -> Tensor:
+        """The LoRAs here as a tensor to select with: to make one of a list takes longer than the selection."""
+        columns = self._columns
+        if columns is None or columns.device != weights.device:
+            with torch.inference_mode(False):  # a later pass may be one with gradients
+                self._columns = columns = torch.tensor(self.indices, dtype=torch.long, device=weights.device)
+        return columns
 
     def _spread_like(self, weights: Tensor) -> Tensor:
         """`(N, R)`: the scaling of every LoRA at its own ranks, 0 elsewhere.

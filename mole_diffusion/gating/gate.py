@@ -85,7 +85,7 @@ class Gate(nn.Module):
         self.gram = torch.block_diag(*[block.T @ block for block in blocks])
         self.column_sum = torch.cat([block.sum(dim=0) for block in blocks])
 
-    def forward(self, features: Tensor, beside: Tensor | None = None, among: list[int] | None = None) -> Tensor:
+    def forward(self, features: Tensor, beside: Tensor | None = None, among: Tensor | None = None) -> Tensor:
         rows = features.to(self.weight.dtype)
         flat = rows.flatten(1)  # (batch, positions * width)
         # Experts first: with a position a row there are thousands of rows and a handful of experts, and whatever comes
@@ -102,7 +102,7 @@ class Gate(nn.Module):
             mean = total.sum(dim=(1, 2)) / self.num_features
             variance = (square_norm / self.num_features - mean.square()).clamp_min(0)
             assert self.weight_sum is not None
-            sums = self.weight_sum if among is None else self.weight_sum[among]
+            sums = self.weight_sum if among is None else self.weight_sum.index_select(0, among)
             logits = (scores - sums[:, None] * mean) / ((variance + TINY).sqrt() * self.temperature)
         else:
             logits = self._divided(scores, square_norm)
@@ -111,13 +111,13 @@ class Gate(nn.Module):
             logits = logits + of_beside / self.temperature
         return logits.t()
 
-    def at_every_token(self, features: Tensor, beside: Tensor | None = None, among: list[int] | None = None) -> Tensor:
+    def at_every_token(self, features: Tensor, beside: Tensor | None = None, among: Tensor | None = None) -> Tensor:
         """Logits of every position as if it were a sample of its own.
 
         Args:
             features: `(batch, tokens, width)`.
             beside: `(batch, tokens, beside)`.
-            among: The experts whose logits are asked for; `None`: all.
+            among: Indices of the experts whose logits are asked for; `None`: all.
 
         Returns:
             `(batch, tokens, num_experts)`.
@@ -150,7 +150,8 @@ class Gate(nn.Module):
 
         Args:
             features: `(batch, tokens, width)`.
-            weight: The gate's own; to ask a module for it takes as long as a view.
+            weight: The gate's own, or the rows of the experts that are asked; to ask a module for it takes as long as
+                a view.
             divisors: From `divisors`, two numbers.
             null_expert: As in `masked_softmax`.
 
@@ -170,9 +171,9 @@ class Gate(nn.Module):
         scores = torch.mm(weight, flat.t()).div_(torch.hypot(norm, smallest).mul_(of_all))
         return torch.softmax(scores, dim=0)[:experts].t().view(*features.shape[:2], experts)
 
-    def _weight(self, begin: int, end: int | None, among: list[int] | None) -> Tensor:
+    def _weight(self, begin: int, end: int | None, among: Tensor | None) -> Tensor:
         """Of some of the numbers that a position has, `(num_experts, positions * numbers)`."""
-        weight = self.weight if among is None else self.weight[among]
+        weight = self.weight if among is None else self.weight.index_select(0, among)
         whole = begin == 0 and end == weight.shape[-1]
         return (weight if whole else weight[..., begin:end]).flatten(1)
 

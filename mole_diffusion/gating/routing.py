@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,6 +15,31 @@ from .gate import Gate, masked_softmax
 from .record import GateRecord
 from .spec import GateSpec
 from .tokens import reduce_tokens
+
+
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """What the gates over the same LoRAs are asked for, and what is made of it, as long as nothing else is chosen.
+
+    Of n LoRAs: those of the gate that any row keeps.
+
+    Attributes:
+        made_of: `keep` and `scale` that it was worked out from.
+        rows: Of the gates' weights; `None` for all.
+        columns: Among all N LoRAs; `None` where they are all.
+        keep: What the softmax is masked with, `(rows, 1, n)`; `None` where every row keeps all.
+        shares: What it is multiplied by, `(rows | 1, 1, n)`.
+        final: The same with the user's scale.
+        plain: Whether that is 1 throughout.
+    """
+
+    made_of: tuple[Tensor, Tensor]
+    rows: Tensor | None
+    columns: Tensor | None
+    keep: Tensor | None
+    shares: Tensor
+    final: Tensor
+    plain: bool
 
 
 class Routing:
@@ -68,21 +94,20 @@ class Routing:
             if masks is not None:
                 gates = masks.to(features.device, features.dtype).expand(*features.shape[:2], -1)
                 return self._correct(gate, spec, features, gates, run, record)
-            here, among = self._asked(spec, run)
-            keep, shares, final, _ = self._factors(here, features.device, run)
+            asked = self._asked(spec, features.device, run)
             if self._config.token_axis == "token":
-                logits = gate.at_every_token(features, among=among)  # (batch, tokens, experts here)
+                logits = gate.at_every_token(features, among=asked.rows)  # (batch, tokens, n)
             else:
                 reduced = reduce_tokens(features, self._config.token_axis, spec.positions, size, spec.name)
-                logits = gate(reduced, among=among)[:, None]
-            kept = masked_softmax(logits, keep, self._config.null_expert)
+                logits = gate(reduced, among=asked.rows)[:, None]
+            kept = masked_softmax(logits, asked.keep, self._config.null_expert)
             # With a graph also where nobody records: a checkpoint's recomputation, which may come when the recording is
             # over, must keep as many tensors as the pass it repeats.
             if record is not None or torch.is_grad_enabled():
-                shown = self._spread(kept * shares, here)
+                shown = self._spread(kept * asked.shares, asked)
                 if record is not None:
                     record.add(spec.name, run, shown)
-            return self._spread(kept * final, here)
+            return self._spread(kept * asked.final, asked)
 
     def _lean(
         self,
@@ -93,21 +118,14 @@ class Routing:
         run: Run,
         divisors: tuple[Tensor, Tensor],
     ) -> Tensor | None:
-        """`weigh` in few operators; `None` where a LoRA of the scope is left out, of all rows or of one."""
-        here, among = (spec.indices, None) if run.kept is None else self._asked(spec, run)
-        keep, _, final, plain = self._factors(here, features.device, run)
-        if among is not None or keep is not None:
+        """`weigh` in few operators; `None` where rows of the batch keep different LoRAs."""
+        asked = self._asked(spec, features.device, run)
+        if asked.keep is not None:
             return None
+        if asked.rows is not None:
+            weight = weight.index_select(0, asked.rows)
         gates = gate.shares_at_every_token(features, weight, divisors, self._config.null_expert)
-        return self._spread(gates if plain else gates * final, here)
-
-    def _asked(self, spec: GateSpec, run: Run) -> tuple[tuple[int, ...], list[int] | None]:
-        """The LoRAs of a scope that any row keeps, and the gate's rows for them; `None` for those of all."""
-        if run.kept is None or set(spec.indices) <= set(run.kept):
-            return spec.indices, None
-        rows = [row for row, index in enumerate(spec.indices) if index in run.kept]
-        null = [len(spec.indices)] if self._config.null_expert else []
-        return tuple(spec.indices[row] for row in rows), [*rows, *null]
+        return self._spread(gates if asked.plain else gates * asked.final, asked)
 
     def _correct(
         self, gate: Gate, spec: GateSpec, features: Tensor, masks: Tensor, run: Run, record: GateRecord | None
@@ -120,31 +138,34 @@ class Routing:
             record.add(spec.name, run, gates)
         return gates * run.scale.to(gates.device)[:, None]
 
-    def _factors(
-        self, experts: tuple[int, ...], device: torch.device, run: Run
-    ) -> tuple[Tensor | None, Tensor, Tensor, bool]:
-        """What the softmax over these LoRAs is masked with, multiplied by, and multiplied by with the user's scale.
-
-        The same in all scopes that the same LoRAs touch, as long as nothing else is chosen. `(rows | 1, 1, n)` each; no
-        mask where every row keeps all; and whether the last is 1 throughout.
-        """
-        key = self, experts, device
+    def _asked(self, spec: GateSpec, device: torch.device, run: Run) -> _Asked:
+        """The same in all scopes that the same LoRAs touch: worked out once a call."""
+        key = self, spec.indices, device
         known = run.notes if run.call is None else run.call.state
-        if key not in known or known[key][0] is not run.keep or known[key][1] is not run.scale:
-            index = slice(None) if len(experts) == self._num_experts else list(experts)
-            keep = run.keep.to(device)[:, None, index]
-            shares = keep * keep.sum(dim=-1, keepdim=True).clamp_min(1) ** self._sum_exponent
-            everybody = len(keep) == 1  # each of them is asked for since some row keeps it
-            final = shares * run.scale.to(device)[:, None, index]
-            plain = not final.is_meta and bool((final == 1).all())
-            known[key] = run.keep, run.scale, (None if everybody else keep, shares, final, plain)
-        factors: tuple[Tensor | None, Tensor, Tensor, bool] = known[key][2]
-        return factors
+        asked: _Asked | None = known.get(key)
+        if asked is None or asked.made_of[0] is not run.keep or asked.made_of[1] is not run.scale:
+            known[key] = asked = self._work_out(spec.indices, device, run)
+        return asked
 
-    def _spread(self, gates: Tensor, experts: tuple[int, ...]) -> Tensor:
+    def _work_out(self, indices: tuple[int, ...], device: torch.device, run: Run) -> _Asked:
+        here, rows = indices, None
+        if run.kept is not None and not set(indices) <= set(run.kept):
+            kept = [row for row, index in enumerate(indices) if index in run.kept]
+            here = tuple(indices[row] for row in kept)
+            null = [len(indices)] if self._config.null_expert else []
+            rows = torch.tensor([*kept, *null], dtype=torch.long, device=device)
+        columns = None
+        if len(here) < self._num_experts:
+            columns = torch.tensor(here, dtype=torch.long, device=device)
+        keep, scale = (x.to(device)[:, None, list(here)] for x in (run.keep, run.scale))
+        shares = keep * keep.sum(dim=-1, keepdim=True).clamp_min(1) ** self._sum_exponent
+        everybody = len(keep) == 1  # each of them is asked for since some row keeps it
+        final = shares * scale
+        plain = not final.is_meta and bool((final == 1).all())
+        return _Asked((run.keep, run.scale), rows, columns, None if everybody else keep, shares, final, plain)
+
+    def _spread(self, gates: Tensor, asked: _Asked) -> Tensor:
         """Gates of some LoRAs as those of all: one that does not touch a scope has no share there."""
-        if len(experts) == self._num_experts:
+        if asked.columns is None:
             return gates
-        spread = gates.new_zeros(*gates.shape[:2], self._num_experts)
-        spread[..., list(experts)] = gates
-        return spread
+        return gates.new_zeros(*gates.shape[:2], self._num_experts).index_copy_(-1, asked.columns, gates)

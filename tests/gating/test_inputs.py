@@ -216,12 +216,13 @@ def test_gates_without_a_gradient_are_the_same_in_fewer_operators(normalization:
     assert not torch.allclose(shares[0, 0], shares[0, 1])
 
 
+@pytest.mark.parametrize("keep", [(1, 1, 1), (1, 0, 1), (0, 1, 0)])
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 def test_a_model_with_gates_gives_the_same_with_and_without_a_gradient(
-    components: dict[str, Any], experts: Experts, scale: float
+    components: dict[str, Any], experts: Experts, scale: float, keep: tuple[int, ...]
 ) -> None:
     gates_for(experts, components, input="hidden", token_axis="token", scope="layer", null_expert=True)
-    with experts.using(scale=torch.tensor([1.0, scale, 1.0])):
+    with experts.using(keep=torch.tensor(keep), scale=torch.tensor([1.0, scale, 1.0])):
         with_gradient = run_unet(components)
         assert with_gradient.requires_grad
         with torch.no_grad():
