@@ -15,8 +15,8 @@ import torch
 from comfy_api.latest import ComfyExtension, io
 from PIL import Image
 
+from mole_diffusion.choices import ROLES
 from mole_diffusion.composition import COMPOSITIONS, RegionMap
-from mole_diffusion.composition.call import ROLES
 from mole_diffusion.drawing.methods import method
 from mole_diffusion.drawing.painted import as_text
 from mole_diffusion.drawing.settings import LoRASettings, PictureSettings

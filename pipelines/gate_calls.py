@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..choices import check_method
 from ..composition import COMPOSITIONS, Budget, Composition, MaskedGates, Masks, MoLE
 from ..errors import MoLEError
 from ..experts import Experts
@@ -85,8 +86,7 @@ class GateCalls(LoRACalls):
                 "they began with. Do it before; to change which LoRAs draw from a step on, call `use_loras`."
             )
         if isinstance(method, str):
-            if method not in COMPOSITIONS:
-                raise MoLEError(f"there is no composition {method!r}. Known are: {', '.join(COMPOSITIONS)}.")
+            check_method(method)
             method = COMPOSITIONS[method]()
         if not (method is None or isinstance(method, Composition)):
             raise TypeError(f"`method` must be a name or a Composition, got {method!r} ({type(method).__name__}).")

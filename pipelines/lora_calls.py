@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from ..composition import Role
+from ..choices import Role, check_names
 from ..errors import MoLEError
 from ..experts import Experts
 from ..experts.refusals import refuse_adapters
@@ -17,7 +17,6 @@ from ..lora import LoRA, load_lora
 from .embeddings import add_embeddings, check_embeddings, remove_embeddings
 from .loaded import Loaded, changing, loaded_into
 from .naming import LoRASource, choose_roles, choose_triggers, named_sources
-from .selection import check_names
 from .stock_lora import StockLoRACalls
 
 

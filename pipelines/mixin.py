@@ -21,7 +21,7 @@ from .size import latent_grid, picture_count, picture_size
 from .turns import turn
 
 if TYPE_CHECKING:
-    from ..composition.region_forms import Region
+    from ..region_forms import Region
 
     Regions = Mapping[str, Region | Sequence[Region]] | RegionMap
 

@@ -9,7 +9,7 @@ from typing import TypeAlias, TypeVar
 
 from torch import Tensor
 
-from ..composition.call import ROLES, Role
+from ..choices import ROLES, Role
 from ..errors import MoLEError
 from ..lora import LoRA
 from ..reading import is_text

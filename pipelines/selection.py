@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..choices import check_names
 from ..drawable import check_drawable
-from ..errors import MoLEError
 
 Selection = Mapping[str, float] | Sequence[str] | None
 
@@ -65,20 +65,6 @@ def read_scale(kwargs: Mapping[str, Any]) -> float:
             check_drawable(f"`{name}['scale']`", scale)
             return scale
     return 1.0
-
-
-def check_names(given: Iterable[str], names: Sequence[str], argument: str) -> None:
-    """Raises TypeError or MoLEError unless every entry of `given` is one of `names`, and none comes twice."""
-    seen: set[str] = set()
-    for name in given:
-        if not isinstance(name, str):
-            raise TypeError(f"`{argument}` must hold names of LoRAs, got {_shown(name)} among them.")
-        if name not in names:
-            loaded = f"Loaded are: {', '.join(names)}." if names else "None is loaded; call `load_loras` first."
-            raise MoLEError(f"`{argument}` has {name!r}, which is not loaded. {loaded}")
-        if name in seen:
-            raise MoLEError(f"`{argument}` has {name!r} twice. Loaded are: {', '.join(names)}.")
-        seen.add(name)
 
 
 def _lora_scale(name: str, scale: object) -> float:

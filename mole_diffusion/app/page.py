@@ -11,8 +11,8 @@ from typing import Any
 import gradio as gr
 
 from .. import toybox
+from ..choices import ROLES
 from ..composition import COMPOSITIONS
-from ..composition.call import ROLES
 from ..drawing.methods import options
 from ..drawing.settings import LoRASettings, PictureSettings
 from ..errors import MoLEError

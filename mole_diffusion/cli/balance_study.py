@@ -65,6 +65,8 @@ def balance_study(
         template=template,
         clip=clip,
         clip_pretrained=clip_pretrained,
+        preset=preset,
+        learning_rate=learning_rate,
         device=device,
         dtype=dtype,
     )

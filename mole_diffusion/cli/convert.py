@@ -7,6 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
+from mole_diffusion.choices import LAYOUTS
+
+from ..drawing.opening import find_base
+from .early import refuse_missing, refuse_other
+
 
 def convert(
     file: Annotated[Path, typer.Argument(help="A LoRA, .safetensors, or its folder.")],
@@ -25,6 +30,10 @@ def convert(
       mole convert cat.safetensors --to kohya --out cat-kohya.safetensors
       mole convert flux.safetensors --to peft --out adapter
     """
+    refuse_missing("FILE", [file])
+    refuse_other("--to", to, LAYOUTS)
+    if base is not None:
+        find_base(base)
     from mole_diffusion.lora import convert_lora
 
     from .inspect import read_models

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -41,6 +42,12 @@ def refuse_other(option: str, given: str, known: Iterable[str]) -> None:
     """Raises MoLEError for a word that is none of those that an option takes."""
     if given not in known:
         raise MoLEError(f"{option} {given}: must be one of {', '.join(known)}.")
+
+
+def refuse_no_rate(option: str, rate: float | None) -> None:
+    """Raises MoLEError for a learning rate that nothing is learnt with: 0 or less, or no finite number."""
+    if rate is not None and not 0 < rate < math.inf:
+        raise MoLEError(f"{option} {rate}: must be positive and finite, such as 1e-3.")
 
 
 def _is_there(path: str | os.PathLike[str]) -> bool:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mole_diffusion.choices import PRESETS
 from mole_diffusion.errors import MoLEError
 
 from ..drawing.opening import find_base, pick_device, quiet_loading
-from .early import refuse_missing, refuse_missing_clip, refuse_missing_loras
+from .early import refuse_missing, refuse_missing_clip, refuse_missing_loras, refuse_no_rate, refuse_other
 from .inputs import read_base_dtype, read_pairs, read_pictures
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ class GateArguments:
     template: Sequence[str] | None
     clip: str | None
     clip_pretrained: str | None
+    preset: str | None
+    learning_rate: float | None
     device: str
     dtype: str
 
@@ -60,12 +63,17 @@ class GateArguments:
         refuse_missing_loras(read_pairs("--lora", [entry for entry in self.lora if "=" in entry or base != "toybox"]))
         refuse_missing("--references", read_pairs("--references", self.references or [], "cat=./my-cat").values())
         refuse_missing("--prompts", [] if self.prompts is None else [self.prompts])
+        if self.preset is not None:
+            refuse_other("--preset", self.preset, PRESETS)
+        refuse_no_rate("--learning-rate", self.learning_rate)
         if not (self.prompt or self.prompts or self.template):
             raise MoLEError(NO_PROMPTS)
         if clip is None and base != "toybox":
             raise MoLEError("--clip is missing. Give a folder, or --clip ViT-B-32 --clip-pretrained laion2b_s34b_b79k.")
         refuse_missing_clip(clip)
         find_base(base)
+        if len(self.lora) < 2:
+            raise MoLEError("gates weigh LoRAs against each other. Give --lora twice or more often.")
         read_base_dtype(self.dtype)
         pick_device(self.device)
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    pass
-
+from mole_diffusion.choices import PRESETS
 
 Lora = Annotated[
     list[str],
@@ -62,7 +60,7 @@ Clip = Annotated[
 ClipPretrained = Annotated[str | None, typer.Option(help="Weights of that architecture, such as laion2b_s34b_b79k.")]
 
 
-Preset = Annotated[str | None, typer.Option(help="default, masks, paper or official.")]
+Preset = Annotated[str | None, typer.Option(help=", ".join(PRESETS))]
 
 
 ConfigFile = Annotated[Path | None, typer.Option(help="YAML with settings, such as `gates: {scope: layer}`.")]
@@ -74,10 +72,10 @@ Set = Annotated[
 ]
 
 
-Steps = Annotated[int | None, typer.Option(help="Training steps [default: the preset's].")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Training steps [default: the preset's].")]
 
 
-BatchSize = Annotated[int | None, typer.Option(help="Pictures a step [default: the preset's].")]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Pictures a step [default: the preset's].")]
 
 
 LearningRate = Annotated[float | None, typer.Option(help="Peak of the learning rate [default: the preset's].")]

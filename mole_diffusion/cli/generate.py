@@ -12,6 +12,8 @@ import typer
 
 from mole_diffusion.files import try_file, try_folder, write_all_last
 
+from ..choices import METHODS, SCHEDULERS
+from ..drawable import check_drawable
 from ..drawing.opening import (
     DTYPES,
     SINGLE_FILE,
@@ -25,7 +27,7 @@ from ..drawing.opening import (
 )
 from ..drawing.settings import LARGEST_SEED, MOST_IMAGES
 from ..errors import MoLEError
-from .early import refuse_missing_loras, refuse_other
+from .early import refuse_missing, refuse_missing_loras, refuse_other
 from .generate_inputs import output_files, read_prompt, read_size
 from .inputs import Device
 from .lora_entries import read_chosen, read_loras, read_role_entries, read_trigger_entries, toybox_name
@@ -137,23 +139,34 @@ def generate(
     if gates is not None and not files:
         raise MoLEError("--gates weigh LoRAs, and there is no --lora. Give those they were trained for.")
     pictures = output_files(out, num_images)
+    read_size(height, width)
+    refuse_missing_loras(files)
+    refuse_other("--dtype", dtype, DTYPES)
+    chosen = read_chosen(only, strengths)
+    triggers = read_trigger_entries(trigger or [], files)
+    roles = read_role_entries(role or [], files)
+    options = read_composition_options(composition_option or [], composition)
+    if composition is not None:
+        refuse_other("--composition", composition, METHODS)
+    if scheduler is not None:
+        refuse_other("--scheduler", scheduler, SCHEDULERS)
+    if guidance_scale is not None:
+        check_drawable("--guidance-scale", guidance_scale)
+    gates_found = None if gates is None else find_folder("--gates", gates, example="me/cat-and-boot")
+    base_found = find_base(base, single_file=True)
+    if base_config is not None and not base_found.endswith(SINGLE_FILE):
+        raise MoLEError(f"--base-config says how a single file is built, and --base {base} is none. Leave it out.")
+    refuse_missing("--base-config", [] if base_config is None else [base_config])
     for file in pictures:
         try_file(file)
     if save_masks is not None:
         try_folder(save_masks)
-    read_size(height, width)
-    refuse_missing_loras(files)
-    refuse_other("--dtype", dtype, DTYPES)
+    regions = read_regions(region or [], files, height, width)
     where = pick_device(device)
     from mole_diffusion.lora import inspect_lora
 
     found = {name: inspect_lora(file) for name, file in files.items()}
     written = {name: report.triggers for name, report in found.items()}
-    chosen = read_chosen(only, strengths)
-    triggers = read_trigger_entries(trigger or [], files)
-    roles = read_role_entries(role or [], files)
-    regions = read_regions(region or [], files, height, width)
-    options = read_composition_options(composition_option or [], composition)
     method = read_composition(composition, options, gates=gates is not None)
     check_places(
         method,
@@ -164,10 +177,6 @@ def generate(
         roles=roles,
         told={*triggers, *(name for name, words in written.items() if words)},
     )
-    gates_found = None if gates is None else find_folder("--gates", gates, example="me/cat-and-boot")
-    base_found = find_base(base, single_file=True)
-    if base_config is not None and not base_found.endswith(SINGLE_FILE):
-        raise MoLEError(f"--base-config says how a single file is built, and --base {base} is none. Leave it out.")
     read_scheduler(scheduler)
     precision = read_dtype(dtype, where)
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..drawing.opening import find_base
+
 if TYPE_CHECKING:
     from mole_diffusion.lora import LoRAReport, Verdict
 
@@ -31,6 +33,8 @@ def inspect(
       mole inspect cat.safetensors boot.safetensors
       mole inspect cat.safetensors --base ./my-model
     """
+    if base is not None:
+        find_base(base)
     from rich.console import Console
 
     from mole_diffusion.errors import MoLEError
@@ -123,7 +127,6 @@ def read_models(base: str) -> Mapping[str, Any]:
     """
     from diffusers import DiffusionPipeline
 
-    from mole_diffusion.drawing.opening import find_base
     from mole_diffusion.families import COMPONENTS
     from mole_diffusion.loading import loading
 

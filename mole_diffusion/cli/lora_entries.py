@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING
 
+from mole_diffusion.choices import ROLES, Role, check_names
 from mole_diffusion.drawable import check_drawable
 from mole_diffusion.errors import MoLEError
 
 from .inputs import read_pairs, read_several
-
-if TYPE_CHECKING:
-    from mole_diffusion.composition import Role
-
 
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 
@@ -66,8 +62,6 @@ def read_chosen(only: str | None, strengths: Mapping[str, float]) -> dict[str, f
     """
     if only is None:
         return dict(strengths)
-    from mole_diffusion.pipelines.selection import check_names
-
     names = [name.strip() for name in only.split(",")] if only.strip() else []
     check_names(names, list(strengths), "--only")
     return {name: strengths[name] for name in names}
@@ -90,8 +84,6 @@ def read_role_entries(entries: Sequence[str], names: Collection[str]) -> dict[st
     Raises:
         MoLEError: An entry is malformed, names no LoRA, or the role is unknown.
     """
-    from mole_diffusion.composition.call import ROLES
-
     roles = read_pairs("--role", entries, "ink=style")
     check_known("--role", roles, names)
     for name, role in roles.items():

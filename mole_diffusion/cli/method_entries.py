@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mole_diffusion.choices import Role
 from mole_diffusion.errors import MoLEError
 
 from .inputs import read_pairs
 
 if TYPE_CHECKING:
-    from mole_diffusion.composition import Composition, Role
+    from mole_diffusion.composition import Composition
 
 
 def read_composition_options(entries: Sequence[str], name: str | None) -> dict[str, Any]:

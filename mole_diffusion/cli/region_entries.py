@@ -40,8 +40,8 @@ def read_regions(
 def _region(name: str, text: str, height: int | None, width: int | None) -> SavedRegion:
     numbers = re.fullmatch(rf"\s*{NUMBER}\s*(?:,\s*{NUMBER}\s*)*", text)
     region: Any = tuple(float(number) for number in text.split(",")) if numbers else _painted(name, text)
-    from mole_diffusion.composition.region_forms import region_mask
     from mole_diffusion.drawing.painted import as_text
+    from mole_diffusion.region_forms import region_mask
 
     # Where the size of the picture is the base's, which nobody knows yet, it is taken to be large enough for the box.
     right, bottom = (math.ceil(max(region[i::2], default=1)) for i in (0, 1)) if numbers else (1, 1)

@@ -8,10 +8,12 @@ from typing import Annotated
 
 import typer
 
+from mole_diffusion.choices import REUSABLE
 from mole_diffusion.errors import MoLEError
 
 from ..drawing.opening import find_base, pick_device, quiet_loading
 from ..drawing.settings import LARGEST_SEED
+from .early import refuse_missing, refuse_other
 from .inputs import Base, Device
 
 MOST = 10**9
@@ -82,6 +84,8 @@ def build(
     """
     from mole_diffusion.files import in_use, try_folder
 
+    for part in reuse or ():
+        refuse_other("--reuse", part, REUSABLE)
     try_folder(out)
     from mole_diffusion.toybox import recipe
 
@@ -139,6 +143,7 @@ def measure(
     from mole_diffusion import toybox as world
     from mole_diffusion.files import try_file, write_json, write_last
 
+    refuse_missing("--assets", [] if assets is None else [assets])
     try_file(out)
     from mole_diffusion.toybox.recipe.measure import measure as measure_toybox
 

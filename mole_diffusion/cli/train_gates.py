@@ -7,7 +7,10 @@ from typing import Annotated
 
 import typer
 
+from mole_diffusion.choices import TRACKERS
+
 from . import gate_options as given
+from .early import refuse_other
 from .gate_inputs import GateArguments
 from .gate_settings import read_config
 from .inputs import Base, BaseDtype, Device
@@ -73,9 +76,12 @@ def train_gates(
         template=template,
         clip=clip,
         clip_pretrained=clip_pretrained,
+        preset=preset,
+        learning_rate=learning_rate,
         device=device,
         dtype=dtype,
     )
+    refuse_other("--log-with", log_with, TRACKERS)
     arguments.look_first()
     options = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
     chosen = read_config(preset, config, settings, options)

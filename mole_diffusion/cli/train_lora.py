@@ -10,6 +10,7 @@ import typer
 from ..drawing.opening import find_base, pick_device, quiet_loading
 from ..drawing.settings import LARGEST_SEED
 from ..errors import MoLEError
+from .early import refuse_no_rate
 from .inputs import Base, BaseDtype, Device, read_base_dtype, read_pictures
 
 
@@ -23,12 +24,14 @@ def train_lora(
         list[str] | None,
         typer.Option(help='Caption for every picture; once for each wording. Default "a photo of a TOKEN CLASS".'),
     ] = None,
-    rank: Annotated[int, typer.Option(help="r of the low-rank factors.")] = 8,
+    rank: Annotated[int, typer.Option(min=1, help="r of the low-rank factors.")] = 8,
     text_encoder: Annotated[bool, typer.Option(help="Train the CLIPs that read the text too.")] = False,
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 500,
-    batch_size: Annotated[int, typer.Option(help="Samples a step.")] = 4,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 500,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples a step.")] = 4,
     learning_rate: Annotated[float, typer.Option(help="Peak of the learning rate.")] = 1e-3,
-    resolution: Annotated[int | None, typer.Option(help="Side of the training pictures [default: the base's]")] = None,
+    resolution: Annotated[
+        int | None, typer.Option(min=1, help="Side of the training pictures [default: the base's]")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of everything random.")] = 0,
     work: Annotated[
         Path | None,
@@ -53,6 +56,7 @@ def train_lora(
     for option, text, example in (("--token", token, "sks"), ("--class", class_name, "dog")):
         if not text.strip():
             raise MoLEError(f"{option} is empty. Give a word, such as {option} {example}.")
+    refuse_no_rate("--learning-rate", learning_rate)
     base_found = find_base(base)
     from mole_diffusion.files import try_file, try_folder
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from ..choices import Role
 from .base import Composition
 from .budget import Budget
-from .call import Call, Role
+from .call import Call
 from .composite import Composite
 from .freefuse import FreeFuse
 from .linear import Linear

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
+from ..choices import Role
 from ..experts.blocks import Blocks
 from .prompt import PromptWords
 from .regions import RegionMap
-
-Role = Literal["subject", "style", "utility"]
-ROLES: tuple[Role, ...] = ("subject", "style", "utility")
 
 
 @dataclass(eq=False)

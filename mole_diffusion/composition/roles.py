@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..choices import Role
 from ..experts import Run
-from .call import Call, Role
+from .call import Call
 
 
 def roles(run: Run, role: Role) -> Tensor:

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from ..choices import check_method
 from ..composition import COMPOSITIONS, Composition
 from ..errors import MoLEError, printable
 
@@ -16,8 +17,7 @@ def options(name: str) -> dict[str, Any]:
     Raises:
         MoLEError: There is no such method.
     """
-    if name not in COMPOSITIONS:
-        raise MoLEError(f"there is no composition {name!r}. Known are: {', '.join(COMPOSITIONS)}.")
+    check_method(name)
     parameters = inspect.signature(COMPOSITIONS[name].__init__).parameters.values()
     return {p.name: p.default for p in parameters if _plain(p.default) and not (p.default is None and _made(p))}
 

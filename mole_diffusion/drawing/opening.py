@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..choices import SCHEDULERS
 from ..errors import MoLEError
 
 if TYPE_CHECKING:
@@ -121,20 +122,19 @@ def read_scheduler(name: str | None) -> Any:
     """A scheduler's class by its name in diffusers; `None` for none.
 
     Raises:
-        MoLEError: There is no such scheduler, or it does not fit a Stable Diffusion.
+        MoLEError: There is no such scheduler, or what it needs is not installed.
     """
     if name is None:
         return None
+    if name not in SCHEDULERS:
+        raise MoLEError(f"--scheduler {name}: must be one of {', '.join(SCHEDULERS)}.")
     import diffusers
-    from diffusers.schedulers import KarrasDiffusionSchedulers
 
-    # All that diffusers makes from one another's settings; the last two are for utilities that draw in few steps.
-    names = [*(scheduler.name for scheduler in KarrasDiffusionSchedulers), "LCMScheduler", "TCDScheduler"]
-    # One that needs a package that is not installed is there too, as a class of another kind.
-    fitting = {there: cls for there in names if issubclass(cls := getattr(diffusers, there), diffusers.SchedulerMixin)}
-    if name not in fitting:
-        raise MoLEError(f"--scheduler {name}: must be one of {', '.join(fitting)}.")
-    return fitting[name]
+    scheduler = getattr(diffusers, name)
+    if not issubclass(scheduler, diffusers.SchedulerMixin):  # what stands in for one whose package is not there
+        package = scheduler._backends[-1]
+        raise MoLEError(f"--scheduler {name}: needs the package {package}. Install it with pip install {package}.")
+    return scheduler
 
 
 @contextmanager

@@ -26,7 +26,7 @@ def as_text(mask: Image.Image) -> str:
     """A mask as text: its alpha where that varies, else its luminance, in 8 bits."""
     from PIL import Image
 
-    from ..composition.region_forms import luminance, transparency
+    from ..region_forms import luminance, transparency
 
     alpha = transparency(mask)
     shares = alpha if alpha.min() < 1 else luminance(mask)

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
+from ..choices import ROLES, Role
 from ..drawable import check_drawable
 from ..errors import MoLEError, printable
 from .painted import is_painted
 
 if TYPE_CHECKING:
-    from ..composition.call import Role
-    from ..composition.region_forms import Box
+    from ..region_forms import Box
 
 SavedRegion: TypeAlias = "Box | str"
 """A box `(left, top, right, bottom)`, in fractions of the picture or pixels, or a mask as `painted` writes it."""
@@ -158,8 +158,6 @@ def _known(cls: type, given: Any, what: str) -> dict[str, Any]:
 
 
 def _lora(given: Any) -> LoRASettings:
-    from ..composition.call import ROLES  # here, since it takes torch
-
     values = _known(LoRASettings, given, "settings of a LoRA")
     for name in ("name", "file"):
         if not isinstance(values.get(name), str) or not values[name].strip():

@@ -9,11 +9,12 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mole_diffusion.choices import LAYOUTS, Layout
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.families.names import canonical_name
 from mole_diffusion.files import atomic_folder, atomic_path
@@ -33,7 +34,6 @@ from mole_diffusion.lora.skeletons import candidates
 from mole_diffusion.lora.sources import PEFT_CONFIG, PEFT_WEIGHTS, LoRAFile, read_source
 from mole_diffusion.lora.verdict import fitting
 
-Target = Literal["diffusers", "kohya", "peft"]
 _DOTTED = ("diffusers", "diffusers-old", "peft")
 
 
@@ -50,7 +50,7 @@ class _Module:
 def convert_lora(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    to: Target,
+    to: Layout,
     components: Mapping[str, nn.Module] | None = None,
 ) -> Path:
     """Writes a LoRA file in another layout. What it does stays the same, to the last bit of every factor.
@@ -75,8 +75,8 @@ def convert_lora(
         MoLEError: `out` is no such path, or `source` itself, or `to` is no layout.
     """
     target = Path(out)
-    if to not in get_args(Target):
-        raise MoLEError(f"`to` is {to!r}; choose one of {', '.join(get_args(Target))}.")
+    if to not in LAYOUTS:
+        raise MoLEError(f"`to` is {to!r}; choose one of {', '.join(LAYOUTS)}.")
     if to == "peft" and target.exists():
         raise MoLEError(f"{target} is there already; name a folder that is not, for the adapter and its config.")
     if to != "peft" and target.suffix != ".safetensors":
@@ -163,7 +163,7 @@ def _untouched(
 
 
 def _plain(
-    file: LoRAFile, layout: str, pieces: list[Piece], to: Target, components: Mapping[str, nn.Module] | None
+    file: LoRAFile, layout: str, pieces: list[Piece], to: Layout, components: Mapping[str, nn.Module] | None
 ) -> dict[tuple[str, str], _Module]:
     """Every piece as plain factors of a module of diffusers; for PEFT with DoRA's magnitudes of rows beside them."""
     settings = read_adapter_settings(file, layout)
@@ -200,7 +200,7 @@ def _plain(
     return found
 
 
-def _refuse_kinds(file: LoRAFile, layout: str, piece: Piece, to: Target) -> None:
+def _refuse_kinds(file: LoRAFile, layout: str, piece: Piece, to: Layout) -> None:
     """Raises LoRAError for what the layout has no place for, or what the programs that read it pass over."""
     beyond = [part for part in ("up_bias", "diff_b") if part in piece.keys]
     rows = (

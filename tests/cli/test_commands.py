@@ -14,15 +14,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import LCMScheduler, StableDiffusionXLPipeline
+from diffusers.schedulers import KarrasDiffusionSchedulers
 from PIL import Image
 
-from mole_diffusion import __version__, toybox
+from mole_diffusion import __version__, choices, toybox
 from mole_diffusion.cli import main
 from mole_diffusion.composition import COMPOSITIONS
+from mole_diffusion.drawing.opening import read_scheduler
+from mole_diffusion.errors import MoLEError
 from mole_diffusion.lora import inspect_lora, load_lora, save_lora
 from mole_diffusion.pipelines import MoLEStableDiffusionPipeline
-from mole_diffusion.training import LoRATrainingConfig, train_lora
+from mole_diffusion.training import PRESETS, LoRATrainingConfig, train_lora
 from tests import ROOT
 from tests.command import mole, picture
 from tests.composing import NAMES, composing_pipeline, lora_states
@@ -285,7 +288,7 @@ def bad_calls(world: Path, tmp: Path) -> dict[str, tuple[list[object], str]]:
             [*draw, "--only", "fox"],
             "`--only` has 'fox', which is not loaded. Loaded are: cat, dog, mug",
         ),
-        "unknown method": ([*draw, "--composition", "sum"], "there is no composition 'sum'"),
+        "unknown method": ([*draw, "--composition", "sum"], "--composition sum: must be one of linear"),
         "gates missing": ([*draw, "--composition", "mole"], "composition 'mole' needs gates"),
         "no such gates": ([*draw, "--gates", tmp / "nowhere"], "nowhere"),
         "gates without loras": (
@@ -318,7 +321,7 @@ def bad_calls(world: Path, tmp: Path) -> dict[str, tuple[list[object], str]]:
         "empty class": ([*train[:4], "", *train[5:], "--images", empty, "--out", "x.safetensors"], "--class is empty"),
         "rank 0": (
             [*train, "--images", world / "pictures", "--out", "x.safetensors", "--rank", 0],
-            "`rank` must be at least 1, got 0",
+            "Invalid value for '--rank'",
         ),
     }
 
@@ -363,6 +366,7 @@ def run_script(*arguments: str, environment: dict[str, str] | None = None) -> su
 def test_what_is_not_there_is_said_before_torch_is_imported(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a cat")
     gates = ["--lora", "cat", "--lora", "boot", "--out", str(tmp_path / "gates")]
+    train = ["--images", str(tmp_path), "--token", "sks", "--class", "cat", "--out", "cat.safetensors"]
     measure = ["evaluate", "--out", str(tmp_path / "e.csv"), "--prompts", str(tmp_path / "prompts.txt"), "--images"]
     wrong = {
         "cat=/no/cat.safetensors: no such file": ["generate", "--prompt", "x", "--lora", "cat=/no/cat.safetensors"],
@@ -374,6 +378,28 @@ def test_what_is_not_there_is_said_before_torch_is_imported(tmp_path: Path) -> N
         "--clip ./no: there is no such folder": ["balance-study", *gates, "--prompt", "x", "--clip", "./no"],
         "config /no.yaml: there is no such": ["benchmark", "run", "/no.yaml"],
         "config no.yml: there is no such": ["benchmark", "report", "no.yml"],
+    }
+    cat = ["generate", "--prompt", "a <v1> cat", "--lora", "cat"]
+    wrong |= {
+        "--scheduler Euler: must be one of DDIMScheduler": [*cat, "--scheduler", "Euler"],
+        "--composition sum: must be one of linear": [*cat, "--composition", "sum"],
+        "--composition-option is an option of a composition": [*cat, "--composition-option", "own_words=2"],
+        "--role cat=pet: a role is one of subject": [*cat, "--role", "cat=pet"],
+        "--role dog=…: there is no --lora dog": [*cat, "--role", "dog=style"],
+        "`--only` has 'dog', which is not loaded": [*cat, "--only", "dog"],
+        "--trigger dog=…: there is no --lora dog": [*cat, "--trigger", "dog=x"],
+        "--guidance-scale must be finite": [*cat, "--guidance-scale", "inf"],
+        "--gates ./no: there is no such folder": [*cat, "--gates", "./no"],
+        "--base-config says how a single file is built": [*cat, "--base-config", "."],
+        "--preset house: must be one of default": ["train-gates", *gates, "--prompt", "x", "--preset", "house"],
+        "--log-with paper: must be one of none": ["train-gates", *gates, "--prompt", "x", "--log-with", "paper"],
+        "--learning-rate nan: must be positive": ["train-gates", *gates, "--prompt", "x", "--learning-rate", "nan"],
+        "Give --lora twice": ["train-gates", *gates[2:], "--prompt", "x"],
+        "--to a1111: must be one of diffusers": ["convert", str(tmp_path), "--to", "a1111", "--out", "x.safetensors"],
+        "--reuse unet: must be one of vae": ["toybox", "build", "--reuse", "unet"],
+        "--assets no: there is no such": ["toybox", "measure", "--assets", "no"],
+        "Invalid value for '--steps'": ["train-lora", *train, "--steps", "0"],
+        "--learning-rate 0.0: must be positive": ["train-lora", *train, "--learning-rate", "0"],
     }
     wrong["--base ./no: there is no such folder"] = [
         "train-gates", "--lora", f"cat={tmp_path}", *gates[4:], "--prompt", "x", "--base", "./no", "--clip", "x",
@@ -391,6 +417,16 @@ def test_what_is_not_there_is_said_before_torch_is_imported(tmp_path: Path) -> N
         assert message in stderr
         assert len(stderr.splitlines()) == 1
     assert not torch_is_there
+
+
+def test_what_is_offered_without_torch_is_all_there_is() -> None:
+    made_of_settings = [scheduler.name for scheduler in KarrasDiffusionSchedulers]
+    assert tuple(COMPOSITIONS) == choices.METHODS
+    assert (*made_of_settings, "LCMScheduler", "TCDScheduler") == choices.SCHEDULERS
+    assert tuple(PRESETS) == choices.PRESETS
+    assert read_scheduler("LCMScheduler") is LCMScheduler
+    with pytest.raises(MoLEError, match=r"needs the package torchsde\. Install it with pip install torchsde"):
+        read_scheduler("DPMSolverSDEScheduler")
 
 
 def test_as_a_process_of_its_own() -> None:

@@ -114,6 +114,8 @@ def test_a_base_is_opened_in_the_format_that_was_asked_for(world: Path, dtype: s
         template=None,
         clip=str(world / "clip"),
         clip_pretrained=None,
+        preset=None,
+        learning_rate=None,
         device="cpu",
         dtype=dtype,
     )
@@ -125,7 +127,18 @@ def test_balance_study_looks_at_its_temperatures_before_any_model(tmp_path: Path
     file, folder = tmp_path / "empty.safetensors", tmp_path / "empty"
     file.touch()
     folder.mkdir()
-    lora = ["--lora", f"a={file}", "--base", folder, "--clip", folder, "--template", "{concepts}"]
+    lora = [
+        "--lora",
+        f"a={file}",
+        "--lora",
+        f"b={file}",
+        "--base",
+        folder,
+        "--clip",
+        folder,
+        "--template",
+        "{concepts}",
+    ]
     done = mole("balance-study", *lora, "--out", tmp_path / "study", "--temperature", "-1")
     assert done.exit_code == 2
     assert "`temperature` must be positive and finite, got -1.0" in " ".join(done.output.split())
@@ -203,11 +216,11 @@ def test_bad_input_is_one_line_and_exit_code_2(world: Path, tmp_path: Path) -> N
         "no clip": (call(world, "train-gates", *good[2:]), "--clip is missing"),
         "one lora": (
             ["train-gates", "--base", base, "--device", "cpu", "--lora", f"cat={world / 'cat.safetensors'}", *good],
-            "at least two must be loaded",
+            "Give --lora twice or more often",
         ),
         "no such lora": (call(world, "train-gates", "--lora", "fox=no/fox.safetensors", *good), "no/fox.safetensors"),
         "bad setting": (call(world, "train-gates", *good, "--set", "eta=2"), "`eta` must lie between 0"),
-        "bad tracker": (call(world, "train-gates", *good, "--log-with", "paper"), "`log_with` must be"),
+        "bad tracker": (call(world, "train-gates", *good, "--log-with", "paper"), "--log-with paper: must be"),
     }
     for case, (arguments, message) in cases.items():
         done = mole(*arguments)

@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from mole_diffusion.choices import REUSABLE
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.families.names import TEXT_MODEL
 from mole_diffusion.files import write_json, write_safetensors
@@ -22,8 +23,6 @@ from ..subjects import SUBJECTS
 from . import base, clip, gates, loras, measure, vae
 from .text_encoder import train_text_encoder
 from .tokenizer import make_tokenizer
-
-REUSABLE = ("vae", "clip", "base")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,13 +6,13 @@ import importlib.util
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from accelerate.tracking import TensorBoardTracker, WandBTracker
 
+from mole_diffusion.choices import TRACKERS, Tracker
 from mole_diffusion.errors import MoLEError
 
-LogWith = Literal["none", "tensorboard", "wandb"]
 PROJECT = "mole-train-gates"
 
 
@@ -23,7 +23,7 @@ class Log(Protocol):
 
 
 @contextmanager
-def tracking(log_with: LogWith, folder: Path, *, enabled: bool = True) -> Iterator[Log]:
+def tracking(log_with: Tracker, folder: Path, *, enabled: bool = True) -> Iterator[Log]:
     """Opens accelerate's tracker of that name, which `check_log_with` let through, and closes it at the end.
 
     Args:
@@ -46,8 +46,8 @@ def check_log_with(log_with: str) -> None:
     """Raises MoLEError for a tracker that does not exist, or whose package is not installed."""
     if log_with == "none":
         return
-    if log_with not in ("tensorboard", "wandb"):
-        raise MoLEError(f'`log_with` must be "none", "tensorboard" or "wandb", got {log_with!r}.')
+    if log_with not in TRACKERS:
+        raise MoLEError(f"`log_with` must be one of {', '.join(TRACKERS)}, got {log_with!r}.")
     if importlib.util.find_spec(log_with) is None:
         raise MoLEError(
             f'log_with="{log_with}" needs the package {log_with}, which is not installed. Install it with '

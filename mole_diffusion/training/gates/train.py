@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from mole_diffusion.choices import Tracker
 from mole_diffusion.clip import DifferentiableCLIP
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.files import in_use, try_folder
@@ -23,7 +24,7 @@ from mole_diffusion.training.engine.models import evaluating, gradient_checkpoin
 from mole_diffusion.training.engine.optimizer import make_optimizer
 from mole_diffusion.training.engine.precision import Precision
 from mole_diffusion.training.engine.processes import Processes
-from mole_diffusion.training.engine.trackers import LogWith, check_log_with, tracking
+from mole_diffusion.training.engine.trackers import check_log_with, tracking
 from mole_diffusion.training.gates.checks import check_concepts, check_pipeline, check_prompts
 from mole_diffusion.training.gates.concepts import Concept
 from mole_diffusion.training.gates.config import GateTrainingConfig
@@ -50,7 +51,7 @@ def train_gates(
     work: str | os.PathLike[str] | None = None,
     pictures: bool = True,
     progress: bool = True,
-    log_with: LogWith = "none",
+    log_with: Tracker = "none",
     on_step_end: Callable[[int, Mapping[str, float]], None] | None = None,
 ) -> MoLEModel:
     """Trains gates for the LoRAs loaded in `pipe`, from prompts alone: neither pictures nor LoRA training data.
