@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..composition import Call, Composition, RegionMap
 from ..composition.call import current_call, running
 from ..errors import MoLEError
+from .clip_skip import refuse_clip_skip, with_text_model
 from .gate_calls import GateCalls
 from .loaded import OPEN, drawing
 from .prior import drawing_prior
@@ -252,7 +253,7 @@ class MoLEPipelineMixin(GateCalls):
     def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
         """As in diffusers. Inside a call it is also where the LoRAs' words are looked for in the prompts."""
         tokenizers = [part for name, part in self.components.items() if name.startswith("tokenizer") and part]
-        with turn(*tokenizers):
+        with turn(*tokenizers), with_text_model(self.components.get("text_encoder")):
             return self._encode_prompt_alone(*args, **kwargs)
 
     def _encode_prompt_alone(self, *args: Any, **kwargs: Any) -> Any:
@@ -264,9 +265,10 @@ class MoLEPipelineMixin(GateCalls):
         if call is None:  # perhaps of a pipeline with text encoders alone
             return encode(*args, **kwargs)
         loaded = self._loaded
+        given = inspect.signature(encode).bind_partial(*args, **kwargs).arguments
+        refuse_clip_skip(self, given.get("clip_skip"))
         if loaded.experts is None:
             return encode(*args, **kwargs)
-        given = inspect.signature(encode).bind_partial(*args, **kwargs).arguments
         refuse_unheard(self, given)
         weigher = loaded.experts.chosen
         if call.names != tuple(loaded.loras) or "words" not in getattr(weigher, "needs", ()):

@@ -28,6 +28,7 @@ from ..errors import MoLEError
 from ..files import atomic_files
 from ..lora import LoRA, load_lora
 from ..reading import read_text
+from .clip_skip import refuse_clip_skip
 from .flux import MoLEFluxPipeline
 from .flux2 import MoLEFlux2KleinPipeline, MoLEFlux2Pipeline
 from .krea2 import MoLEKrea2Pipeline
@@ -38,7 +39,7 @@ from .newer import OlderDiffusersError
 from .prior import drawing_prior
 from .qwen_image import MoLEQwenImagePipeline
 from .reading import prompt_words, split_prompts
-from .refusals import refuse_not_finite
+from .refusals import refuse_not_finite, refuse_unheard
 from .selection import read_scale
 from .size import picture_count, picture_size
 from .stable_diffusion_3 import MoLEStableDiffusion3Pipeline
@@ -216,6 +217,7 @@ class MoLEBlocks(SequentialPipelineBlocks):
         given: Mapping[str, Any] = state.values
         pipe = self.on(components)
         refuse_not_finite(given)
+        refuse_clip_skip(pipe, given.get("clip_skip"))
         regions = given.get("regions")
         _, prompts = split_prompts(regions)
         if prompts:
@@ -233,6 +235,8 @@ class MoLEBlocks(SequentialPipelineBlocks):
                 "count": picture_count(given),
             }
             with turn(components, components.scheduler), pipe._composing(loras, method, **settings) as call:
+                if pipe.experts is not None:
+                    refuse_unheard(pipe, given)
                 for name, block in blocks.items():
                     if name == "text_encoder" and "words" in method.needs and pipe.experts is not None:
                         call.words = prompt_words(pipe, given["prompt"], pipe._loaded, call, given)

@@ -123,6 +123,7 @@ class Family:
         texts: The tokenizers of the family.
         patch: Latent pixels to a side of what the denoiser takes as one token.
         skeletons: Published models of the family, by which a file of LoRAs is known.
+        never_read: How many of the last layers of its CLIPs have no part in what a prompt's words are taken from.
     """
 
     name: ClassVar[str]
@@ -132,6 +133,7 @@ class Family:
     texts: ClassVar[tuple[Text, ...]] = (Text(),)
     patch: ClassVar[int] = 1
     skeletons: ClassVar[tuple[Skeleton, ...]] = ()
+    never_read: ClassVar[int] = 0
 
     def fits(self, components: Mapping[str, Any]) -> bool:
         """Whether the components of a pipeline are of this family.

@@ -144,6 +144,7 @@ class StableDiffusion3(Family):
         Skeleton("Stable Diffusion 3.5 medium", _NAMES, lambda: _published(1536, 24, 13)),
         Skeleton("Stable Diffusion 3.5 large", _NAMES, lambda: _published(2432, 38, 0)),
     )
+    never_read = 1
     texts = (
         Text(),
         Text("tokenizer_2", "prompt_2"),

@@ -50,6 +50,7 @@ class StableDiffusionXL(Family):
     skeletons = (Skeleton("Stable Diffusion XL", NAMES, _published),)
 
     texts = (Text(), Text("tokenizer_2", "prompt_2"))
+    never_read = 1
 
     def fits(self, components: Mapping[str, Any]) -> bool:
         return super().fits(components) and components["unet"].config.addition_embed_type == "text_time"
@@ -59,7 +60,7 @@ class StableDiffusionXL(Family):
         if component == "unet" or (component == "text_encoder_2" and listening.summary):
             return super().is_read(components, component, module, listening)
         behind = layers_behind(unwrapped(components[component]), module)
-        return behind is not None and behind > (0 if listening.negative else listening.skipped)
+        return behind is not None and behind >= self.never_read + (0 if listening.negative else listening.skipped)
 
     def together(self, encoded: Any, others: Sequence[Any]) -> Together:
         return together(encoded, others)

@@ -124,6 +124,30 @@ def test_layers_that_a_call_skips_are_not_read_in_it() -> None:
     assert not torch.equal(negative, base)  # of a negative prompt no layer is skipped
 
 
+@pytest.mark.parametrize("skip", [0, 1])
+def test_stable_diffusion_takes_the_layer_before_those_that_are_skipped(skip: int) -> None:
+    pipe = PIPES["stable-diffusion"]()
+    pipe.load_loras({"cat": pair(pipe, "text_encoder.encoder.layers.0.mlp.fc1")})
+    pipe.set_composition("linear")
+    given = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    got, _ = encoded(pipe, clip_skip=skip, **given)
+    clip = pipe.text_encoder
+    tokens = pipe.tokenizer("a cat", padding="max_length", return_tensors="pt").input_ids
+    with pipe.composing(), torch.no_grad():
+        layers = clip(tokens, output_hidden_states=True).hidden_states
+        assert torch.equal(got, clip.final_layer_norm(layers[-1 - skip]).flatten())
+    assert not hasattr(clip, "text_model")
+
+
+@pytest.mark.parametrize("skip", [-1, 3, 1.5, True, "1"])
+@pytest.mark.parametrize("family", ["stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3"])
+def test_layers_are_skipped_by_their_number(family: str, skip: Any) -> None:
+    pipe = PIPES[family]()
+    names = {name: "a cat" for name in ("prompt_2", "prompt_3") if family == "stable-diffusion-3"}
+    with pipe.composing(), pytest.raises(MoLEError, match=r"`clip_skip` is how many .* a whole number from 0 to [12]"):
+        pipe.encode_prompt("a cat", **names, clip_skip=skip)
+
+
 def test_a_summary_that_is_given_is_not_read() -> None:
     pipe = XL(**families.sdxl())
     pipe.load_loras({"cat": pair(pipe, "text_encoder_2.text_model.encoder.layers.1.mlp.fc1")})

@@ -143,6 +143,7 @@ def test_regions_and_gates_are_those_of_our_pipelines(sdxl_pipes: tuple[Any, Any
         ({"regions": {"cat": {"region": (0, 0, 1, 1), "prompt": "a cat"}}}, r"no block here reads.*MoLEStableDiff"),
         ({"triggers": WORDS}, "belong to `lora_files`"),
         ({"prompt": "a mug"}, "lacks the words that call a LoRA"),
+        ({"clip_skip": -1}, "a whole number from 0 to 1 here, or None, got -1"),
         ({"loras": ["bird"]}, "'bird', which is not loaded"),
         ({"lora_files": {"cat": {}}}, "no tensors in it"),
     ],
