@@ -27,7 +27,7 @@ def speed(
         str,
         typer.Option(
             help="What stands beside one another, some of: bare,empty,sum,products,joined,budget,norm_router,masks,"
-            "gates,fused,peft,merged."
+            "gates,gated,fused,peft,merged."
         ),
     ] = "bare,empty,sum,gates,masks,fused,peft,merged",
     rounds: Annotated[int, typer.Option(help="How often all sides take their turn.")] = 6,

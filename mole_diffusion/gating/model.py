@@ -139,12 +139,12 @@ class MoLEModel(ModelMixin, ConfigMixin):
         if found:
             raise MoLEError(f"The model has adapted places without a gate: {sorted(found)[:3]}. Train new gates.")
         self.specs = tuple(specs)  # with the names of modules that this version of transformers has
-        binding = Binding(experts, self.specs, [self._gate(spec) for spec in self.specs])
+        binding = Binding(experts, self.specs, [self.gate(spec) for spec in self.specs])
         for spec in self.specs:
             if spec.block is not None:
                 self._hook_block(binding, spec, experts)
             elif spec.hidden_features is None:
-                self._gate(spec).set_up(up_blocks(spec, experts, self._gate(spec).weight.dtype))
+                self.gate(spec).set_up(up_blocks(spec, experts, self.gate(spec).weight.dtype))
         self._binding = binding
 
     def reads_left_out(self, site: Site) -> bool:
@@ -319,7 +319,8 @@ class MoLEModel(ModelMixin, ConfigMixin):
             beside=len(spec.indices) if config.residual else 0,
         )
 
-    def _gate(self, spec: GateSpec) -> Gate:
+    def gate(self, spec: GateSpec) -> Gate:
+        """The gate of an entry in the table."""
         gate = self.gates[key_of(spec.name)]
         assert isinstance(gate, Gate)
         return gate
@@ -335,7 +336,7 @@ class MoLEModel(ModelMixin, ConfigMixin):
 
             def weigh(expert_outputs: Tensor) -> Tensor:
                 features = expert_outputs.flatten(2)
-                weights = self._routing.weigh(self._gate(spec), spec, features, None, run, None, self._record)
+                weights = self._routing.weigh(self.gate(spec), spec, features, None, run, None, self._record)
                 return weights[:, 0, list(spec.indices)]
 
             return mixer.mix(run, block, args, kwargs, output, weigh)

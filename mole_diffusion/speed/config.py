@@ -8,7 +8,19 @@ from typing import Any, Literal, get_args
 from ..errors import MoLEError
 
 Side = Literal[
-    "bare", "empty", "sum", "products", "joined", "budget", "norm_router", "masks", "gates", "fused", "peft", "merged"
+    "bare",
+    "empty",
+    "sum",
+    "products",
+    "joined",
+    "budget",
+    "norm_router",
+    "masks",
+    "gates",
+    "gated",
+    "fused",
+    "peft",
+    "merged",
 ]
 SIDES: tuple[Side, ...] = get_args(Side)
 
@@ -177,9 +189,10 @@ class SpeedConfig:
         sides: What stands beside one another. `"bare"`: the model without LoRAs, what all others are divided by.
             `"empty"`: LoRAs loaded, and none in the call. `"sum"`: all, summed. `"products"`: the same products with
             nothing around them; `"joined"`: also with the rows of a Linear and of `down` in one. `"gates"`: weighed by
-            the gates that training makes by default. `"budget"`, `"norm_router"`: the methods of these
-            names. `"masks"`: each on its stripe of the picture and on its words. `"fused"`: the sum after
-            `fuse_lora`, in float32 only. `"peft"`: diffusers' own. `"merged"`: added to the weights beforehand.
+            the gates that training makes by default; `"gated"`: their and the LoRAs' products with nothing around
+            them. `"budget"`, `"norm_router"`: the methods of these names. `"masks"`: each
+            on its stripe of the picture and on its words. `"fused"`: the sum after `fuse_lora`, in float32 only.
+            `"peft"`: diffusers' own. `"merged"`: added to the weights beforehand.
         used: How many of the LoRAs a call of ours keeps; `None`: all.
         rounds: How often all sides are run, one after another.
         batch: Rows of the latents; 2 is one picture with guidance.
@@ -243,11 +256,24 @@ class SpeedConfig:
 
 _EVERY: tuple[Side, ...] = ("bare", "empty", "sum", "gates", "masks", "norm_router", "fused", "peft", "merged")
 WHOLE = (
-    SpeedConfig(size="142m", loras=(3,), rounds=9, sides=(*_EVERY, "products", "joined"), train=True),
-    SpeedConfig(size="142m", loras=(8,), rounds=4, sides=("bare", "sum", "gates", "masks", "fused", "peft", "merged")),
+    SpeedConfig(size="142m", loras=(3,), rounds=9, sides=(*_EVERY, "products", "joined", "gated"), train=True),
+    SpeedConfig(
+        size="142m",
+        loras=(8,),
+        rounds=6,
+        sides=("bare", "sum", "products", "gates", "gated", "masks", "fused", "peft", "merged"),
+    ),
     SpeedConfig(size="142m", loras=(3, 32), used=3, rounds=4, sides=("bare", "sum", "gates", "masks")),
+    SpeedConfig(
+        size="sd15",
+        dtype="float32",
+        latent=64,
+        loras=(3,),
+        rounds=3,
+        sides=("bare", "sum", "gates", "masks", "norm_router"),
+    ),
     SpeedConfig(size="toybox", loras=(3,), rounds=12, sides=_EVERY, train=True, pipeline=True),
     SpeedConfig(size="tiny", loras=(3,), rounds=12, sides=("bare", "empty", "sum", "gates"), compiled="whole"),
 )
-"""The tables of the documentation's page, ten minutes on two cores: three and eight LoRAs; three of three and of
-thirty-two; small models; compiled."""
+"""The tables of the documentation's page, twenty minutes on two cores: three and eight LoRAs; three of three and of
+thirty-two; the real size of Stable Diffusion 1.5; small models; compiled."""

@@ -1,4 +1,4 @@
-"""The least that a plain sum takes: its products with nothing around them, and with the module's own in one of them."""
+"""The least that composing takes: its products with nothing around them, and with the module's own in one of them."""
 
 from __future__ import annotations
 
@@ -9,22 +9,78 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..experts import Experts, ExpertStack
+from ..experts import Experts, ExpertStack, Site
+from ..gating import MoLEModel
+from ..gating.gate import divisors
 
 
-def with_products(model: Any, experts: Experts, kept: tuple[int, ...], joined: bool) -> Any:
+def with_products(model: Any, component: str, experts: Experts, kept: tuple[int, ...], joined: bool = False) -> Any:
     """The model with modules that add LoRAs at full weight: nobody may choose, weigh or look on.
 
     Args:
         model: A copy, whose forwards are exchanged.
+        component: What it is among the models of `experts`.
         experts: The LoRAs, on another copy.
         kept: Indices of those that are added.
         joined: Whether the rows of a Linear and of `down` lie in one matrix, so that one product gives both.
     """
     for site in experts.sites.values():
-        module = model.get_submodule(site.module_name)
-        module.forward = _forward(module, site.only(kept).stack, joined)
+        if site.component == component:
+            module = model.get_submodule(site.module_name)
+            module.forward = _forward(module, site.only(kept).stack, joined)
     return model
+
+
+def with_gates(model: Any, component: str, experts: Experts, gates: MoLEModel) -> Any:
+    """The model with modules that add all LoRAs as gates per token, which read hidden states, weigh them.
+
+    The gates' products and what they need beside, and no more: nobody may choose, record or look on.
+
+    Args:
+        model: A copy, whose forwards are exchanged.
+        component: What it is among the models of `experts`.
+        experts: The LoRAs, on another copy.
+        gates: Theirs.
+    """
+    null_expert = gates.gate_config.null_expert
+    for spec in gates.specs:
+        if spec.component != component:
+            continue
+        gate = gates.gate(spec)
+        first, weights = spec.entry_sites[0], _Weights()
+        (of_gate,) = divisors([gate], gate.weight.device)
+
+        def ask(features: Tensor, gate: Any = gate, of_gate: Any = of_gate) -> Tensor:
+            shares: Tensor = gate.shares_at_every_token(features, gate.weight, of_gate, null_expert)
+            return shares
+
+        for name in spec.sites:
+            site = experts.sites[name]
+            module = model.get_submodule(site.module_name)
+            module.forward = _gated(module.forward, site, weights, ask if name == first else None)
+    return model
+
+
+class _Weights:
+    """What a gate gave, for the modules that it weighs."""
+
+    now: Tensor
+
+
+def _gated(
+    forward: Callable[[Tensor], Tensor], site: Site, weights: _Weights, ask: Callable[[Tensor], Tensor] | None
+) -> Callable[[Tensor], Tensor]:
+    weight: Any = site.module.weight
+    down = site.stack.down_as(weight.dtype, weight.device)
+    down = down if site.stack.is_convolution else down.t()
+
+    def gated(x: Tensor) -> Tensor:
+        output = forward(x)
+        if ask is not None:
+            weights.now = ask(site.positions(x))
+        return site.stack.add_to(output, site.project(x, down), weights.now, spare=True)
+
+    return gated
 
 
 def _forward(module: Any, stack: ExpertStack, joined: bool) -> Callable[[Tensor], Tensor]:

@@ -21,6 +21,7 @@ NAMES = {
     "budget": "budget",
     "norm_router": "norm_router",
     "gates": "gates per token",
+    "gated": "gates and products alone",
     "masks": "masks",
     "fused": "sum, fused",
     "peft": "diffusers + peft",
@@ -172,7 +173,11 @@ def speed_page(speeds: Sequence[Speed], command: str, *more: str) -> str:
         "base's convolutions, so a time can lie below. Only where LoRAs are merged, as `fuse_lora` does, are they",
         "those of the base. *Operators* are all that torch runs, views too, which bind small models. *MiB* is the",
         "peak of a call beyond weights and inputs.",
-        *(_OF_LIMITS if any(row.side in ("products", "joined") for speed in speeds for row in speed.rows) else []),
+        *(
+            _OF_LIMITS
+            if any(row.side in ("products", "joined", "gated") for speed in speeds for row in speed.rows)
+            else []
+        ),
         *(_OF_GPUS if any(on_gpu(speed.config.device) for speed in speeds) else []),
     ]
     return "\n".join([*head, *(f"\n{table}" for table in (*map(speed_tables, speeds), *more)), ""])
@@ -184,6 +189,8 @@ _OF_LIMITS = [
     "look on, and no sum of two products a module is faster. *One product fewer* has the rows of a Linear and of",
     "`down` in one matrix, which gives both at once. That is not how sums are computed, since every choice of LoRAs",
     "would need a copy of the base's weights, and calls of several threads with other choices could not share one.",
+    "*Gates and products alone* are what gates and LoRAs compute, likewise with nothing around them: what they read a",
+    "second time and multiply is the least that weights for each token take.",
 ]
 _OF_GPUS = [
     "",

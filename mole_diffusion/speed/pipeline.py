@@ -17,6 +17,7 @@ from ..pipelines import MoLEStableDiffusionPipeline
 from ..training import GateTrainingConfig
 from .clocks import in_turn
 from .counted import Counted, python_calls
+from .limits import with_gates, with_products
 from .ratio import Ratio
 
 LORAS = 3
@@ -90,6 +91,17 @@ def _sides(steps: int) -> dict[str, Callable[[], Any]]:
             pipe.load_loras({name: toybox.lora_path(name) for name in names})
         return pipe
 
+    def limited(gates: bool) -> Any:
+        """The stock pipeline with modules that add LoRAs, and nothing around them."""
+        pipe, loaded = opened(StableDiffusionPipeline), gated if gates else summed
+        everyone = tuple(range(LORAS))
+        with_products(pipe.text_encoder, "text_encoder", loaded.experts, everyone)
+        if gates:
+            with_gates(pipe.unet, "unet", loaded.experts, loaded.gates)
+        else:
+            with_products(pipe.unet, "unet", loaded.experts, everyone)
+        return pipe
+
     def draw(pipe: Any, **given: Any) -> Callable[[], Any]:
         generator = torch.Generator()
         return lambda: pipe(
@@ -108,6 +120,8 @@ def _sides(steps: int) -> dict[str, Callable[[], Any]]:
         "diffusers, no LoRA": draw(stock),
         "`loras=[]`": draw(summed, loras=[]),
         "plain sum": draw(summed),
+        "its products alone": draw(limited(gates=False)),
         "sum, fused": draw(fused),
         "gates per token": draw(gated),
+        "gates and products alone": draw(limited(gates=True)),
     }

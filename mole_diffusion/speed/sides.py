@@ -18,7 +18,7 @@ from ..lora import LoRA
 from ..training import GateTrainingConfig
 from .config import SIZES, Side, SpeedConfig
 from .failed import Failed
-from .limits import with_products
+from .limits import with_gates, with_products
 from .models import component_of, load_into_peft, merged, state_dict, twin
 
 Sides = dict[Side, Callable[[], Any]]
@@ -53,11 +53,18 @@ def make_sides(
         experts.on_detach(lambda: call.run(choice.close))
         return lambda: call.run(lambda: run(**inputs))
 
+    def called(whole: Any) -> Callable[[], Any]:
+        run_whole = _compiled(config, whole)
+        return lambda: run_whole(**inputs)
+
     def composed(name: str, **using: Any) -> Callable[[], Any]:
         return chosen(experts, run, weigher=COMPOSITIONS[name](), **using)
 
+    def made_gates() -> MoLEModel:
+        return MoLEModel.from_experts(experts, GateTrainingConfig().gates).to(config.device)
+
     def weighed() -> Callable[[], Any]:
-        gates = MoLEModel.from_experts(experts, GateTrainingConfig().gates).to(config.device)
+        gates = made_gates()
         gates.bind(experts)
         return chosen(experts, run, weigher=gates, call=alone())
 
@@ -69,21 +76,17 @@ def make_sides(
         return chosen(merging, _compiled(config, whole), weigher=COMPOSITIONS["linear"]())
 
     def products(joined: bool) -> Callable[[], Any]:
-        whole = with_products(twin(model), experts, tuple(range(config.used or number)), joined)
-        run_whole = _compiled(config, whole)
-        return lambda: run_whole(**inputs)
+        return called(with_products(twin(model), component, experts, tuple(range(config.used or number)), joined))
 
     def peft() -> Callable[[], Any]:
         other = twin(model)
         load_into_peft(other, {lora.name: state_dict(lora, component) for lora in loras})
         other.set_adapters([lora.name for lora in loras[: config.used or number]])
         other.requires_grad_(False)
-        run_peft = _compiled(config, other)
-        return lambda: run_peft(**inputs)
+        return called(other)
 
     def merged_beforehand() -> Callable[[], Any]:
-        whole = _compiled(config, merged(model, loras[: config.used or number], component))
-        return lambda: whole(**inputs)
+        return called(merged(model, loras[: config.used or number], component))
 
     def alone() -> Any:
         return _call(config, inputs, number, regions=False)
@@ -97,6 +100,7 @@ def make_sides(
         "budget": lambda: composed("budget", call=alone()),
         "norm_router": lambda: composed("norm_router", call=alone()),
         "gates": weighed,
+        "gated": lambda: called(with_gates(twin(model), component, experts, made_gates())),
         "masks": lambda: composed("masks", call=_call(config, inputs, number)),
         "fused": fused,
         "peft": peft,
@@ -104,6 +108,8 @@ def make_sides(
     }
     if model.dtype != torch.float32:
         del makers["fused"]
+    if config.used:  # all that gates are asked for
+        del makers["gated"]
     sides: Sides = {}
     for side, make in makers.items():
         if side == "bare" or side in config.sides:

@@ -16,18 +16,20 @@ from mole_diffusion.cli import app
 from mole_diffusion.composition import COMPOSITIONS
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.experts import Experts
+from mole_diffusion.gating import MoLEModel
 from mole_diffusion.speed import SIDES, SIZES, Counted, Speed, SpeedConfig, measure_speed, speed_page
 from mole_diffusion.speed import count as count_module
 from mole_diffusion.speed.clocks import in_turn, timed
 from mole_diffusion.speed.config import WHOLE, Side
 from mole_diffusion.speed.count import Alive, FusedAttention, count_base
-from mole_diffusion.speed.limits import with_products
+from mole_diffusion.speed.limits import with_gates, with_products
 from mole_diffusion.speed.measure import SideCost
 from mole_diffusion.speed.models import make_inputs, make_loras, make_model, merged, twin
 from mole_diffusion.speed.page import saved_table, walk_table
 from mole_diffusion.speed.pipeline import pipeline_costs
 from mole_diffusion.speed.ratio import Ratio
 from mole_diffusion.speed.train import saved_activations, walk_operations
+from mole_diffusion.training import GateTrainingConfig
 from tests.command import mole
 
 TINY = SpeedConfig(size="tiny", loras=(2,), rounds=1, rank=2, train=True)
@@ -100,6 +102,8 @@ def test_a_table_of_a_tiny_model() -> None:
     assert rows["products"].products >= rows["sum"].products  # of queries, keys and values we make one
     assert rows["products"].operations == rows["joined"].operations == rows["sum"].operations
     assert rows["gates"].operations < 1.2 * rows["sum"].operations
+    assert rows["gated"].operations == pytest.approx(rows["gates"].operations, rel=1e-9)
+    assert rows["products"].operators < rows["gated"].operators < rows["gates"].operators
     assert rows["bare"].operators < rows["sum"].operators < rows["gates"].operators < rows["peft"].operators
     assert all(row.seconds > 0 and row.memory is not None for row in speed.rows)
     (setting,) = speed.settings
@@ -233,6 +237,8 @@ def test_a_pipeline_calls_little_beside_the_stock_one() -> None:
     summed, gated = costs["plain sum"], costs["gates per token"]
     assert stock.calls < empty.calls < 1.08 * stock.calls
     assert empty.calls < summed.calls < gated.calls
+    assert costs["its products alone"].calls < summed.calls
+    assert costs["gates and products alone"].calls < gated.calls
     assert stock.operators < empty.operators < fused.operators < summed.operators < gated.operators
     assert empty.operators < 1.05 * stock.operators
     assert fused.operators < 1.15 * stock.operators
@@ -246,10 +252,27 @@ def test_products_alone_are_the_sum(joined: bool) -> None:
     experts = Experts(loras)
     experts.attach({"unet": (ours := twin(model))})
     experts.weigher = COMPOSITIONS["linear"]()
-    alone = with_products(twin(model), experts, (0, 2), joined)
+    alone = with_products(twin(model), "unet", experts, (0, 2), joined)
     with experts.using(keep=torch.tensor([1, 0, 1])):
         torch.testing.assert_close(alone(**inputs)[0], ours(**inputs)[0], rtol=1e-5, atol=1e-5)
     assert not torch.allclose(alone(**inputs)[0], model(**inputs)[0])
+    experts.detach()
+
+
+@torch.no_grad()
+def test_gates_and_products_alone_are_what_gates_give() -> None:
+    model = make_model(TINY)
+    inputs, loras = make_inputs(TINY, model), make_loras(TINY, model, 3)
+    experts = Experts(loras)
+    experts.attach({"unet": (ours := twin(model))})
+    gates = MoLEModel.from_experts(experts, GateTrainingConfig().gates)
+    for weight in gates.parameters():
+        weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)) if weight.ndim else 0.2)
+    experts.weigher = gates
+    alone = with_gates(twin(model), "unet", experts, gates)
+    torch.testing.assert_close(alone(**inputs)[0], ours(**inputs)[0], rtol=1e-5, atol=1e-5)
+    experts.weigher = COMPOSITIONS["normalized"]()
+    assert not torch.allclose(alone(**inputs)[0], ours(**inputs)[0], rtol=1e-3, atol=1e-3)
     experts.detach()
 
 
