@@ -47,7 +47,8 @@ def speed(
         bool, typer.Option("--pipeline", help="Also whole calls of the toybox's pipeline beside diffusers' own.")
     ] = False,
     whole: Annotated[
-        bool, typer.Option("--whole", help="All tables of the documentation's page instead; ten minutes on two cores.")
+        bool,
+        typer.Option("--whole", help="All tables of the documentation's page instead; twenty minutes on two cores."),
     ] = False,
     count: Annotated[
         bool,

@@ -158,7 +158,7 @@ def test_calls_that_follow_one_another_are_timed_together() -> None:
 def test_the_tables_of_the_whole_page_have_what_they_compare() -> None:
     for config in WHOLE:
         assert config.sides[0] == "bare"
-    assert {config.size for config in WHOLE} == {"142m", "toybox", "tiny"}
+    assert {config.size for config in WHOLE} == {"142m", "sd15", "toybox", "tiny"}
     assert any(config.loras == (3, 32) and config.used == 3 for config in WHOLE)
 
 
