@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import sys
 import threading
@@ -10,8 +11,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
+from types import AsyncGeneratorType, FrameType
 from typing import Any, Generic, TypeVar
+from weakref import ref
 
 from ..errors import MoLEError
 
@@ -30,15 +32,30 @@ class _Block(Generic[Value]):
     generator: FrameType | None
     thread: int
     over: bool = False
+    asynchronous: ref[AsyncGeneratorType[Any, Any]] | None = None
 
     @property
     def waits(self) -> bool:
         """Whether it stands in a generator that does not run now, in any thread."""
-        if self.generator is None or self.generator.f_back is not None:
+        return self._stands_still and not self.awaits
+
+    @property
+    def awaits(self) -> bool:
+        """Whether it stands in an asynchronous generator that awaits what another thread does, which is this one."""
+        if not self._stands_still or threading.get_ident() == self.thread:
             return False
-        # One that awaits what it has another thread do waits too, and that thread has its context.
-        awaits = self.generator.f_code.co_flags & inspect.CO_ASYNC_GENERATOR
-        return not awaits or threading.get_ident() == self.thread
+        assert self.generator is not None
+        if not self.generator.f_code.co_flags & inspect.CO_ASYNC_GENERATOR:
+            return False
+        if self.asynchronous is None:  # which its frame does not tell
+            found = (one for one in gc.get_objects() if type(one) is AsyncGeneratorType)
+            self.asynchronous = ref(next(one for one in found if one.ag_frame is self.generator))
+        asynchronous = self.asynchronous()
+        return asynchronous is not None and asynchronous.ag_running
+
+    @property
+    def _stands_still(self) -> bool:
+        return self.generator is not None and self.generator.f_back is None
 
 
 class Blocks(Generic[Value]):
@@ -67,9 +84,12 @@ class Blocks(Generic[Value]):
         Raises:
             MoLEError: The innermost stands in a generator that waits, so that nobody can tell.
         """
-        block = next((block for block in self._here() if block.of is of), None)
-        if block is None:
+        blocks = [block for block in self._here() if block.of is of]
+        if not blocks:
             return None
+        block = blocks[0]
+        if block.waits:  # which leaves one that has handed its work to this thread, and else nobody
+            block = next((one for one in blocks if one.awaits), block)
         if block.waits:
             assert block.generator is not None
             code = block.generator.f_code

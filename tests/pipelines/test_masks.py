@@ -7,7 +7,7 @@ import contextlib
 import functools
 import gc
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -195,20 +195,19 @@ def test_generators_that_take_turns_draw_with_their_own_choice(drawn: Drawn) -> 
         assert torch.equal(one, cat)
         assert torch.equal(other, dog)
 
-    async def both() -> list[tuple[torch.Tensor, torch.Tensor]]:
-        dogs = drawn.slowly_by("dog")
-        return [(one, await anext(dogs)) async for one in drawn.slowly_by("cat")]
-
-    async def in_threads() -> AsyncIterator[torch.Tensor]:
-        with drawn.pipe.composing(["cat"]):
+    async def in_threads(name: str) -> AsyncIterator[torch.Tensor]:
+        with drawn.pipe.composing([name]):
             for pause in (0.0, 0.05):  # until the generator waits
                 yield await asyncio.to_thread(lambda pause=pause: (time.sleep(pause), drawn())[1])
 
-    async def one_by_one() -> list[torch.Tensor]:
-        return [one async for one in in_threads()]
+    async def both(by: Callable[[str], AsyncIterator[torch.Tensor]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        dogs = by("dog")
+        return [(one, await anext(dogs)) async for one in by("cat")]
 
-    assert all(torch.equal(one, cat) for one in asyncio.run(one_by_one()))
-    assert all(torch.equal(one, cat) and torch.equal(other, dog) for one, other in asyncio.run(both()))
+    for by in (drawn.slowly_by, in_threads):
+        for one, other in asyncio.run(both(by)):
+            assert torch.equal(one, cat)
+            assert torch.equal(other, dog)
 
     elsewhere = drawn.by("cat", times=3)  # as servers run them: every step in a thread of its own
     for _ in range(3):
