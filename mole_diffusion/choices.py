@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Literal
 
 from .errors import MoLEError
@@ -14,7 +14,7 @@ METHODS = (
     "linear", "normalized", "budget", "merge", "switch", "composite", "masks", "freefuse", "norm_router", "mole",
     "masked_gates",
 )  # fmt: skip
-"""The names in `COMPOSITIONS`."""
+"""The ways to compose; each is a file of its name in `composition/`."""
 
 SCHEDULERS = (
     "DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LMSDiscreteScheduler", "EulerDiscreteScheduler",
@@ -24,7 +24,6 @@ SCHEDULERS = (
     "TCDScheduler",
 )  # fmt: skip
 """All that diffusers makes from one another's settings; the last two are for utilities that draw in few steps."""
-
 
 Layout = Literal["diffusers", "kohya", "peft"]
 LAYOUTS: tuple[Layout, ...] = ("diffusers", "kohya", "peft")
@@ -40,10 +39,10 @@ REUSABLE = ("vae", "clip", "base")
 """Parts of the toybox that another one may be built with."""
 
 
-def check_method(name: str) -> None:
-    """Raises MoLEError unless there is a composition of this name."""
-    if name not in METHODS:
-        raise MoLEError(f"there is no composition {name!r}. Known are: {', '.join(METHODS)}.")
+def check_method(name: str, known: Collection[str] = METHODS) -> None:
+    """Raises MoLEError unless there is a composition of this name among those that are known."""
+    if name not in known:
+        raise MoLEError(f"there is no composition {name!r}. Known are: {', '.join(known)}.")
 
 
 def check_names(given: Iterable[str], names: Sequence[str], argument: str) -> None:

@@ -86,7 +86,7 @@ class GateCalls(LoRACalls):
                 "they began with. Do it before; to change which LoRAs draw from a step on, call `use_loras`."
             )
         if isinstance(method, str):
-            check_method(method)
+            check_method(method, COMPOSITIONS)
             method = COMPOSITIONS[method]()
         if not (method is None or isinstance(method, Composition)):
             raise TypeError(f"`method` must be a name or a Composition, got {method!r} ({type(method).__name__}).")

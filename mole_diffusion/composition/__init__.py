@@ -1,8 +1,10 @@
-"""Composition methods: one small file each, and a plain dictionary of their names."""
+"""Composition methods: one small file each, and a dictionary of their names."""
 
 from __future__ import annotations
 
-from ..choices import Role
+from importlib import import_module
+
+from ..choices import METHODS, Role
 from .base import Composition
 from .budget import Budget
 from .call import Call
@@ -21,10 +23,18 @@ from .step import Step
 from .steps import StepComposition
 from .switch import Switch
 
-COMPOSITIONS: dict[str, type[Composition]] = {
-    method.name: method
-    for method in (Linear, Normalized, Budget, Merge, Switch, Composite, Masks, FreeFuse, NormRouter, MoLE, MaskedGates)
-}
+
+def _defined_in(module: str) -> type[Composition]:
+    """The method whose file has its name."""
+    found: type[Composition] = next(
+        defined
+        for defined in vars(import_module(f"{__name__}.{module}")).values()
+        if isinstance(defined, type) and issubclass(defined, Composition) and vars(defined).get("name") == module
+    )
+    return found
+
+
+COMPOSITIONS: dict[str, type[Composition]] = {name: _defined_in(name) for name in METHODS}
 
 __all__ = [
     "COMPOSITIONS",

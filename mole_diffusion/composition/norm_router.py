@@ -29,7 +29,7 @@ class _Parts:
         made_of: What they were worked out from.
         lost: The weight of a LoRA at a token that is not its own.
         gain: What winning a token adds to it.
-        won: The weight of a LoRA at a token of its own, `lost + gain`.
+        plain: Whether these are 0 and 1 throughout.
         shared: The weight where there are no tokens.
         idle: Whether a LoRA does not compete: no subject, left out, or not touching the module; `(N, rows, 1)`.
             `None` where all compete in every row.
@@ -39,7 +39,7 @@ class _Parts:
     made_of: tuple[Tensor, Tensor]
     lost: Tensor
     gain: Tensor
-    won: Tensor
+    plain: bool
     shared: Tensor
     idle: Tensor | None
     order: Tensor
@@ -104,8 +104,8 @@ class NormRouter(Composition):
             shares = torch.softmax(ratios / self.temperature, dim=0).nan_to_num()  # of nobody, where nobody competes
             return torch.addcmul(parts.lost, shares.movedim(0, 2), parts.gain)
         wins = ratios == ratios.amax(dim=0)  # an index of the largest takes many times longer to find
-        weights = wins.new_empty((*wins.shape[1:], len(wins)), dtype=parts.won.dtype)
-        return torch.where(wins.movedim(0, 2), parts.won, parts.lost, out=weights)
+        won = wins.movedim(0, 2).contiguous().to(parts.gain.dtype)  # turned while it is a byte a number
+        return won if parts.plain else torch.addcmul(parts.lost, won, parts.gain)
 
     def _parts(self, site: Site, run: Run) -> _Parts:
         """Kept until the call ends or the choice of LoRAs changes: asked at every module, they cost more than norms."""
@@ -122,7 +122,8 @@ class NormRouter(Composition):
             shared = lost + gain / competing.sum(dim=-1, keepdim=True).clamp(min=1)
             idle = None if bool(competing.all()) else (competing == 0).movedim(2, 0)
             order = 1 - _LATER * torch.arange(len(subject), device=subject.device)
-            parts = _Parts((run.keep, run.scale), lost, gain, lost + gain, shared, idle, order[:, None, None])
+            plain = not lost.any() and bool((gain == 1).all())
+            parts = _Parts((run.keep, run.scale), lost, gain, plain, shared, idle, order[:, None, None])
             known[key] = parts
         return parts
 
@@ -142,14 +143,13 @@ def output_norms(stack: ExpertStack, projected: Tensor) -> Tensor:
     root = _ROOTS.get(stack)
     if root is None or root.device != projected.device:
         _ROOTS[stack] = root = _root(stack).to(projected.device)
-    turned = (projected if stack.is_convolution else projected.t()).float()
-    dim = turned.ndim - 2
+    rows = (projected if stack.is_convolution else projected.t()).float()
     if root.ndim == 3:  # one product for each LoRA instead of a large one that is mostly zeros
-        turned = turned.unflatten(dim, (stack.num_experts, -1))
-    coordinates = root @ turned
+        rows = rows.unflatten(-2, (stack.num_experts, -1))
+    coordinates = torch.bmm(root, rows) if root.ndim == rows.ndim == 3 else root @ rows
     if root.ndim == 2:
-        coordinates = coordinates.unflatten(dim, (stack.num_experts, -1))
-    norms = coordinates.square().sum(dim=dim + 1).sqrt()
+        coordinates = coordinates.unflatten(-2, (stack.num_experts, -1))
+    norms = coordinates.square_().sum(dim=-2).sqrt_()
     return norms.movedim(1, 0) if stack.is_convolution else norms
 
 

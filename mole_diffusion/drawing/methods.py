@@ -17,7 +17,7 @@ def options(name: str) -> dict[str, Any]:
     Raises:
         MoLEError: There is no such method.
     """
-    check_method(name)
+    check_method(name, COMPOSITIONS)
     parameters = inspect.signature(COMPOSITIONS[name].__init__).parameters.values()
     return {p.name: p.default for p in parameters if _plain(p.default) and not (p.default is None and _made(p))}
 

@@ -421,7 +421,6 @@ def test_what_is_not_there_is_said_before_torch_is_imported(tmp_path: Path) -> N
 
 def test_what_is_offered_without_torch_is_all_there_is() -> None:
     made_of_settings = [scheduler.name for scheduler in KarrasDiffusionSchedulers]
-    assert tuple(COMPOSITIONS) == choices.METHODS
     assert (*made_of_settings, "LCMScheduler", "TCDScheduler") == choices.SCHEDULERS
     assert tuple(PRESETS) == choices.PRESETS
     assert read_scheduler("LCMScheduler") is LCMScheduler
