@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..clip import DifferentiableCLIP
 from ..errors import MoLEError
-from ..loading import loading
+from ..loading import LoadingError, loading
 
 
 class ImageEncoder(Protocol):
@@ -80,13 +80,22 @@ class VisionBackbone(nn.Module):
         """From a folder or the Hub, such as "facebook/dinov2-base"; `kwargs` go to `AutoModel.from_pretrained`.
 
         Raises:
-            LoadingError: It is not there, or cannot be read; weights are read from safetensors only.
+            LoadingError: It is not there, or cannot be read; weights are read from safetensors only. Or its files lack
+                weights, which transformers would leave random.
         """
         from transformers import AutoImageProcessor, AutoModel
 
+        given = {"use_safetensors": True, **kwargs, "output_loading_info": True}
         with loading(f"the vision model {source}"):
-            model = AutoModel.from_pretrained(source, **{"use_safetensors": True, **kwargs})
-            return cls(getattr(model, "vision_model", model), AutoImageProcessor.from_pretrained(source))
+            model, read = AutoModel.from_pretrained(source, **given)
+            processor = AutoImageProcessor.from_pretrained(source)
+        part = "vision_model." if hasattr(model, "vision_model") else ""
+        if lacking := sorted(key for key in read["missing_keys"] if key.startswith(part)):
+            raise LoadingError(
+                f"the files of the vision model {source} lack {len(lacking)} of its weights, {lacking[0]!r} among "
+                "them, which would be random. Give another, or where only a pooler is lacking, add_pooling_layer=False."
+            )
+        return cls(getattr(model, "vision_model", model), processor)
 
     @torch.no_grad()
     def encode_image(self, images: Tensor) -> Tensor:

@@ -12,14 +12,16 @@ from safetensors import safe_open
 
 from ..loading import LoadingError
 
-EMBEDDING = "token_embedding.weight"  # whatever stands before it
+# Of CLIP; of T5, which may spell it in both ways; of Qwen and Mistral. Whatever stands before them.
+EMBEDDINGS = ("token_embedding.weight", "shared.weight", "embed_tokens.weight")
+ROWS = 64  # as many are compared: enough to know random numbers, and Qwen's whole table is a gigabyte
 
 
 def refuse_random_text_encoders(components: Mapping[str, Any]) -> None:
-    """Refuses CLIP text encoders that do not hold what their file does.
+    """Refuses text encoders that do not hold what their files do.
 
     Where transformers finds none of a file's names in the model, it only warns, and leaves the weights random. Older
-    versions do so with files of newer ones, which write no `text_model.` in front of the names.
+    versions do so with files of newer ones, which write other names: CLIP's without a `text_model.` in front.
 
     Args:
         components: Of a pipeline that was just opened, by name.
@@ -31,13 +33,15 @@ def refuse_random_text_encoders(components: Mapping[str, Any]) -> None:
         folder = getattr(model, "name_or_path", None)
         if not isinstance(model, transformers.PreTrainedModel) or not folder:
             continue
-        held = [tensor for key, tensor in model.named_parameters() if key.endswith(EMBEDDING) and not tensor.is_meta]
+        rows = [tensor for key, tensor in model.named_parameters() if key.endswith(EMBEDDINGS)]
+        held = [tensor[:ROWS].detach().cpu() for tensor in rows if tensor.is_floating_point() and not tensor.is_meta]
         written = []
         for file in sorted(Path(folder).glob("*.safetensors")):
             with safe_open(file, "pt") as tensors:
-                written += [tensors.get_tensor(key) for key in tensors.keys() if key.endswith(EMBEDDING)]
-        if held and written and not any(torch.equal(one.to(held[0]), held[0]) for one in written):
+                written += [tensors.get_slice(key)[:ROWS] for key in tensors.keys() if key.endswith(EMBEDDINGS)]
+        if held and written and not any(torch.equal(one.to(held[0].dtype), held[0]) for one in written):
             raise LoadingError(
-                f"the {name} in {folder} was saved by a newer transformers than this, {transformers.__version__}, "
-                "which leaves its weights random. Upgrade it: pip install --upgrade transformers"
+                f"the {name} in {folder} holds nothing of its files: transformers {transformers.__version__} knows "
+                "other names than theirs, as of files that a newer one saved, and leaves its weights random. Upgrade "
+                "it: pip install --upgrade transformers"
             )

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchmetrics.multimodal import CLIPScore
 
 from mole_diffusion import toybox
 from mole_diffusion.clip import DifferentiableCLIP
+from mole_diffusion.loading import LoadingError
 from mole_diffusion.metrics import (
     ImageAlignment,
     RegionAlignment,
@@ -165,6 +167,26 @@ def test_any_vision_backbone_of_transformers(pooled: bool) -> None:
     features = embed_images(backbone, [image, image.resize((50, 70))])
     assert torch.allclose(features[0], token / token.norm(), atol=1e-5)
     assert torch.allclose(features.norm(dim=-1), torch.ones(2))
+
+
+def test_a_vision_model_whose_files_lack_weights_is_refused(tmp_path: Path) -> None:
+    """Transformers only warns, and would measure with random numbers."""
+    from transformers import BitImageProcessorPil, ViTConfig, ViTModel
+
+    size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "image_size": 28, "patch_size": 14}
+    ViTModel(ViTConfig(**size), add_pooling_layer=False).save_pretrained(tmp_path)
+    BitImageProcessorPil(size={"shortest_edge": 28}, crop_size=28).save_pretrained(tmp_path)
+    with pytest.raises(LoadingError, match=r"lack 2 of its weights, 'pooler\.dense\.bias' among them, .* random"):
+        VisionBackbone.from_pretrained(tmp_path)
+    image = toybox.references("cat")[0]
+    first, again = (
+        embed_images(VisionBackbone.from_pretrained(tmp_path, add_pooling_layer=False), [image]) for _ in range(2)
+    )
+    assert torch.equal(first, again)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({f"other.{key}": tensor for key, tensor in weights.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(LoadingError, match=r"the vision model .* (lack|cannot be loaded)"):
+        VisionBackbone.from_pretrained(tmp_path)
 
 
 def test_a_region_is_measured_inside_its_box_and_a_miss_is_zero(toybox_clip: DifferentiableCLIP) -> None:
