@@ -22,13 +22,13 @@ def named_sources(loras: object) -> dict[str, LoRASource]:
     """Name to source, from a mapping of them or from a list of files, which are named by their stems.
 
     Raises:
-        TypeError: `loras` is neither, or a name is no string.
+        TypeError: `loras` is neither, a name is no string, or what it names is no LoRA.
         MoLEError: It is empty, or two entries of the list have one name.
     """
     if isinstance(loras, Mapping):
         sources = dict(loras)
     elif isinstance(loras, list | tuple):
-        pairs = [(item.name if isinstance(item, LoRA) else Path(item).stem, item) for item in loras]
+        pairs = [(_stem(item), item) for item in loras]
         sources = dict(pairs)
         if len(sources) < len(pairs):
             names = [name for name, _ in pairs]
@@ -43,7 +43,19 @@ def named_sources(loras: object) -> dict[str, LoRASource]:
     for name in sources:
         if not isinstance(name, str) or not name.strip() or not is_text(name):
             raise TypeError(f"a LoRA's name must be a non-empty string, got {name!r} ({type(name).__name__}).")
+    for name, source in sources.items():
+        if not isinstance(source, str | os.PathLike | Mapping | LoRA):
+            raise TypeError(f"the LoRA {name!r} must be a file, a state dict or a LoRA, got a {type(source).__name__}.")
     return sources
+
+
+def _stem(source: object) -> str:
+    """The name of a LoRA in a list: its own, or its file's."""
+    if isinstance(source, LoRA):
+        return source.name
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(f"a list of LoRAs holds files, got a {type(source).__name__} in it. Name others in a dict.")
+    return Path(source).stem
 
 
 def choose_triggers(

@@ -56,12 +56,15 @@ def read_scale(kwargs: Mapping[str, Any]) -> float:
     """The `scale` of all LoRAs in the arguments of a pipeline's call; 1 where none is given.
 
     Raises:
+        TypeError: It is no number.
         MoLEError: It is not finite.
     """
     for name in SCALE_ARGUMENTS:
         given = kwargs.get(name)
         if given and given.get("scale") is not None:
             scale: float = given["scale"]
+            if not isinstance(scale, Real | Tensor):
+                raise TypeError(f"`{name}['scale']` must be a number, got {_shown(scale)}.")
             check_drawable(f"`{name}['scale']`", scale)
             return scale
     return 1.0

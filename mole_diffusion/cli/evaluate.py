@@ -11,7 +11,7 @@ from ..drawing.opening import find_folder, pick_device, quiet_loading
 from ..errors import MoLEError
 from .early import refuse_missing, refuse_missing_clip
 from .edge import SOME_FAILED
-from .inputs import Device, read_pairs, warnings_in_a_line
+from .inputs import Device, read_paths, warnings_in_a_line
 
 
 def evaluate(
@@ -44,7 +44,7 @@ def evaluate(
       mole evaluate --images ./pictures --prompts prompts.json --references cat=./cat \\
           --image-encoder facebook/dinov2-base --out cats.csv
     """
-    folders = read_pairs("--references", references or [])
+    folders = read_paths("--references", references or [])
     if out.suffix.lower() != ".csv":
         raise MoLEError(f"--out {out}: the table is written as .csv, got {out.suffix!r}.")
     from mole_diffusion.files import try_file, write_last

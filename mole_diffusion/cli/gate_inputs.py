@@ -12,7 +12,7 @@ from mole_diffusion.errors import MoLEError
 
 from ..drawing.opening import find_base, pick_device, quiet_loading
 from .early import refuse_missing, refuse_missing_clip, refuse_missing_loras, refuse_no_rate, refuse_other
-from .inputs import read_base_dtype, read_pairs, read_pictures
+from .inputs import read_base_dtype, read_pairs, read_paths, read_pictures
 
 if TYPE_CHECKING:
     from mole_diffusion.clip import DifferentiableCLIP
@@ -60,8 +60,8 @@ class GateArguments:
             MoLEError: Something is not there, or is none of what there is to choose from.
         """
         base, clip = self.base, self.clip
-        refuse_missing_loras(read_pairs("--lora", [entry for entry in self.lora if "=" in entry or base != "toybox"]))
-        refuse_missing("--references", read_pairs("--references", self.references or [], "cat=./my-cat").values())
+        refuse_missing_loras(read_paths("--lora", [entry for entry in self.lora if "=" in entry or base != "toybox"]))
+        refuse_missing("--references", read_paths("--references", self.references or [], "cat=./my-cat").values())
         refuse_missing("--prompts", [] if self.prompts is None else [self.prompts])
         if self.preset is not None:
             refuse_other("--preset", self.preset, PRESETS)
@@ -84,7 +84,7 @@ class GateArguments:
             MoLEError: Something is missing or does not fit.
         """
         own, known = toybox_loras(self.lora) if self.base == "toybox" else (list(self.lora), {})
-        files = read_pairs("--lora", own)
+        files = read_paths("--lora", own)
         concepts = known | read_concepts(files, self.token, self.class_name, self.description, self.references)
         texts = read_training_prompts(self.prompt, self.prompts, self.template, concepts)
         from mole_diffusion import toybox
@@ -133,7 +133,7 @@ def read_concepts(
         "--token": read_pairs("--token", token or [], "cat=<v1>"),
         "--class": read_pairs("--class", class_name or [], "cat=cat"),
         "--description": read_pairs("--description", description or [], "cat=orange cat"),
-        "--references": read_pairs("--references", references or [], "cat=./my-cat"),
+        "--references": read_paths("--references", references or [], "cat=./my-cat"),
     }
     for option, pairs in given.items():
         for name in pairs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -35,6 +36,15 @@ def read_pairs(option: str, pairs: Sequence[str], example: str = "cat=cat.safete
         if len(values) > 1:
             raise MoLEError(f"{option} has the name {name!r} twice, for {values[0]} and {values[1]}.")
     return {name: value for name, (value,) in found.items()}
+
+
+def read_paths(option: str, pairs: Sequence[str], example: str = "cat=cat.safetensors") -> dict[str, str]:
+    """`read_pairs` of files and folders: shells leave `cat=~/cat.safetensors` as it is, so ~ is the home here.
+
+    Raises:
+        MoLEError: As in `read_pairs`.
+    """
+    return {name: os.path.expanduser(path) for name, path in read_pairs(option, pairs, example).items()}
 
 
 def read_base_dtype(name: str) -> torch.dtype:

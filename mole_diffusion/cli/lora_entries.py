@@ -9,7 +9,7 @@ from mole_diffusion.choices import ROLES, Role, check_names
 from mole_diffusion.drawable import check_drawable
 from mole_diffusion.errors import MoLEError
 
-from .inputs import read_pairs, read_several
+from .inputs import read_pairs, read_paths, read_several
 
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 
@@ -37,7 +37,7 @@ def read_loras(entries: Sequence[str], *, with_toybox: bool) -> tuple[dict[str, 
         ]
     files: dict[str, str] = {}
     strengths: dict[str, float] = {}
-    for name, given in read_pairs("--lora", entries, "cat=cat.safetensors or cat=cat.safetensors:0.8").items():
+    for name, given in read_paths("--lora", entries, "cat=cat.safetensors or cat=cat.safetensors:0.8").items():
         file, _, last = given.rpartition(":")
         has_strength = bool(file) and re.fullmatch(NUMBER, last) is not None
         files[name] = file if has_strength else given

@@ -370,6 +370,19 @@ def test_what_is_not_there_is_said_before_torch_is_imported(tmp_path: Path) -> N
     measure = ["evaluate", "--out", str(tmp_path / "e.csv"), "--prompts", str(tmp_path / "prompts.txt"), "--images"]
     wrong = {
         "cat=/no/cat.safetensors: no such file": ["generate", "--prompt", "x", "--lora", "cat=/no/cat.safetensors"],
+        f"{os.path.expanduser('~')}/no/cat.safetensors: no such file": [
+            "generate",
+            "--prompt",
+            "x",
+            "--lora",
+            "cat=~/no/cat.safetensors:0.8",
+        ],
+        f"--references {os.path.expanduser('~')}/no/cat: there": [
+            *measure,
+            str(tmp_path),
+            "--references",
+            "cat=~/no/cat",
+        ],
         "--dtype float8: must be one of": ["generate", "--prompt", "x", "--dtype", "float8"],
         "--images /no/pictures: there is no such": [*measure, "/no/pictures"],
         "--references /no/cat: there is no such": [*measure, str(tmp_path), "--references", "cat=/no/cat"],

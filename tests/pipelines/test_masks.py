@@ -95,6 +95,8 @@ def test_a_weight_that_is_nothing_is_left_out(pipe: Any, weight: float) -> None:
 def test_cross_attention_scale_scales_as_in_diffusers(pipe: Any) -> None:
     assert torch.equal(draw(pipe, loras=["cat"], cross_attention_kwargs={"scale": 0.5}), draw(pipe, loras={"cat": 0.5}))
     assert torch.equal(draw(pipe, cross_attention_kwargs={"scale": None}), draw(pipe))
+    with pytest.raises(TypeError, match=r"`cross_attention_kwargs\['scale'\]` must be a number, got 'half' \(str\)"):
+        draw(pipe, cross_attention_kwargs={"scale": "half"})
 
 
 def test_a_callback_may_change_the_choice_between_steps(pipe: Any) -> None:
