@@ -40,8 +40,7 @@ def run(config: Config, out: Out = None, device: Device = "auto") -> None:
       mole benchmark run table1
       torchrun --nproc-per-node 4 --no-python mole benchmark run benchmarks/table1.yaml --out runs/table1
     """
-    if config.suffix:
-        refuse_missing("config", [config])
+    _look_at(config)
     pick_device(device)
     from mole_diffusion.benchmark import BenchmarkConfig, run_benchmark
     from mole_diffusion.benchmark.studies import find_study
@@ -76,14 +75,22 @@ def report(
       mole benchmark report benchmarks/table1.yaml
       mole benchmark report benchmarks/table1.yaml --page docs/results
     """
-    if config.suffix:
-        refuse_missing("config", [config])
+    _look_at(config)
     from mole_diffusion.benchmark import BenchmarkConfig, write_report
     from mole_diffusion.benchmark.studies import find_study
 
     file = None if page is None else page / f"{config.stem}.md"
     path = write_report(BenchmarkConfig.from_file(find_study(config)), _folder(config, out), page=file)
     typer.echo(f"report: {path}")
+
+
+def _look_at(config: Path) -> None:
+    """Raises MoLEError for a file that is not there, or no YAML; what it says is read later, with the benchmark."""
+    if config.suffix:
+        from mole_diffusion.yaml_files import read_yaml
+
+        refuse_missing("config", [config])
+        read_yaml(config)
 
 
 def _folder(config: Path, out: Path | None) -> Path:

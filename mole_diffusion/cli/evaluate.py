@@ -48,12 +48,16 @@ def evaluate(
     if out.suffix.lower() != ".csv":
         raise MoLEError(f"--out {out}: the table is written as .csv, got {out.suffix!r}.")
     from mole_diffusion.files import try_file, write_last
+    from mole_diffusion.pictures import picture_files
+    from mole_diffusion.prompts import read_prompts
 
     try_file(out)
     refuse_missing("--images", [images])
     refuse_missing("--prompts", [prompts])
     refuse_missing("--references", folders.values())
     refuse_missing_clip(clip)
+    encoder_found = image_encoder and find_folder("--image-encoder", image_encoder, example="facebook/dinov2-base")
+    read_prompts(prompts, [file.name for file in picture_files(images)])  # looked at before torch is imported
     where = pick_device(device)
     from rich.console import Console
     from rich.table import Table
@@ -62,7 +66,6 @@ def evaluate(
     from mole_diffusion.metrics.folder import read_inputs
     from mole_diffusion.tables import write_csv
 
-    encoder_found = image_encoder and find_folder("--image-encoder", image_encoder, example="facebook/dinov2-base")
     read_inputs(images, prompts, folders)
     with quiet_loading():
         encoder = None if encoder_found is None else VisionBackbone.from_pretrained(encoder_found).to(where)

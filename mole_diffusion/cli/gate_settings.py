@@ -22,7 +22,6 @@ def read_config(
     Raises:
         MoLEError: A setting is unknown or its value is not allowed; the file is missing or no YAML dictionary.
     """
-    from mole_diffusion.training import GateTrainingConfig
     from mole_diffusion.yaml_files import parse_yaml, read_yaml
 
     values: dict[str, Any] = {}
@@ -48,6 +47,8 @@ def read_config(
     values |= {name: value for name, value in options.items() if value is not None}
     if preset is not None:
         values["preset"] = preset
+    from mole_diffusion.training import GateTrainingConfig
+
     chosen = GateTrainingConfig.from_dict({**values, "warmup_steps": values.get("warmup_steps", 0)})
     if "warmup_steps" in values:
         return chosen

@@ -365,6 +365,9 @@ def run_script(*arguments: str, environment: dict[str, str] | None = None) -> su
 
 def test_what_is_not_there_is_said_before_torch_is_imported(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a cat")
+    (tmp_path / "cut.yaml").write_text("name: [")
+    (tmp_path / "one").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "one" / "0.png")
     gates = ["--lora", "cat", "--lora", "boot", "--out", str(tmp_path / "gates")]
     train = ["--images", str(tmp_path), "--token", "sks", "--class", "cat", "--out", "cat.safetensors"]
     measure = ["evaluate", "--out", str(tmp_path / "e.csv"), "--prompts", str(tmp_path / "prompts.txt"), "--images"]
@@ -386,11 +389,14 @@ def test_what_is_not_there_is_said_before_torch_is_imported(tmp_path: Path) -> N
         "--dtype float8: must be one of": ["generate", "--prompt", "x", "--dtype", "float8"],
         "--images /no/pictures: there is no such": [*measure, "/no/pictures"],
         "--references /no/cat: there is no such": [*measure, str(tmp_path), "--references", "cat=/no/cat"],
+        "--image-encoder no: there is no such folder": [*measure, str(tmp_path / "one"), "--image-encoder", "no"],
+        "no picture in this folder": [*measure, str(tmp_path)],
         "--clip /no/clip: there is no such folder": [*measure, str(tmp_path), "--clip", "/no/clip"],
         "no prompts: give --prompt": ["train-gates", *gates],
         "--clip ./no: there is no such folder": ["balance-study", *gates, "--prompt", "x", "--clip", "./no"],
         "config /no.yaml: there is no such": ["benchmark", "run", "/no.yaml"],
         "config no.yml: there is no such": ["benchmark", "report", "no.yml"],
+        "cut.yaml: ": ["benchmark", "run", str(tmp_path / "cut.yaml")],
     }
     cat = ["generate", "--prompt", "a <v1> cat", "--lora", "cat"]
     wrong |= {
