@@ -66,8 +66,8 @@ try:
     from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, InsertableDict, OutputParam
 except ImportError as error:
     raise OlderDiffusersError(
-        f"blocks for modular pipelines need diffusers 0.42 or newer, and this is {diffusers.__version__} ({error}). "
-        "Upgrade it: pip install 'diffusers>=0.42'"
+        f"blocks for modular pipelines need diffusers 0.40 or newer, and this is {diffusers.__version__} ({error}). "
+        "Upgrade it: pip install 'diffusers>=0.40'"
     ) from None
 
 PUBLISHED = '''"""LoRAs composed in diffusers' modular pipelines, by the installed mole_diffusion."""

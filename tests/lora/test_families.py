@@ -181,12 +181,12 @@ def test_the_commands_say_that_a_file_acts_and_convert_it_to_its_factors(
     for name, _, parts, _ in made:
         state |= written("kohya, musubi", component, name, parts)
     save_file({key: tensor.contiguous() for key, tensor in state.items()}, file := tmp_path / "it.safetensors")
-    told = mole("inspect", file, "--base", "ours").output
+    told = mole("inspect", file, "--base", "some/base").output
     count = sum(len(meant) for _, meant, _, _ in made)
-    assert f"all of it acts on ours: {count} modules of {component}" in " ".join(told.split())
+    assert f"all of it acts on some/base: {count} modules of {component}" in " ".join(told.split())
     for to in ("kohya", "diffusers", "peft"):
         out = tmp_path / ("peft" if to == "peft" else f"{to}.safetensors")
-        result = mole("convert", file, "--to", to, "--out", out, "--base", "ours")
+        result = mole("convert", file, "--to", to, "--out", out, "--base", "some/base")
         assert result.exit_code == 0, result.output
         found = load_lora(out, {component: denoiser}).factors[component]
         assert len(found) == count
