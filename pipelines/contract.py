@@ -75,10 +75,10 @@ class DiffusersContract(Base):
             if name not in known and name not in ("callback", "callback_steps"):
                 raise TypeError(f"{type(self).__name__} has no argument {name!r}. LoRAs are chosen with `loras`.")
 
-    def _named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments of a call of the diffusers pipeline by their names."""
+    def _named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], method: str = "__call__") -> dict[str, Any]:
+        """The arguments that a method of the diffusers pipeline was called with, by their names."""
         kind: Any = type(self)
-        return {**dict(zip(_arguments(kind)[1:], args, strict=False)), **kwargs}
+        return {**dict(zip(_arguments(kind, method)[1:], args, strict=False)), **kwargs}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Self:
@@ -163,9 +163,9 @@ class DiffusersContract(Base):
 
 
 @functools.cache  # asked in every call
-def _arguments(cls: type) -> tuple[str, ...]:
-    """Names of the arguments that the call of the diffusers pipeline takes, `self` first."""
-    return tuple(inspect.signature(_stock_class(cls).__call__).parameters)
+def _arguments(cls: type, method: str = "__call__") -> tuple[str, ...]:
+    """Names of the arguments that a method of the diffusers pipeline takes, `self` first."""
+    return tuple(inspect.signature(getattr(_stock_class(cls), method)).parameters)
 
 
 def _stock_class(cls: type) -> Any:

@@ -209,6 +209,8 @@ class SiteGroup:
         down = self._down
         if self.several or down is None or down.device != output.device or down.dtype != output.dtype:
             return self.project(site, hidden_states, output).rows[site.name]
+        if down.ndim == 2 and down.dtype == hidden_states.dtype:  # as `Site.project`, which takes as long to call
+            return torch.mm(hidden_states.reshape(-1, hidden_states.shape[-1]), down)
         return site.project(hidden_states, down)
 
     def _computed(self, site: Site, hidden_states: Tensor, output: Tensor) -> Projections:
