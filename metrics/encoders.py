@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..clip import DifferentiableCLIP
-from ..errors import MoLEError
+from ..drawing.opening import find_clip
 from ..loading import LoadingError, loading
 
 
@@ -40,19 +40,7 @@ def load_clip(source: str) -> DifferentiableCLIP:
         MoLEError: It is none of these.
         OSError: Its weights cannot be loaded, say without a network.
     """
-    if source == "toybox":
-        from .. import toybox
-
-        return DifferentiableCLIP(toybox.clip_dir())
-    if os.path.isdir(source):
-        return DifferentiableCLIP(source)
-    architecture, separator, weights = source.partition(":")
-    if not (architecture and separator and weights):
-        raise MoLEError(
-            f'{source!r} is no CLIP: give "toybox", a folder in the format of open_clip, or "architecture:weights" '
-            'such as "ViT-B-32:openai".'
-        )
-    return DifferentiableCLIP(architecture, weights)
+    return DifferentiableCLIP(*find_clip(source))
 
 
 class VisionBackbone(nn.Module):

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from .errors import MoLEError
 
 Role = Literal["subject", "style", "utility"]
 ROLES: tuple[Role, ...] = ("subject", "style", "utility")
-
-METHODS = (
-    "linear", "normalized", "budget", "merge", "switch", "composite", "masks", "freefuse", "norm_router", "mole",
-    "masked_gates",
-)  # fmt: skip
-"""The ways to compose; each is a file of its name in `composition/`."""
 
 SCHEDULERS = (
     "DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LMSDiscreteScheduler", "EulerDiscreteScheduler",
@@ -37,12 +31,6 @@ PRESETS = ("default", "real", "masks", "paper", "official")
 
 REUSABLE = ("vae", "clip", "base")
 """Parts of the toybox that another one may be built with."""
-
-
-def check_method(name: str, known: Collection[str] = METHODS) -> None:
-    """Raises MoLEError unless there is a composition of this name among those that are known."""
-    if name not in known:
-        raise MoLEError(f"there is no composition {name!r}. Known are: {', '.join(known)}.")
 
 
 def check_names(given: Iterable[str], names: Sequence[str], argument: str) -> None:

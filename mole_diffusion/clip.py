@@ -12,15 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mole_diffusion.clip_names import WEIGHTS, open_clip_name
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.extras import needs
 from mole_diffusion.loading import LoadingError, loading
 
 with needs("train", "CLIP"):
     import open_clip
-
-_LOCAL = "local-dir:"
-_WEIGHTS = "open_clip_model.safetensors"
 
 
 class DifferentiableCLIP(nn.Module):
@@ -52,14 +50,14 @@ class DifferentiableCLIP(nn.Module):
 
     def __init__(self, model_name_or_dir: str | os.PathLike[str], pretrained: str | None = None) -> None:
         super().__init__()
-        name = _open_clip_name(os.fspath(model_name_or_dir), pretrained)
+        name = open_clip_name(os.fspath(model_name_or_dir), pretrained)
         try:
             model = open_clip.create_model(name, pretrained=pretrained, force_quick_gelu=_quick_gelu(name, pretrained))
         except Exception as error:  # no network, weights of another architecture, damaged files
             what = name if pretrained is None else f"{name} with the weights {pretrained!r}"
             raise LoadingError(
                 f"open_clip cannot load {what}: {error} Load it once with a network, or give a folder with "
-                f"open_clip_config.json and {_WEIGHTS} that fit each other."
+                f"open_clip_config.json and {WEIGHTS} that fit each other."
             ) from error
         self.model: Any = model.eval().requires_grad_(False)
         with loading(f"the tokenizer of {name}"):
@@ -140,31 +138,3 @@ def _quick_gelu(name: str, pretrained: str | None) -> bool:
             f"Choose {name.removesuffix('-quickgelu')}."
         )
     return trained_with
-
-
-def _open_clip_name(name: str, pretrained: str | None) -> str:
-    """What open_clip calls this model. Raises MoLEError where it would go on with random weights."""
-    folder = Path(name.removeprefix(_LOCAL))
-    if name.startswith(_LOCAL) or os.path.isdir(folder):
-        missing = [file for file in ("open_clip_config.json", _WEIGHTS) if not (folder / file).is_file()]
-        if missing:
-            raise MoLEError(f"{folder} is no folder of an open_clip model: it lacks {' and '.join(missing)}.")
-        if pretrained is not None:
-            raise MoLEError(
-                f"`pretrained` is {pretrained!r}, but the folder {folder} has its own weights. Leave it out."
-            )
-        return f"{_LOCAL}{folder}"
-    if name not in open_clip.list_models():
-        raise MoLEError(
-            f"{name!r} is neither a folder nor an open_clip architecture. `open_clip.list_models()` lists those, "
-            'for instance "ViT-B-32".'
-        )
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    if pretrained is None or (pretrained not in tags and not Path(pretrained).is_file()):
-        raise MoLEError(
-            f"`pretrained` is {pretrained!r}; {name} without pretrained weights scores at random. "
-            f"Choose one of {', '.join(tags) or 'no known tags: give a file'}."
-        )
-    if pretrained not in tags and Path(pretrained).suffix != ".safetensors":
-        raise MoLEError(f"`pretrained` is {pretrained!r}; weights are read from .safetensors only. Save them so.")
-    return name

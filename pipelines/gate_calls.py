@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..choices import check_method
 from ..composition import COMPOSITIONS, Budget, Composition, MaskedGates, Masks, MoLE
 from ..errors import MoLEError
 from ..experts import Experts
 from ..gating import GateConfig, MoLEModel
+from ..methods import check_method
 from .loaded import OPEN, changing
 from .lora_calls import LoRACalls
 

@@ -9,6 +9,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from mole_diffusion.cli import app
+from tests.composing import NAMES
+
+PROMPT = "a cat, a dog and a mug"
 
 
 def picture(path: Path) -> Image.Image:
@@ -18,3 +21,10 @@ def picture(path: Path) -> Image.Image:
 
 def mole(*arguments: object) -> Any:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def drawing(world: Path, out: Path, *more: object) -> list[object]:
+    """A call of `mole generate` in the world of `conftest.py`."""
+    loras = [part for name in NAMES for part in ("--lora", f"{name}={world / name}.safetensors")]
+    options = ["--base", world / "base", *loras, "--prompt", PROMPT, "--steps", 2, "--device", "cpu", "--out", out]
+    return ["generate", *options, *more]

@@ -173,6 +173,7 @@ def test_wheel_sdist_and_editable_install_have_the_same_modules(built: Built) ->
 
 
 CORE = """
+import importlib
 import sys
 import mole_diffusion
 from mole_diffusion import MoLEStableDiffusionPipeline, toybox
@@ -191,13 +192,15 @@ gated = pipe(prompt, **settings).images
 print(*(picture.std() > 0.01 for picture in (masked, boxed, gated)))
 for module in ("training", "metrics", "benchmark", "speed", "clip", "toybox.recipe"):
     try:
-        mole_diffusion.importlib.import_module("mole_diffusion." + module)
+        room = importlib.import_module("mole_diffusion." + module)
+        for one in room.__all__:
+            getattr(room, one)
     except mole_diffusion.errors.MoLEError as error:
         print(error)
 everything, *reference = sys.argv[1:]
 sys.path.append(everything)
 for name in reference:
-    module = mole_diffusion.importlib.import_module(name)
+    module = importlib.import_module(name)
     listed = getattr(module, "__all__", None) or [
         key for key, value in vars(module).items() if getattr(value, "__module__", None) == name and key[0] != "_"
     ]

@@ -13,9 +13,9 @@ import gradio as gr
 from .. import toybox
 from ..choices import ROLES
 from ..composition import COMPOSITIONS
-from ..drawing.methods import options
 from ..drawing.settings import LoRASettings, PictureSettings
 from ..errors import MoLEError
+from ..methods import options
 from . import drawn_regions, form, said
 from .allowed_folders import AllowedFolders
 from .coloured import coloured, css_colour

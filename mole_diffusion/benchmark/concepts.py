@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.files import refuse_alike
+from mole_diffusion.pictures import picture_files
 
 
 @dataclass(frozen=True)
@@ -54,3 +56,25 @@ def read_concept_files(given: Any) -> dict[str, ConceptFiles]:
             raise MoLEError(f"concept {name!r} must have exactly {', '.join(keys)}, got {value!r}.")
     refuse_alike(map(str, given), "`concepts`", "Call one of them otherwise.")
     return {str(name): ConceptFiles(**{key: str(value[key]) for key in keys}) for name, value in given.items()}
+
+
+def lora_file(name: str, concept: ConceptFiles) -> Path:
+    """The LoRA of a concept. Raises MoLEError where it is not there."""
+    path = Path(concept.lora)
+    if not path.is_file():
+        raise MoLEError(f"concept {name!r}: there is no LoRA file {path}.")
+    return path
+
+
+def reference_files(name: str, concept: ConceptFiles) -> list[Path]:
+    """The pictures of a concept; none where they are the toybox's. Raises MoLEError where there are no such."""
+    if concept.references == "toybox":
+        return []
+    try:
+        files = picture_files(concept.references)
+    except MoLEError as error:
+        raise MoLEError(f"references of concept {name!r}: {error}") from None
+    for file in files:
+        if not file.is_file():
+            raise MoLEError(f"references of concept {name!r}: {file} cannot be read as a picture: it is no file.")
+    return files

@@ -160,6 +160,11 @@ class BenchmarkConfig:
         return cls(**values)
 
     @property
+    def used(self) -> list[str]:
+        """Names of the concepts that a composition has."""
+        return list(dict.fromkeys(name for names in self.compositions for name in names))
+
+    @property
     def labels(self) -> list[str]:
         """Labels of the methods, in their order."""
         return [method.label for method in self.methods]

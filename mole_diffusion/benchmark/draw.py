@@ -62,6 +62,8 @@ class Drawer:
         self._clip, self._references = clip, references
         base = _base(config.base)
         self._pipe: Any = pipeline_class(base).from_pretrained(base).to(self._device)
+        if config.resolution is not None:
+            self._pipe.family.refuse_cut(self._pipe, config.resolution)
         self._pipe.set_progress_bar_config(disable=True)
         self._composition: str | None = None
         self._evaluations = 0

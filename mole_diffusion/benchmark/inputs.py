@@ -9,11 +9,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+from mole_diffusion.benchmark.concepts import ConceptFiles, lora_file, reference_files
 from mole_diffusion.benchmark.config import BenchmarkConfig
 from mole_diffusion.benchmark.gates import gates_folder
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.files import sha256
-from mole_diffusion.pictures import picture_files
 
 SHA256, LORAS, METHODS = "sha256", "LoRA files", "methods"
 _BY_HASH = ("base", "clip", "gates", "image_encoder")
@@ -31,7 +31,6 @@ def made_of(config: BenchmarkConfig) -> dict[str, Any]:
         MoLEError: A LoRA or the pictures of a concept are not there.
     """
     settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_IN_ROWS}
-    used = dict.fromkeys(name for names in config.compositions for name in names)
     hashes = {
         "base": _source_hash(config.base, "base_dir", "model_index.json"),
         "CLIP": _source_hash(config.clip, "clip_dir", "open_clip_config.json"),
@@ -41,7 +40,7 @@ def made_of(config: BenchmarkConfig) -> dict[str, Any]:
     }
     return settings | {
         METHODS: {method.label: dataclasses.asdict(method) for method in config.methods},
-        LORAS: {name: _concept(config, name) for name in used},
+        LORAS: {name: _concept(config, name) for name in config.used},
         SHA256: hashes | _gates(config),
     }
 
@@ -60,32 +59,22 @@ def without_paths(text: str) -> str:
 
 def _concept(config: BenchmarkConfig, name: str) -> dict[str, Any]:
     concept = config.concepts[name]
-    path = Path(concept.lora)
-    if not path.is_file():
-        raise MoLEError(f"concept {name!r}: there is no LoRA file {path}.")
     return {
         "phrase": concept.phrase,
         "description": concept.description,
-        "sha256": sha256(path),
-        "references sha256": _references_hash(name, concept.references),
+        "sha256": sha256(lora_file(name, concept)),
+        "references sha256": _references_hash(name, concept),
     }
 
 
-def _references_hash(name: str, folder: str) -> str:
+def _references_hash(name: str, concept: ConceptFiles) -> str:
     digest = hashlib.sha256()
-    if folder == "toybox":
+    if concept.references == "toybox":
         from mole_diffusion import toybox
 
         for picture in toybox.references(name):
             digest.update(picture.tobytes())
-        return digest.hexdigest()
-    try:
-        files = picture_files(folder)
-    except MoLEError as error:
-        raise MoLEError(f"references of concept {name!r}: {error}") from None
-    for file in files:
-        if not file.is_file():
-            raise MoLEError(f"references of concept {name!r}: {file} cannot be read as a picture: it is no file.")
+    for file in reference_files(name, concept):
         digest.update(sha256(file).encode())
     return digest.hexdigest()
 

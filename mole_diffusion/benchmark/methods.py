@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mole_diffusion.composition import COMPOSITIONS, Composition
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.files import refuse_alike
-from mole_diffusion.gating import GateConfig
-from mole_diffusion.training import GateTrainingConfig
+from mole_diffusion.gating.config import GateConfig
+from mole_diffusion.methods import METHODS, check_options
+from mole_diffusion.training.gates.config import GateTrainingConfig
+
+if TYPE_CHECKING:
+    from mole_diffusion.composition import Composition
 
 SOUP = GateConfig(input="none", scope="matrix")
 TRAINED_METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -26,7 +29,7 @@ class Method:
     """A way to compose, as a benchmark compares it.
 
     Attributes:
-        name: Name of the composition, as in `COMPOSITIONS`.
+        name: Name of the composition, as in `METHODS`.
         label: Its name in tables, and the name of its folders.
         arguments: Arguments of the composition.
         training: How its gates are trained where there are none yet; `None` where it has no gates, or they lie where
@@ -39,6 +42,8 @@ class Method:
     training: GateTrainingConfig | None = None
 
     def build(self) -> Composition:
+        from mole_diffusion.composition import COMPOSITIONS
+
         return COMPOSITIONS[self.name](**dict(self.arguments))
 
 
@@ -56,8 +61,8 @@ def read_methods(given: Any, *, has_gates: bool, can_train: bool, training: Mapp
     Raises:
         MoLEError: A method is unknown, has an argument that is not allowed, or lacks gates; or a label comes twice.
     """
-    every = [name for name in COMPOSITIONS if name not in TRAINED_METHODS]
-    every = [name for name in every if has_gates or can_train or "gates" not in COMPOSITIONS[name].needs]
+    every = [name for name in METHODS if name not in TRAINED_METHODS]
+    every = [name for name in every if has_gates or can_train or "gates" not in METHODS[name]().needs]
     every += [name for name in TRAINED_METHODS if can_train]
     given = ["all"] if given == "all" else given
     if not isinstance(given, list) or not given:
@@ -72,7 +77,7 @@ def read_methods(given: Any, *, has_gates: bool, can_train: bool, training: Mapp
 
 def _method(entry: Any, *, has_gates: bool, can_train: bool, training: Mapping[str, Any]) -> Method:
     given, arguments = next(iter(entry.items())) if isinstance(entry, dict) and len(entry) == 1 else (entry, {})
-    known = (*COMPOSITIONS, *TRAINED_METHODS)
+    known = dict.fromkeys((*METHODS, *TRAINED_METHODS))
     if not isinstance(given, str) or given not in known or not isinstance(arguments, dict):
         raise MoLEError(
             f"{entry!r} is no method. Write a name, one of {', '.join(known)}, or a name with its arguments "
@@ -84,8 +89,8 @@ def _method(entry: Any, *, has_gates: bool, can_train: bool, training: Mapping[s
     if not isinstance(label, str) or not label.strip(". ") or "/" in label or "\\" in label or not label.isprintable():
         raise MoLEError(f"method {entry!r}: a label names a folder too, so it cannot be {label!r}.")
     try:
-        needs_gates = "gates" in COMPOSITIONS[name](**own).needs
-    except TypeError as error:
+        needs_gates = "gates" in check_options(name, own).needs
+    except MoLEError as error:
         raise MoLEError(f"method {entry!r}: {error}") from None
     wishes = arguments.get("training")
     if wishes is not None and not (needs_gates and isinstance(wishes, dict)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -11,8 +10,8 @@ from typing import Any
 
 import torch
 
+from mole_diffusion.benchmark.variants import TEMPERATURES, variants
 from mole_diffusion.clip import DifferentiableCLIP
-from mole_diffusion.errors import MoLEError
 from mole_diffusion.files import atomic_path, write_json
 from mole_diffusion.sheets import curves, gate_heat_map
 from mole_diffusion.tables import markdown_table, number, write_csv
@@ -20,8 +19,6 @@ from mole_diffusion.training.gates.concepts import Concept
 from mole_diffusion.training.gates.config import GateTrainingConfig
 from mole_diffusion.training.gates.report import TRAINING_FILE
 from mole_diffusion.training.gates.train import train_gates
-
-TEMPERATURES = (2.0, 5.0, 10.0)
 
 
 def balance_study(
@@ -80,26 +77,6 @@ def balance_study(
         entropies[variant] = numbers["entropy"]
     _write(folder, rows, entropies)
     return rows
-
-
-def variants(config: GateTrainingConfig, temperatures: Sequence[float]) -> dict[str, GateTrainingConfig]:
-    """By name, the trainings that `balance_study` compares; arguments as there.
-
-    Raises:
-        MoLEError: A temperature is not positive or comes twice, or gates of this config have no balance to keep.
-    """
-    if config.balance == "off":
-        config = dataclasses.replace(config, balance="uniform")
-    without = dataclasses.replace(config, balance="off")
-    raised = {
-        f"temperature {temperature:g}": dataclasses.replace(
-            without, gates=dataclasses.replace(config.gates, temperature=temperature, learn_temperature=False)
-        )
-        for temperature in temperatures
-    }
-    if len(raised) < len(temperatures):
-        raise MoLEError(f"each temperature is a training of its own, and one comes twice in {list(temperatures)}.")
-    return {"balance loss": config, "no balance loss": without, **raised}
 
 
 def _row(variant: str, config: GateTrainingConfig, numbers: Mapping[str, Sequence[float]]) -> dict[str, Any]:

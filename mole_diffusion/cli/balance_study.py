@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..drawing.opening import pick_device
 from . import gate_options as given
 from .gate_inputs import GateArguments
 from .gate_settings import read_config
@@ -73,10 +74,11 @@ def balance_study(
     arguments.look_first()
     options = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
     chosen = read_config(preset, config, settings, options)
-    from mole_diffusion.benchmark.study import TEMPERATURES, variants
+    from mole_diffusion.benchmark.variants import TEMPERATURES, variants
 
     temperatures = temperature or TEMPERATURES
-    variants(chosen, temperatures)  # before any model is loaded
+    variants(chosen, temperatures)  # before torch is imported
+    pick_device(device)
     inputs = arguments.read(chosen)
     from mole_diffusion.benchmark import balance_study as study
 

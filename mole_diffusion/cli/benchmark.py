@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..drawing.opening import pick_device, quiet_loading
+from ..clip_names import open_clip_name
+from ..drawing.opening import find_base, find_clip, find_folder, pick_device, quiet_loading
 from .early import refuse_missing
 from .edge import SOME_FAILED
 from .inputs import Device, warnings_in_a_line
+
+if TYPE_CHECKING:
+    from mole_diffusion.benchmark.config import BenchmarkConfig
 
 benchmark = typer.Typer(
     no_args_is_help=True,
@@ -40,16 +44,14 @@ def run(config: Config, out: Out = None, device: Device = "auto") -> None:
       mole benchmark run table1
       torchrun --nproc-per-node 4 --no-python mole benchmark run benchmarks/table1.yaml --out runs/table1
     """
-    _look_at(config)
-    pick_device(device)
-    from mole_diffusion.benchmark import BenchmarkConfig, run_benchmark
-    from mole_diffusion.benchmark.studies import find_study
-
-    settings = BenchmarkConfig.from_file(find_study(config))
+    settings = _read(config)
+    _look_for_files(settings)
     local = os.environ.get("LOCAL_RANK")
     where = pick_device(device)
     if where.type == "cuda" and where.index is None and local is not None:
         where = pick_device(f"cuda:{local}")
+    from mole_diffusion.benchmark import run_benchmark
+
     folder = _folder(config, out)
     with quiet_loading(), warnings_in_a_line():
         failed = run_benchmark(settings, folder, device=where, progress=True)
@@ -75,22 +77,35 @@ def report(
       mole benchmark report benchmarks/table1.yaml
       mole benchmark report benchmarks/table1.yaml --page docs/results
     """
-    _look_at(config)
-    from mole_diffusion.benchmark import BenchmarkConfig, write_report
-    from mole_diffusion.benchmark.studies import find_study
+    settings = _read(config)
+    from mole_diffusion.benchmark import write_report
 
     file = None if page is None else page / f"{config.stem}.md"
-    path = write_report(BenchmarkConfig.from_file(find_study(config)), _folder(config, out), page=file)
+    path = write_report(settings, _folder(config, out), page=file)
     typer.echo(f"report: {path}")
 
 
-def _look_at(config: Path) -> None:
-    """Raises MoLEError for a file that is not there, or no YAML; what it says is read later, with the benchmark."""
+def _read(config: Path) -> BenchmarkConfig:
+    """What a benchmark compares. Raises MoLEError: There is no such file, or it is none of a benchmark."""
     if config.suffix:
-        from mole_diffusion.yaml_files import read_yaml
-
         refuse_missing("config", [config])
-        read_yaml(config)
+    from mole_diffusion.benchmark.config import BenchmarkConfig
+    from mole_diffusion.benchmark.studies import find_study
+
+    return BenchmarkConfig.from_file(find_study(config))
+
+
+def _look_for_files(settings: BenchmarkConfig) -> None:
+    """Raises MoLEError where what a benchmark is made of is not there, as far as one sees without torch."""
+    from mole_diffusion.benchmark.concepts import lora_file, reference_files
+
+    for name in settings.used:
+        lora_file(name, settings.concepts[name])
+        reference_files(name, settings.concepts[name])
+    find_base(settings.base)
+    open_clip_name(*find_clip(settings.clip))
+    if settings.image_encoder is not None:
+        find_folder("image_encoder", settings.image_encoder, example="facebook/dinov2-base")
 
 
 def _folder(config: Path, out: Path | None) -> Path:

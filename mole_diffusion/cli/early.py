@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from mole_diffusion.clip_names import open_clip_name
 from mole_diffusion.errors import MoLEError
 
 
@@ -31,11 +32,19 @@ def refuse_missing(option: str, paths: Iterable[str | os.PathLike[str]]) -> None
             raise MoLEError(f"{option} {os.fspath(path)}: there is no such file or folder. Check the path.")
 
 
-def refuse_missing_clip(clip: str | None) -> None:
-    """Raises MoLEError for a CLIP that is named by a path where no folder is; architectures are left to open_clip."""
-    path = "" if clip is None else os.path.expanduser(clip)
+def refuse_missing_clip(clip: str) -> None:
+    """Raises MoLEError for a CLIP that is named by a path where no folder is."""
+    path = os.path.expanduser(clip)
     if (os.path.isabs(path) or path.startswith(".")) and not os.path.isdir(path):
         raise MoLEError(f"--clip {clip}: there is no such folder. Give one in open_clip's format, or an architecture.")
+
+
+def refuse_unknown_clip(clip: str, pretrained: str | None) -> None:
+    """Raises MoLEError for a folder that is no CLIP, and for an architecture or weights that open_clip has not."""
+    try:
+        open_clip_name(clip, pretrained)
+    except MoLEError as error:
+        raise MoLEError(f"--clip: {error}") from None
 
 
 def refuse_other(option: str, given: str, known: Iterable[str]) -> None:

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from ..drawing.opening import find_folder, pick_device, quiet_loading
+from ..drawing.opening import find_clip, find_folder, pick_device, quiet_loading
 from ..errors import MoLEError
-from .early import refuse_missing, refuse_missing_clip
+from .early import refuse_missing, refuse_missing_clip, refuse_unknown_clip
 from .edge import SOME_FAILED
 from .inputs import Device, read_paths, warnings_in_a_line
 
@@ -56,6 +56,7 @@ def evaluate(
     refuse_missing("--prompts", [prompts])
     refuse_missing("--references", folders.values())
     refuse_missing_clip(clip)
+    refuse_unknown_clip(*find_clip(clip))
     encoder_found = image_encoder and find_folder("--image-encoder", image_encoder, example="facebook/dinov2-base")
     read_prompts(prompts, [file.name for file in picture_files(images)])  # looked at before torch is imported
     where = pick_device(device)

@@ -11,8 +11,15 @@ from mole_diffusion.choices import PRESETS
 from mole_diffusion.errors import MoLEError
 
 from ..drawing.opening import find_base, pick_device, quiet_loading
-from .early import refuse_missing, refuse_missing_clip, refuse_missing_loras, refuse_no_rate, refuse_other
-from .inputs import read_base_dtype, read_pairs, read_paths, read_pictures
+from .early import (
+    refuse_missing,
+    refuse_missing_clip,
+    refuse_missing_loras,
+    refuse_no_rate,
+    refuse_other,
+    refuse_unknown_clip,
+)
+from .inputs import check_base_dtype, read_pairs, read_paths, read_pictures
 
 if TYPE_CHECKING:
     from mole_diffusion.clip import DifferentiableCLIP
@@ -70,12 +77,13 @@ class GateArguments:
             raise MoLEError(NO_PROMPTS)
         if clip is None and base != "toybox":
             raise MoLEError("--clip is missing. Give a folder, or --clip ViT-B-32 --clip-pretrained laion2b_s34b_b79k.")
-        refuse_missing_clip(clip)
         find_base(base)
+        if clip is not None:
+            refuse_missing_clip(clip)
+            refuse_unknown_clip(clip, self.clip_pretrained)
         if len(self.lora) < 2:
             raise MoLEError("gates weigh LoRAs against each other. Give --lora twice or more often.")
-        read_base_dtype(self.dtype)
-        pick_device(self.device)
+        check_base_dtype(self.dtype)
 
     def read(self, config: GateTrainingConfig) -> GateTrainingInputs:
         """Loads the models, after everything that is quick to check.
@@ -87,11 +95,13 @@ class GateArguments:
         files = read_paths("--lora", own)
         concepts = known | read_concepts(files, self.token, self.class_name, self.description, self.references)
         texts = read_training_prompts(self.prompt, self.prompts, self.template, concepts)
+        import torch
+
         from mole_diffusion import toybox
         from mole_diffusion.clip import DifferentiableCLIP
         from mole_diffusion.pipelines import pipeline_class
 
-        precision, where = read_base_dtype(self.dtype), pick_device(self.device)
+        precision, where = getattr(torch, self.dtype), pick_device(self.device)
         guide = DifferentiableCLIP(toybox.clip_dir() if self.clip is None else self.clip, self.clip_pretrained)
         with quiet_loading():
             found = find_base(self.base)

@@ -47,7 +47,7 @@ def read_config(
     values |= {name: value for name, value in options.items() if value is not None}
     if preset is not None:
         values["preset"] = preset
-    from mole_diffusion.training import GateTrainingConfig
+    from mole_diffusion.training.gates.config import GateTrainingConfig
 
     chosen = GateTrainingConfig.from_dict({**values, "warmup_steps": values.get("warmup_steps", 0)})
     if "warmup_steps" in values:

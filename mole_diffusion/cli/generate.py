@@ -12,7 +12,7 @@ import typer
 
 from mole_diffusion.files import try_file, try_folder, write_all_last
 
-from ..choices import METHODS, SCHEDULERS
+from ..choices import SCHEDULERS
 from ..drawable import check_drawable
 from ..drawing.opening import (
     DTYPES,
@@ -27,11 +27,12 @@ from ..drawing.opening import (
 )
 from ..drawing.settings import LARGEST_SEED, MOST_IMAGES
 from ..errors import MoLEError
+from ..methods import METHODS
 from .early import refuse_missing, refuse_missing_loras, refuse_other
 from .generate_inputs import output_files, read_prompt, read_size
 from .inputs import Device
 from .lora_entries import read_chosen, read_loras, read_role_entries, read_trigger_entries, toybox_name
-from .method_entries import check_places, read_composition, read_composition_options
+from .method_entries import check_composition, check_places, check_told, read_composition_options
 from .region_entries import read_regions
 
 if TYPE_CHECKING:
@@ -148,6 +149,7 @@ def generate(
     options = read_composition_options(composition_option or [], composition)
     if composition is not None:
         refuse_other("--composition", composition, METHODS)
+    needs = check_composition(composition, options, gates=gates is not None)
     if scheduler is not None:
         refuse_other("--scheduler", scheduler, SCHEDULERS)
     if guidance_scale is not None:
@@ -161,22 +163,14 @@ def generate(
         try_file(file)
     if save_masks is not None:
         try_folder(save_masks)
+    check_places(composition, needs, regions=region, save_masks=save_masks is not None, chosen=chosen, roles=roles)
     regions = read_regions(region or [], files, height, width)
     where = pick_device(device)
     from mole_diffusion.lora import inspect_lora
 
     found = {name: inspect_lora(file) for name, file in files.items()}
-    written = {name: report.triggers for name, report in found.items()}
-    method = read_composition(composition, options, gates=gates is not None)
-    check_places(
-        method,
-        gates=gates is not None,
-        regions=regions,
-        save_masks=save_masks is not None,
-        chosen=chosen,
-        roles=roles,
-        told={*triggers, *(name for name, words in written.items() if words)},
-    )
+    if save_masks is not None and not regions and composition is None:
+        check_told(chosen, roles, {*triggers, *(name for name, report in found.items() if report.triggers)})
     read_scheduler(scheduler)
     precision = read_dtype(dtype, where)
 

@@ -14,7 +14,6 @@ import typer
 from ..errors import MoLEError
 
 if TYPE_CHECKING:
-    import torch
     from PIL import Image
 
 Device = Annotated[str, typer.Option(help="cpu, cuda, mps …; auto takes a GPU if there is one.")]
@@ -47,18 +46,10 @@ def read_paths(option: str, pairs: Sequence[str], example: str = "cat=cat.safete
     return {name: os.path.expanduser(path) for name, path in read_pairs(option, pairs, example).items()}
 
 
-def read_base_dtype(name: str) -> torch.dtype:
-    """The number format of a base that something is trained on.
-
-    Raises:
-        MoLEError: It is another than float32 and bfloat16; in float16 small gradients become zero.
-    """
-    import torch
-
-    formats = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    if name not in formats:
+def check_base_dtype(name: str) -> None:
+    """Raises MoLEError unless something can be trained on a base in it: in float16 small gradients become zero."""
+    if name not in (formats := ("float32", "bfloat16")):
         raise MoLEError(f"--dtype {name}: must be one of {', '.join(formats)}, where something is trained.")
-    return formats[name]
 
 
 def read_several(option: str, pairs: Sequence[str], example: str) -> dict[str, list[str]]:

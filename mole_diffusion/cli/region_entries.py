@@ -39,33 +39,35 @@ def read_regions(
 
 def _region(name: str, text: str, height: int | None, width: int | None) -> SavedRegion:
     numbers = re.fullmatch(rf"\s*{NUMBER}\s*(?:,\s*{NUMBER}\s*)*", text)
-    region: Any = tuple(float(number) for number in text.split(",")) if numbers else _painted(name, text)
-    from mole_diffusion.drawing.painted import as_text
-    from mole_diffusion.region_forms import region_mask
-
-    # Where the size of the picture is the base's, which nobody knows yet, it is taken to be large enough for the box.
-    right, bottom = (math.ceil(max(region[i::2], default=1)) for i in (0, 1)) if numbers else (1, 1)
-    size = height or max(bottom, 1), width or max(right, 1)
     try:
-        region_mask(region, name, size, (64, 64))
+        return _box(name, text, height, width) if numbers else _painted(name, text)
     except MoLEError as error:
         raise MoLEError(f"--region {name}={printable(text)}: {error}") from None
-    return region if numbers else as_text(region)
 
 
-def _painted(name: str, text: str) -> Any:
-    from mole_diffusion.drawing.painted import as_mask, is_painted
+def _box(name: str, text: str, height: int | None, width: int | None) -> SavedRegion:
+    from mole_diffusion.region_outlines import outlined
+
+    box: Any = tuple(float(number) for number in text.split(","))
+    # Where the size of the picture is the base's, which nobody knows yet, it is taken to be large enough for the box.
+    right, bottom = (max(math.ceil(max(side, default=1)), 1) for side in (box[0::2], box[1::2]))
+    outlined(box, f"the region of {name!r}", (height or bottom, width or right), (64, 64))
+    return box
+
+
+def _painted(name: str, text: str) -> str:
+    from mole_diffusion.drawing.painted import as_mask, as_text, is_painted
     from mole_diffusion.pictures import read_painted
 
-    if is_painted(text):  # as the command line of a picture from `mole app` has it
-        return as_mask(text)
     file = Path(text).expanduser()
-    if not file.is_file():
+    if not (is_painted(text) or file.is_file()):
         raise MoLEError(
-            f"--region {name}={text}: neither a box LEFT,TOP,RIGHT,BOTTOM in fractions of the picture or pixels, "
-            "nor a file. Example: --region cat=0,0,0.5,1 or --region cat=mask.png"
+            "neither a box LEFT,TOP,RIGHT,BOTTOM in fractions of the picture or pixels, nor a file. "
+            "Example: --region cat=0,0,0.5,1 or --region cat=mask.png"
         )
-    try:
-        return read_painted(file)
-    except MoLEError as error:
-        raise MoLEError(f"--region {name}={text}: {error}") from None
+    # Text it is in the command line of a picture from `mole app`.
+    mask = as_mask(text) if is_painted(text) else read_painted(file)
+    from mole_diffusion.region_forms import region_mask
+
+    region_mask(mask, name, (1, 1), (64, 64))
+    return as_text(mask)

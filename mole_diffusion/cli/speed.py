@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -64,18 +65,8 @@ def speed(
     \b
       mole speed --size 142m --loras 1,3,8 --page speed.md
     """
-    import json
-    from dataclasses import asdict
-
-    from rich.console import Console
-
     from mole_diffusion.errors import MoLEError
-    from mole_diffusion.files import try_file, write_last, write_text
-    from mole_diffusion.speed import SpeedConfig, measure_speed, speed_page
-    from mole_diffusion.speed.config import WHOLE
-    from mole_diffusion.speed.count import BASES, count_base
-    from mole_diffusion.speed.page import count_table, saved_table, speed_tables, walk_table
-    from mole_diffusion.speed.train import saved_activations, walk_operations
+    from mole_diffusion.speed.config import WHOLE, SpeedConfig
 
     if loras is None:
         loras = "3" if count else "1,3,8"
@@ -94,7 +85,6 @@ def speed(
         targets=targets,
         rounds=rounds,
         latent=latent,
-        device=str(pick_device(device)),
         threads=threads,
         train=train,
         walks=walks,
@@ -102,11 +92,26 @@ def speed(
         pipeline=pipeline,
         **settings,
     )
+    if count and (len(numbers) > 1 or page or json_file):
+        raise MoLEError(
+            "--count prints one table for one number of LoRAs: give --loras 3, say, and neither --page nor --json."
+        )
+    from mole_diffusion.files import try_file, write_last, write_text
+
+    for file in (page, json_file):
+        if file is not None:
+            try_file(file)
+    config = replace(config, device=str(pick_device(device)))
+    import json
+
+    from rich.console import Console
+
+    from mole_diffusion.speed import measure_speed, speed_page
+    from mole_diffusion.speed.count import BASES, count_base
+    from mole_diffusion.speed.page import count_table, saved_table, speed_tables, walk_table
+    from mole_diffusion.speed.train import saved_activations, walk_operations
+
     if count:
-        if len(numbers) > 1 or page or json_file:
-            raise MoLEError(
-                "--count prints one table for one number of LoRAs: give --loras 3, say, and neither --page nor --json."
-            )
         with Console(stderr=True).status("counting") as status:
             counts = []
             for base, name in BASES.items():
@@ -115,9 +120,6 @@ def speed(
         typer.echo(count_table(counts, numbers[0], rank))
         return
     configs = WHOLE if whole else (config,)
-    for file in (page, json_file):
-        if file is not None:
-            try_file(file)
     with Console(stderr=True).status("measuring") as status:
         measured = []
         for one in configs:

@@ -9,6 +9,7 @@ import typer
 
 from mole_diffusion.choices import TRACKERS
 
+from ..drawing.opening import pick_device
 from . import gate_options as given
 from .early import refuse_other
 from .gate_inputs import GateArguments
@@ -85,6 +86,7 @@ def train_gates(
     arguments.look_first()
     options = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
     chosen = read_config(preset, config, settings, options)
+    pick_device(device)
     inputs = arguments.read(chosen)
     from accelerate import PartialState
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +12,7 @@ from ..drawing.opening import find_base, pick_device, quiet_loading
 from ..drawing.settings import LARGEST_SEED
 from ..errors import MoLEError
 from .early import refuse_no_rate
-from .inputs import Base, BaseDtype, Device, read_base_dtype, read_pictures
+from .inputs import Base, BaseDtype, Device, check_base_dtype, read_pictures
 
 
 def train_lora(
@@ -64,12 +65,8 @@ def train_lora(
     place = work or out.with_suffix(".work")
     try_folder(place)
     pictures = read_pictures("--images", images)
-    precision, where = read_base_dtype(dtype), pick_device(device)
-    from mole_diffusion.loading import loading
-    from mole_diffusion.pipelines import pipeline_class
-    from mole_diffusion.training import TEXT_ENCODER_TARGETS, LoRATrainingConfig
-    from mole_diffusion.training import train_lora as train
-    from mole_diffusion.training.engine.checkpoint import clear_checkpoints
+    check_base_dtype(dtype)
+    from mole_diffusion.training.lora.config import LoRATrainingConfig
 
     phrase = f"{token} {class_name}"
     prompts = prompt or [f"a photo of a {phrase}"]
@@ -78,7 +75,6 @@ def train_lora(
         # Wordings of the user's own may have the token without the class.
         triggers=[phrase if all(phrase.lower() in text.lower() for text in prompts) else token],
         rank=rank,
-        text_encoder_targets=TEXT_ENCODER_TARGETS if text_encoder else (),
         steps=steps,
         warmup_steps=min(20, steps // 10),
         batch_size=batch_size,
@@ -86,6 +82,18 @@ def train_lora(
         resolution=resolution,
         seed=seed,
     )
+    where = pick_device(device)
+    import torch
+
+    from mole_diffusion.loading import loading
+    from mole_diffusion.pipelines import pipeline_class
+    from mole_diffusion.training import TEXT_ENCODER_TARGETS
+    from mole_diffusion.training import train_lora as train
+    from mole_diffusion.training.engine.checkpoint import clear_checkpoints
+
+    precision = getattr(torch, dtype)
+    if text_encoder:
+        config = replace(config, text_encoder_targets=TEXT_ENCODER_TARGETS)
     with quiet_loading(), loading(f"--base {base}"):
         pipe = pipeline_class(base_found).from_pretrained(base_found, dtype=precision, use_safetensors=True).to(where)
     train(pipe, pictures, config, out=out, work=place)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from ..choices import METHODS, Role
+from ..choices import Role
+from ..methods import METHODS
 from .base import Composition
 from .budget import Budget
 from .call import Call
@@ -25,13 +26,16 @@ from .switch import Switch
 
 
 def _defined_in(module: str) -> type[Composition]:
-    """The method whose file has its name."""
-    found: type[Composition] = next(
-        defined
-        for defined in vars(import_module(f"{__name__}.{module}")).values()
-        if isinstance(defined, type) and issubclass(defined, Composition) and vars(defined).get("name") == module
-    )
-    return found
+    """The method whose file has its name.
+
+    Raises:
+        ImportError: The file defines no method of that name.
+    """
+    for defined in vars(import_module(f"{__name__}.{module}")).values():
+        is_method = isinstance(defined, type) and issubclass(defined, Composition)
+        if is_method and vars(defined).get("name") == module:
+            return defined
+    raise ImportError(f"composition/{module}.py defines no Composition with name = {module!r}.")
 
 
 COMPOSITIONS: dict[str, type[Composition]] = {name: _defined_in(name) for name in METHODS}

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from ..experts import Projections, Run, Site
 from ..experts.seam import LayerSeam
 from ..families import Joint
+from ..methods import Method, Need
 from .step import Step
 
 __all__ = ["Composition", "Need", "Step"]
 
-Need = Literal["gates", "attention", "words", "prior"]
 
-
-class Composition(ABC):
+class Composition(Method, ABC):
     """How several LoRAs share one picture.
 
     A method says how much of each LoRA is added: it is asked at every module that LoRAs change, in every forward pass.
@@ -43,7 +42,6 @@ class Composition(ABC):
 
     name: ClassVar[str]
     source: ClassVar[str]
-    needs: frozenset[Need] = frozenset()
     gates: Any = None
     constant: bool = False
 

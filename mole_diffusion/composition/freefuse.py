@@ -12,18 +12,18 @@ from ..errors import MoLEError
 from ..experts import Run
 from ..experts.seam import LayerSeam
 from ..gating.tokens import token_grid
+from ..methods import FreeFuseOptions
 from .call import Call
 from .masks import Masks
 from .owners import z_scores
 from .prompt import PromptWords
-from .regional import Modulation
 
 TOKENS_A_SIDE = 32  # of the level whose layers are read, or the nearest to it: things are whole and still have edges
 CORE = 0.1
 ITERATIONS = 5
 
 
-class FreeFuse(Masks):
+class FreeFuse(FreeFuseOptions, Masks):
     """FreeFuse: pixels that attend to a subject's words most are its core, and what looks like the core is the subject.
 
     "FreeFuse: Multi-Subject LoRA Fusion via Auto Masking at Test Time" (https://arxiv.org/abs/2510.23515): one late
@@ -45,25 +45,6 @@ class FreeFuse(Masks):
 
     name = "freefuse"
     source = "FreeFuse (arXiv 2510.23515)"
-
-    def __init__(
-        self,
-        *,
-        stop: float = 0.36,
-        background: float = 0.95,
-        own_words: float = 0.0,
-        others_words: float = 0.0,
-        modulation: Modulation = "share",
-    ) -> None:
-        super().__init__(
-            start=0,
-            stop=stop,
-            background=background,
-            own_words=own_words,
-            others_words=others_words,
-            smoothing=1,
-            modulation=modulation,
-        )
 
     def _window(self, call: Call, run: Run) -> tuple[int, int]:
         _, stop = super()._window(call, run)

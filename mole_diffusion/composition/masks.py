@@ -9,21 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..drawable import check_drawable
 from ..errors import MoLEError
 from ..experts import Run
 from ..experts.seam import LayerSeam
 from ..gating.tokens import token_grid
+from ..methods import MaskOptions
 from .attention import WordMaps
-from .base import Need
 from .call import Call
 from .owners import owners
-from .regional import Modulation, RegionalComposition, check_modulation, is_alone
+from .regional import RegionalComposition, is_alone
 from .regions import RegionMap
 from .roles import roles
 from .step import step_of
-
-MOST_SMOOTHING = 1000
 
 
 @dataclass(eq=False)
@@ -36,7 +33,7 @@ class _Found:
     keep: Tensor | None = None
 
 
-class Masks(RegionalComposition):
+class Masks(MaskOptions, RegionalComposition):
     """Every LoRA acts on its own subject, at full strength; where that is, the base model tells without LoRAs.
 
     The first steps are drawn without LoRAs; in some of them, when things have found their places, the attention of the
@@ -73,57 +70,6 @@ class Masks(RegionalComposition):
 
     name = "masks"
     source = "attention of the base; after FreeFuse (arXiv 2510.23515)"
-
-    def __init__(
-        self,
-        *,
-        online: bool = False,
-        start: float = 0.12,
-        stop: float = 0.36,
-        join: float = 0.12,
-        background: float = 0.0,
-        smoothing: int = 3,
-        neutral_words: float | None = None,
-        own_words: float = 3.0,
-        others_words: float = 6.0,
-        given_own_words: float = 6.0,
-        given_others_words: float = 12.0,
-        modulation: Modulation = "share",
-    ) -> None:
-        if not 0 <= start < stop < 1:
-            raise MoLEError(f"`start` and `stop` must be 0 <= start < stop < 1, got {start} and {stop}.")
-        if smoothing not in range(1, MOST_SMOOTHING, 2):
-            raise MoLEError(
-                f"`smoothing` must be an odd number of pixels below {MOST_SMOOTHING}, got {smoothing}. "
-                "1 leaves maps as they are."
-            )
-        if not 0 <= join < 1:
-            raise MoLEError(f"`join` must be at least 0 and below 1, got {join}. 0: LoRAs act from the first step on.")
-        numbers = {
-            "background": background,
-            "own_words": own_words,
-            "others_words": others_words,
-            "given_own_words": given_own_words,
-            "given_others_words": given_others_words,
-            "neutral_words": 0.0 if neutral_words is None else neutral_words,
-        }
-        for name, value in numbers.items():
-            check_drawable(f"`{name}`", value)
-        self.online = online
-        self.start = start
-        self.stop = stop
-        self.join = join
-        self.background = background
-        self.smoothing = smoothing
-        self.neutral_words = neutral_words
-        self.own_words = own_words
-        self.others_words = others_words
-        self.given_own_words = given_own_words
-        self.given_others_words = given_others_words
-        self.modulation = check_modulation(modulation)
-        self.needs: frozenset[Need] = frozenset({"words", "attention"})
-        if not online:
-            self.needs |= {"prior"}
 
     def evaluations(self, num_loras: int) -> float:
         return 1 if self.online or num_loras <= 1 else 1 + self.stop

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mole_diffusion.drawable import check_drawable
-
+from ..methods import MergeOptions
 from .step import Step
 from .steps import StepComposition
 
 
-class Merge(StepComposition):
+class Merge(MergeOptions, StepComposition):
     """LoRA Merge: `W x + s sum_i E_i(x)`, one scale for every LoRA, however many there are.
 
     The baseline of "Multi-LoRA Composition for Image Generation" (https://arxiv.org/abs/2402.16843), which sets the
@@ -26,10 +25,6 @@ class Merge(StepComposition):
     name = "merge"
     source = "Multi-LoRA Composition (arXiv 2402.16843), LoRA Merge"
     constant = True
-
-    def __init__(self, scale: float = 0.8) -> None:
-        check_drawable("`scale`", scale, "The authors use 0.8.")
-        self.scale = scale
 
     def weights(self, keep: Tensor, step: Step | None) -> Tensor:
         return self.scale * keep

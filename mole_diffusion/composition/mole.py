@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mole_diffusion.errors import MoLEError
-
+from ..errors import MoLEError
 from ..experts import Projections, Run, Site
 from ..gating import MoLEModel
-from .base import Composition, Need
+from ..methods import GatesAlone
+from .base import Composition
 
 
-class MoLE(Composition):
+class MoLE(GatesAlone, Composition):
     """Trained gates choose the weights anew in every layer, step and sample.
 
     Eqs. 5-13 of "Mixture of LoRA Experts" (https://openreview.net/forum?id=uWvKBCYh4S). The gates live in
@@ -26,7 +26,6 @@ class MoLE(Composition):
 
     name = "mole"
     source = "Mixture of LoRA Experts (ICLR 2024), eqs. 5-13"
-    needs: frozenset[Need] = frozenset({"gates"})
 
     def __init__(self, gates: MoLEModel | None = None) -> None:
         self.gates = gates

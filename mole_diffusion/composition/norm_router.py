@@ -9,13 +9,11 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor
 
-from ..drawable import LARGEST_NUMBER
-from ..errors import MoLEError
 from ..experts import ExpertStack, Projections, Run, Site
+from ..methods import RouterOptions
 from .base import Composition
 from .roles import roles
 
-LEAST_TEMPERATURE = 1e-6
 # Of two LoRAs that are equally large, the first wins: others count for so much less, a few digits of the last place.
 _LATER = 2.0**-21
 _ROOTS: WeakKeyDictionary[ExpertStack, Tensor] = WeakKeyDictionary()
@@ -45,7 +43,7 @@ class _Parts:
     order: Tensor
 
 
-class NormRouter(Composition):
+class NormRouter(RouterOptions, Composition):
     """At every module, each token goes to the LoRA whose output there is largest for its kind.
 
     With `E_i(x_p) = s_i B_i A_i x_p` the output of LoRA i at token p, LoRAs are compared by
@@ -64,14 +62,6 @@ class NormRouter(Composition):
 
     name = "norm_router"
     source = "norms of the LoRAs' outputs; after SpectR (arXiv 2504.03454)"
-
-    def __init__(self, temperature: float = 0.0) -> None:
-        if not (temperature == 0 or LEAST_TEMPERATURE <= temperature <= LARGEST_NUMBER):
-            raise MoLEError(
-                f"`temperature` must be 0 (the largest takes all), or from {LEAST_TEMPERATURE:g} to "
-                f"{LARGEST_NUMBER:g}, got {temperature}."
-            )
-        self.temperature = temperature
 
     def weigh(self, site: Site, projections: Projections, run: Run) -> Tensor:
         parts = self._parts(site, run)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from ..errors import MoLEError
 from ..experts import Projections, Run, Site
 from ..families import Joint
 from ..gating.tokens import token_grid
+from ..methods import Modulation
 from .apart import kept_apart
 from .base import Composition
 from .call import Call
@@ -20,8 +21,6 @@ from .prompt import PromptWords
 from .regions import RegionMap
 from .roles import roles
 from .step import refuse_untold
-
-Modulation = Literal["share", "first", "off"]
 
 
 class RegionalComposition(Composition):
@@ -215,14 +214,6 @@ class RegionalComposition(Composition):
         if len(weights) > 1:
             weights = weights.repeat(rows // len(weights), 1, 1)
         return weights * (run.keep * run.scale)[:, None]
-
-
-def check_modulation(value: Any) -> Modulation:
-    """Raises MoLEError unless it is one of the settings."""
-    if value not in get_args(Modulation):
-        raise MoLEError(f"`modulation` must be one of {list(get_args(Modulation))}, got {value!r}.")
-    known: Modulation = value
-    return known
 
 
 def is_alone(call: Call, run: Run) -> bool:

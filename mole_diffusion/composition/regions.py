@@ -20,7 +20,8 @@ from mole_diffusion.errors import MoLEError
 from mole_diffusion.files import as_one_file, atomic_path, write_json
 from mole_diffusion.pictures import read_painted
 from mole_diffusion.reading import regular_text
-from mole_diffusion.region_forms import FORMS, Region, luminance, region_mask, transparency
+from mole_diffusion.region_forms import Region, luminance, region_mask, transparency
+from mole_diffusion.region_outlines import FORMS
 
 FINE = 8  # regions are drawn on a canvas this many times finer than the grid, and averaged
 LIST_NAME = "regions.json"

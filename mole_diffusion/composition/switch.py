@@ -6,13 +6,13 @@ import math
 
 from torch import Tensor
 
-from mole_diffusion.errors import MoLEError
-
+from ..errors import MoLEError
+from ..methods import SwitchOptions
 from .step import Step
 from .steps import StepComposition
 
 
-class Switch(StepComposition):
+class Switch(SwitchOptions, StepComposition):
     """LoRA Switch: in each step one LoRA alone at full weight, the next one after every few steps.
 
     "Multi-LoRA Composition for Image Generation" (https://arxiv.org/abs/2402.16843): step k, from 0, draws with the
@@ -29,11 +29,6 @@ class Switch(StepComposition):
 
     name = "switch"
     source = "Multi-LoRA Composition (arXiv 2402.16843), LoRA Switch"
-
-    def __init__(self, every: int = 5) -> None:
-        if not every >= 1:  # nor NaN
-            raise MoLEError(f"`every` must be at least 1 step, got {every}. The authors use 5.")
-        self.every = every
 
     def weights(self, keep: Tensor, step: Step | None) -> Tensor:
         """As in `StepComposition`.

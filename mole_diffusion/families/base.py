@@ -243,6 +243,16 @@ class Family:
         config = getattr(pipe, self.denoiser).config
         return (config.in_channels, config.sample_size, config.sample_size)
 
+    def refuse_cut(self, pipe: Any, *sides: int) -> None:
+        """Raises MoLEError unless sides in pixels are whole tokens: diffusers cuts pictures to them, with a warning."""
+        multiple = self.patch * int(getattr(pipe, "vae_scale_factor", 8))
+        for side in sides:
+            if side % multiple:
+                raise MoLEError(
+                    f"pictures of {self.title} have sides that are multiples of {multiple} pixels, got {side}. "
+                    f"Try {max(side // multiple, 1) * multiple}."
+                )
+
     def side(self, pipe: Any) -> int:
         """Pixels to a side of a picture of the base's own size."""
         shape = self.latent_shape(pipe)

@@ -1,8 +1,12 @@
 """Training loops: a LoRA from pictures, gates from prompts."""
 
-from mole_diffusion.extras import needs
+from __future__ import annotations
 
-with needs("train", "training"):
+from typing import TYPE_CHECKING
+
+from mole_diffusion.lazily import on_first_use
+
+if TYPE_CHECKING:
     from mole_diffusion.training.engine.loop import TrainingDivergedError
     from mole_diffusion.training.gates import (
         PRESETS,
@@ -12,6 +16,8 @@ with needs("train", "training"):
         train_gates,
     )
     from mole_diffusion.training.lora import TEXT_ENCODER_TARGETS, UNET_TARGETS, LoRATrainingConfig, train_lora
+else:
+    __getattr__, __dir__ = on_first_use(__name__, "train", "training")
 
 __all__ = [
     "PRESETS",

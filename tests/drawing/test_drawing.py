@@ -23,6 +23,7 @@ from mole_diffusion.drawing.as_command import as_command
 from mole_diffusion.drawing.as_python import as_python
 from mole_diffusion.drawing.settings import LoRASettings, PictureSettings
 from mole_diffusion.errors import MoLEError
+from mole_diffusion.methods import options
 from tests.command import mole, picture
 
 PROMPT = 'a photo of a <v1> cat, a <v2> boot and "something" on sand'
@@ -171,12 +172,13 @@ def test_a_small_file_that_stands_for_many_pixels_is_not_decoded(tmp_path: Path)
 
 
 def test_options_of_methods_are_their_plain_arguments() -> None:
-    assert methods.options("merge") == {"scale": 0.8}
-    assert methods.options("budget") == {}
-    assert methods.options("mole") == {}
-    assert methods.options("masks")["online"] is False
+    assert options("merge") == {"scale": 0.8}
+    assert options("budget") == {}
+    assert options("mole") == {}
+    assert options("masks")["online"] is False
+    assert options("freefuse")["modulation"] == "share"
     for name in COMPOSITIONS:
-        assert methods.method(name, methods.options(name)).name == name
+        assert methods.method(name, options(name)).name == name
     assert methods.method("switch", {"every": 2}).every == 2  # type: ignore[attr-defined]
 
 
@@ -190,6 +192,8 @@ def test_options_of_methods_are_their_plain_arguments() -> None:
         ("merge", {"scale": True}, "must be a number, got True"),
         ("masks", {"online": 1}, "must be true or false, got 1"),
         ("switch", {"every": 1.5}, "must be a whole number, got 1.5"),
+        ("masks", {"modulation": 1}, "must be a word, got 1"),
+        ("masks", {"modulation": "loud"}, "`modulation` must be one of"),
         ("switch", {"every": 0}, "`every` must be at least 1"),
     ],
 )

@@ -122,6 +122,13 @@ def test_rows_of_patches_are_of_squares(name: str, pipe: Any) -> None:
             train_lora(pipe, images, config(resolution="native"), progress=False)
 
 
+def test_no_picture_is_cut_in_silence(name: str, pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipe, "vae_scale_factor", 16)
+    tokens = 16 * family_of(pipe.components).patch
+    with pytest.raises(MoLEError, match=f"have sides that are multiples of {tokens} pixels, got 40. Try {tokens}"):
+        train_lora(pipe, pictures(), config(resolution=40), progress=False)
+
+
 def test_flow_matching_is_that_of_the_scheduler() -> None:
     """Noise as `scale_noise` adds it; from the target, its own step leads to the clean latents."""
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)

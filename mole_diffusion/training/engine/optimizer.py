@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-LearningRateSchedule = Literal["cosine", "constant"]
+from mole_diffusion.training.engine.settings import LearningRateSchedule
 
 
 def learning_rate_factor(step: int, steps: int, warmup_steps: int, schedule: LearningRateSchedule = "cosine") -> float:

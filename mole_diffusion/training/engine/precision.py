@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mole_diffusion.errors import MoLEError
-
-MixedPrecision = Literal["no", "fp16", "bf16"]
+from mole_diffusion.training.engine.settings import MixedPrecision
 
 
 class Precision:

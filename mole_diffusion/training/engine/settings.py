@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Literal, get_args
 
 from mole_diffusion.errors import MoLEError
 
+LearningRateSchedule = Literal["cosine", "constant"]
+MixedPrecision = Literal["no", "fp16", "bf16"]
 MOST_STEPS = 10**9  # more than anybody takes, and few enough to count with
 LARGEST_SIDE = 2**14  # pixels
 LEAST_RATE = 1e-12  # less changes no number that is trained
@@ -70,5 +72,5 @@ def check_step_settings(config: Any) -> None:
         )
     if not (math.isfinite(config.weight_decay) and config.weight_decay >= 0):
         raise MoLEError(f"`weight_decay` must be 0 or more, got {config.weight_decay}.")
-    if config.mixed_precision not in ("no", "fp16", "bf16"):
+    if config.mixed_precision not in get_args(MixedPrecision):
         raise MoLEError(f'`mixed_precision` must be "no", "fp16" or "bf16", got {config.mixed_precision!r}.')

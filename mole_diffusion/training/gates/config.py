@@ -10,9 +10,12 @@ from typing import Any, Literal, get_args
 
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.gating import GateConfig
-from mole_diffusion.training.engine.optimizer import LearningRateSchedule
-from mole_diffusion.training.engine.precision import MixedPrecision
-from mole_diffusion.training.engine.settings import check_step_settings, check_types
+from mole_diffusion.training.engine.settings import (
+    LearningRateSchedule,
+    MixedPrecision,
+    check_step_settings,
+    check_types,
+)
 from mole_diffusion.training.gates.presets import PRESETS
 
 LossShape = Literal["linear", "log"]

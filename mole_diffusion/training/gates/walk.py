@@ -83,6 +83,7 @@ class Walker:
                 f"gates of a {type(self.pipe).__name__} are trained at the base's own size only, for its denoiser "
                 f"{why}. Leave `resolution` at None."
             )
+        self.family.refuse_cut(self.pipe, pixels)
         side = pixels // self.pipe.vae_scale_factor
         return own[0], side, side
 

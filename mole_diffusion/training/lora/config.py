@@ -8,12 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mole_diffusion.errors import MoLEError
-from mole_diffusion.families.clip import CLIPText
-from mole_diffusion.families.unet import UNet
-from mole_diffusion.training.engine.precision import MixedPrecision
-from mole_diffusion.training.engine.settings import check_step_settings, check_types
-
-UNET_TARGETS, TEXT_ENCODER_TARGETS = UNet.targets, CLIPText.targets
+from mole_diffusion.training.engine.settings import MixedPrecision, check_step_settings, check_types
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +35,9 @@ class LoRATrainingConfig:
         weight_decay: AdamW's.
         max_grad_norm: Gradients are clipped to this norm, in all.
         horizontal_flip: Mirror half the samples. Off, since most looks are not symmetric.
-        resolution: Side of the square training pictures in pixels, cut to whole tokens; None is the base model's own;
-            "native" leaves every picture the size and shape it has (cut likewise), and a batch holds pictures of one
-            size. Denoisers that are given latents as a row of patches take squares only.
+        resolution: Side of the square training pictures in pixels, whole tokens; None is the base model's own;
+            "native" leaves every picture the size and shape it has, cut to whole tokens, and a batch holds pictures of
+            one size. Denoisers that are given latents as a row of patches take squares only.
         mixed_precision: "no", "bf16", or (on a GPU) "fp16".
         checkpoint_every: Steps between checkpoints when a work folder is given; 0 writes one at the end only.
         seed: Seed of the starting factors and of every sample.
@@ -103,8 +98,9 @@ class LoRATrainingConfig:
             raise MoLEError(f"`alpha` must be positive and finite, or None for alpha = rank, got {self.alpha}.")
         if isinstance(self.resolution, str) and self.resolution != "native":
             raise MoLEError(f'`resolution` must be a number of pixels, None or "native", got {self.resolution!r}.')
-        if isinstance(self.resolution, int) and self.resolution < 8:
+        if isinstance(self.resolution, int) and (self.resolution < 8 or self.resolution % 8):
             raise MoLEError(
-                f"`resolution` must be at least 8 pixels, or None for the base's own, got {self.resolution}."
+                f"`resolution` must be a multiple of 8 pixels, or None for the base's own, got {self.resolution}. "
+                "Try 512."
             )
         check_step_settings(self)

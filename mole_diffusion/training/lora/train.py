@@ -95,6 +95,8 @@ def train_lora(
     parameters = lora.parameters
     optimizer = make_optimizer(list(parameters.values()), config.learning_rate, config.weight_decay)
     precision = Precision(config.mixed_precision, denoiser.device)
+    if isinstance(config.resolution, int):
+        family.refuse_cut(pipe, config.resolution)
     groups = groups_by_size(images, config.resolution or family.side(pipe), family.patch * pipe.vae_scale_factor)
     checkpoints = None
     if work is not None:
