@@ -215,12 +215,19 @@ class MoLEModel(ModelMixin, ConfigMixin):
         key = binding, "divisors", device
         found: dict[str, tuple[Tensor, Tensor]] | None = run.notes.get(key)
         if found is None:
-            found = {}
-            if self._record is None and not is_cast(device):
-                gates = {spec.name: binding.gates[spec.name] for spec in self.specs if spec.component == run.component}
-                found = dict(zip(gates, divisors(list(gates.values()), device), strict=True))
-            run.notes[key] = found
+            lean = self._record is None and not is_cast(device)
+            run.notes[key] = found = self._made_divisors(binding, run, device) if lean else {}
         return found
+
+    def _made_divisors(self, binding: Binding, run: Run, device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
+        """Worked out once for all passes of a call."""
+        known = run.notes if run.call is None else run.call.state
+        key = binding, "divisors of", run.component, device
+        made: dict[str, tuple[Tensor, Tensor]] | None = known.get(key)
+        if made is None:
+            gates = {spec.name: binding.gates[spec.name] for spec in self.specs if spec.component == run.component}
+            known[key] = made = dict(zip(gates, divisors(list(gates.values()), device), strict=True))
+        return made
 
     @contextmanager
     def record(self, accumulate: bool = False) -> Iterator[GateRecord]:

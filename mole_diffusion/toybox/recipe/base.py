@@ -216,7 +216,7 @@ class _Scenes:
 def encode_scenes(
     vae: AutoencoderKL, scenes: Sequence[Scene], path: Path, *, seed: int, device: torch.device
 ) -> Tensor:
-    """Scaled latents of scenes of one side, `(scenes, 8, side / 4, side / 4)`, fp16; kept in `path` for later."""
+    """Scaled latents of scenes of one side, `(scenes, channels, side / 4, side / 4)`, fp16; kept in `path` for later."""
     side = scenes[0].side * LATENT_SIZE // IMAGE_SIZE
     weights = content_hash(tensor for _, tensor in sorted(vae.state_dict().items()))
     made_of = {"seed": str(seed), "num_scenes": str(len(scenes)), "vae": weights}
@@ -226,7 +226,7 @@ def encode_scenes(
                 return file.get_tensor("latents")
     except (FileNotFoundError, SafetensorError):  # not there, or damaged: encoded again
         pass
-    latents = torch.empty(len(scenes), LATENT_CHANNELS, side, side, dtype=torch.float16)
+    latents = torch.empty(len(scenes), vae.config["latent_channels"], side, side, dtype=torch.float16)
     starts = range(0, len(scenes), _SCENES_AT_ONCE)
 
     def rendered(start: int) -> Tensor:
