@@ -216,7 +216,7 @@ class _Scenes:
 def encode_scenes(
     vae: AutoencoderKL, scenes: Sequence[Scene], path: Path, *, seed: int, device: torch.device
 ) -> Tensor:
-    """Scaled latents of scenes of one side, `(scenes, channels, side / 4, side / 4)`, fp16; kept in `path` for later."""
+    """Scaled latents of scenes of one side, `(scenes, channels, side / 4, side / 4)`, fp16; kept in `path`."""
     side = scenes[0].side * LATENT_SIZE // IMAGE_SIZE
     weights = content_hash(tensor for _, tensor in sorted(vae.state_dict().items()))
     made_of = {"seed": str(seed), "num_scenes": str(len(scenes)), "vae": weights}
