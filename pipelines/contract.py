@@ -18,7 +18,7 @@ from ..errors import MoLEError, printable
 from ..files import atomic_files
 from ..loading import LoadingError, loading
 from ..reading import regular_size
-from .read_wrongly import refuse_random_text_encoders
+from .read_wrongly import refuse_random_weights
 from .saving import remove_older_weights
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class DiffusersContract(Base):
         """
         with loading(f"the base model {pretrained_model_name_or_path}"):
             pipe = super().from_pretrained(pretrained_model_name_or_path, **{"use_safetensors": True, **kwargs})
-        refuse_random_text_encoders({name: part for name, part in pipe.components.items() if name not in kwargs})
+        refuse_random_weights({name: part for name, part in pipe.components.items() if name not in kwargs})
         return pipe
 
     @classmethod

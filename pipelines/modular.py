@@ -19,6 +19,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
+from weakref import WeakSet
 
 import diffusers
 import torch
@@ -38,6 +39,7 @@ from .naming import choose_roles, choose_triggers, named_sources
 from .newer import OlderDiffusersError
 from .prior import drawing_prior
 from .qwen_image import MoLEQwenImagePipeline
+from .read_wrongly import refuse_random_weights
 from .reading import prompt_words, split_prompts
 from .refusals import refuse_not_finite, refuse_unheard
 from .selection import read_scale
@@ -69,6 +71,9 @@ except ImportError as error:
         f"blocks for modular pipelines need diffusers 0.40 or newer, and this is {diffusers.__version__} ({error}). "
         "Upgrade it: pip install 'diffusers>=0.40'"
     ) from None
+
+_LOOKED_AT: WeakSet[torch.nn.Module] = WeakSet()
+"""Models that hold what their files do."""
 
 PUBLISHED = '''"""LoRAs composed in diffusers' modular pipelines, by the installed mole_diffusion."""
 
@@ -286,7 +291,13 @@ def on_models(task: type[MoLEPipelineMixin], components: Any) -> MoLEPipelineMix
     Args:
         task: Its class.
         components: The modular pipeline.
+
+    Raises:
+        LoadingError: A model holds other weights than its files, which `load_components` of diffusers does not say.
     """
+    loaded = {name: part for name, part in components.components.items() if isinstance(part, torch.nn.Module)}
+    refuse_random_weights({name: part for name, part in loaded.items() if part not in _LOOKED_AT})
+    _LOOKED_AT.update(loaded.values())
     parts: dict[str, Any] = {}
     for one in list(inspect.signature(task.__init__).parameters.values())[1:]:
         part = components.components.get(one.name)

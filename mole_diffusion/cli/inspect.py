@@ -129,9 +129,11 @@ def read_models(base: str) -> Mapping[str, Any]:
 
     from mole_diffusion.families import COMPONENTS
     from mole_diffusion.loading import loading
+    from mole_diffusion.pipelines.read_wrongly import refuse_random_weights
 
     with loading(f"the base model {base}"):
         pipe = DiffusionPipeline.from_pretrained(find_base(base), use_safetensors=True)
+    refuse_random_weights(pipe.components)
     return {name: model for name, model in pipe.components.items() if name in COMPONENTS and model is not None}
 
 

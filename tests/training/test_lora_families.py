@@ -125,7 +125,10 @@ def test_rows_of_patches_are_of_squares(name: str, pipe: Any) -> None:
 def test_no_picture_is_cut_in_silence(name: str, pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipe, "vae_scale_factor", 16)
     tokens = 16 * family_of(pipe.components).patch
-    with pytest.raises(MoLEError, match=f"have sides that are multiples of {tokens} pixels, got 40. Try {40 // tokens * tokens or tokens}"):
+    with pytest.raises(
+        MoLEError,
+        match=f"have sides that are multiples of {tokens} pixels, got 40. Try {40 // tokens * tokens or tokens}",
+    ):
         train_lora(pipe, pictures(), config(resolution=40), progress=False)
 
 
