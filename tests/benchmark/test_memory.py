@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -34,12 +35,15 @@ def test_what_was_there_does_not_count() -> None:
 def test_what_an_earlier_call_left_and_this_one_gives_back_saves_it_nothing() -> None:
     left: list[torch.Tensor] = []
     call_memory(lambda: left.append(torch.ones(8 * MIB)), torch.device("cpu"))
+    block = weakref.ref(left[0])
 
     def call() -> None:
         left.clear()
+        assert block() is not None  # else torch writes a warning to the terminal
         torch.ones(2 * MIB)
 
     assert call_memory(call, torch.device("cpu")) == pytest.approx(2, abs=1e-3)
+    assert block() is None
 
 
 def test_garbage_is_not_collected_in_between() -> None:
