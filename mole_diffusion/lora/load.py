@@ -233,9 +233,18 @@ class _Reader:
                     component,
                 )
             try:
-                dora.axis(piece.magnitude, piece.shapes[piece.magnitude], out, rest[0])
+                by_input = dora.axis(piece.magnitude, piece.shapes[piece.magnitude], out, rest[0]) == 1
             except KindError as error:
                 self._refuse(f"{error} of {targets[0].module}", error.remedy, [piece], component)
+            if by_input and len(targets) > 1:
+                parts = ", ".join(target.module for target in targets)
+                self._refuse(
+                    f"magnitudes of input channels of a module that lies in parts here, {parts}: each would need the "
+                    "weights of all",
+                    "Merge it into a checkpoint, or train with magnitudes of rows (wd_on_out=True in LyCORIS).",
+                    [piece],
+                    component,
+                )
 
     def _factors(self, piece: Piece, component: str) -> dict[str, LoRAFactors]:
         """The piece's factors by module, in the shapes of the modules."""

@@ -370,6 +370,10 @@ def test_a_kronecker_product_over_a_fused_module_is_taken_apart_exactly(
         torch.testing.assert_close(factors.kronecker(x), whole[:, part * d : (part + 1) * d], atol=1e-4, rtol=1e-4)
         assert torch.equal(factors.magnitude, magnitude[part * d : (part + 1) * d])
     assert ExpertStack([factors], "it").ranks == (0,)
+    with pytest.raises(
+        LoRAError, match=r"magnitudes of input channels of a module that lies in parts here, .*add_q_proj"
+    ):
+        load_lora({**state, f"{name}.dora_scale": torch.rand(1, d)}, flux)
 
 
 def test_what_fits_no_fused_module_is_refused_by_name(flux: dict[str, nn.Module]) -> None:
