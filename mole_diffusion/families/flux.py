@@ -15,6 +15,7 @@ from .clip import NAMES as CLIP_NAMES
 from .clip import CLIPText, clip_skeleton
 from .latents import from_patches, latent_side, positions, size_shift, to_patches
 from .skeleton import DIFFUSERS_BLOCKS, Components, Skeleton
+from .t5 import NAMES as T5_NAMES
 from .t5 import T5, t5_skeleton
 from .together import Together, behind, whose
 
@@ -157,7 +158,7 @@ class Flux(Family):
         "text_encoder": CLIPText(),
         "text_encoder_2": T5(),
     }
-    skeletons = (Skeleton("FLUX.1", rf"{NAMES}|{CLIP_NAMES}|encoder_block_\d", _published),)
+    skeletons = (Skeleton("FLUX.1", rf"{NAMES}|{CLIP_NAMES}|{T5_NAMES}", _published),)
     # CLIP gives one vector of the whole prompt.
     texts = (Text(stretch=None), Text("tokenizer_2", "prompt_2", limit=("max_sequence_length", 512)))
 

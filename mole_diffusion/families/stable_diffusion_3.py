@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from .architecture import Architecture, Joint, Original, Told, last_of, spatial_size, unit
 from .base import Conditions, Family, Text
+from .clip import NAMES as CLIP_NAMES
 from .clip import CLIPText, clip_skeleton
 from .skeleton import DIFFUSERS_BLOCKS, Components, Skeleton
+from .t5 import NAMES as T5_NAMES
 from .t5 import T5, t5_skeleton
 from .together import NOBODY, PROMPT, Together, behind, whose
 
-_NAMES = rf"joint_blocks_\d|{DIFFUSERS_BLOCKS}"
+_NAMES = rf"joint_blocks_\d|{DIFFUSERS_BLOCKS}|{CLIP_NAMES}|{T5_NAMES}"
 
 
 class SD3Transformer(Architecture):

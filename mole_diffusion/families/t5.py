@@ -6,6 +6,8 @@ from torch import nn
 
 from .architecture import Architecture, Reads, unit
 
+NAMES = r"encoder_block_\d"
+
 
 class T5(Architecture):
     """transformers' `T5EncoderModel` and `T5ForConditionalGeneration` (T5, Flan-T5)."""

@@ -169,6 +169,9 @@ def test_a_stranger_reads_what_acts_and_where(tmp_path: Path, monkeypatch: pytes
 def test_names_tell_families() -> None:
     assert names_of(["double_blocks.0.img_attn.qkv"]) == "FLUX.1, FLUX.2 dev, FLUX.2 klein 9B or FLUX.2 klein 4B"
     assert names_of(["joint_blocks_0_x_block_attn_qkv"]) == "Stable Diffusion 3.5 medium or Stable Diffusion 3.5 large"
+    encoders = ["text_model_encoder_layers_0_self_attn_q_proj", "encoder_block_0_layer_0_SelfAttention_q"]
+    third = names_of(["joint_blocks_0_x_block_attn_qkv", *encoders])
+    assert third == "Stable Diffusion 3.5 medium or Stable Diffusion 3.5 large"
     assert names_of(["blocks.0.attn.wq"]) == "Krea 2"
     assert names_of(["somewhere.else"]) is None
     assert candidates(["somewhere.else"]) == list(SKELETONS)
