@@ -18,7 +18,7 @@ from .reading import Spans, add_region_words, given_words, prompt_words, split_p
 from .refusals import refuse_broken_gates, refuse_half_measures, refuse_not_finite, refuse_unheard
 from .selection import Selection, read_scale, read_selection
 from .size import latent_grid, picture_count, picture_size
-from .turns import turn
+from .turns import call_turn, turn
 
 if TYPE_CHECKING:
     from ..region_forms import Region
@@ -230,7 +230,7 @@ class MoLEPipelineMixin(GateCalls):
             settings: dict[str, Any] = {"scale": scale, "regions": regions, "scheduler": None}
             settings["size"] = picture_size(self, given) if regions is not None else None
             settings["count"] = picture_count(given)
-            with turn(self, self.scheduler), self._composing(loras, method, **settings) as call:
+            with call_turn(self, self.scheduler), self._composing(loras, method, **settings) as call:
                 self.__dict__["_mole_masks"] = None
                 each = int(given.get("num_images_per_prompt") or 1)
                 call.state[EACH] = each

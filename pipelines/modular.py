@@ -46,7 +46,7 @@ from .selection import read_scale
 from .size import picture_count, picture_size
 from .stable_diffusion_3 import MoLEStableDiffusion3Pipeline
 from .stable_diffusion_xl import MoLEStableDiffusionXLPipeline
-from .turns import turn
+from .turns import call_turn
 from .z_image import MoLEZImagePipeline
 
 try:
@@ -239,7 +239,7 @@ class MoLEBlocks(SequentialPipelineBlocks):
                 "size": None if regions is None else picture_size(pipe, given),
                 "count": picture_count(given),
             }
-            with turn(components, components.scheduler), pipe._composing(loras, method, **settings) as call:
+            with call_turn(components, components.scheduler), pipe._composing(loras, method, **settings) as call:
                 if pipe.experts is not None:
                     refuse_unheard(pipe, given)
                 for name, block in blocks.items():

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import PNDMScheduler, StableDiffusionPipeline
 from torch import Tensor
 
 from mole_diffusion.composition import Masks, Switch
@@ -67,6 +67,26 @@ def test_calls_at_once_are_as_calls_in_turn(sharing: str, method: Any) -> None:
             assert_close(drawn, expected)
     assert pipe.experts.keep.tolist() == [[1.0, 1.0]]  # nothing stays behind
     assert all(torch.equal(one(), expected) for one, expected in zip(calls, in_turn, strict=True))
+
+
+def test_a_call_inside_of_a_call_leaves_it_as_it_was() -> None:
+    """Guidance and the solver's last steps are noted on pipeline and scheduler, and the inner call has its own."""
+    pipe = composing_pipeline("cat", "dog")
+    pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config)
+
+    def drawn(loras: list[str], steps: int, guidance: float, **more: Any) -> Tensor:
+        settings = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "latent", "loras": loras}
+        return pipe("a cat and a dog", generator=torch.Generator().manual_seed(0), **settings, **more).images
+
+    inner: list[Tensor] = []
+
+    def preview(_pipe: Any, _step: int, _timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        inner.append(drawn(["dog"], 5, 7.0))
+        return kwargs
+
+    expected, expected_inside = drawn(["cat"], 4, 3.0), drawn(["dog"], 5, 7.0)
+    assert torch.equal(drawn(["cat"], 4, 3.0, callback_on_step_end=preview), expected)
+    assert all(torch.equal(one, expected_inside) for one in inner)
 
 
 def test_two_tasks_of_one_model_draw_at_once() -> None:
