@@ -23,7 +23,8 @@ from mole_diffusion.benchmark.row import Row
 from mole_diffusion.benchmark.run import read_rows
 from mole_diffusion.benchmark.stats import correlation, paired_bootstrap, rank_correlation, wins
 from mole_diffusion.cli import app
-from mole_diffusion.composition import COMPOSITIONS, Merge
+from mole_diffusion.composition import Merge
+from mole_diffusion.methods import METHODS, MergeOptions
 from mole_diffusion.metrics import RegionAlignment, oracle_detector
 from mole_diffusion.toybox.recipe.gates import TRAINED_ON
 from mole_diffusion.toybox.world import compose_scene
@@ -177,10 +178,7 @@ def test_rows_of_other_loras_do_not_mix_in(tmp_path: Path) -> None:
 
 
 def test_a_method_that_is_added_joins(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Half(Merge):
-        name = "half"
-
-    monkeypatch.setitem(COMPOSITIONS, "half", Half)
+    monkeypatch.setitem(METHODS, "half", MergeOptions)
     assert "half" in [method.label for method in config(methods="all").methods]
     assert "mole" not in [method.label for method in config(methods="all", gates=None).methods]
 
@@ -244,7 +242,7 @@ def test_bootstrap_wins_and_correlation() -> None:
         ({"compositions": ["cat+cat"]}, "'cat\\+cat' has 'cat' twice"),
         ({"compositions": []}, "`compositions` must be a list with at least one entry"),
         ({"methods": ["lineal"]}, "'lineal' is no method. Write a name, one of linear"),
-        ({"methods": [{"merge": {"size": 1}}]}, "unexpected keyword argument 'size'"),
+        ({"methods": [{"merge": {"size": 1}}]}, "composition 'merge' has no option 'size'; it has scale"),
         ({"methods": ["mole"], "gates": None}, "'mole' needs gates. Say what to train them on"),
         ({"methods": ["linear", "linear"]}, "methods has 'linear' twice"),
         ({"prompts": ["a photo"]}, 'a prompt needs "{concepts}"'),
