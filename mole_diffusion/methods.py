@@ -15,7 +15,7 @@ MOST_SMOOTHING = 1000
 LEAST_TEMPERATURE = 1e-6
 
 
-class Method:
+class Options:
     """What is known of a way to compose without torch: its needs and its options.
 
     The class in `composition/` that does it stands on this one, or on one of those below where it has options that are
@@ -25,7 +25,7 @@ class Method:
     needs: frozenset[Need] = frozenset()
 
 
-class MergeOptions(Method):
+class MergeOptions(Options):
     """Those of `Merge`."""
 
     def __init__(self, scale: float = 0.8) -> None:
@@ -33,7 +33,7 @@ class MergeOptions(Method):
         self.scale = scale
 
 
-class SwitchOptions(Method):
+class SwitchOptions(Options):
     """Those of `Switch`."""
 
     def __init__(self, every: int = 5) -> None:
@@ -42,7 +42,7 @@ class SwitchOptions(Method):
         self.every = every
 
 
-class MaskOptions(Method):
+class MaskOptions(Options):
     """Those of `Masks`."""
 
     def __init__(
@@ -122,7 +122,7 @@ class FreeFuseOptions(MaskOptions):
         )
 
 
-class RouterOptions(Method):
+class RouterOptions(Options):
     """Those of `NormRouter`."""
 
     def __init__(self, temperature: float = 0.0) -> None:
@@ -134,26 +134,26 @@ class RouterOptions(Method):
         self.temperature = temperature
 
 
-class GatesAlone(Method):
+class GatesAlone(Options):
     """Of `MoLE`."""
 
     needs: frozenset[Need] = frozenset({"gates"})
 
 
-class GatesOnMasks(Method):
+class GatesOnMasks(Options):
     """Of `MaskedGates`."""
 
     def __init__(self) -> None:
         self.needs = MaskOptions().needs | {"gates"}
 
 
-METHODS: dict[str, type[Method]] = {
-    "linear": Method,
-    "normalized": Method,
-    "budget": Method,
+METHODS: dict[str, type[Options]] = {
+    "linear": Options,
+    "normalized": Options,
+    "budget": Options,
     "merge": MergeOptions,
     "switch": SwitchOptions,
-    "composite": Method,
+    "composite": Options,
     "masks": MaskOptions,
     "freefuse": FreeFuseOptions,
     "norm_router": RouterOptions,
@@ -180,7 +180,7 @@ def options(name: str) -> dict[str, Any]:
     return {one.name: one.default for one in parameters if isinstance(one.default, bool | int | float | str | None)}
 
 
-def check_options(name: str, given: Mapping[str, Any]) -> Method:
+def check_options(name: str, given: Mapping[str, Any]) -> Options:
     """What is known of a method with these options.
 
     Raises:

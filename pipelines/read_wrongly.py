@@ -44,10 +44,11 @@ def refuse_random_weights(components: Mapping[str, Any]) -> None:
         if folder is None or any(getattr(model, key, None) for key in ("hf_quantizer", "hf_device_map")):
             continue
         with ExitStack() as stack:
-            written: dict[str, Any] = {}
+            written: dict[str, list[Any]] = {}  # a variant, such as fp16, may lie beside
             for file in sorted(folder.glob("*.safetensors")):
                 tensors = stack.enter_context(safe_open(file, "pt"))
-                written |= {key: tensors.get_slice(key) for key in tensors.keys()}
+                for key in tensors.keys():
+                    written.setdefault(key, []).append(tensors.get_slice(key))
             if written:
                 _refuse_random(f"the {name} in {folder}", model, written)
 
@@ -70,12 +71,12 @@ def _folder(model: Any) -> Path | None:
     return Path(remembered) if remembered else None
 
 
-def _refuse_random(what: str, model: Any, written: Mapping[str, Any]) -> None:
+def _refuse_random(what: str, model: Any, written: Mapping[str, list[Any]]) -> None:
     held = {key: one for key, one in model.named_parameters() if one.is_floating_point()}
     if isinstance(model, transformers.PreTrainedModel):
         for spellings in EMBEDDINGS:
             ours = next((one for key, one in held.items() if key.endswith(spellings)), None)
-            theirs = [one for key, one in written.items() if key.endswith(spellings)]
+            theirs = [one for key, found in written.items() if key.endswith(spellings) for one in found]
             if ours is not None and theirs and not any(_alike(ours, one) for one in theirs):
                 raise LoadingError(
                     f"{what} holds nothing of its files: transformers {transformers.__version__} knows other names "
@@ -85,7 +86,7 @@ def _refuse_random(what: str, model: Any, written: Mapping[str, Any]) -> None:
     if isinstance(model, (diffusers.ModelMixin, *NAMED_ALIKE)):
         lacking = [key for key in held if key not in written]
         if lacking:  # what has another name in the file, as attention had in older versions, is known by its numbers
-            unnamed = [_first_row(one) for key, one in written.items() if key not in held]
+            unnamed = [_first_row(one) for key, found in written.items() if key not in held for one in found]
             lacking = [key for key in lacking if not any(_same(held[key], *other) for other in unnamed)]
         if lacking:
             raise LoadingError(

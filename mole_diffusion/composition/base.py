@@ -10,13 +10,13 @@ from torch import Tensor
 from ..experts import Projections, Run, Site
 from ..experts.seam import LayerSeam
 from ..families import Joint
-from ..methods import Method, Need
+from ..methods import Need, Options
 from .step import Step
 
 __all__ = ["Composition", "Need", "Step"]
 
 
-class Composition(Method, ABC):
+class Composition(Options, ABC):
     """How several LoRAs share one picture.
 
     A method says how much of each LoRA is added: it is asked at every module that LoRAs change, in every forward pass.

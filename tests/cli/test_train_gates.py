@@ -125,8 +125,9 @@ def test_a_base_is_opened_in_the_format_that_was_asked_for(world: Path, dtype: s
 
 def test_balance_study_looks_at_its_temperatures_before_any_model(tmp_path: Path) -> None:
     file, folder = tmp_path / "empty.safetensors", tmp_path / "empty"
-    file.touch()
     folder.mkdir()
+    for empty in (file, folder / "open_clip_config.json", folder / "open_clip_model.safetensors"):
+        empty.touch()
     lora = [
         "--lora",
         f"a={file}",
