@@ -29,6 +29,9 @@ TRACKERS: tuple[Tracker, ...] = ("none", "tensorboard", "wandb")
 PRESETS = ("default", "real", "masks", "paper", "official")
 """The names of ways to train gates."""
 
+DEVICES = ("auto", "cpu", "cuda", "mps", "xpu", "hpu", "mtia", "xla", "npu", "mlu", "musa", "privateuseone")
+"""Kinds of devices that compute, of torch and of what is installed beside it; a number may follow: `cuda:1`."""
+
 REUSABLE = ("vae", "clip", "base")
 """Parts of the toybox that another one may be built with."""
 

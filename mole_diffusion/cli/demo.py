@@ -46,12 +46,12 @@ def demo(
       mole demo --seed 10 --steps 50 --out my-demo
     """
     try_folder(out)
+    where = pick_device(device)
     from rich.console import Console
 
     from mole_diffusion import toybox
     from mole_diffusion.sheets import gate_heat_map, picture_sheet
 
-    where = pick_device(device)
     names = toybox.demo_subjects()
     pipe = _load(names, where)
     prompt = toybox.subject_prompt(names, GROUND)

@@ -87,6 +87,7 @@ def build(
     for part in reuse or ():
         refuse_other("--reuse", part, REUSABLE)
     try_folder(out)
+    where = pick_device(device)
     from mole_diffusion.toybox import recipe
 
     effort = recipe.Effort(
@@ -94,7 +95,6 @@ def build(
     )
     if base_steps is not None:
         effort = replace(effort, base_steps=base_steps)
-    where = pick_device(device)
     with in_use(out):
         assets = recipe.build(
             out, seed=seed, device=where, effort=effort, compile_model=compile_base, reuse=reuse or ()
@@ -145,16 +145,17 @@ def measure(
 
     refuse_missing("--assets", [] if assets is None else [assets])
     try_file(out)
-    from mole_diffusion.toybox.recipe.measure import measure as measure_toybox
-
     folder = world.base_dir().parent if assets is None else assets
     missing = [part for part in ("base", "loras", "clip") if not (folder / part).is_dir()]
     if missing:
         raise MoLEError(
             f"--assets {folder}: no toybox, for it lacks {' and '.join(missing)}. Make one with mole toybox build."
         )
+    where = pick_device(device)
+    from mole_diffusion.toybox.recipe.measure import measure as measure_toybox
+
     with quiet_loading():
-        report = measure_toybox(folder, seed=seed, device=pick_device(device), num_pictures=pictures)
+        report = measure_toybox(folder, seed=seed, device=where, num_pictures=pictures)
     write_last(out, lambda path: write_json(path, report))
     typer.echo(f"numbers: {out}")
 

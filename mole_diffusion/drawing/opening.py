@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..choices import SCHEDULERS
+from ..choices import DEVICES, SCHEDULERS
 from ..errors import MoLEError
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ def pick_device(name: str) -> Any:
     Raises:
         MoLEError: There is no such device here, or it holds no numbers, as "meta" does not.
     """
+    if name.partition(":")[0] not in DEVICES:
+        raise MoLEError(f"--device {name} cannot be used here. Try --device cpu.")
     import torch
 
     if name == "auto":

@@ -197,6 +197,9 @@ def test_what_is_not_there_is_said_before_torch_is_imported(tmp_path: Path) -> N
         "`size` must be one of tiny": ["speed", "--size", "huge"],
         "`sides` must be some of bare": ["speed", "--sides", "bear"],
         "--loras takes whole numbers": ["speed", "--loras", "x"],
+        "--device meta cannot be used here. Try --device cpu": [*cat, "--device", "meta"],
+        "--device tpu9 cannot be used here": ["demo", "--device", "tpu9"],
+        "--device warp:1 cannot be used here": ["toybox", "measure", "--device", "warp:1"],
     }
     wrong |= {said: ["benchmark", "run", write_study(tmp_path, changed)] for said, changed in WRONG_STUDIES.items()}
     wrong["--base ./no: there is no such folder"] = [
