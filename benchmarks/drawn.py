@@ -15,6 +15,7 @@ from mole_diffusion import MoLEStableDiffusionPipeline, toybox
 from mole_diffusion.benchmark.stats import paired_bootstrap
 from mole_diffusion.files import file_name, write_json
 from mole_diffusion.toybox.oracle import Detection
+from mole_diffusion.toybox.recipe.measure_pictures import measure_base, measure_named
 from mole_diffusion.toybox.subjects import Subject, subject
 
 STEPS, GUIDANCE_SCALE = 25, 2.0
@@ -34,6 +35,13 @@ def load(pipe: Any, items: Sequence[Subject], files: Mapping[str, Path]) -> None
         {item.name: files.get(item.name) or toybox.lora_path(item.name) for item in items},
         triggers={item.name: item.trigger for item in items},
     )
+
+
+def shown_of_three(pipe: Any, pictures: int) -> dict[str, float]:
+    """What a base shows of three things: looks named in words, each and all of them, and classes, all of them."""
+    presence, all_three = measure_named(pipe, num_pictures=pictures, seed=1)
+    classes, _ = measure_base(pipe, num_pictures=pictures, seed=1, rows=(3,))[3]
+    return {"presence": presence, "all three": all_three, "three classes": classes}
 
 
 def looked_at(

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from drawn import shown_of_three
 
 from mole_diffusion import toybox
 from mole_diffusion.drawing.opening import pick_device
@@ -24,11 +25,8 @@ from mole_diffusion.tables import markdown_table, number
 from mole_diffusion.toybox.recipe.base import load_base, make_unet, train_base
 from mole_diffusion.toybox.recipe.loop import AveragedWeights, decline, run_stage
 from mole_diffusion.toybox.recipe.measure_oracle import measure_oracle
-from mole_diffusion.toybox.recipe.measure_pictures import measure_base, measure_named
 from mole_diffusion.toybox.recipe.tokenizer import make_tokenizer
-from mole_diffusion.toybox.recipe.vae import LATENT_CHANNELS, load_vae, make_vae, render_batch
-
-KL_WEIGHT = 3e-4  # as the autoencoder that ships was trained with
+from mole_diffusion.toybox.recipe.vae import KL_WEIGHT, LATENT_CHANNELS, load_vae, make_vae, note_scale, render_batch
 
 
 class Way(NamedTuple):
@@ -105,9 +103,7 @@ def train_autoencoder(vae: AutoencoderKL, way: Way, folder: Path, steps: int, de
         average=AveragedWeights(vae, 0.99),
     )
     vae.eval().requires_grad_(False)
-    with torch.no_grad():
-        latents = vae.encode(render_batch((0, "latents", 0), 256).to(device)).latent_dist.mean
-    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
+    note_scale(vae, render_batch((0, "latents", 0), 256).to(device))
     return vae
 
 
@@ -168,11 +164,8 @@ def main() -> None:
             )
             parts = {"vae": vae, "unet": unet, "text_encoder": text_encoder}
             pipe = StableDiffusionPipeline.from_pretrained(toybox.base_dir(), **parts).to(device)
-            presence, all_three = measure_named(pipe, num_pictures=given.pictures, seed=1)
-            classes = measure_base(pipe, num_pictures=given.pictures, seed=1, rows=(3,))[3]
             looks = measure_oracle(vae, num_scenes=200)["looks"]
-            seen = {"looks": looks, "presence": presence, "all three": all_three, "three classes": classes[0]}
-            write_json(row, seen)
+            write_json(row, {"looks": looks, **shown_of_three(pipe, given.pictures)})
         found = json.loads(row.read_text())
         rates = [number(100 * found[key], 1) for key in ("looks", "presence", "all three", "three classes")]
         table.append([name, *rates])

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from drawn import shown_of_three
 from pytorch_optimizer import SOAP, Muon
 from pytorch_optimizer.optimizer.utils import zero_power_via_newton_schulz_5
 from torch import nn
@@ -30,7 +31,6 @@ from mole_diffusion.drawing.opening import pick_device
 from mole_diffusion.files import write_json
 from mole_diffusion.tables import markdown_table, number
 from mole_diffusion.toybox.recipe.base import BaseSettings, load_base, train_base
-from mole_diffusion.toybox.recipe.measure_pictures import measure_base, measure_named
 from mole_diffusion.toybox.recipe.precision import bfloat16_pays
 from mole_diffusion.toybox.recipe.tokenizer import make_tokenizer
 from mole_diffusion.toybox.recipe.vae import load_vae
@@ -146,12 +146,10 @@ def step_seconds(settings: BaseSettings, batch_size: int, device: torch.device) 
 
 def looked_at(
     unet: UNet2DConditionModel, text_encoder: CLIPTextModel, device: torch.device, pictures: int
-) -> dict[str, Any]:
+) -> dict[str, float]:
     """What the oracle finds in pictures of a denoiser."""
     pipe = StableDiffusionPipeline.from_pretrained(toybox.base_dir(), unet=unet, text_encoder=text_encoder).to(device)
-    presence, all_three = measure_named(pipe, num_pictures=pictures, seed=1)
-    classes = measure_base(pipe, num_pictures=pictures, seed=1, rows=(3,))[3]
-    return {"presence": presence, "all three": all_three, "three classes": classes[0]}
+    return shown_of_three(pipe, pictures)
 
 
 def main() -> None:

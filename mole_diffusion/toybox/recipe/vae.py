@@ -17,7 +17,7 @@ from .precision import fast_autocast
 
 LATENT_CHANNELS = 8
 NUM_STEPS = 2600  # from nothing
-_KL_WEIGHT = 3e-4  # per latent element, against a mean squared error per pixel
+KL_WEIGHT = 3e-4  # per latent element, against a mean squared error per pixel
 
 
 def make_vae() -> AutoencoderKL:
@@ -88,7 +88,7 @@ def train_vae(
             decoded = vae.decode(latents).sample
         error = (decoded.float() - pictures).square().mean()
         kl = posterior.kl().mean() / latents[0].numel()
-        return {"loss": error + _KL_WEIGHT * kl, "error": error.detach(), "kl": kl.detach()}
+        return {"loss": error + KL_WEIGHT * kl, "error": error.detach(), "kl": kl.detach()}
 
     run_stage(
         "vae" if start is None else "vae-on",
@@ -106,7 +106,12 @@ def train_vae(
     vae.eval().requires_grad_(False)
     if start is not None:
         return vae
-    with torch.no_grad():
-        latents = vae.encode(render_batch((seed, "vae-scale", 0), 256).to(device)).latent_dist.mean
-    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
+    note_scale(vae, render_batch((seed, "vae-scale", 0), 256).to(device))
     return vae
+
+
+@torch.no_grad()
+def note_scale(vae: AutoencoderKL, pictures: torch.Tensor) -> None:
+    """Stores as the scaling factor what gives the latents of these pictures a standard deviation of 1."""
+    latents = vae.encode(pictures).latent_dist.mean
+    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
