@@ -115,7 +115,10 @@ def refuse_untold(run: Run, method: str) -> None:
 
 def _nearest(now: float, timesteps: Sequence[float] | Tensor) -> float:
     """The one of the timesteps that a number is but for rounding, if any."""
-    nearest = min(_floats(timesteps), key=lambda timestep: abs(timestep - now), default=now)
+    values = _floats(timesteps)
+    if now in values:
+        return now
+    nearest = min(values, key=lambda timestep: abs(timestep - now), default=now)
     return nearest if abs(nearest - now) <= ROUNDING * abs(now) else now
 
 

@@ -17,12 +17,13 @@ from ..families.architecture import parameters
 from ..families.base import unwrapped
 from . import compiled
 from .compiled import Callback
+from .hanging import Hanging
 from .hooks import SiteHook, Watch
 from .meeting import Meeting
 from .processor import AddExperts, MoLEAttnProcessor
 from .refusals import AttachError, may_fuse, refuse_adapters, refuse_bypassed, refuse_fused
 from .seam import LayerSeam
-from .site import Site, made_on
+from .site import Site, made_beside
 
 Engine = Literal["auto", "hooks", "processors"]
 ENGINES: tuple[Engine, ...] = ("auto", "hooks", "processors")
@@ -92,8 +93,9 @@ class Attachment:
         self._parents = {site.module_name: _parent(model, site.module_name) for site in self.sites}
         self._blocks = _blocks(model, self.sites)
         self._may_fuse: dict[str, tuple[nn.Module, str]] = {}
-        self._seen_modules: list[tuple[Any, str, nn.Module | None]] = []
-        self._seen_processors: list[tuple[Attention, Any]] = []
+        self._blocks_hang = Hanging((modules, leaf) for modules, leaf, _ in self._blocks.values())
+        self._processors: list[tuple[Attention, Any]] = []
+        self.ran = False
 
         self._attentions = _attentions(model, self.sites)
         # A transformer of words and pixels shows the layers in which they meet, whatever attention processors it has.
@@ -146,11 +148,15 @@ class Attachment:
 
     def follow(self) -> None:
         """Keep nothing on a device that the component has left, as offloading has it leave a GPU."""
-        made = made_on(self._groups)
-        if made is None:
+        if not self.ran:
             return
-        weight = next(self.model.parameters(), None)
-        if weight is not None and weight.device != made:
+        made = made_beside(self._groups)
+        if made is None:
+            self.ran = False  # and until it runs again nothing will be
+            return
+        device, module = made
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and weight.device != device:
             for group in self._groups:
                 group.start_again()
 
@@ -224,13 +230,8 @@ class Attachment:
             given = {**dict(zip(self._argument_names[: len(args)], args, strict=True)), **kwargs}
             compiled.begin(self._callbacks[0], self.architecture.told(model, given))
             return None
-        for name, (modules, leaf, block) in self._blocks.items():
-            now = modules.get(leaf)
-            if now is not block and (now is None or unwrapped(now) is not block):
-                raise AttachError(
-                    f"{self.component}.{name}, in which LoRAs act, was exchanged after they were loaded, so they would "
-                    "do nothing there. Call `unload_loras()`, then `load_loras` again."
-                )
+        if not self._blocks_hang.unchanged():
+            self._refuse_exchanged()
         if not self._unchanged():
             self._find_modules()
             if self._engine != "hooks":
@@ -242,20 +243,28 @@ class Attachment:
             refuse_bypassed(self.component, self._may_fuse)
         return self._begin(model, args, kwargs)
 
+    def _refuse_exchanged(self) -> None:
+        """Raises AttachError where a block around a site is another one, and no wrapper around the one there was."""
+        for name, (modules, leaf, block) in self._blocks.items():
+            now = modules.get(leaf)
+            if now is not block and (now is None or unwrapped(now) is not block):
+                raise AttachError(
+                    f"{self.component}.{name}, in which LoRAs act, was exchanged after they were loaded, so they would "
+                    "do nothing there. Call `unload_loras()`, then `load_loras` again."
+                )
+
     def _look(self) -> None:
         """Remember which modules and attention processors there are."""
-        parents = self._parents.values()
         self._may_fuse = may_fuse(self._parents)
-        self._seen_modules = [(parent._modules, leaf, parent._modules.get(leaf)) for parent, leaf in parents]
+        self._modules_hang = Hanging((parent._modules, leaf) for parent, leaf in self._parents.values())
         layers = {**self._layers, **{name: layer for name, (layer, _) in self._attentions.items()}}.values()
-        self._seen_processors = [(layer, layer.processor) for layer in layers]
+        self._processors = [(layer, layer.processor) for layer in layers]
 
     def _unchanged(self) -> bool:
         """Whether they are all still there."""
-        for modules, leaf, module in self._seen_modules:
-            if modules.get(leaf) is not module:
-                return False
-        for layer, processor in self._seen_processors:
+        if not self._modules_hang.unchanged():
+            return False
+        for layer, processor in self._processors:
             if layer.processor is not processor:
                 return False
         return True

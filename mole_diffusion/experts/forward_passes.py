@@ -20,7 +20,7 @@ from .packed import packed, unpacked
 from .refusals import refuse_caches, refuse_method, refuse_unseen
 from .run import Run
 from .runs import Runs
-from .site import Site, forget_inputs
+from .site import Site, SiteGroup
 from .uncast import is_cast
 from .widening import narrow, tensors, widen
 
@@ -49,7 +49,9 @@ class ForwardPasses:
         self.component = component
         self.model = model
         self.architecture = architecture
-        self._groups = [group for group in {site.group for site in sites} if group.several]  # others keep no input
+        self._holding: set[SiteGroup] = set()
+        for site in sites:
+            site.group.holding = self._holding
         self._runs = runs
         self._attachments = attachments
 
@@ -80,7 +82,9 @@ class ForwardPasses:
     def end(self, output: Any) -> Any:
         """A pass ends, with an exception where there is no output; another output, where that is to be another."""
         run = self._runs.end(self.component)
-        forget_inputs(self._groups)
+        self._attachments[self.component].ran = True
+        for group in list(self._holding):  # where something in the model was skipped
+            group.let_go()
         if output is None or run is None:
             return None
         for tensor in tensors(output):

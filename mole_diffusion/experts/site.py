@@ -171,6 +171,7 @@ class SiteGroup:
         self._down: Tensor | None = None
         self._ranks: list[int] = []  # of the sites, as they lie in it
         self._open: Projections | None = None
+        self.holding: set[SiteGroup] = set()  # those of the component that keep an input just now
         self._chosen: dict[tuple[int, ...], dict[str, Site]] = {}
 
     def only(self, kept: tuple[int, ...]) -> dict[str, Site]:
@@ -182,6 +183,7 @@ class SiteGroup:
             else:
                 members = tuple(copy.copy(site) for site in self.sites)
                 group = SiteGroup(members)
+                group.holding = self.holding
                 for member in members:
                     member.stack, member.group = member.stack.only(kept), group
             while len(self._chosen) >= CHOICES_KEPT:
@@ -201,8 +203,17 @@ class SiteGroup:
         if shared is None or shared.hidden_states is not hidden_states or site.name not in shared.waiting:
             shared = self._computed(site, hidden_states, output)
         shared.waiting.discard(site.name)
-        self._open = shared if shared.waiting else None
+        if shared.waiting:
+            self._open = shared
+            self.holding.add(self)
+        else:
+            self.let_go()
         return shared
+
+    def let_go(self) -> None:
+        """Forget the input that is kept for sites that have not fired."""
+        self._open = None
+        self.holding.discard(self)
 
     def rows(self, site: Site, hidden_states: Tensor, output: Tensor) -> Tensor:
         """What `project` has for this site, where nobody asks for more."""
@@ -256,7 +267,8 @@ class SiteGroup:
 
     def start_again(self) -> None:
         """Let go of what was made for the products: a module was exchanged, or lies on another device now."""
-        self._down = self._open = None
+        self._down = None
+        self.let_go()
         for site in self.sites:
             site.stack.let_go()
         self._chosen.clear()
@@ -277,28 +289,19 @@ class SiteGroup:
         return down
 
 
-def made_on(groups: Iterable[SiteGroup]) -> torch.device | None:
-    """Where what was made for the products of these groups lies, all in one place; `None` as long as nothing is.
+def made_beside(groups: Iterable[SiteGroup]) -> tuple[torch.device, nn.Module] | None:
+    """Where the first of what was made for the products of these groups lies, and a module that it was made beside.
 
-    Looked at in every pass of another component: so it calls nothing.
+    `None` as long as nothing is made. Looked at in every pass of another component: so it calls nothing.
     """
     for group in groups:
         if group._down is not None:
-            return group._down.device
+            return group._down.device, group.sites[0].module
         for sites in list(group._chosen.values()):
             for site in sites.values():
                 if site.group._down is not None:
-                    return site.group._down.device
+                    return site.group._down.device, site.module
     return None
-
-
-def forget_inputs(groups: Iterable[SiteGroup]) -> None:
-    """Let go of inputs kept for sites that have not fired."""
-    for group in groups:
-        group._open = None
-        for sites in list(group._chosen.values()):
-            for site in sites.values():
-                site.group._open = None
 
 
 def group_sites(sites: Sequence[Site], model: nn.Module, architecture: Architecture) -> None:

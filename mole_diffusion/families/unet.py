@@ -69,7 +69,7 @@ class UNet(Architecture):
     def told(self, model: nn.Module, given: Mapping[str, Any]) -> Told:
         sample = given["sample"]
         return Told(
-            rows=len(sample),
+            rows=sample.shape[0],
             timestep=given.get("timestep"),
             encoder_hidden_states=given.get("encoder_hidden_states"),
             sample_size=spatial_size(sample),

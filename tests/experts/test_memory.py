@@ -89,3 +89,22 @@ def test_nothing_stays_where_a_component_has_left(tiny: dict[str, Any], experts:
     run_text(tiny)
     assert not any(group.ready for group in of_unet)
     assert all(site.group.ready for site in experts.sites.values() if site.component == "text_encoder")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("keep", [(1, 1), (0, 1)])
+def test_a_pass_that_ends_early_keeps_no_input(tiny: dict[str, Any], experts: Experts, keep: tuple[int, int]) -> None:
+    def stop(module: Any, args: Any) -> None:
+        raise RuntimeError("stopped")
+
+    value = next(module for name, module in tiny["unet"].named_modules() if name.endswith("attn1.to_v"))
+    handle = value.register_forward_pre_hook(stop)
+    given = unet_inputs()
+    states: list[weakref.ref[Tensor]] = []
+    query = next(module for name, module in tiny["unet"].named_modules() if name.endswith("attn1.to_q"))
+    seen = query.register_forward_hook(lambda module, args, output: states.append(weakref.ref(args[0])))
+    with experts.using(keep=torch.tensor(keep)), pytest.raises(RuntimeError, match="stopped"):
+        tiny["unet"](**given)
+    handle.remove(), seen.remove()
+    assert states
+    assert all(state() is None for state in states)

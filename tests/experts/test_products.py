@@ -18,7 +18,7 @@ from mole_diffusion.composition import Linear
 from mole_diffusion.composition.norm_router import output_norms
 from mole_diffusion.experts import Experts, ExpertStack, Site
 from mole_diffusion.experts.processor import STOCK
-from mole_diffusion.experts.site import CHOICES_KEPT, forget_inputs, group_sites
+from mole_diffusion.experts.site import CHOICES_KEPT, group_sites
 from mole_diffusion.families.unet import UNet
 from mole_diffusion.lora import LoRA, LoRAFactors
 from mole_diffusion.speed import Counted
@@ -200,7 +200,7 @@ def test_a_choice_is_made_ready_once_and_few_are_kept() -> None:
     full = site.stack.down
     torch.testing.assert_close(projected, x @ full[[0, 1, 2, 8, 9]].T)
     down = chosen.group._down
-    forget_inputs([chosen.group])
+    chosen.group.let_go()
     again = site.only((0, 2))
     again.group.project(again, x, output)
     assert again is chosen

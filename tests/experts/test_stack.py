@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mole_diffusion.experts import ExpertStack, Site
-from mole_diffusion.experts.site import forget_inputs, group_sites
+from mole_diffusion.experts.site import group_sites
 from mole_diffusion.families.unet import UNet
 from mole_diffusion.lora import LoRAFactors
 
@@ -108,7 +108,7 @@ def test_projections_of_one_input_are_shared_and_let_go() -> None:
     different = group.project(sites["to_v"], other, output)  # not the tensor the others read
     assert different is not shared
     torch.testing.assert_close(different.tensors["unet.to_v"], other @ sites["to_v"].stack.down.T)
-    forget_inputs([group])
+    group.let_go()
     for name in ("to_q", "to_k", "to_v"):
         group.project(sites[name], x, output)
     assert group._open is None
