@@ -68,12 +68,13 @@ def open_clip_name(name: str, pretrained: str | None) -> str:
 
 
 def _lists() -> _Lists:
-    """From open_clip where it is imported, which may know more by now; else from its files, which takes no seconds."""
+    """From open_clip, which may know more by now; before torch is imported from its files, which takes no seconds."""
     with needs("train", "CLIP"):
-        found: Any = sys.modules.get("open_clip") or importlib.util.find_spec("open_clip")
+        there = "open_clip" in sys.modules or "torch" in sys.modules
+        found: Any = importlib.import_module("open_clip") if there else importlib.util.find_spec("open_clip")
         if found is None:
             raise ModuleNotFoundError("open_clip", name="open_clip")
-    if isinstance(found, ModuleType):
+    if there:
         return _Lists(found.list_models(), found.list_pretrained_tags_by_model)
     folders = [Path(folder) for folder in found.submodule_search_locations]
     architectures = {file.stem for folder in folders for file in folder.glob("model_configs/*.json")}

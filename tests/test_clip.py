@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 
 from mole_diffusion import toybox
 from mole_diffusion.clip import DifferentiableCLIP, _quick_gelu
+from mole_diffusion.clip_names import open_clip_name
 from mole_diffusion.errors import MoLEError
 from tests.tiny.clip import SIZE, write_clip
 
@@ -101,6 +103,13 @@ def test_what_cannot_be_loaded_says_why(folder: Path, tmp_path: Path) -> None:
 def test_what_is_no_batch_of_pictures_is_refused(folder: Path, images: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"must be floating point in \[0, 1\]"):
         DifferentiableCLIP(folder).preprocess(images)
+
+
+def test_once_torch_is_imported_open_clip_itself_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "open_clip")
+    with pytest.raises(MoLEError, match="scores at random"):
+        open_clip_name("ViT-B-32", "no-such-weights")
+    assert "open_clip" in sys.modules  # its files are read in its stead only where no thread may import meanwhile
 
 
 def test_one_string_is_no_list_of_texts(folder: Path) -> None:
