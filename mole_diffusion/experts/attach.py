@@ -51,6 +51,9 @@ class Attachment:
         tell: The same as `begin` for a compiled graph, which cannot widen a batch.
         serve: The same as `add` for a compiled graph.
 
+    Attributes:
+        ran: Whether a pass ended since it was seen that nothing is kept for one: so something may be.
+
     Raises:
         AttachError: If the engine finds nothing to do.
     """
