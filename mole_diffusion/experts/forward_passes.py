@@ -109,11 +109,15 @@ class ForwardPasses:
 
     def serve(self, site: Site, hidden_states: Tensor, output: Tensor, learning: bool) -> Tensor:
         """`add`, as a compiled graph calls it, which has no gradients."""
-        run = self._runs.run(self.component)
-        if learning:
-            refuse_learning(run.weigher)
-        with torch.no_grad():  # a graph has the module's own weight, also where LoRAs are merged elsewhere
-            return self._add(site, site.group.same(hidden_states), output, run)
+        run = self._runs.thread.running.get(self.component) or self._runs.run(self.component)
+        if site.group.several:
+            hidden_states = site.group.same(hidden_states)
+        # A graph has the module's own weight, also where LoRAs are merged elsewhere.
+        if not learning:
+            return self._add(site, hidden_states, output, run)
+        refuse_learning(run.weigher, hidden_states, output)
+        with torch.no_grad():
+            return self._add(site, hidden_states, output, run)
 
     def _add(self, site: Site, hidden_states: Tensor, output: Tensor, run: Run) -> Tensor:
         if site.heads is None:

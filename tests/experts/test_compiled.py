@@ -102,14 +102,16 @@ def test_a_method_of_several_passes_is_refused(experts: Experts, run: Any) -> No
         run(**unet_inputs())
 
 
-def test_gates_that_would_get_no_gradient_are_refused(experts: Experts) -> None:
-    """The operator itself, as a graph calls it where gradients are wanted."""
+def test_what_would_get_no_gradient_is_refused(experts: Experts) -> None:
+    """By the operator itself, as a graph calls it where gradients are wanted."""
     site = next(site for site in experts.sites.values() if site.module_name.endswith("attn1.to_q"))
     assert site.callback is not None
     x = torch.randn(2, 6, *site.stack.input_shape)
     output = torch.zeros(2, 6, site.stack.out_features)
-    with experts.using(weigher=gates_of(experts)), pytest.raises(MoLEError, match="gives gates no gradient"):
+    with experts.using(weigher=gates_of(experts)), pytest.raises(MoLEError, match="gives no gradient, neither to gate"):
         compiled.add(site.callback, x, output)
+    with pytest.raises(MoLEError, match="nor to what it is given"):
+        compiled.add(site.callback, x.requires_grad_(), output)
     assert not output.any()
 
 
