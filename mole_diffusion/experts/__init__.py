@@ -6,7 +6,7 @@ from .experts import Experts
 from .processor import MoLEAttnProcessor
 from .refusals import AttachError
 from .run import Run, Weigher, in_backward
-from .site import Projections, Site
+from .site import Projections, Site, SiteGroup
 from .stack import ExpertStack
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Projections",
     "Run",
     "Site",
+    "SiteGroup",
     "Weigher",
     "in_backward",
 ]

@@ -131,18 +131,27 @@ class Projections:
     Attributes:
         hidden_states: The input tensor.
         rows: Site name to `(batch * tokens, R)`, or `(batch, R, tokens)` of a convolution: as products give it.
+        whole: What the rows of several sites are parts of, side by side, `(batch * tokens, R of all)`; else `None`.
         batch: Samples.
         tokens: Positions to weigh in each sample.
         spatial: `(height, width)` of the output where it has them (convolutions), else `None`.
         base: What the base module gave that is being served.
         waiting: Names of the sites that have not been served.
+        weights: Who weighs and a site name, to weights that were worked out together with those of another site.
     """
 
     def __init__(
-        self, hidden_states: Tensor, rows: dict[str, Tensor], batch: int, spatial: tuple[int, int] | None = None
+        self,
+        hidden_states: Tensor,
+        rows: dict[str, Tensor],
+        batch: int,
+        spatial: tuple[int, int] | None = None,
+        whole: Tensor | None = None,
     ) -> None:
         self.hidden_states = hidden_states
         self.rows = rows
+        self.whole = whole
+        self.weights: dict[tuple[Any, str], Tensor] = {}
         self.batch = batch
         self.spatial = spatial
         self.base: Tensor | None = None
@@ -230,16 +239,18 @@ class SiteGroup:
             down = self._down_like(output)
         shape = output.shape
         spatial = (shape[-2], shape[-1]) if site.stack.is_convolution else None
+        whole = None
         if down.numel():
             projected = site.project(hidden_states, down)
             if not self.several:
                 return Projections(hidden_states, {site.name: projected}, shape[0], spatial)
             parts: Sequence[Tensor] = projected.split_with_sizes(self._ranks, 1)
+            whole = None if spatial else projected
         else:  # nothing is left of the LoRAs that are kept, but a weigher may read the hidden states
             none = (shape[0], 0, shape[2:].numel()) if spatial else (shape[:-1].numel(), 0)
             parts = [output.new_empty(none)] * len(self.sites)
         rows = dict(zip(self._names, parts, strict=True))
-        return Projections(hidden_states, rows, shape[0], spatial)
+        return Projections(hidden_states, rows, shape[0], spatial, whole)
 
     def make_ready(self, like: Tensor) -> None:
         """Make what the products need beside outputs like this one; else the first call does."""

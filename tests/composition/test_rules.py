@@ -11,13 +11,15 @@ from torch import Tensor
 from mole_diffusion.composition import COMPOSITIONS, Budget, Masks, NormRouter, RegionMap
 from mole_diffusion.composition.attention import attention_probabilities
 from mole_diffusion.composition.freefuse import CORE, freefuse_owners
-from mole_diffusion.composition.norm_router import output_norms
+from mole_diffusion.composition.norms import output_norms
 from mole_diffusion.composition.owners import owners, z_scores
 from mole_diffusion.errors import MoLEError
-from mole_diffusion.experts import ExpertStack
+from mole_diffusion.experts import ExpertStack, Projections
 from mole_diffusion.lora import LoRAFactors
+from mole_diffusion.speed.counted import Counted
 from tests import reference
 from tests.composing import NAMES, composing_pipeline, lora_states
+from tests.tiny import random_lora
 
 EVERYBODY = torch.ones(1, 3, dtype=torch.bool)
 
@@ -186,6 +188,32 @@ def test_the_norm_router_gives_each_token_to_the_largest_output_for_its_kind(pip
 
 
 @torch.no_grad()
+def test_the_norm_router_weighs_all_that_read_one_tensor_at_once_and_each_by_its_own_outputs() -> None:
+    """Two methods that are asked in turn, as a wrapper may, do not take each other's."""
+    hard, soft, pipe = NormRouter(), NormRouter(temperature=0.5), composing_pipeline()
+    pipe.load_loras({name: random_lora(pipe.components, rank=4, seed=seed) for seed, name in enumerate(NAMES)})
+    sites = [s for s in pipe.experts.sites.values() if ".attn1.to_" in s.name and s.group.several][2::-1]
+    assert len({id(site.group) for site in sites}) == 1
+    x = torch.randn(2, 6, *sites[0].stack.input_shape)
+    with pipe.composing():
+        run = pipe.experts.run("unet")
+        products = []
+        for site in sites:
+            with Counted() as counted:
+                projections = site.group.project(site, x, site.module(x))
+                weights, shares = (method.weigh(site, projections, run) for method in (hard, soft))
+            products.append(counted.count)
+            alone = Projections(x, {site.name: projections.rows[site.name]}, 2)
+            torch.testing.assert_close(shares, soft.weigh(site, alone, run))
+            loras = [lora.factors["unet"][site.module_name] for lora in pipe.experts.loras]
+            literal = [(f.down, f.up, f.scaling) for f in loras]
+            for row in range(2):
+                assert weights[row].argmax(dim=-1).tolist() == reference.norm_router(x[row], literal)
+    # The base's; down of all; norms of all for either method, of which one multiplies shares by weights.
+    assert products == [1 + 1 + 2 + 1, 1, 1]
+
+
+@torch.no_grad()
 def test_sizes_of_outputs_come_from_factors_alone(pipe: Any) -> None:
     """Also where LoRAs of other ranks, or none, touch the module, and where a rank is above the module's width."""
     wide = LoRAFactors(torch.randn(9, 5), torch.randn(3, 9), 0.5)
@@ -195,16 +223,15 @@ def test_sizes_of_outputs_come_from_factors_alone(pipe: Any) -> None:
     for loras in ([wide, None, narrow], [wide, as_wide], [None, as_wide], [narrow]):
         stack = ExpertStack(loras, "here")
         sizes = output_norms(stack, (x @ stack.down.T).flatten(0, 1)).view(-1, 2, 7)
+        assert len(sizes) == len(stack.indices)
         kernels = [f and LoRAFactors(f.down[..., None, None], f.up[..., None, None], f.scaling) for f in loras]
         of_picture = output_norms(ExpertStack(kernels, "here"), (x @ stack.down.T).transpose(1, 2))
-        for index, factors in enumerate(loras):
-            if factors is None:
-                assert not sizes[index].any()
-                continue
+        for place, index in enumerate(stack.indices):
+            factors: Any = loras[index]
             literal = reference.delta((factors.down, factors.up, factors.scaling))
             expected = (x.double() @ literal.T).norm(dim=-1)
-            torch.testing.assert_close(sizes[index].double(), expected, rtol=1e-5, atol=1e-5)
-            torch.testing.assert_close(of_picture[index].double(), expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(sizes[place].double(), expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(of_picture[place].double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()

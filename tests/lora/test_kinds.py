@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mole_diffusion.composition import NormRouter
 from mole_diffusion.composition.budget import site_gram
-from mole_diffusion.composition.norm_router import whole_norms
+from mole_diffusion.composition.norms import whole_norms
 from mole_diffusion.experts import Experts, ExpertStack
 from mole_diffusion.experts.beside import settle
 from mole_diffusion.lora import LoRA, LoRAError, LoRAFactors, load_lora
