@@ -22,6 +22,7 @@ def speed(
         typer.Option(help="How many LoRAs, a table row for each: 1,3,8,32. [default: 1,3,8; 3 with --count]"),
     ] = None,
     used: Annotated[int | None, typer.Option(help="How many of them a call keeps; by default all.")] = None,
+    batch: Annotated[int, typer.Option(help="Rows of the latents; 2 is one picture with guidance.")] = 2,
     rank: Annotated[int, typer.Option(help="Of every LoRA.")] = 16,
     targets: Annotated[str, typer.Option(help="Modules with factors: attention, all or conv.")] = "all",
     sides: Annotated[
@@ -81,6 +82,7 @@ def speed(
         size=size,
         loras=numbers,
         used=used,
+        batch=batch,
         rank=rank,
         targets=targets,
         rounds=rounds,
@@ -134,7 +136,15 @@ def speed(
             for table in more:
                 typer.echo(f"{table}\n")
     if page is not None:
-        given = {"size": size, "loras": loras, "used": used, "rank": rank, "targets": targets, "rounds": rounds}
+        given = {
+            "size": size,
+            "loras": loras,
+            "used": used,
+            "batch": batch,
+            "rank": rank,
+            "targets": targets,
+            "rounds": rounds,
+        }
         given |= {"sides": sides, "latent": latent, "dtype": dtype, "device": device, "threads": threads}
         words = [f"--{name} {value}" for name, value in given.items() if value is not None]
         asked = {
