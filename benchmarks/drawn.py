@@ -40,7 +40,7 @@ def load(pipe: Any, items: Sequence[Subject], files: Mapping[str, Path]) -> None
 def shown_of_three(pipe: Any, pictures: int) -> dict[str, float]:
     """What a base shows of three things: looks named in words, each and all of them, and classes, all of them."""
     presence, all_three = measure_named(pipe, num_pictures=pictures, seed=1)
-    classes, _ = measure_base(pipe, num_pictures=pictures, seed=1, rows=(3,))[3]
+    classes, _ = measure_base(pipe, 3, num_pictures=pictures, seed=1)
     return {"presence": presence, "all three": all_three, "three classes": classes}
 
 

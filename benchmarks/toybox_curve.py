@@ -30,7 +30,7 @@ LOOKS, LOOKS_FLOOR = "things in the look named", 0.90
 def measured(folder: Path, pictures: int, device: str) -> dict[str, float]:
     """Rates of one base: by number of classes the share of pictures that show all, and the share of looks."""
     pipe = StableDiffusionPipeline.from_pretrained(folder).to(pick_device(device))
-    rows = {str(n): complete for n, (complete, _) in measure_base(pipe, num_pictures=pictures).items()}
+    rows = {str(n): measure_base(pipe, n, num_pictures=pictures)[0] for n in range(1, 7)}
     return rows | {LOOKS: measure_named(pipe, num_pictures=pictures)[0]}
 
 

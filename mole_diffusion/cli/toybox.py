@@ -132,7 +132,9 @@ def measure(
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the prompts and of the noise.")] = 0,
     device: Device = "auto",
 ) -> None:
-    """Measure a toybox by its oracle: base, LoRAs alone and in company, CLIP. An hour or more on a CPU.
+    """Measure a toybox by its oracle: base, LoRAs alone and in company, CLIP.
+
+    An hour or more on a CPU; started again, it resumes.
 
     Examples:
 
@@ -145,6 +147,7 @@ def measure(
 
     refuse_missing("--assets", [] if assets is None else [assets])
     try_file(out)
+    part = out.with_name(f"{out.name}.part")
     folder = world.base_dir().parent if assets is None else assets
     missing = [part for part in ("base", "loras", "clip") if not (folder / part).is_dir()]
     if missing:
@@ -155,8 +158,9 @@ def measure(
     from mole_diffusion.toybox.recipe.measure import measure as measure_toybox
 
     with quiet_loading():
-        report = measure_toybox(folder, seed=seed, device=where, num_pictures=pictures)
+        report = measure_toybox(folder, seed=seed, device=where, num_pictures=pictures, part=part)
     write_last(out, lambda path: write_json(path, report))
+    part.unlink(missing_ok=True)
     typer.echo(f"numbers: {out}")
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -247,9 +248,48 @@ def test_the_whole_recipe_runs_and_a_second_run_finds_all_done(tmp_path: Path, m
     assert report["subjects_worst"] <= report["subjects_mean"]
     files = {path: path.read_bytes() for path in assets.rglob("*.safetensors")}
     assert len(files) == 3 + 1 + len(toybox.subjects()) + 2 + len(recipe.gates.SETS)
-    monkeypatch.setattr(recipe.measure, "measure", lambda *_, **__: report)  # weights are looked at, not pictures
+    monkeypatch.delattr("mole_diffusion.toybox.recipe.measure_pictures.draw")
     recipe.build(tmp_path, effort=SHORT)
     assert {path: path.read_bytes() for path in assets.rglob("*.safetensors")} == files
+    assert json.loads((assets / "report.json").read_text()) == report
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small_world")
+def test_a_measuring_that_was_ended_goes_on_and_begins_anew_for_anything_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assets, part, drawn = toybox.base_dir().parent, tmp_path / "report.json.part", []
+    measure_subject = recipe.measure.measure_subject
+
+    def measured(name: Path, **given: Any) -> dict[str, Any]:
+        drawn.clear()
+        settings = {"seed": 0, "device": torch.device("cpu"), "num_pictures": 1, **given}
+        return recipe.measure.measure(assets, part=name, **settings)
+
+    def ended(pipe: Any, name: str, **given: Any) -> float:
+        drawn.append((name, given["num_objects"]))
+        if ended_at and len(drawn) == ended_at:
+            raise KeyboardInterrupt
+        return measure_subject(pipe, name, **given)
+
+    ended_at = 0
+    monkeypatch.setattr(recipe.measure, "measure_subject", ended)
+    whole = measured(tmp_path / "whole")
+    asked = list(drawn)
+    ended_at = 5
+    with pytest.raises(KeyboardInterrupt):
+        measured(part)
+    ended_at = 0
+    assert measured(part) == whole
+    assert drawn == asked[4:]
+    assert measured(part) == whole
+    assert not drawn
+    measured(part, seed=1)
+    assert drawn == asked
+    part.write_text("{")
+    assert measured(part) == whole
+    assert drawn == asked
 
 
 def test_a_build_takes_over_the_installed_parts_it_is_told_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

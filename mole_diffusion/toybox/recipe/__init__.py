@@ -133,7 +133,10 @@ def build(
         loras.train_subject(pipe, name, assets, work, seed=seed, num_steps=effort.lora_steps)
     for names in gates.SETS:
         gates.train_set(names, assets, work, seed=seed, device=device, num_steps=effort.gate_steps)
-    write_json(assets / "report.json", measure.measure(assets, seed=seed, device=device, num_pictures=effort.pictures))
+    report = measure.measure(
+        assets, seed=seed, device=device, num_pictures=effort.pictures, part=work / "report.json.part"
+    )
+    write_json(assets / "report.json", report)
     return assets
 
 
