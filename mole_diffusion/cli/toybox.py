@@ -149,7 +149,7 @@ def measure(
     try_file(out)
     part = out.with_name(f"{out.name}.part")
     folder = world.base_dir().parent if assets is None else assets
-    missing = [part for part in ("base", "loras", "clip") if not (folder / part).is_dir()]
+    missing = [name for name in ("base", "loras", "clip") if not (folder / name).is_dir()]
     if missing:
         raise MoLEError(
             f"--assets {folder}: no toybox, for it lacks {' and '.join(missing)}. Make one with mole toybox build."
