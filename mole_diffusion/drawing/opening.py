@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..choices import DEVICES, SCHEDULERS
 from ..errors import MoLEError
+from .cuda_driver import lacks_cuda
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +29,8 @@ def pick_device(name: str) -> Any:
     """
     if name.partition(":")[0] not in DEVICES:
         raise MoLEError(f"--device {name} cannot be used here. Try --device cpu.")
+    if lacks_cuda(name):
+        raise MoLEError(f"--device {name} cannot be used here: there is no such NVIDIA GPU. Try --device cpu.")
     import torch
 
     if name == "auto":

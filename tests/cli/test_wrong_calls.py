@@ -17,6 +17,7 @@ from PIL import Image
 
 from mole_diffusion import choices
 from mole_diffusion.composition import COMPOSITIONS
+from mole_diffusion.drawing.cuda_driver import OTHERS
 from mole_diffusion.drawing.opening import read_scheduler
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.methods import METHODS, options
@@ -218,6 +219,18 @@ def test_what_is_not_there_is_said_before_torch_is_imported(tmp_path: Path) -> N
         assert message in stderr
         assert len(stderr.splitlines()) == 1
     assert not torch_is_there
+
+
+@pytest.mark.skipif(os.name == "nt" or any(path.exists() for path in OTHERS), reason="only torch can tell here")
+def test_a_gpu_that_is_not_there_is_told_before_torch_is_imported() -> None:
+    code = (
+        "import sys; from typer.testing import CliRunner; from mole_diffusion.cli import app\n"
+        "done = CliRunner().invoke(app, ['demo', '--device', 'cuda:99']); print(done.exit_code, done.stderr, end='')\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    said = "2 mole: --device cuda:99 cannot be used here: there is no such NVIDIA GPU. Try --device cpu.\n"
+    assert done.stdout == said
 
 
 def test_what_is_offered_without_torch_is_all_there_is() -> None:
