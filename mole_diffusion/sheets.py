@@ -127,7 +127,10 @@ def gate_heat_maps(
                 if value == value:  # not NaN
                     colour = "black" if value > 0.6 * largest else "white"
                     axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
-        axes.set_title(title)
+        if len(arrays) > 1:
+            axes.set_title(title, wrap=True)
+    if len(arrays) == 1:  # over the names of the rows too, where there is room for it
+        figure.suptitle(next(iter(arrays)), wrap=True)
     figure.colorbar(image, ax=list(panels), label="gate weight")
     as_they_are(figure)
     with atomic_path(path) as temporary:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -57,6 +58,15 @@ def test_a_heat_map_grows_with_its_table(tmp_path: Path) -> None:
         return read(gate_heat_map(weights, names, ["cat", "dog"], tmp_path / "map.png", title="gates")).height
 
     assert height(12) > height(3) + 100
+
+
+def test_a_heat_maps_title_is_not_cut_where_few_loras_make_it_narrow(tmp_path: Path) -> None:
+    names = [f"unet.down_blocks.{k}.attentions.0.transformer_blocks.0.attn1" for k in range(3)]
+    title = "mole on expert outputs: gates, mean over steps and pictures"
+    for weights, loras in ((torch.zeros(3, 1), ["cat"]), (torch.zeros(3, 3), ["cat", "boot", "teapot"])):
+        drawn = np.asarray(read(gate_heat_map(weights, names, loras, tmp_path / "map.png", title=title)).convert("L"))
+        assert (drawn[:, :3] == 255).all()
+        assert (drawn[:, -3:] == 255).all()
 
 
 def test_a_heat_map_needs_names_for_its_table(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 from mole_diffusion.benchmark import BenchmarkConfig, write_report
 from mole_diffusion.benchmark.cell import Cell
 from mole_diffusion.benchmark.report.paper_table import read_paper
+from mole_diffusion.benchmark.report.plots import mark
 from mole_diffusion.benchmark.row import Row, cell_names, write_row
 from mole_diffusion.benchmark.run import picture_path
 from mole_diffusion.files import write_json
@@ -210,3 +211,7 @@ def test_a_broken_table_of_a_paper_is_refused(text: str, message: str, tmp_path:
 def test_the_config_looks_for_the_paper_beside_it(tmp_path: Path) -> None:
     (tmp_path / "study.yaml").write_text(json.dumps(STUDY | {"paper": "tables/paper.yaml"}))
     assert BenchmarkConfig.from_file(tmp_path / "study.yaml").paper == str(tmp_path / "tables" / "paper.yaml")
+
+
+def test_no_two_methods_have_dots_alike() -> None:
+    assert len({mark(index) for index in range(60)}) == 60

@@ -31,23 +31,29 @@ def draw_scatter(config: BenchmarkConfig, rows: Sequence[Row], path: Path) -> No
     # The object-oriented half of matplotlib: pyplot would choose a window system and keep figures alive.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.5, 5), layout="constrained")
+    figure = Figure(figsize=(8.5, 5), layout="constrained")
     axes = figure.subplots()
     by_text, by_image = (means_by_loras(config, rows, measure) for measure in (TEXT, IMAGE))
     for index, label in enumerate(config.labels):
         points = [(by_text[c][label], by_image[c][label]) for c in by_text if label in by_text[c]]
         if points:
             x, y = zip(*points, strict=True)
-            colour = f"C{index}"
-            axes.scatter(x, y, s=14, color=colour, alpha=0.5)
-            axes.scatter([sum(x) / len(x)], [sum(y) / len(y)], s=90, color=colour, edgecolors="black", label=label)
+            colour, shape = mark(index)
+            axes.scatter(x, y, s=14, color=colour, marker=shape, alpha=0.5)
+            mean = [sum(x) / len(x)], [sum(y) / len(y)]
+            axes.scatter(*mean, s=90, color=colour, marker=shape, edgecolors="black", label=label)
     axes.set_xlabel(TEXT.heading)
     axes.set_ylabel(IMAGE.heading)
     axes.set_title(config.name)
-    axes.legend()
+    figure.legend(loc="outside right upper")
     as_they_are(figure)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=100)
+
+
+def mark(index: int) -> tuple[str, str]:
+    """Colour and shape of a method's dots, another pair for each of the first sixty."""
+    return f"C{index % 10}", "os^DvP"[index // 10 % 6]
 
 
 def draw_sheet(config: BenchmarkConfig, out: str | os.PathLike[str], names: Sequence[str], path: Path) -> bool:
