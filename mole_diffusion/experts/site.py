@@ -74,6 +74,8 @@ class Site:
             self.beside.module = module
         _check_fit(self)
         self.group.start_again()
+        if self.callback is not None:
+            self.callback.factors = None
         if self.merged is not None:
             self.merged.hang()
 
@@ -252,6 +254,11 @@ class SiteGroup:
         rows = dict(zip(self._names, parts, strict=True))
         return Projections(hidden_states, rows, shape[0], spatial, whole)
 
+    def down_of(self, site: Site, like: Tensor) -> tuple[Tensor, int]:
+        """`down` of all sites as `Site.project` takes it, made for outputs like this one, and where `site`'s begins."""
+        down = self._down_like(like)
+        return down, sum(self._ranks[: self._names.index(site.name)])
+
     def make_ready(self, like: Tensor) -> None:
         """Make what the products need beside outputs like this one; else the first call does."""
         self._down_like(like)
@@ -318,12 +325,12 @@ def made_beside(groups: Iterable[SiteGroup]) -> tuple[torch.device, nn.Module] |
 def group_sites(sites: Sequence[Site], model: nn.Module, architecture: Architecture) -> None:
     """Note what the sites of one component read, and find those that read the same tensor."""
     together: dict[tuple[str, tuple[str, ...], Reads], dict[str, Site]] = {}
-    packs = type(architecture).lengths is not Architecture.lengths
     for site in sites:
         site.reads = architecture.reads(model, site.module_name)
         site.halvings = architecture.halvings(model, site.module_name)
         site.heads = architecture.heads if is_norm(site.module) and is_of_heads(site.module_name) else None
-        looked_at = packs or site.heads is not None  # whether what the module is given has another shape first
+        # Whether what the module is given has another shape first.
+        looked_at = architecture.packs(site.module_name) or site.heads is not None
         site.lengths = functools.partial(architecture.lengths, site.module_name) if looked_at else None
         for names in architecture.siblings:
             found = [(name, p) for name in names if (p := _prefix(site.module_name, name)) is not None]

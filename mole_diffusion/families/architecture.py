@@ -189,6 +189,10 @@ class Architecture:
         """
         return 0
 
+    def packs(self, module: str) -> bool:
+        """Whether a module is given the tokens of all samples one after another; `lengths` is asked of no other."""
+        return False
+
     def lengths(self, module: str, told: Told) -> tuple[int, ...] | None:
         """How many tokens each sample has where a module is given those of all samples one after another.
 

@@ -79,8 +79,11 @@ class Krea2Transformer(Architecture):
         grid = packed_grid(places, first=text.shape[1]) if isinstance(text, Tensor) else None
         return words_then_pixels(given, grid, mask.bool() if isinstance(mask, Tensor) else None)
 
+    def packs(self, module: str) -> bool:
+        return "layerwise_blocks" in module.split(".")
+
     def lengths(self, module: str, told: Told) -> tuple[int, ...] | None:
-        if told.encoder_hidden_states is None or "layerwise_blocks" not in module.split("."):
+        if told.encoder_hidden_states is None or not self.packs(module):
             return None
         # They attend over the layers of the text encoder, each word by itself: rows are words there.
         _, words, layers, _ = told.encoder_hidden_states.shape

@@ -83,15 +83,15 @@ class ZImageTransformer(Architecture):
             prompt_lengths=lengths,
         )
 
+    def packs(self, module: str) -> bool:
+        return not {"all_x_embedder", "cap_embedder"}.isdisjoint(module.split("."))
+
     def lengths(self, module: str, told: Told) -> tuple[int, ...] | None:
-        parts = module.split(".")
-        if told.joint is None:
+        if told.joint is None or not self.packs(module):
             return None
-        if "all_x_embedder" in parts:
+        if "all_x_embedder" in module.split("."):
             return (told.joint.text.start,) * told.rows
-        if "cap_embedder" in parts:
-            return tuple(map(_filled, told.prompt_lengths))
-        return None
+        return tuple(map(_filled, told.prompt_lengths))
 
 
 def padded(prompts: Sequence[Tensor], tokens: int | None = None) -> Tensor:
