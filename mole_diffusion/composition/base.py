@@ -70,6 +70,23 @@ class Composition(Options, ABC):
         return 1
 
     @property
+    def of_modules(self) -> bool:
+        """Whether its weights in a pass are the same at all tokens of a module.
+
+        A compiled graph then asks once for those of all modules, with `projections` that have no rows, and not again in
+        later passes as long as the tensor for the first module is the same.
+        """
+        return False
+
+    @property
+    def of_places(self) -> bool:
+        """Whether its weights in a pass follow from what a module reads, how finely, and how many tokens that has.
+
+        A compiled graph then asks once for all modules of a place, with `projections` that have no rows.
+        """
+        return False
+
+    @property
     def in_attention(self) -> bool:
         """Whether the method has a `watches` or an `attention_bias` of its own; if not, no attention layer asks it."""
         kind = type(self)

@@ -49,6 +49,10 @@ class Budget(Wrapper):
     def gates(self, gates: Any) -> None:
         self.method.gates = gates
 
+    @property
+    def of_modules(self) -> bool:
+        return type(self).weigh is Budget.weigh and bool(getattr(self.method, "alike", False))
+
     def weigh(self, site: Site, projections: Projections, run: Run) -> Tensor | None:
         weights = self.method.weigh(site, projections, run)
         if weights is None:

@@ -44,6 +44,10 @@ class RegionalComposition(Composition):
     neutral_words: float | None = None
     modulation: Modulation = "share"
 
+    @property
+    def of_places(self) -> bool:
+        return type(self).weigh is RegionalComposition.weigh
+
     @abstractmethod
     def regions(self, run: Run) -> RegionMap | None:
         """Whose pixels are whose in this forward pass of the denoiser; `None` while LoRAs are to be left out.

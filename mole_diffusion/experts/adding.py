@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..errors import MoLEError
 from .run import Run, Weigher
-from .site import Site
+from .site import Projections, Site
 
 ALIKE = "weights of all modules"  # the note of a pass in which one tensor weighs LoRAs everywhere
 
@@ -35,6 +36,26 @@ def add_experts(site: Site, hidden_states: Tensor, output: Tensor, run: Run) -> 
             return output
         return stack.add_to(output, site.group.rows(site, hidden_states, output), alike, not site.group.several)
     projections = site.group.project(site, hidden_states, output)
+    projections.base = output
+    weights = weights_at(site, projections, run, output.device)
+    if weights is None:
+        return output
+    stack = site.stack
+    once = weights.shape[0] == weights.shape[1] == len(run.keep) == len(run.scale) == 1
+    if once and getattr(weigher, "alike", False):
+        run.notes[ALIKE] = weights  # fit everywhere
+    beside = None if site.beside is None else site.beside.add(hidden_states, output, weights, stack.indices)
+    rows_here = projections.rows[site.name]
+    added = stack.add_to(output, rows_here, weights, not site.group.several) if stack.rank else output
+    return added if beside is None else added + beside
+
+
+def weights_at(site: Site, projections: Projections, run: Run, device: torch.device) -> Tensor | None:
+    """What the weigher answers for a module, `(batch | 1, tokens | 1, N)`; `None` to add nothing.
+
+    Raises:
+        MoLEError: As `add_experts`.
+    """
     rows, batch = projections.batch, projections.batch // run.passes
     kept, scaled = run.keep.shape[0], run.scale.shape[0]
     if (kept != 1 and kept != batch) or (scaled != 1 and scaled != batch):
@@ -42,25 +63,20 @@ def add_experts(site: Site, hidden_states: Tensor, output: Tensor, run: Run) -> 
             f"`keep` has {kept} rows and `scale` {scaled}, but {site.component} runs a batch of "
             f"{batch}. Give one row for all, or one for each (with guidance, for both halves)."
         )
-    projections.base = output
-    weights = weigher.weigh(site, projections, run)
+    assert run.weigher is not None
+    weights = run.weigher.weigh(site, projections, run)
     if weights is None:
-        return output
-    if weights.device != output.device:
-        weights = weights.to(output.device)
-    stack, shape = site.stack, weights.shape
-    fits = len(shape) == 3 and shape[2] == stack.num_experts and (shape[0] == 1 or shape[0] == rows)
+        return None
+    if weights.device != device:
+        weights = weights.to(device)
+    shape = weights.shape
+    fits = len(shape) == 3 and shape[2] == site.stack.num_experts and (shape[0] == 1 or shape[0] == rows)
     if not fits or (shape[1] != 1 and shape[1] != projections.tokens):
         raise MoLEError(
-            f"The weights for {site.name} must be (1 or {rows}, 1 or {projections.tokens}, {stack.num_experts}), "
+            f"The weights for {site.name} must be (1 or {rows}, 1 or {projections.tokens}, {site.stack.num_experts}), "
             f"got {tuple(shape)}."
         )
-    if shape[0] == shape[1] == kept == scaled == 1 and getattr(weigher, "alike", False):
-        run.notes[ALIKE] = weights  # fit everywhere
-    beside = None if site.beside is None else site.beside.add(hidden_states, output, weights, stack.indices)
-    rows_here = projections.rows[site.name]
-    added = stack.add_to(output, rows_here, weights, not site.group.several) if stack.rank else output
-    return added if beside is None else added + beside
+    return weights
 
 
 def _reads_left_out(weigher: Weigher, site: Site) -> bool:

@@ -15,10 +15,11 @@ from torch.utils.hooks import RemovableHandle
 from ..families import Architecture, Joint, Told
 from ..families.architecture import parameters
 from ..families.base import unwrapped
-from . import compiled
-from .compiled import Callback
+from . import compiled, graphs
+from .compiled import Callback, Component
 from .hanging import Hanging
 from .hooks import SiteHook, Watch
+from .kinds import Kinds
 from .meeting import Meeting
 from .processor import AddExperts, MoLEAttnProcessor
 from .refusals import AttachError, may_fuse, refuse_adapters, refuse_bypassed, refuse_fused
@@ -50,6 +51,9 @@ class Attachment:
         end: Called with its output after, or with `None` after an exception; may return another output.
         tell: The same as `begin` for a compiled graph, which cannot widen a batch.
         serve: The same as `add` for a compiled graph.
+        weigh: Weights at all modules of a site's place, for a compiled graph that has the products itself.
+        weigh_all: Those at all sites, where tokens make no difference.
+        kinds: Which kind of graph is wanted.
 
     Attributes:
         ran: Whether a pass ended since it was seen that nothing is kept for one: so something may be.
@@ -72,6 +76,9 @@ class Attachment:
         end: Callable[[Any], Any],
         tell: Callable[[Told], None],
         serve: Callable[[Site, Tensor, Tensor, bool], Tensor],
+        weigh: Callable[..., Tensor | None],
+        weigh_all: Callable[..., Tensor | None],
+        kinds: Kinds,
     ) -> None:
         self.component = component
         self.model = model
@@ -87,11 +94,13 @@ class Attachment:
         # attention name -> (layer, its own processor, ours)
         self._swapped: dict[str, tuple[Attention, Any, MoLEAttnProcessor]] = {}
         self._all_reached = False
-        self._order = compiled.new_order()
-        self._callbacks = [Callback(self._order, tell), Callback(self._order, functools.partial(end, None))]
+        self._graphs = Component(kinds, functools.partial(graphs.make_all, self.sites))
+        began = Callback(self._graphs, tell, functools.partial(weigh_all, self.sites))
+        self._graphs.number = began.number
+        self._callbacks = [began, Callback(self._graphs, functools.partial(end, None))]
         self._argument_names = parameters(type(model))
         for site in self.sites:
-            site.callback = Callback(self._order, functools.partial(serve, site))
+            site.callback = Callback(self._graphs, functools.partial(serve, site), functools.partial(weigh, site))
             self._callbacks.append(site.callback)
         self._parents = {site.module_name: _parent(model, site.module_name) for site in self.sites}
         self._blocks = _blocks(model, self.sites)
@@ -197,7 +206,7 @@ class Attachment:
                     self._swapped[name][2].retire()
                 attention.processor = ours = MoLEAttnProcessor(sites, self._add, seam, attention)
                 if seam is not None:
-                    ours.callback = Callback(self._order, ours.attend)
+                    ours.callback = Callback(self._graphs, ours.attend)
                     self._callbacks.append(ours.callback)
                 self._swapped[name] = (attention, original, ours)
                 self._made.append(ours)
@@ -308,6 +317,8 @@ class Attachment:
             return result
         missing = [site.module_name for site in self.sites if site.seen is None]
         self._all_reached = not missing
+        # A graph that has the products itself does not tell which modules it runs.
+        missing = [name for name in missing if not _lies_in_a_graph(model, name)]
         if missing:
             shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
             raise AttachError(
@@ -323,6 +334,13 @@ def refuse_unfit(component: str, model: nn.Module, sites: Sequence[Site]) -> Non
     refuse_adapters(component, model)
     refuse_fused(component, {name: layer for name, (layer, _) in _attentions(model, sites).items()})
     refuse_bypassed(component, {site.module_name: _parent(model, site.module_name) for site in sites})
+
+
+def _lies_in_a_graph(model: nn.Module, name: str) -> bool:
+    """Whether a module, or one that it lies in, is compiled."""
+    parts = name.split(".")
+    around = (model.get_submodule(".".join(parts[:end])) for end in range(len(parts) + 1))
+    return any(part._compiled_call_impl is not None for part in around)
 
 
 def _parent(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -1,9 +1,9 @@
 """What a compiled graph calls in place of hooks: operators that the compiler takes as they are.
 
-A graph can hold neither the books that experts keep nor whose call it runs in. So it holds, at every adapted module,
-one operator that does what the hook would do, when the graph runs: it reads masks, scales, the step, the prompt and the
-method of the call it is in, as without compiling, and none of these makes another graph. Which module it is at stands
-in a tensor, so that blocks of one kind share a graph.
+A graph can hold neither the books that experts keep nor whose call it runs in. So, for any method, it holds at every
+adapted module one operator that does what the hook would do, when the graph runs: it reads masks, scales, the step, the
+prompt and the method of the call it is in, as without compiling, and none of these makes another graph. Which module it
+is at stands in a tensor, so that blocks of one kind share a graph. (`graphs` has what methods can have that need less.)
 
 All operators say that they change one small tensor, which keeps them in the order in which they were written down.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 from weakref import WeakValueDictionary
 
 import torch
@@ -26,17 +26,22 @@ _NUMBERS = itertools.count()
 _UNRECORDED = getattr(torch.Tag, "cudagraph_unsafe", None)
 
 
-_LIBRARY = torch.library.Library("mole_diffusion", "FRAGMENT")  # as `custom_op`, which takes 50 microseconds a call
+LIBRARY = torch.library.Library("mole_diffusion", "FRAGMENT")  # as `custom_op`, which takes 50 microseconds a call
 
 
-def _operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Makes a function an operator of torch, below autograd; its schema says which arguments it changes."""
+def operator(schema: str, traced: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Makes a function an operator of torch; its schema says which arguments it changes.
+
+    Args:
+        schema: As torch writes them.
+        traced: Whether a graph is to have what the function calls, and not the function. Else it lies below autograd.
+    """
 
     def make(function: Callable[..., Any]) -> Callable[..., Any]:
-        name = _LIBRARY.define(schema, tags=() if _UNRECORDED is None else (_UNRECORDED,))
-        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        name = LIBRARY.define(schema, tags=() if traced or _UNRECORDED is None else (_UNRECORDED,))
+        LIBRARY.impl(name, function, "CompositeImplicitAutograd" if traced else "CompositeExplicitAutograd")
         if schema.endswith("()"):
-            torch.library.register_fake(f"mole_diffusion::{name}", lambda *args: None, lib=_LIBRARY)
+            torch.library.register_fake(f"mole_diffusion::{name}", lambda *args: None, lib=LIBRARY)
         made: Callable[..., Any] = getattr(torch.ops.mole_diffusion, name).default
         return made
 
@@ -49,54 +54,117 @@ class Served(Protocol):
     def __call__(self, *args: Any) -> Any: ...
 
 
+class Wanted(Protocol):
+    """The kind of graph that is wanted just now, see `Kinds`."""
+
+    now: Any
+
+
+class Factors(NamedTuple):
+    """What a graph has of a module's LoRAs.
+
+    Attributes:
+        down: `(d_in, R)` of all modules that read the same, or `(R, c_in, kh, kw)`.
+        up: `(d_out, R)`.
+        first: Where the module's own rows begin in `down`.
+        last: And end.
+        experts: `(R,)`: whose each of them is.
+        scalings: `(R,)`, of each of them.
+        loras: N.
+        row: `(1,)`: which of the modules it is.
+        modules: Of how many.
+        place: What its weights follow from where they differ from token to token, beside these.
+    """
+
+    down: Tensor
+    up: Tensor
+    first: int
+    last: int
+    experts: Tensor
+    scalings: Tensor
+    loras: int
+    row: Tensor
+    modules: int
+    place: str
+
+
+class Component:
+    """What all graphs of one component share.
+
+    Args:
+        kinds: Which kind of graph is wanted.
+        make: Makes `Callback.factors` at all its modules.
+
+    Attributes:
+        order: The tensor that keeps operators in order.
+        number: Of the callback that has the weights of all modules.
+        key: What a graph finds it by while it is traced.
+    """
+
+    def __init__(self, kinds: Wanted, make: Callable[[], None]) -> None:
+        self.kinds = kinds
+        self.make = make
+        self.order = torch.zeros(1)
+        self.number = torch.zeros(1, dtype=torch.long)
+        self.key = next(_NUMBERS)
+        COMPONENTS[self.key] = self
+
+
+COMPONENTS: WeakValueDictionary[int, Component] = WeakValueDictionary()
+
+
 class Callback:
     """Where a graph calls back: a module, an attention layer, the beginning or end of a pass.
 
     Args:
-        order: The tensor that keeps operators in order; one for a component.
+        component: What it shares with all others of a component, such as the tensor that keeps operators in order.
         serve: What is done there. After `retire` nothing is, for a graph may outlive the LoRAs.
+        weigh: What gives weights there, for a graph that has the products itself.
 
     Attributes:
         number: `(1,)`, what the graph finds it by.
+        factors: What such a graph has of the LoRAs there, once one was wanted.
     """
 
-    def __init__(self, order: Tensor, serve: Served) -> None:
+    def __init__(self, component: Component, serve: Served, weigh: Served | None = None) -> None:
         number = next(_NUMBERS)
         self.number = torch.tensor([number])
-        self.order = order
+        self.component = component
         self.serve: Served | None = serve
+        self.weigh = weigh
+        self.factors: Factors | None = None
         _CALLBACKS[number] = self
 
     def retire(self) -> None:
-        self.serve = None
+        self.serve = self.weigh = self.factors = None
 
 
 _CALLBACKS: WeakValueDictionary[int, Callback] = WeakValueDictionary()
 
 
-def new_order() -> Tensor:
-    """See `Callback`."""
-    return torch.zeros(1)
-
-
-def _served(number: Tensor) -> Served | None:
+def callback_of(number: Tensor) -> Callback | None:
+    """The one of a number, if it is still there."""
     if _UNRECORDED is None and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         raise MoLEError(
             f"torch {torch.__version__} would record what the LoRAs do here into a CUDA graph, which then never asks "
             "again. Compile without mode='reduce-overhead' and 'max-autotune', or upgrade torch."
         )
-    callback = _CALLBACKS.get(int(number))
+    return _CALLBACKS.get(int(number))
+
+
+def _served(number: Tensor) -> Served | None:
+    callback = callback_of(number)
     return None if callback is None else callback.serve
 
 
-@_operator("begin(Tensor(a!) order, Tensor number, Tensor[] tensors, SymInt[] integers, str names) -> ()")
+@operator("begin(Tensor(a!) order, Tensor number, Tensor[] tensors, SymInt[] integers, str names) -> ()")
 def _begin(order: Tensor, number: Tensor, tensors: Sequence[Tensor], integers: Sequence[int], names: str) -> None:
     serve = _served(number)
     if serve is not None:
         serve(_unpacked(tensors, integers, names))
 
 
-@_operator("add(Tensor(a!) output, Tensor(b!) order, Tensor number, Tensor hidden_states, bool learning) -> ()")
+@operator("add(Tensor(a!) output, Tensor(b!) order, Tensor number, Tensor hidden_states, bool learning) -> ()")
 def _add(output: Tensor, order: Tensor, number: Tensor, hidden_states: Tensor, learning: bool) -> None:
     serve = _served(number)
     if serve is not None:
@@ -105,14 +173,14 @@ def _add(output: Tensor, order: Tensor, number: Tensor, hidden_states: Tensor, l
             output.copy_(added)
 
 
-@_operator("attend(Tensor(a!) order, Tensor number, Tensor query, Tensor key, Tensor value, Tensor? mask) -> Tensor")
+@operator("attend(Tensor(a!) order, Tensor number, Tensor query, Tensor key, Tensor value, Tensor? mask) -> Tensor")
 def _attend(order: Tensor, number: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     serve = _served(number)
     attended: Tensor = attention(query, key, value, mask) if serve is None else serve(query, key, value, mask)
     return attended
 
 
-@_operator("end(Tensor(a!) order, Tensor number) -> ()")
+@operator("end(Tensor(a!) order, Tensor number) -> ()")
 def _end(order: Tensor, number: Tensor) -> None:
     serve = _served(number)
     if serve is not None:
@@ -126,29 +194,29 @@ def _attend_fake(
     return query.new_empty(batch, tokens, heads * value.shape[-1])
 
 
-torch.library.register_fake("mole_diffusion::attend", _attend_fake, lib=_LIBRARY)
+torch.library.register_fake("mole_diffusion::attend", _attend_fake, lib=LIBRARY)
 
 
 def begin(callback: Callback, told: Told) -> None:
     """In a graph: a pass of a component begins."""
-    _begin(callback.order, callback.number, *_packed(told))
+    _begin(callback.component.order, callback.number, *_packed(told))
 
 
 def add(callback: Callback, hidden_states: Tensor, output: Tensor) -> Tensor:
     """In a graph: what the experts add at a module goes into its output."""
-    _add(output, callback.order, callback.number, hidden_states, torch.is_grad_enabled())
+    _add(output, callback.component.order, callback.number, hidden_states, torch.is_grad_enabled())
     return output
 
 
 def attend(callback: Callback, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """In a graph: attention that somebody may watch or add a bias to. `(batch, tokens, heads * d)`."""
-    attended: Tensor = _attend(callback.order, callback.number, query, key, value, mask)
+    attended: Tensor = _attend(callback.component.order, callback.number, query, key, value, mask)
     return attended
 
 
 def end(callback: Callback) -> None:
     """In a graph: the pass ends."""
-    _end(callback.order, callback.number)
+    _end(callback.component.order, callback.number)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:

@@ -310,6 +310,9 @@ class Experts:
             passes.end,
             passes.tell,
             passes.serve,
+            passes.weigh,
+            passes.weigh_all,
+            self._runs.kinds,
         )
         adapter_calls.guard(model, self.names)
         self.on_detach(functools.partial(adapter_calls.release, model, self.names))

@@ -5,22 +5,23 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import MoLEError
 from ..families import Architecture, Told, arguments
-from .adding import add_experts
+from .adding import add_experts, weights_at
 from .attach import Attachment
 from .compiled import refuse_learning
 from .heads import apart, together
+from .kinds import is_of_modules, is_of_places
 from .packed import packed, unpacked
 from .refusals import refuse_caches, refuse_method, refuse_unseen
 from .run import Run
 from .runs import Runs
-from .site import Site, SiteGroup
+from .site import Projections, Site, SiteGroup
 from .uncast import is_cast
 from .widening import narrow, tensors, widen
 
@@ -118,6 +119,75 @@ class ForwardPasses:
         refuse_learning(run.weigher, hidden_states, output)
         with torch.no_grad():
             return self._add(site, hidden_states, output, run)
+
+    def weigh(
+        self, site: Site, rows: int, tokens: int, spatial: tuple[int, int] | None, device: torch.device
+    ) -> Tensor | None:
+        """Weights at all modules of a place, for a compiled graph that has the products itself.
+
+        Args:
+            site: The first of them.
+            rows: Samples.
+            tokens: Positions in each.
+            spatial: Height and width of what a convolution gives.
+            device: Where they are wanted.
+
+        Returns:
+            `(rows | 1, tokens | 1, N)`, or `None` to add nothing.
+
+        Raises:
+            MoLEError: The pass is drawn with a method for which that graph was not made.
+        """
+        run = self._runs.thread.running.get(self.component) or self._runs.run(self.component)
+        if not is_of_places(run.weigher):
+            self._refuse_other(run)
+        return self._weights(site, rows, tokens, spatial, device, run) if run.active else None
+
+    def weigh_all(self, sites: Sequence[Site], rows: int, device: torch.device) -> Tensor | None:
+        """Weights at all modules, for a compiled graph that has the products itself.
+
+        Args:
+            sites: The modules.
+            rows: Samples.
+            device: Where they are wanted.
+
+        Returns:
+            `(modules | 1, rows | 1, N)`, or `None` to add nothing.
+
+        Raises:
+            MoLEError: As `weigh`.
+        """
+        run = self._runs.thread.running.get(self.component) or self._runs.run(self.component)
+        if not is_of_modules(run.weigher) or run.attends:
+            self._refuse_other(run)
+        if not run.active:
+            return None
+        first = self._weights(sites[0], rows, 1, None, device, run)
+        if first is None or getattr(run.weigher, "alike", False):
+            return None if first is None else first.transpose(0, 1)
+        kept = run.notes if run.call is None else run.call.state
+        key = "weights at all modules", self.component
+        found: tuple[Tensor, Tensor] | None = kept.get(key)
+        if found is None or found[0] is not first:
+            each = [self._weights(site, rows, 1, None, device, run) for site in sites]
+            table = torch.stack([(torch.zeros_like(first) if one is None else one)[:, 0] for one in each])
+            kept[key] = found = first, table
+        return found[1]
+
+    def _weights(
+        self, site: Site, rows: int, tokens: int, spatial: tuple[int, int] | None, device: torch.device, run: Run
+    ) -> Tensor | None:
+        projections = Projections(run.keep, {}, rows, spatial)
+        projections.tokens = tokens
+        with torch.no_grad():
+            return weights_at(site, projections, run, device)
+
+    def _refuse_other(self, run: Run) -> NoReturn:
+        raise MoLEError(
+            f"composition {getattr(run.weigher, 'name', 'in use')!r} was set in one thread while another ran the "
+            f"compiled {self.component} without. Draw with `pipe(...)`, or inside `experts.using(weigher=...)`, "
+            "in each of them."
+        )
 
     def _add(self, site: Site, hidden_states: Tensor, output: Tensor, run: Run) -> Tensor:
         if site.heads is None:

@@ -10,7 +10,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
-from . import compiled
+from . import graphs
 from .processor import AddExperts, AttentionSeam
 from .site import Site
 
@@ -42,7 +42,7 @@ def _add(
 ) -> Tensor:
     hidden_states: Tensor = args[0] if args else next(iter(kwargs.values()))
     if site.callback is not None and torch.compiler.is_compiling():
-        return compiled.add(site.callback, hidden_states, output)
+        return graphs.add(site.callback, module, hidden_states, output)
     return add(site, hidden_states, output)
 
 

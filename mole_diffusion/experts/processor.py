@@ -9,7 +9,7 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor
 
-from . import compiled
+from . import compiled, graphs
 from .site import Site
 
 AddExperts = Callable[[Site, Tensor, Tensor], Tensor]
@@ -149,7 +149,9 @@ class MoLEAttnProcessor:
             query = attn.norm_q(query)
         if attn.norm_k is not None:
             key = attn.norm_k(key)
-        if compiling and self.callback is not None:
+        if compiling and self.callback is not None and self.callback.component.kinds.now == "modules":
+            attended = compiled.attention(query, key, value, attention_mask)
+        elif compiling and self.callback is not None:
             attended = compiled.attend(self.callback, query, key, value, attention_mask)
         else:
             attended = self.attend(query, key, value, attention_mask)
@@ -180,5 +182,5 @@ class MoLEAttnProcessor:
         if site is None or self._add is None:
             return output
         if compiling and site.callback is not None:
-            return compiled.add(site.callback, hidden_states, output)
+            return graphs.add(site.callback, layer, hidden_states, output)
         return self._add(site, hidden_states, output)

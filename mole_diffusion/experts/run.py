@@ -59,8 +59,7 @@ class Run:
     @cached_property  # asked at every attention layer
     def attends(self) -> bool:
         """Whether the weigher may want to see what attention layers compute, or to add to their scores."""
-        hears = hasattr(self.weigher, "watches") or hasattr(self.weigher, "attention_bias")
-        return self.active and hears and getattr(self.weigher, "in_attention", True)
+        return self.active and looks_on(self.weigher)
 
     @property
     def timestep(self) -> Tensor | float | None:
@@ -94,6 +93,11 @@ class Weigher(Protocol):
     `constant`: that its weights are the same in every step and at every place. Where LoRAs are merged into the weights
     of modules, it is asked for them with `projections` that have no rows.
     `alike`: that in a pass it gives all modules the same tensor, `(rows, 1, N)`: then it may be asked once a pass.
+    `of_modules`: that in a pass its weights are `(rows | 1, 1, N)` and follow from the module: then it may be asked for
+    those of all modules at once, with `projections` that have no rows, and once for several passes as long as the
+    tensor for the first module is the same.
+    `of_places`: that in a pass its weights follow from what a module reads, how finely and how many tokens: then it may
+    be asked once for all modules of a place, with `projections` that have no rows.
     `bind(experts)`: told which experts it weighs, when it is set.
     `passes(run) -> int`: the denoiser's batch runs this many times over in one forward pass, all its rows for the
     first pass, then all for the second; `weigh` then answers for the widened batch. Asked once, when the
@@ -122,6 +126,12 @@ class Weigher(Protocol):
             module or in a later pass, is not worked through again.
         """
         ...
+
+
+def looks_on(weigher: Weigher | None) -> bool:
+    """Whether a weigher may want to see what attention layers compute, or to add to their scores."""
+    hears = hasattr(weigher, "watches") or hasattr(weigher, "attention_bias")
+    return hears and bool(getattr(weigher, "in_attention", True))
 
 
 def in_backward() -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import MoLEError
 from ..families import Told
 from .choice import CHOICES, Choice
+from .kinds import Kinds
 from .run import Run, Weigher, in_backward
 
 
@@ -36,18 +37,29 @@ class Runs:
         names: Of the LoRAs.
 
     Attributes:
-        weigher: Who weighs where no choice says otherwise; `None` is the base model.
+        kinds: Which kind of compiled graph suits all that is drawn.
         merged: Whether modules run with the LoRAs in their weights where a weigher's weights are constant.
         thread: The passes of this thread.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = tuple(names)
-        self.weigher: Weigher | None = None
+        self.kinds = Kinds(len(self.names))
+        self._weigher: Weigher | None = None
         self.merged = False
         self._everything = Choice(torch.ones(1, len(self.names)), torch.ones(1, len(self.names)))
         self.thread = _Thread()  # modules and layers look into it themselves, since a call takes as long as a view
         self._latest: dict[str, Run] = {}  # of any thread
+
+    @property
+    def weigher(self) -> Weigher | None:
+        """Who weighs where no choice says otherwise; `None` is the base model."""
+        return self._weigher
+
+    @weigher.setter
+    def weigher(self, weigher: Weigher | None) -> None:
+        self._weigher = weigher
+        self.kinds.settle(weigher)
 
     @property
     def choice(self) -> Choice:
@@ -153,7 +165,7 @@ class Runs:
             before.call if call is None else call,
             _kept(kept, scales),
         )
-        with CHOICES.open(choice, of=self):
+        with CHOICES.open(choice, of=self), self.kinds.drawing(choice.weigher, self.weigher):
             yield
 
     def _rows(self, name: str, values: Tensor) -> Tensor:

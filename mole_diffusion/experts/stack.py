@@ -30,6 +30,7 @@ class ExpertStack:
         rank: R.
         ranks: r of every LoRA in order; 0 where a LoRA does not touch this module.
         indices: Of the LoRAs that do.
+        scalings: s of each of those.
         expert_of_rank: `(R,)`, the LoRA each row of `down` belongs to.
 
     Args:
@@ -69,12 +70,12 @@ class ExpertStack:
         self.indices = tuple(index for index, factor in enumerate(factors) if factor is not None)
         self._ranks = tuple(factor.r for factor in self._present)
         self.rank = sum(self._ranks)
-        self._scalings = tuple(float(factor.scaling) for factor in self._present)
+        self.scalings = tuple(float(factor.scaling) for factor in self._present)
         self.expert_of_rank = torch.tensor(self.indices, dtype=torch.long).repeat_interleave(
             torch.tensor(self._ranks, dtype=torch.long)
         )
         self._same_rank = len(set(self._ranks)) == 1
-        self._scales = any(scaling != 1 for scaling in self._scalings)
+        self._scales = any(scaling != 1 for scaling in self.scalings)
         self._ups: tuple[Tensor, Tensor] | None = None  # B, and the same turned
         self._alike: _Alike | None = None
         self._spread: Tensor | None = None
@@ -112,7 +113,7 @@ class ExpertStack:
         wide = torch.promote_types(dtype, torch.float32)
         if not self._present:
             return torch.empty(self.out_features, 0, dtype=dtype)
-        ups = [f.up.flatten(1).to(wide) * s for f, s in zip(self._present, self._scalings, strict=True)]
+        ups = [f.up.flatten(1).to(wide) * s for f, s in zip(self._present, self.scalings, strict=True)]
         return torch.cat(ups, dim=1).to(dtype)
 
     def up_like(self, output: Tensor) -> Tensor:
@@ -207,7 +208,7 @@ class ExpertStack:
         if weights.requires_grad:
             return self._scale(weights, dtype)
         known = _kept_with(weights)
-        key = self.indices, self._ranks, self._scalings, self.is_convolution, dtype
+        key = self.indices, self._ranks, self.scalings, self.is_convolution, dtype
         scaled = known.get(key)
         if scaled is None:
             one = self._one_number(weights)
@@ -219,7 +220,7 @@ class ExpertStack:
         if weights.shape[0] != 1 or weights.shape[1] != 1 or not _readable(weights):
             return None
         numbers = numbers_of(weights)
-        found = {numbers[i] * scaling for i, scaling in zip(self.indices, self._scalings, strict=True)}
+        found = {numbers[i] * scaling for i, scaling in zip(self.indices, self.scalings, strict=True)}
         return float(found.pop()) if len(found) == 1 else None
 
     def _scale(self, weights: Tensor, dtype: torch.dtype) -> Tensor:
@@ -233,7 +234,7 @@ class ExpertStack:
         if len(self.indices) < self.num_experts:
             weights = weights.index_select(-1, self._columns_like(weights))
         if self._scales:
-            weights = weights * weights.new_tensor(self._scalings)
+            weights = weights * weights.new_tensor(self.scalings)
         if alike:
             of_each = zip(weights.flatten().split(1), self._ranks, strict=True)
             of_ranks = torch.cat([weight.expand(rank) for weight, rank in of_each])
@@ -259,7 +260,7 @@ class ExpertStack:
         spread = self._spread
         if spread is None or spread.device != weights.device or spread.dtype != weights.dtype:
             numbers = torch.zeros(self.num_experts, self.rank, dtype=torch.float64)
-            scalings = torch.tensor(self._scalings, dtype=torch.float64)
+            scalings = torch.tensor(self.scalings, dtype=torch.float64)
             numbers[self.expert_of_rank, torch.arange(self.rank)] = scalings.repeat_interleave(
                 torch.tensor(self._ranks)
             )

@@ -273,7 +273,13 @@ WHOLE = (
         sides=("bare", "sum", "gates", "masks", "norm_router"),
     ),
     SpeedConfig(size="toybox", loras=(3,), rounds=12, sides=_EVERY, train=True, pipeline=True),
-    SpeedConfig(size="tiny", loras=(3,), rounds=12, sides=("bare", "empty", "sum", "gates"), compiled="whole"),
+    SpeedConfig(
+        size="tiny",
+        loras=(3,),
+        rounds=12,
+        sides=("bare", "empty", "sum", "products", "budget", "masks", "gates"),
+        compiled="whole",
+    ),
 )
 """The tables of the documentation's page, twenty minutes on two cores: three and eight LoRAs; three of three and of
 thirty-two; the real size of Stable Diffusion 1.5; small models; compiled."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextvars
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,17 +41,24 @@ def make_sides(
     ours = twin(model)
     experts = Experts(loras)
     experts.attach({component: ours})
-    keep = torch.zeros(number)
+    keep, scale = torch.zeros(number, device=config.device), torch.ones(number, device=config.device)
     keep[: config.used or number] = 1
     run = _compiled(config, ours)
     bare = _compiled(config, twin(model))
 
-    def chosen(holder: Experts, run: Any, **using: Any) -> Callable[[], Any]:
+    def chosen(holder: Experts, run: Any, weigher: Any, **using: Any) -> Callable[[], Any]:
         """Steps of one call of a pipeline, which chooses LoRAs once for all of them."""
         call, choice = contextvars.copy_context(), ExitStack()
-        call.run(choice.enter_context, holder.using(**{"keep": keep, **using}))
+        # A compiled graph is one for all methods that are drawn with just now: so a side's is told step by step.
+        method = {} if config.compiled else {"weigher": weigher}
+        call.run(choice.enter_context, holder.using(**{"keep": keep, "scale": scale, **method, **using}))
         experts.on_detach(lambda: call.run(choice.close))
-        return lambda: call.run(lambda: run(**inputs))
+
+        def step() -> Any:
+            with holder.using(weigher=weigher) if config.compiled else nullcontext():
+                return run(**inputs)
+
+        return lambda: call.run(step)
 
     def called(whole: Any) -> Callable[[], Any]:
         run_whole = _compiled(config, whole)
@@ -93,7 +100,7 @@ def make_sides(
 
     makers: dict[Side, Callable[[], Callable[[], Any]]] = {
         "bare": lambda: lambda: bare(**inputs),
-        "empty": lambda: composed("linear", keep=torch.zeros(number)),
+        "empty": lambda: composed("linear", keep=torch.zeros_like(keep)),
         "sum": lambda: composed("linear", call=alone()),
         "products": lambda: products(joined=False),
         "joined": lambda: products(joined=True),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +12,8 @@ import torch
 import torch._dynamo
 from torch._dynamo.utils import counters
 
-from mole_diffusion.composition import COMPOSITIONS
+from mole_diffusion.composition import COMPOSITIONS, Call, RegionMap
+from mole_diffusion.composition.prompt import PromptWords
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.experts import Experts, compiled
 from mole_diffusion.gating import GateConfig, MoLEModel
@@ -166,6 +169,68 @@ def test_a_compiled_block_in_a_model_with_merged_weights_adds_beside_its_own(
     assert (beside - base).abs().max() > 0.01
     for found in (merged, after, without, before):
         torch.testing.assert_close(found, beside, atol=1e-5 * float(beside.abs().max()), rtol=0)
+
+
+@contextmanager
+def regional_call(tiny: dict[str, Any], experts: Experts) -> Iterator[Call]:
+    """A call of a pipeline in which each LoRA has a word of the prompt and a stripe of the picture."""
+    owned = torch.zeros(1, 3, 16, dtype=torch.bool)
+    owned[0, range(3), range(1, 4)] = True
+    words = PromptWords(owned)
+    words.encoded(unet_inputs()["encoder_hidden_states"][-1:])
+    stripes = {name: (index / 3, 0, (index + 1) / 3, 1) for index, name in enumerate(experts.names)}
+    regions = RegionMap.from_regions(stripes, experts.names, image_size=(16, 16), grid=(16, 16))
+    schedule = SimpleNamespace(timesteps=torch.tensor([900, 500, 100]), order=1)
+    yield Call(experts.names, ("subject",) * 3, schedule, words=words, regions=regions)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@torch.no_grad()
+def test_what_weighs_by_place_is_asked_once_a_place_and_has_its_products_in_the_graph(
+    tiny: dict[str, Any], experts: Experts, monkeypatch: pytest.MonkeyPatch, whole: bool
+) -> None:
+    unet, inputs, asked = tiny["unet"], unet_inputs(), []
+    linear, budget, masks = (COMPOSITIONS[name]() for name in ("linear", "budget", "masks"))
+    calls: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({"weigher": linear}, {}),
+        ({"weigher": linear, "keep": torch.tensor([1, 0, 1])}, {}),
+        ({"weigher": budget, "scale": torch.tensor([1.0, 0.3, 1.0])}, {"timestep": torch.tensor(100)}),
+        ({"weigher": linear, "keep": torch.zeros(3)}, {"encoder_hidden_states": torch.randn(2, 16, 32)}),
+        ({"weigher": linear, "keep": torch.tensor([[1, 1, 0], [0, 1, 1]])}, {}),
+        ({"weigher": masks}, {}),
+        ({"weigher": masks, "keep": torch.tensor([0, 1, 1])}, {"timestep": torch.tensor(100)}),
+    ]
+    expected = []
+    for using, changed in calls:
+        with regional_call(tiny, experts) as call, experts.using(call=call, **using):
+            expected.append(unet(**{**inputs, **changed}).sample)
+    sites = [site for site in experts.sites.values() if site.component == "unet"]
+    places = {(site.reads, site.halvings, site.tokens, site.stack.is_convolution) for site in sites}
+    torch._dynamo.reset()
+    blocks = [module for module in unet.modules() if type(module).__name__ == "BasicTransformerBlock"]
+    compiled_parts = [] if whole else blocks
+    for part in compiled_parts:
+        part.compile(fullgraph=True, backend="aot_eager")
+    run = torch.compile(unet, fullgraph=True, backend="aot_eager") if whole else unet
+    found = compiled.callback_of
+    monkeypatch.setattr(compiled, "callback_of", lambda number: asked.append(number) or found(number))
+    made, before = [], graphs()
+    try:
+        for (using, changed), result in zip(calls, expected, strict=True):
+            asked.clear()
+            with regional_call(tiny, experts) as call, experts.using(call=call, **using):
+                torch.testing.assert_close(run(**{**inputs, **changed}).sample, result, atol=1e-5, rtol=1e-5)
+            made.append(graphs() - before)
+            if whole:  # where a pass begins and ends, and for weights
+                attention = len([name for name, _ in unet.named_modules() if name.endswith((".attn1", ".attn2"))])
+                assert len(asked) == 2 + (len(places) + attention if using["weigher"] is masks else 1)
+    finally:
+        for part in compiled_parts:
+            part._compiled_call_impl = None
+    assert made[:5] == made[:1] * 5
+    assert made[5:] == made[5:6] * 2
+    assert not counters["graph_break"]
+    assert all((expected[0] - other).abs().max() > 0.01 for other in expected[1:])
 
 
 @torch.no_grad()

@@ -1,0 +1,77 @@
+"""Which kind of compiled graph suits all that is drawn just now."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import RLock
+from typing import Literal
+
+from .run import Weigher, looks_on
+
+Kind = Literal["modules", "places", "any"]
+# Of more LoRAs most are left out of a call as a rule, and a graph that has the products itself computes all of them.
+MOST_LORAS = 8
+
+
+class Kinds:
+    """Which kind of graph suits everybody who draws just now, in whatever thread.
+
+    A graph is looked for by it, and made once for each kind. Nobody can look then at who draws in the present thread:
+    so it is one that is right for all.
+
+    Args:
+        num_loras: How many are loaded.
+
+    Attributes:
+        now: `"modules"`: weights are the same at all tokens of a module (`is_of_modules`), and nobody looks at
+            attention. `"places"`: they follow from places (`is_of_places`). `"any"`: every module asks, every time.
+    """
+
+    def __init__(self, num_loras: int) -> None:
+        self._many = num_loras > MOST_LORAS
+        self._drawing: tuple[Weigher | None, ...] = ()
+        self.now: Kind = "any"
+        self.settle(None)
+
+    @contextmanager
+    def drawing(self, weigher: Weigher | None, otherwise: Weigher | None) -> Iterator[None]:
+        """Somebody draws with a method.
+
+        Args:
+            weigher: The method; `None` leaves it to who weighs elsewhere.
+            otherwise: Who that is.
+        """
+        with _LOCK:
+            self._drawing = (*self._drawing, weigher)
+            self.settle(otherwise)
+        try:
+            yield
+        finally:
+            with _LOCK:
+                index = next(i for i, one in enumerate(self._drawing) if one is weigher)
+                self._drawing = self._drawing[:index] + self._drawing[index + 1 :]
+                self.settle(otherwise)
+
+    def settle(self, otherwise: Weigher | None) -> None:
+        """Look again, with who weighs for those who left it open, and where nobody draws."""
+        weighers = [otherwise if one is None else one for one in self._drawing] or [otherwise]
+        if self._many:
+            self.now = "any"
+        elif all(is_of_modules(one) and not looks_on(one) for one in weighers):
+            self.now = "modules"
+        else:
+            self.now = "places" if all(map(is_of_places, weighers)) else "any"
+
+
+_LOCK = RLock()
+
+
+def is_of_modules(weigher: Weigher | None) -> bool:
+    """Whether a method weighs alike at all tokens of a module."""
+    return weigher is None or bool(getattr(weigher, "alike", False) or getattr(weigher, "of_modules", False))
+
+
+def is_of_places(weigher: Weigher | None) -> bool:
+    """Whether a method weighs alike at all modules of a place: what they read, how finely, and how many tokens."""
+    return weigher is None or bool(getattr(weigher, "alike", False) or getattr(weigher, "of_places", False))
