@@ -64,27 +64,35 @@ class StepComposition(Composition):
     def weigh(self, site: Site, projections: Projections, run: Run) -> Tensor:
         """`(rows, 1, num_experts)`: the method's numbers times the user's scales, worked out once a pass."""
         if "weights" not in run.notes:
-            weights = self._numbers(run) * run.scale  # (passes, rows, num_experts)
-            if run.passes > 1:
-                batch = projections.batch // run.passes
-                weights = weights.expand(-1, batch, -1)
-            run.notes["weights"] = self._as_before(weights.flatten(0, 1)[:, None], run)
-        weights = run.notes["weights"]
+            run.notes["weights"] = self._weights(projections.batch, run)
+        weights: Tensor = run.notes["weights"]
         return weights
 
-    def _as_before(self, weights: Tensor, run: Run) -> Tensor:
+    def _weights(self, batch: int, run: Run) -> Tensor:
         """The very tensor of the pass before where nothing changed, so that what was made of it is kept."""
+        key = self, "weights", run.component
+        chosen = run.keep, run.scale
+        before: tuple[tuple[Tensor, Tensor], Tensor] | None = None if run.call is None else run.call.state.get(key)
+        if before is not None and self._stays and all(a is b for a, b in zip(before[0], chosen, strict=True)):
+            return before[1]
+        weights = self._numbers(run) * run.scale  # (passes, rows, num_experts)
+        if run.passes > 1:
+            weights = weights.expand(-1, batch // run.passes, -1)
+        weights = weights.flatten(0, 1)[:, None]
         if run.call is None or weights.requires_grad:
             return weights
-        key = (self, "weights", run.component)
-        before: Tensor | None = run.call.state.get(key)
-        if before is not None and before.device == weights.device and torch.equal(before, weights):
-            return before
-        run.call.state[key] = weights
+        if before is not None and before[1].device == weights.device and torch.equal(before[1], weights):
+            weights = before[1]
+        run.call.state[key] = chosen, weights
         return weights
 
+    @property
+    def _stays(self) -> bool:
+        """Whether no step has other weights or another number of passes than the first, so that nobody need ask."""
+        return self.constant and type(self).weights_by_pass is StepComposition.weights_by_pass
+
     def passes(self, run: Run) -> int:
-        return len(self._numbers(run))
+        return 1 if self._stays else len(self._numbers(run))
 
     def combine(self, predictions: Tensor, run: Run) -> Tensor:
         return self.mix(predictions, self._numbers(run))
@@ -92,9 +100,9 @@ class StepComposition(Composition):
     def _numbers(self, run: Run) -> Tensor:
         """`(passes, rows, num_experts)`, asked of the method once a forward pass and not once a layer."""
         if "numbers" not in run.notes:
-            if run.timestep is None:
-                if not self.constant:
-                    refuse_untold(run, self.name)
+            if run.timestep is None and not self.constant:
+                refuse_untold(run, self.name)
+            if run.timestep is None or self._stays:
                 numbers = self.weights(run.keep, None)[None]
             else:
                 numbers = self.weights_by_pass(run.keep, step_of(run))

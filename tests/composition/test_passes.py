@@ -53,6 +53,34 @@ def unet_inputs(batch: int) -> dict[str, Any]:
     }
 
 
+class Counting(StepComposition):
+    """Full weights; notes what it was asked for."""
+
+    name = "counting"
+    source = "this test"
+
+    def __init__(self, constant: bool) -> None:
+        self.constant = constant
+        self.asked: list[Step | None] = []
+
+    def weights(self, keep: Tensor, step: Step | None) -> Tensor:
+        self.asked.append(step)
+        return keep
+
+
+@pytest.mark.parametrize("constant", [True, False])
+def test_weights_that_stay_are_worked_out_once_a_call(pipe: Any, constant: bool) -> None:
+    """Once for each component, whose text encoder reads two prompts; and another choice is another call."""
+    pipe.set_composition(method := Counting(constant))
+    for loras, count in ((["cat"], 1.0), (["cat", "dog"], 2.0)):
+        method.asked.clear()
+        drawn = draw(pipe, loras=loras, num_inference_steps=3)
+        assert [one is None for one in method.asked] == ([True] * 2 if constant else [True] * 2 + [False] * 3)
+        pipe.set_composition("normalized")
+        assert_close(draw(pipe, loras=dict.fromkeys(loras, count), num_inference_steps=3), drawn)
+        pipe.set_composition(method)
+
+
 # --- merge ------------------------------------------------------------------------------------------------------------
 
 
