@@ -79,7 +79,8 @@ def add(callback: Callback, module: Any, hidden_states: Tensor, output: Tensor) 
     component = callback.component
     if component.kinds.now != "any" and make_factors(component.key):
         factors = callback.factors
-        if factors is not None:
+        # A convolution's padding may be another one since: hooks refuse that.
+        if factors is not None and getattr(module, "padding_mode", "zeros") == "zeros":
             convolution = [*module.stride, *module.padding, *module.dilation] if factors.down.ndim == 4 else []
             places = component.kinds.now == "places"
             composed: Tensor = _composed(

@@ -103,6 +103,16 @@ def test_factors_are_those_of_hooks_and_go_with_the_loras(tiny: dict[str, Any]) 
     assert callback.factors is None
 
 
+@torch.no_grad()
+def test_a_convolution_that_pads_otherwise_is_refused(experts: Experts, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = next(site for name, site in experts.sites.items() if name.endswith("conv1"))
+    with experts.using(weigher=COMPOSITIONS["linear"]()):
+        output = site.module(x := inputs_of(site.module))
+        monkeypatch.setattr(site.module, "padding_mode", "circular")
+        with pytest.raises(MoLEError, match="padding_mode='circular' now"):
+            graphs.add(site.callback, site.module, x, output)
+
+
 def test_a_gradient_goes_through(experts: Experts) -> None:
     site = next(site for name, site in experts.sites.items() if name.endswith("attn1.to_q"))
     weight = site.module.weight
