@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextvars
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,7 +41,7 @@ def make_sides(
     ours = twin(model)
     experts = Experts(loras)
     experts.attach({component: ours})
-    keep, scale = torch.zeros(number, device=config.device), torch.ones(number, device=config.device)
+    keep = torch.zeros(number)
     keep[: config.used or number] = 1
     run = _compiled(config, ours)
     bare = _compiled(config, twin(model))
@@ -49,13 +49,19 @@ def make_sides(
     def chosen(holder: Experts, run: Any, weigher: Any, **using: Any) -> Callable[[], Any]:
         """Steps of one call of a pipeline, which chooses LoRAs once for all of them."""
         call, choice = contextvars.copy_context(), ExitStack()
-        # A compiled graph is one for all methods that are drawn with just now: so a side's is told step by step.
-        method = {} if config.compiled else {"weigher": weigher}
-        call.run(choice.enter_context, holder.using(**{"keep": keep, "scale": scale, **method, **using}))
+        using = {"keep": keep, **using}
+        if not config.compiled:
+            call.run(choice.enter_context, holder.using(weigher=weigher, **using))
+            experts.on_detach(lambda: call.run(choice.close))
+            return lambda: call.run(lambda: run(**inputs))
+        # A graph suits all methods that are drawn with just now: so a side's is told step by step. What else is chosen
+        # lies where the model does, so that it stays the same from step to step.
+        using |= {"keep": using["keep"].to(config.device), "scale": torch.ones(number, device=config.device)}
+        call.run(choice.enter_context, holder.using(**using))
         experts.on_detach(lambda: call.run(choice.close))
 
         def step() -> Any:
-            with holder.using(weigher=weigher) if config.compiled else nullcontext():
+            with holder.using(weigher=weigher):
                 return run(**inputs)
 
         return lambda: call.run(step)
@@ -100,7 +106,7 @@ def make_sides(
 
     makers: dict[Side, Callable[[], Callable[[], Any]]] = {
         "bare": lambda: lambda: bare(**inputs),
-        "empty": lambda: composed("linear", keep=torch.zeros_like(keep)),
+        "empty": lambda: composed("linear", keep=torch.zeros(number)),
         "sum": lambda: composed("linear", call=alone()),
         "products": lambda: products(joined=False),
         "joined": lambda: products(joined=True),
