@@ -71,7 +71,7 @@ class Composition(Options, ABC):
 
     @property
     def of_modules(self) -> bool:
-        """Whether its weights in a pass are the same at all tokens of a module.
+        """Whether its weights in a pass are the same at all tokens of a module, if there are any.
 
         A compiled graph then asks once for those of all modules, with `projections` that have no rows, and not again in
         later passes as long as the tensor for the first module is the same.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, Protocol
 
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, FusedAttnProcessor2_0
@@ -21,7 +21,7 @@ from .hanging import Hanging
 from .hooks import SiteHook, Watch
 from .kinds import Kinds
 from .meeting import Meeting
-from .processor import AddExperts, MoLEAttnProcessor
+from .processor import MoLEAttnProcessor
 from .refusals import AttachError, may_fuse, refuse_adapters, refuse_bypassed, refuse_fused
 from .seam import LayerSeam
 from .site import Site, made_beside
@@ -31,6 +31,28 @@ ENGINES: tuple[Engine, ...] = ("auto", "hooks", "processors")
 # Perturbed and self-attention guidance: their processors take the batch for two or three parts of equal size.
 POSITIONAL = ("PAG", "CrossAttnStore", "SAG")
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+class Passes(Protocol):
+    """What hooks, attention processors and compiled graphs call; see `ForwardPasses`."""
+
+    def begin(
+        self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None: ...
+
+    def add(self, site: Site, hidden_states: Tensor, output: Tensor) -> Tensor: ...
+
+    def end(self, output: Any) -> Any: ...
+
+    def tell(self, told: Told) -> None: ...
+
+    def serve(self, site: Site, hidden_states: Tensor, output: Tensor, learning: bool) -> Tensor: ...
+
+    def weigh(
+        self, site: Site, rows: int, tokens: int, spatial: tuple[int, int] | None, device: torch.device
+    ) -> Tensor | None: ...
+
+    def weigh_all(self, sites: Sequence[Site], rows: int, device: torch.device) -> Tensor | None: ...
 
 
 class Attachment:
@@ -43,16 +65,10 @@ class Attachment:
         engine: `"hooks"`: a forward hook on every site. `"processors"` and `"auto"`: attention layers that run
             the stock `AttnProcessor2_0` get a `MoLEAttnProcessor`, everything else a hook. With
             `"processors"` a component without such a layer is an error.
-        add: Adds the experts' share to a site's output.
+        passes: What happens in its forward passes.
         seam: What an attention layer of a denoiser asks, by its name, whether it attends to the prompt, its scale, and
             how often a picture was halved on its way there; `None` in a text encoder.
         where: Says where words and pixels stand in the sequences of both, in the present pass.
-        begin: Called with the root's arguments before every forward pass of the component; may return others.
-        end: Called with its output after, or with `None` after an exception; may return another output.
-        tell: The same as `begin` for a compiled graph, which cannot widen a batch.
-        serve: The same as `add` for a compiled graph.
-        weigh: Weights at all modules of a site's place, for a compiled graph that has the products itself.
-        weigh_all: Those at all sites, where tokens make no difference.
         kinds: Which kind of graph is wanted.
 
     Attributes:
@@ -69,15 +85,9 @@ class Attachment:
         architecture: Architecture,
         sites: Sequence[Site],
         engine: Engine,
-        add: AddExperts,
+        passes: Passes,
         seam: Callable[[str, bool, float, int], LayerSeam] | None,
         where: Callable[[], Joint | None],
-        begin: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]] | None],
-        end: Callable[[Any], Any],
-        tell: Callable[[Told], None],
-        serve: Callable[[Site, Tensor, Tensor, bool], Tensor],
-        weigh: Callable[..., Tensor | None],
-        weigh_all: Callable[..., Tensor | None],
         kinds: Kinds,
     ) -> None:
         self.component = component
@@ -85,7 +95,7 @@ class Attachment:
         self.architecture = architecture
         self.sites = list(sites)
         self._groups = list({id(site.group): site.group for site in sites}.values())
-        self._add = add
+        self._passes = passes
         self._seam = seam
         self._handles: list[RemovableHandle] = []
         self._site_hooks: dict[str, SiteHook] = {}
@@ -94,13 +104,14 @@ class Attachment:
         # attention name -> (layer, its own processor, ours)
         self._swapped: dict[str, tuple[Attention, Any, MoLEAttnProcessor]] = {}
         self._all_reached = False
-        self._graphs = Component(kinds, functools.partial(graphs.make_all, self.sites))
-        began = Callback(self._graphs, tell, functools.partial(weigh_all, self.sites))
-        self._graphs.number = began.number
-        self._callbacks = [began, Callback(self._graphs, functools.partial(end, None))]
+        make = functools.partial(graphs.make_all, self.sites)
+        weigh_all = functools.partial(passes.weigh_all, self.sites)
+        self._graphs = Component(kinds, len(self.sites), make, passes.tell, weigh_all, passes.end)
+        self._callbacks = [self._graphs.begin, self._graphs.end]
         self._argument_names = parameters(type(model))
         for site in self.sites:
-            site.callback = Callback(self._graphs, functools.partial(serve, site), functools.partial(weigh, site))
+            serve, weigh = functools.partial(passes.serve, site), functools.partial(passes.weigh, site)
+            site.callback = Callback(self._graphs, serve, weigh)
             self._callbacks.append(site.callback)
         self._parents = {site.module_name: _parent(model, site.module_name) for site in self.sites}
         self._blocks = _blocks(model, self.sites)
@@ -120,8 +131,6 @@ class Attachment:
         ]
         self._layers = dict(_attention_layers(model)) if seam is not None and not met else {}
         self._around = _around(model, [*dict(met), *dict(refining), *self._layers])
-        self._begin = begin
-        self._end = end
         self._engine = engine
         if engine != "hooks":
             self._swap_processors()
@@ -204,7 +213,7 @@ class Attachment:
                 seam = None if self._seam is None else self._ask(name, attention.is_cross_attention, attention)
                 if name in self._swapped:  # somebody exchanged ours, and may put it back (`unfuse_qkv_projections`)
                     self._swapped[name][2].retire()
-                attention.processor = ours = MoLEAttnProcessor(sites, self._add, seam, attention)
+                attention.processor = ours = MoLEAttnProcessor(sites, self._passes.add, seam, attention)
                 if seam is not None:
                     ours.callback = Callback(self._graphs, ours.attend)
                     self._callbacks.append(ours.callback)
@@ -227,7 +236,7 @@ class Attachment:
             if name in served and name in self._site_hooks:
                 self._site_hooks.pop(name).remove()
             elif name not in served and name not in self._site_hooks:
-                self._site_hooks[name] = SiteHook(site, self._add)
+                self._site_hooks[name] = SiteHook(site, self._passes.add)
 
     def _ask(self, name: str, crossed: bool, layer: Any) -> LayerSeam:
         assert self._seam is not None
@@ -240,7 +249,7 @@ class Attachment:
         # projections, or exchanged modules (PEFT, when its adapters are loaded and unloaded).
         if torch.compiler.is_compiling():
             given = {**dict(zip(self._argument_names[: len(args)], args, strict=True)), **kwargs}
-            compiled.begin(self._callbacks[0], self.architecture.told(model, given))
+            compiled.begin(self._graphs.begin, self.architecture.told(model, given))
             return None
         if not self._blocks_hang.unchanged():
             self._refuse_exchanged()
@@ -253,7 +262,7 @@ class Attachment:
             self._look()
         if self._may_fuse:
             refuse_bypassed(self.component, self._may_fuse)
-        return self._begin(model, args, kwargs)
+        return self._passes.begin(model, args, kwargs)
 
     def _refuse_exchanged(self) -> None:
         """Raises AttachError where a block around a site is another one, and no wrapper around the one there was."""
@@ -310,9 +319,9 @@ class Attachment:
 
     def _after_forward(self, model: nn.Module, args: Any, output: Any) -> Any:
         if torch.compiler.is_compiling():
-            compiled.end(self._callbacks[1])
+            compiled.end(self._graphs.end)
             return None
-        result = self._end(output)
+        result = self._passes.end(output)
         if output is None or self._all_reached:  # an exception is on its way, or the check was passed before
             return result
         missing = [site.module_name for site in self.sites if site.seen is None]

@@ -10,6 +10,7 @@ All operators say that they change one small tensor, which keeps them in the ord
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -55,8 +56,9 @@ class Served(Protocol):
 
 
 class Wanted(Protocol):
-    """The kind of graph that is wanted just now, see `Kinds`."""
+    """Which kind of graph is wanted just now, and how many LoRAs are loaded; see `Kinds`."""
 
+    num_loras: int
     now: Any
 
 
@@ -70,9 +72,7 @@ class Factors(NamedTuple):
         last: And end.
         experts: `(R,)`: whose each of them is.
         scalings: `(R,)`, of each of them.
-        loras: N.
         row: `(1,)`: which of the modules it is.
-        modules: Of how many.
         place: What its weights follow from where they differ from token to token, beside these.
     """
 
@@ -82,9 +82,7 @@ class Factors(NamedTuple):
     last: int
     experts: Tensor
     scalings: Tensor
-    loras: int
     row: Tensor
-    modules: int
     place: str
 
 
@@ -93,20 +91,29 @@ class Component:
 
     Args:
         kinds: Which kind of graph is wanted.
-        make: Makes `Callback.factors` at all its modules.
+        modules: How many adapted modules there are.
+        make: Makes `Callback.factors` at all of them.
+        tell: What is done where a pass begins.
+        weigh: What gives weights at all modules.
+        close: What is done where a pass ends, with `None` for what it gave.
 
     Attributes:
         order: The tensor that keeps operators in order.
-        number: Of the callback that has the weights of all modules.
         key: What a graph finds it by while it is traced.
+        begin: Where a graph calls back for `tell` and `weigh`.
+        end: Where it calls back for `close`.
     """
 
-    def __init__(self, kinds: Wanted, make: Callable[[], None]) -> None:
+    def __init__(
+        self, kinds: Wanted, modules: int, make: Callable[[], None], tell: Served, weigh: Served, close: Served
+    ) -> None:
         self.kinds = kinds
+        self.modules = modules
         self.make = make
         self.order = torch.zeros(1)
-        self.number = torch.zeros(1, dtype=torch.long)
         self.key = next(_NUMBERS)
+        self.begin = Callback(self, tell, weigh)
+        self.end = Callback(self, functools.partial(close, None))
         COMPONENTS[self.key] = self
 
 

@@ -303,15 +303,9 @@ class Experts:
             architecture,
             sites,
             engine,
-            passes.add,
+            passes,
             seam,
             lambda: self.run(component).told.joint,
-            passes.begin,
-            passes.end,
-            passes.tell,
-            passes.serve,
-            passes.weigh,
-            passes.weigh_all,
             self._runs.kinds,
         )
         adapter_calls.guard(model, self.names)

@@ -25,6 +25,8 @@ from .site import Projections, Site, SiteGroup
 from .uncast import is_cast
 from .widening import narrow, tensors, widen
 
+TABLE = "weights at all modules"  # the note of a pass for compiled graphs
+
 
 class ForwardPasses:
     """What hooks, attention processors and compiled graphs call in the forward passes of a component.
@@ -162,16 +164,21 @@ class ForwardPasses:
             self._refuse_other(run)
         if not run.active:
             return None
+        if TABLE not in run.notes:
+            run.notes[TABLE] = self._table(sites, rows, device, run)
+        table: Tensor | None = run.notes[TABLE]
+        return table
+
+    def _table(self, sites: Sequence[Site], rows: int, device: torch.device, run: Run) -> Tensor | None:
+        """`weigh_all`, that of the pass before where nothing changed."""
         first = self._weights(sites[0], rows, 1, None, device, run)
         if first is None or getattr(run.weigher, "alike", False):
             return None if first is None else first.transpose(0, 1)
-        kept = run.notes if run.call is None else run.call.state
-        key = "weights at all modules", self.component
-        found: tuple[Tensor, Tensor] | None = kept.get(key)
+        key, state = (TABLE, self.component), {} if run.call is None else run.call.state
+        found: tuple[Tensor, Tensor] | None = state.get(key)
         if found is None or found[0] is not first:
             each = [self._weights(site, rows, 1, None, device, run) for site in sites]
-            table = torch.stack([(torch.zeros_like(first) if one is None else one)[:, 0] for one in each])
-            kept[key] = found = first, table
+            state[key] = found = first, torch.stack([one[:, 0] for one in each if one is not None])
         return found[1]
 
     def _weights(

@@ -23,12 +23,11 @@ _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @torch.compiler.assume_constant_result
-def make_factors(key: int) -> bool:
+def make_factors(key: int) -> None:
     """While a graph is traced: have the factors made, of all modules, since blocks of one kind share that graph."""
     component = COMPONENTS.get(key)
     if component is not None:
         component.make()
-    return True
 
 
 def make_all(sites: Sequence[Site]) -> None:
@@ -38,20 +37,19 @@ def make_all(sites: Sequence[Site]) -> None:
         callback, weight = site.callback, getattr(site.module, "weight", None)
         assert callback is not None
         if isinstance(weight, Tensor) and not _alike(callback.factors, weight):
-            callback.factors = factors_of(site, row, len(sites), shared)
+            callback.factors = factors_of(site, row, shared)
 
 
 def _alike(factors: Factors | None, weight: Tensor) -> bool:
     return factors is not None and (factors.up.dtype, factors.up.device) == (weight.dtype, weight.device)
 
 
-def factors_of(site: Site, row: int, modules: int, shared: dict[Any, tuple[Tensor, Tensor]]) -> Factors | None:
+def factors_of(site: Site, row: int, shared: dict[Any, tuple[Tensor, Tensor]]) -> Factors | None:
     """What a graph has of a module's LoRAs; `None` where only Python can tell what they add.
 
     Args:
         site: The module.
         row: Which of the modules it is.
-        modules: Of how many.
         shared: What other modules have alike.
     """
     weight, stack = site.module.weight, site.stack
@@ -71,13 +69,14 @@ def factors_of(site: Site, row: int, modules: int, shared: dict[Any, tuple[Tenso
     for tensor in (down, up, which, *shared[key]):
         torch._dynamo.mark_static_address(tensor, guard=False)  # a recorded CUDA graph need not copy them
     last, place = first + stack.rank, f"{site.reads} {site.halvings}"
-    return Factors(down, up, first, last, *shared[key], stack.num_experts, which, modules, place)
+    return Factors(down, up, first, last, *shared[key], which, place)
 
 
 def add(callback: Callback, module: Any, hidden_states: Tensor, output: Tensor) -> Tensor:
     """In a graph: what a module gave plus what the experts add there."""
     component = callback.component
-    if component.kinds.now != "any" and make_factors(component.key):
+    if component.kinds.now != "any":
+        make_factors(component.key)
         factors = callback.factors
         # A convolution's padding may be another one since: hooks refuse that.
         if factors is not None and getattr(module, "padding_mode", "zeros") == "zeros":
@@ -85,8 +84,8 @@ def add(callback: Callback, module: Any, hidden_states: Tensor, output: Tensor) 
             places = component.kinds.now == "places"
             composed: Tensor = _composed(
                 *(output, hidden_states, factors.down, factors.up, factors.experts, factors.scalings, factors.row),
-                *(component.order, callback.number if places else component.number),
-                *(factors.first, factors.last, factors.loras, factors.modules, convolution),
+                *(component.order, callback.number if places else component.begin.number),
+                *(factors.first, factors.last, component.kinds.num_loras, component.modules, convolution),
                 factors.place if places else None,
             )
             return composed
@@ -152,9 +151,11 @@ def _composed(
     Args:
         output: What the module gave; not written to.
         hidden_states: x.
-        down, up, experts, scalings, row, first, last, loras, modules: See `Factors`.
+        down, up, experts, scalings, row, first, last: See `Factors`.
         order: See `Component`.
         number: Whom to ask for weights.
+        loras: N.
+        modules: How many there are.
         convolution: Stride, padding and dilation of a convolution, two numbers each.
         place: See `Factors`; `None` where tokens make no difference.
     """

@@ -29,7 +29,7 @@ class Kinds:
     """
 
     def __init__(self, num_loras: int) -> None:
-        self._many = num_loras > MOST_LORAS
+        self.num_loras = num_loras
         self._drawing: tuple[Weigher | None, ...] = ()
         self.now: Kind = "any"
         self.settle(None)
@@ -56,7 +56,7 @@ class Kinds:
     def settle(self, otherwise: Weigher | None) -> None:
         """Look again, with who weighs for those who left it open, and where nobody draws."""
         weighers = [otherwise if one is None else one for one in self._drawing] or [otherwise]
-        if self._many:
+        if self.num_loras > MOST_LORAS:
             self.now = "any"
         elif all(is_of_modules(one) and not looks_on(one) for one in weighers):
             self.now = "modules"

@@ -149,12 +149,13 @@ class MoLEAttnProcessor:
             query = attn.norm_q(query)
         if attn.norm_k is not None:
             key = attn.norm_k(key)
-        if compiling and self.callback is not None and self.callback.component.kinds.now == "modules":
-            attended = compiled.attention(query, key, value, attention_mask)
-        elif compiling and self.callback is not None:
-            attended = compiled.attend(self.callback, query, key, value, attention_mask)
-        else:
+        callback = self.callback if compiling else None
+        if callback is None:
             attended = self.attend(query, key, value, attention_mask)
+        elif callback.component.kinds.now == "modules":  # for nobody looks on
+            attended = compiled.attention(query, key, value, attention_mask)
+        else:
+            attended = compiled.attend(callback, query, key, value, attention_mask)
 
         hidden_states = attn.to_out[1](self._project("to_out.0", attn.to_out[0], attended, compiling))
         if is_image:

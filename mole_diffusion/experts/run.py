@@ -93,9 +93,9 @@ class Weigher(Protocol):
     `constant`: that its weights are the same in every step and at every place. Where LoRAs are merged into the weights
     of modules, it is asked for them with `projections` that have no rows.
     `alike`: that in a pass it gives all modules the same tensor, `(rows, 1, N)`: then it may be asked once a pass.
-    `of_modules`: that in a pass its weights are `(rows | 1, 1, N)` and follow from the module: then it may be asked for
-    those of all modules at once, with `projections` that have no rows, and once for several passes as long as the
-    tensor for the first module is the same.
+    `of_modules`: that in a pass its weights are `(rows | 1, 1, N)` at every module, or `None` at all: then it may be
+    asked for those of all modules at once, with `projections` that have no rows, and once for several passes as long as
+    the tensor for the first module is the same.
     `of_places`: that in a pass its weights follow from what a module reads, how finely and how many tokens: then it may
     be asked once for all modules of a place, with `projections` that have no rows.
     `bind(experts)`: told which experts it weighs, when it is set.
