@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import ref
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..experts import Projections, Run, Site
+from ..experts.uncast import uncast
 from ..methods import RouterOptions
 from .base import Composition
 from .norms import group_norms, whole_norms
@@ -33,6 +34,8 @@ class _Parts:
         order: What ratios are multiplied by, so that no two are equal, `(n, 1, 1)`.
         won: All weights at a token for each LoRA that may win it, one row's below the other's, `(rows * n, N)`.
         first: Where those of a row begin, `(rows, 1)`; `None` where there is one row.
+        least: What keeps a quotient by a LoRA's mean finite, `(1, 1, 1)`.
+        shares: What sums a LoRA's norms up to its mean over its place in the order, by modules and tokens.
     """
 
     made_of: tuple[Tensor, Tensor]
@@ -43,6 +46,8 @@ class _Parts:
     order: Tensor
     won: Tensor
     first: Tensor | None
+    least: Tensor
+    shares: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
 
 class NormRouter(RouterOptions, Composition):
@@ -85,23 +90,18 @@ class NormRouter(RouterOptions, Composition):
         made = projections.weights.pop((self, site.name), None)
         if made is not None:
             return made
-        norms = group_norms(site, projections)
-        if norms is None:
-            return self._of_norms(parts, whole_norms(site, projections)[None], site, projections, run)[0]
-        of_all = self._of_norms(parts, norms, site, projections, run).unbind()
+        with uncast(projections.hidden_states.device):
+            norms = group_norms(site, projections)
+            if norms is None:
+                return self._of_norms(parts, whole_norms(site, projections)[None], site, projections, run)[0]
+            of_all = self._of_norms(parts, norms, site, projections, run).unbind()
         for member, its in zip(site.group.sites, of_all, strict=True):
             projections.weights[self, member.name] = its
         return projections.weights.pop((self, site.name))
 
     def _of_norms(self, parts: _Parts, norms: Tensor, site: Site, projections: Projections, run: Run) -> Tensor:
         """Weights `(modules, rows, tokens, N)` from norms `(modules, n, rows, tokens)`."""
-        there = run.told.there(site.reads, projections.tokens)
-        if there is None or len(there) != projections.batch:
-            means = norms.mean(dim=-1, keepdim=True)
-        else:  # what fills up a prompt says nothing
-            counted = there.to(norms)
-            means = (norms * counted).sum(dim=-1, keepdim=True) / counted.sum(dim=1)[:, None]
-        ratios = norms * (parts.order / means.clamp_min_(torch.finfo(norms.dtype).tiny))
+        ratios = norms / self._means(parts, norms, run.told.there(site.reads, projections.tokens))
         if parts.idle is not None:
             ratios = ratios.masked_fill(parts.idle, float("-inf"))
         if self.temperature > 0:
@@ -109,6 +109,26 @@ class NormRouter(RouterOptions, Composition):
             return parts.lost + torch.einsum("mnrt,rni->mrti", shares, parts.gains.expand(shares.shape[2], -1, -1))
         winner = ratios.max(dim=1).indices  # `argmax` takes many times longer
         return torch.embedding(parts.won, winner if parts.first is None else winner + parts.first)
+
+    def _means(self, parts: _Parts, norms: Tensor, there: Tensor | None) -> Tensor:
+        """What norms are divided by, `(modules, n, rows, 1)`: each LoRA's mean, above 0, over its place in the order.
+
+        Args:
+            parts: The weights.
+            norms: `(modules, n, rows, tokens)`.
+            there: `(rows, tokens)`, 0 for what fills up a prompt, which says nothing; `None` where all tokens count.
+        """
+        modules, number, rows, tokens = norms.shape
+        if there is not None and len(there) == rows:
+            counted = there.to(norms)
+            means = (norms * counted).sum(dim=-1, keepdim=True) / counted.sum(dim=1)[:, None]
+            return means.clamp_min_(parts.least) / parts.order
+        share = parts.shares.get((modules, tokens))
+        if share is None:
+            share = 1 / (tokens * parts.order).expand(modules, number, tokens, 1)
+            parts.shares[modules, tokens] = share = share.flatten(0, 1).contiguous()
+        means = torch.baddbmm(parts.least, norms.view(-1, rows, tokens), share)
+        return means.view(modules, number, rows, 1)
 
     def _parts(self, site: Site, run: Run) -> _Parts:
         """Kept until the call ends or the choice of LoRAs changes: asked at every module, they cost more than norms."""
@@ -126,11 +146,12 @@ class NormRouter(RouterOptions, Composition):
             shared = lost + gain / competing.sum(dim=-1, keepdim=True).clamp(min=1)
             may_win = competing[:, 0, here]
             idle = None if bool(may_win.all()) else (may_win == 0).t()[..., None]
-            order = 1 - _LATER * torch.arange(len(here), device=subject.device)
+            order = 1 - _LATER * torch.arange(len(here), device=subject.device)[:, None, None]
+            least = order.new_full((1, 1, 1), torch.finfo(order.dtype).tiny)
             won = lost + gains
             rows = torch.arange(len(won), device=subject.device)[:, None] * len(here) if len(won) > 1 else None
             made_of = run.keep, run.scale
             known[key] = parts = _Parts(
-                made_of, lost, gains, shared, idle, order[:, None, None], won.flatten(0, 1), rows
+                made_of, lost, gains, shared, idle, order, won.flatten(0, 1), rows, least
             )
         return parts

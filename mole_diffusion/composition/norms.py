@@ -25,17 +25,16 @@ def output_norms(stack: ExpertStack, projected: Tensor) -> Tensor:
     Returns:
         `(n, batch * tokens)`, or `(n, batch, tokens)`, float32, for the n LoRAs that touch the module.
     """
-    root, number = _root_like(stack, projected), len(stack.indices)
-    z = projected.float()
-    if root.ndim == 3 and not stack.is_convolution:
+    root, z, number = _root_like(stack, projected), projected.float(), len(stack.indices)
+    if root.ndim == 2:  # LoRAs of several ranks
+        z = z.transpose(1, 2) if stack.is_convolution else z
+        coordinates = (z @ root).unflatten(-1, (number, root.shape[1] // max(number, 1)))
+        return torch.linalg.vector_norm(coordinates, dim=-1).movedim(-1, 0)
+    if not stack.is_convolution:
         return _norms(root, z)
-    if root.ndim == 3:  # one product for each LoRA instead of a large one that is mostly zeros
-        coordinates = root @ z.unflatten(-2, (number, root.shape[-1]))
-    else:
-        rows = len(root) // max(number, 1)
-        coordinates = (root @ (z if stack.is_convolution else z.t())).unflatten(-2, (number, rows))
-    norms = coordinates.square_().sum(dim=-2).sqrt_()
-    return norms.movedim(1, 0) if stack.is_convolution else norms
+    # One product for each LoRA instead of a large one that is mostly zeros.
+    coordinates = torch.matmul(z.view(len(z), *root.shape[:2], z.shape[2]).transpose(2, 3), root)
+    return torch.linalg.vector_norm(coordinates, dim=-1).transpose(0, 1)
 
 
 def group_norms(site: Site, projections: Projections) -> Tensor | None:
@@ -82,9 +81,10 @@ def whole_norms(site: Site, projections: Projections) -> Tensor:
 
 
 def _norms(root: Tensor, z: Tensor) -> Tensor:
-    """`(n, batch * tokens)` of `(n, r, r)` and `(batch * tokens, n * r)`: what follows runs along the longer axis."""
-    number, _, rank = root.shape
-    return torch.bmm(root, z.view(len(z), number, rank).permute(1, 2, 0)).square_().sum(dim=1).sqrt_()
+    """`(n, batch * tokens)` of `(n, r, r)` and `(batch * tokens, n * r)`."""
+    number, rank, _ = root.shape
+    coordinates = torch.bmm(z.view(len(z), number, rank).transpose(0, 1), root)
+    return torch.linalg.vector_norm(coordinates, dim=-1)
 
 
 def _root_like(stack: ExpertStack, like: Tensor) -> Tensor:
@@ -95,20 +95,20 @@ def _root_like(stack: ExpertStack, like: Tensor) -> Tensor:
 
 
 def _root(stack: ExpertStack) -> Tensor:
-    """R of each LoRA that touches the module: `(n, r, r)` where all have one rank.
+    """R of each LoRA that touches the module, as z is multiplied by it: `(n, r, r)` where all have one rank.
 
-    Else R of each in rows of its own, all as many, `(n * rows, sum of the ranks)`, zero elsewhere.
+    Else R of each in columns of its own, all as many, `(sum of the ranks, n * columns)`, zero elsewhere.
     """
     ups = stack.up_as(torch.float32).split([stack.ranks[expert] for expert in stack.indices], dim=1)
-    triangles = [torch.linalg.qr(up, mode="r").R for up in ups]
+    triangles = [torch.linalg.qr(up, mode="r").R.t() for up in ups]
     if triangles and len({triangle.shape for triangle in triangles}) == 1:
         return torch.stack(triangles)
-    rows = max([1, *map(len, triangles)])
-    root, column = torch.zeros(len(triangles), rows, sum(stack.ranks)), 0
+    columns = max([1, *(triangle.shape[1] for triangle in triangles)])
+    root, row = torch.zeros(sum(stack.ranks), len(triangles), columns), 0
     for place, triangle in enumerate(triangles):
-        root[place, : len(triangle), column : column + triangle.shape[1]] = triangle
-        column += triangle.shape[1]
-    return root.flatten(0, 1)
+        root[row : row + len(triangle), place, : triangle.shape[1]] = triangle
+        row += len(triangle)
+    return root.flatten(1)
 
 
 def _root_of_group(group: SiteGroup, like: Tensor) -> Tensor | None:
