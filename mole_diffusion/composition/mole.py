@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from ..errors import MoLEError
 from ..experts import Projections, Run, Site
+from ..experts.rules import Ruled
 from ..gating import MoLEModel
 from ..methods import GatesAlone
 from .base import Composition
@@ -46,6 +49,21 @@ class MoLE(GatesAlone, Composition):
 
     def reads_left_out(self, site: Site) -> bool:
         return self._gates is not None and self._gates.reads_left_out(site)
+
+    @property
+    def has_rules(self) -> bool:
+        """Whether a compiled graph can weigh as the gates do, without asking them."""
+        return self._gates is not None and self._gates.has_rules
+
+    def rules(self, parts: Mapping[str, str]) -> dict[str, Ruled]:
+        """As `MoLEModel.rules`."""
+        assert self._gates is not None
+        return self._gates.rules(parts)
+
+    def check_rules(self) -> None:
+        """As `MoLEModel.check_rules`."""
+        assert self._gates is not None
+        self._gates.check_rules()
 
     def weigh(self, site: Site, projections: Projections, run: Run) -> Tensor | None:
         if self._gates is None:

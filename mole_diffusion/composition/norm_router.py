@@ -151,7 +151,5 @@ class NormRouter(RouterOptions, Composition):
             won = lost + gains
             rows = torch.arange(len(won), device=subject.device)[:, None] * len(here) if len(won) > 1 else None
             made_of = run.keep, run.scale
-            known[key] = parts = _Parts(
-                made_of, lost, gains, shared, idle, order, won.flatten(0, 1), rows, least
-            )
+            known[key] = parts = _Parts(made_of, lost, gains, shared, idle, order, won.flatten(0, 1), rows, least)
         return parts

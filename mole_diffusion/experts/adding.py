@@ -50,19 +50,24 @@ def add_experts(site: Site, hidden_states: Tensor, output: Tensor, run: Run) -> 
     return added if beside is None else added + beside
 
 
+def check_rows(run: Run, batch: int) -> None:
+    """Raises MoLEError where what was chosen has rows that the batch has not."""
+    kept, scaled = run.keep.shape[0], run.scale.shape[0]
+    if (kept != 1 and kept != batch) or (scaled != 1 and scaled != batch):
+        raise MoLEError(
+            f"`keep` has {kept} rows and `scale` {scaled}, but {run.component} runs a batch of "
+            f"{batch}. Give one row for all, or one for each (with guidance, for both halves)."
+        )
+
+
 def weights_at(site: Site, projections: Projections, run: Run, device: torch.device) -> Tensor | None:
     """What the weigher answers for a module, `(batch | 1, tokens | 1, N)`; `None` to add nothing.
 
     Raises:
         MoLEError: As `add_experts`.
     """
-    rows, batch = projections.batch, projections.batch // run.passes
-    kept, scaled = run.keep.shape[0], run.scale.shape[0]
-    if (kept != 1 and kept != batch) or (scaled != 1 and scaled != batch):
-        raise MoLEError(
-            f"`keep` has {kept} rows and `scale` {scaled}, but {site.component} runs a batch of "
-            f"{batch}. Give one row for all, or one for each (with guidance, for both halves)."
-        )
+    rows = projections.batch
+    check_rows(run, rows // run.passes)
     assert run.weigher is not None
     weights = run.weigher.weigh(site, projections, run)
     if weights is None:

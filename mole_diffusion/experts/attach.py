@@ -54,6 +54,8 @@ class Passes(Protocol):
 
     def weigh_all(self, sites: Sequence[Site], rows: int, device: torch.device) -> Tensor | None: ...
 
+    def choose(self, weigher: Any, rows: int, device: torch.device) -> Tensor | None: ...
+
 
 class Attachment:
     """Hooks and attention processors of ours on one component.
@@ -104,10 +106,10 @@ class Attachment:
         # attention name -> (layer, its own processor, ours)
         self._swapped: dict[str, tuple[Attention, Any, MoLEAttnProcessor]] = {}
         self._all_reached = False
-        make = functools.partial(graphs.make_all, self.sites)
+        make = graphs.Maker(self.sites, self._parts)
         weigh_all = functools.partial(passes.weigh_all, self.sites)
-        self._graphs = Component(kinds, len(self.sites), make, passes.tell, weigh_all, passes.end)
-        self._callbacks = [self._graphs.begin, self._graphs.end]
+        self._graphs = Component(kinds, len(self.sites), make, passes.tell, weigh_all, passes.choose, passes.end)
+        self._callbacks = [self._graphs.begin, self._graphs.choice, self._graphs.end]
         self._argument_names = parameters(type(model))
         for site in self.sites:
             serve, weigh = functools.partial(passes.serve, site), functools.partial(passes.weigh, site)
@@ -118,6 +120,7 @@ class Attachment:
         self._may_fuse: dict[str, tuple[nn.Module, str]] = {}
         self._blocks_hang = Hanging((modules, leaf) for modules, leaf, _ in self._blocks.values())
         self._processors: list[tuple[Attention, Any]] = []
+        self._compiled: tuple[list[str] | None, dict[str, str]] = None, {}
         self.ran = False
 
         self._attentions = _attentions(model, self.sites)
@@ -162,10 +165,25 @@ class Attachment:
             hook.remove()
         for callback in self._callbacks:
             callback.retire()  # a compiled graph may go on without
+        self._graphs.forget()
         self._swapped.clear()
         self._handles.clear()
         self._site_hooks.clear()
         self._watch_hooks.clear()
+
+    def _parts(self) -> dict[str, str]:
+        """Of each site, by its name, the part of the model that is compiled around it; "" where that is all of it."""
+        hung = [(name, modules, leaf) for name, (modules, leaf, _) in self._blocks.items()]
+        hung += [(name, parent._modules, leaf) for name, (parent, leaf) in self._parents.items()]
+        compiled = [name for name, modules, leaf in hung if _is_compiled(modules.get(leaf))]  # the outermost first
+        compiled = [] if _is_compiled(self.model) else compiled
+        if compiled != self._compiled[0]:
+            parts = {
+                site.name: next((part for part in compiled if f"{site.module_name}.".startswith(f"{part}.")), "")
+                for site in self.sites
+            }
+            self._compiled = compiled, parts
+        return self._compiled[1]
 
     def follow(self) -> None:
         """Keep nothing on a device that the component has left, as offloading has it leave a GPU."""
@@ -350,6 +368,11 @@ def _lies_in_a_graph(model: nn.Module, name: str) -> bool:
     parts = name.split(".")
     around = (model.get_submodule(".".join(parts[:end])) for end in range(len(parts) + 1))
     return any(part._compiled_call_impl is not None for part in around)
+
+
+def _is_compiled(module: nn.Module | None) -> bool:
+    """Whether a module has a graph of its own."""
+    return module is not None and (unwrapped(module) is not module or module._compiled_call_impl is not None)
 
 
 def _parent(model: nn.Module, name: str) -> tuple[nn.Module, str]:

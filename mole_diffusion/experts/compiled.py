@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..errors import MoLEError
 from ..families import Joint, Told
+from .rules import Ruled
 
 _NUMBERS = itertools.count()
 # What runs in Python is not in a recorded CUDA graph: inductor records around it. Older versions have no such tag.
@@ -56,10 +57,12 @@ class Served(Protocol):
 
 
 class Wanted(Protocol):
-    """Which kind of graph is wanted just now, and how many LoRAs are loaded; see `Kinds`."""
+    """Which kind of graph is wanted just now, whose rules it follows, and how many LoRAs are loaded; see `Kinds`."""
 
     num_loras: int
     now: Any
+    weigher: Any
+    followers: Any
 
 
 class Factors(NamedTuple):
@@ -92,29 +95,58 @@ class Component:
     Args:
         kinds: Which kind of graph is wanted.
         modules: How many adapted modules there are.
-        make: Makes `Callback.factors` at all of them.
+        make: Makes `Callback.factors` at all of them, and `Callback.ruled` where a method with rules is given.
         tell: What is done where a pass begins.
         weigh: What gives weights at all modules.
+        choose: What gives `keep` and `scale`, given the method whose rules a graph has.
         close: What is done where a pass ends, with `None` for what it gave.
 
     Attributes:
         order: The tensor that keeps operators in order.
         key: What a graph finds it by while it is traced.
+        weigher: The method whose rules graphs have; `None` before there is one.
         begin: Where a graph calls back for `tell` and `weigh`.
+        choice: Where it calls back for `choose`.
         end: Where it calls back for `close`.
     """
 
     def __init__(
-        self, kinds: Wanted, modules: int, make: Callable[[], None], tell: Served, weigh: Served, close: Served
+        self,
+        kinds: Wanted,
+        modules: int,
+        make: Callable[[Any], None],
+        tell: Served,
+        weigh: Served,
+        choose: Served,
+        close: Served,
     ) -> None:
         self.kinds = kinds
         self.modules = modules
-        self.make = make
         self.order = torch.zeros(1)
         self.key = next(_NUMBERS)
+        self.weigher: Any = None
         self.begin = Callback(self, tell, weigh)
+        self.choice = Callback(self, None, lambda *args: choose(self.weigher, *args))
         self.end = Callback(self, functools.partial(close, None))
+        self._make = make
+        kinds.followers.add(self)
         COMPONENTS[self.key] = self
+
+    def make(self) -> None:
+        """Make what graphs of the kind that is wanted have."""
+        if self.kinds.now == "rules":
+            self.weigher = self.kinds.weigher
+        self._make(self.weigher)
+
+    def follow(self, weigher: Any) -> None:
+        """Graphs that have rules are to have those of this method; those that were made serve for its, too."""
+        if self.weigher is not None and self.weigher is not weigher:
+            self.make()
+
+    def forget(self) -> None:
+        """Graphs may go on, but no method is held."""
+        self.weigher = None
+        self.kinds.followers.discard(self)
 
 
 COMPONENTS: WeakValueDictionary[int, Component] = WeakValueDictionary()
@@ -131,19 +163,21 @@ class Callback:
     Attributes:
         number: `(1,)`, what the graph finds it by.
         factors: What such a graph has of the LoRAs there, once one was wanted.
+        ruled: What it has of a rule there, in a graph that weighs itself.
     """
 
-    def __init__(self, component: Component, serve: Served, weigh: Served | None = None) -> None:
+    def __init__(self, component: Component, serve: Served | None, weigh: Served | None = None) -> None:
         number = next(_NUMBERS)
         self.number = torch.tensor([number])
         self.component = component
-        self.serve: Served | None = serve
+        self.serve = serve
         self.weigh = weigh
         self.factors: Factors | None = None
+        self.ruled: Ruled | None = None
         _CALLBACKS[number] = self
 
     def retire(self) -> None:
-        self.serve = self.weigh = self.factors = None
+        self.serve = self.weigh = self.factors = self.ruled = None
 
 
 _CALLBACKS: WeakValueDictionary[int, Callback] = WeakValueDictionary()

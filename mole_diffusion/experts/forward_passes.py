@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import MoLEError
 from ..families import Architecture, Told, arguments
-from .adding import add_experts, weights_at
+from .adding import add_experts, check_rows, weights_at
 from .attach import Attachment
 from .compiled import refuse_learning
 from .heads import apart, together
@@ -25,7 +25,8 @@ from .site import Projections, Site, SiteGroup
 from .uncast import is_cast
 from .widening import narrow, tensors, widen
 
-TABLE = "weights at all modules"  # the note of a pass for compiled graphs
+TABLE = "weights at all modules"  # the notes of a pass for compiled graphs
+CHOICE = "keep and scale"
 
 
 class ForwardPasses:
@@ -168,6 +169,34 @@ class ForwardPasses:
             run.notes[TABLE] = self._table(sites, rows, device, run)
         table: Tensor | None = run.notes[TABLE]
         return table
+
+    def choose(self, weigher: Any, rows: int, device: torch.device) -> Tensor | None:
+        """`keep` and `scale`, for a compiled graph that weighs by the rules of a method.
+
+        Args:
+            weigher: The method.
+            rows: Samples.
+            device: Where they are wanted.
+
+        Returns:
+            `(2, rows, N)`, or `None` to add nothing.
+
+        Raises:
+            MoLEError: The pass is drawn with another method, or one that cannot go by its rules now.
+        """
+        run = self._runs.thread.running.get(self.component) or self._runs.run(self.component)
+        method: Any = run.weigher
+        if not run.active:
+            return None
+        if method is not weigher:
+            self._refuse_other(run)
+        if CHOICE not in run.notes:
+            method.check_rules()
+            check_rows(run, rows)
+            both = [chosen.to(device, torch.float32).expand(rows, -1) for chosen in (run.keep, run.scale)]
+            run.notes[CHOICE] = torch.stack(both)
+        choice: Tensor = run.notes[CHOICE]
+        return choice
 
     def _table(self, sites: Sequence[Site], rows: int, device: torch.device, run: Run) -> Tensor | None:
         """`weigh_all`, that of the pass before where nothing changed."""

@@ -7,7 +7,8 @@ which is right for any method.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +16,10 @@ import torch._dynamo
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..errors import MoLEError
 from . import compiled
 from .compiled import COMPONENTS, Callback, Factors
+from .rules import RULES, Ruled
 from .site import Site
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -30,14 +33,48 @@ def make_factors(key: int) -> None:
         component.make()
 
 
-def make_all(sites: Sequence[Site]) -> None:
-    """Make `factors` at every site that can have them, where they are not there as they are to be."""
-    shared: dict[Any, tuple[Tensor, Tensor]] = {}
-    for row, site in enumerate(sites):
-        callback, weight = site.callback, getattr(site.module, "weight", None)
-        assert callback is not None
-        if isinstance(weight, Tensor) and not _alike(callback.factors, weight):
-            callback.factors = factors_of(site, row, shared)
+class Maker:
+    """Makes what graphs of a component have of its LoRAs: asked at every module while a graph is traced.
+
+    Args:
+        sites: The adapted modules.
+        parts: Tells in which compiled part of the model each lies, by its name; the same mapping as long as they do.
+    """
+
+    def __init__(self, sites: Sequence[Site], parts: Callable[[], Mapping[str, str]]) -> None:
+        self._sites = sites
+        self._parts = parts
+        self._made_of: tuple[Any, Any] = None, None
+
+    def __call__(self, weigher: Any) -> None:
+        """Makes `Callback.factors` where they are not there as they are to be, and `Callback.ruled`.
+
+        Args:
+            weigher: The method whose rules graphs have; `None` where none has.
+        """
+        changed = self._make_factors()
+        if weigher is None:
+            return
+        parts = self._parts()
+        if changed or self._made_of[0] is not weigher or self._made_of[1] is not parts:
+            self._made_of = weigher, parts
+            found = {site.name for site in self._sites if site.callback and site.callback.factors is not None}
+            ruled: Mapping[str, Ruled] = weigher.rules({name: parts[name] for name in found})
+            for site in self._sites:
+                if site.callback is not None:
+                    site.callback.ruled = ruled.get(site.name)
+
+    def _make_factors(self) -> bool:
+        """Whether there are others now."""
+        shared: dict[Any, tuple[Tensor, Tensor]] = {}
+        changed = False
+        for row, site in enumerate(self._sites):
+            callback, weight = site.callback, getattr(site.module, "weight", None)
+            assert callback is not None
+            if isinstance(weight, Tensor) and not _alike(callback.factors, weight):
+                before, callback.factors = callback.factors, factors_of(site, row, shared)
+                changed = changed or callback.factors is not before
+        return changed
 
 
 def _alike(factors: Factors | None, weight: Tensor) -> bool:
@@ -75,28 +112,39 @@ def factors_of(site: Site, row: int, shared: dict[Any, tuple[Tensor, Tensor]]) -
 def add(callback: Callback, module: Any, hidden_states: Tensor, output: Tensor) -> Tensor:
     """In a graph: what a module gave plus what the experts add there."""
     component = callback.component
-    if component.kinds.now != "any":
-        make_factors(component.key)
-        factors = callback.factors
-        # A convolution's padding may be another one since: hooks refuse that.
-        if factors is not None and getattr(module, "padding_mode", "zeros") == "zeros":
-            convolution = [*module.stride, *module.padding, *module.dilation] if factors.down.ndim == 4 else []
-            places = component.kinds.now == "places"
-            composed: Tensor = _composed(
-                *(output, hidden_states, factors.down, factors.up, factors.experts, factors.scalings, factors.row),
-                *(component.order, callback.number if places else component.begin.number),
-                *(factors.first, factors.last, component.kinds.num_loras, component.modules, convolution),
-                factors.place if places else None,
-            )
-            return composed
-    return compiled.add(callback, hidden_states, output)
+    kind = component.kinds.now
+    # Whoever wants a gradient wants gates to have one, too: where they are asked in Python, that is refused.
+    if kind == "any" or (kind == "rules" and torch.is_grad_enabled()):
+        return compiled.add(callback, hidden_states, output)
+    make_factors(component.key)
+    factors, ruled = callback.factors, callback.ruled if kind == "rules" else None
+    # A convolution's padding may be another one since: hooks refuse that.
+    refused = getattr(module, "padding_mode", "zeros") != "zeros"
+    if factors is None or refused or (kind == "rules" and ruled is None):
+        return compiled.add(callback, hidden_states, output)
+    convolution = [*module.stride, *module.padding, *module.dilation] if factors.down.ndim == 4 else []
+    asked = component.begin
+    if kind == "places":
+        asked = callback
+    elif kind == "rules":
+        asked = component.choice
+    composed: Tensor = _composed(
+        *(output, hidden_states, factors.down, factors.up, factors.experts, factors.scalings, factors.row),
+        *(component.order, asked.number, factors.first, factors.last, component.kinds.num_loras, component.modules),
+        *(convolution, factors.place if kind == "places" else None),
+        *((None, "", [], [], False) if ruled is None else ruled),
+    )
+    return composed
 
 
 @compiled.operator("weights(Tensor order, Tensor number, Device device, SymInt[] shape, SymInt[]? spatial) -> Tensor")
 def _weights(
     order: Tensor, number: Tensor, device: torch.device, shape: Sequence[int], spatial: Sequence[int] | None
 ) -> Tensor:
-    """`(rows, tokens, N)` at a place; without `spatial` `(modules, rows, N)` at all modules."""
+    """Of a place, `(rows, tokens, N)`; without `spatial` of all modules, `(modules, rows, N)`.
+
+    Or `keep` and `scale`, `(2, rows, N)`, where that is what a callback gives.
+    """
     callback = compiled.callback_of(number)
     weigh = None if callback is None else callback.weigh
     if weigh is None:
@@ -123,7 +171,7 @@ torch.library.register_fake("mole_diffusion::weights", _weights_fake, lib=compil
 @compiled.operator(
     "composed(Tensor output, Tensor hidden_states, Tensor down, Tensor up, Tensor experts, Tensor scalings, "
     "Tensor row, Tensor order, Tensor number, SymInt first, SymInt last, SymInt loras, SymInt modules, "
-    "SymInt[] convolution, str? place) -> Tensor",
+    "SymInt[] convolution, str? place, str? rule, str scope, Tensor[] of_rule, float[] numbers, bool reads) -> Tensor",
     traced=True,
 )
 def _composed(
@@ -142,6 +190,11 @@ def _composed(
     modules: int,
     convolution: Sequence[int],
     place: str | None,
+    rule: str | None,
+    scope: str,
+    of_rule: Sequence[Tensor],
+    numbers: Sequence[float],
+    reads: bool,
 ) -> Tensor:
     """`output + up (gamma * s * down x)`, of which the compiler sees the parts.
 
@@ -157,7 +210,8 @@ def _composed(
         loras: N.
         modules: How many there are.
         convolution: Stride, padding and dilation of a convolution, two numbers each.
-        place: See `Factors`; `None` where tokens make no difference.
+        place: See `Factors`; `None` where tokens make no difference, or a rule makes it.
+        rule, scope, of_rule, numbers, reads: See `Ruled`; no rule: `None`.
     """
     batch, spatial = output.shape[0], list(output.shape[2:]) if convolution else []
     tokens = output.shape[2:].numel() if convolution else output.shape[1:-1].numel()
@@ -175,7 +229,16 @@ def _composed(
     def at_the_place() -> Tensor:
         return _weights(order, number, output.device, [batch, tokens, loras], spatial)
 
-    if place is None:
+    def by_rule() -> Tensor:
+        choice = _once(order, ("choice", batch, loras), (), chosen)
+        return RULES[str(rule)](_positions(hidden_states, spatial), choice, of_rule, numbers)
+
+    def chosen() -> Tensor:
+        return _weights(order, number, output.device, [2, batch, loras], None)
+
+    if rule is not None:
+        weights = _in_common(order, scope, hidden_states if reads else None, by_rule)
+    elif place is None:
         weights = _once(order, (batch, modules, loras), (), at_all_modules)
         weights = weights.index_select(0, row).transpose(0, 1)
     else:
@@ -186,6 +249,52 @@ def _composed(
     if convolution:
         return output + added.view(batch, *spatial, -1).permute(0, 3, 1, 2)
     return output + added.view(output.shape)
+
+
+def _positions(hidden_states: Tensor, spatial: Sequence[int]) -> Tensor:
+    """What a module reads as `(batch, tokens, width)`, a token for each position that it gives."""
+    if not spatial:
+        return hidden_states[:, None] if hidden_states.ndim == 2 else hidden_states.flatten(1, -2)
+    if list(hidden_states.shape[2:]) != list(spatial):
+        hidden_states = F.adaptive_avg_pool2d(hidden_states, (spatial[0], spatial[1]))
+    return hidden_states.flatten(2).transpose(1, 2)
+
+
+class _Running(threading.local):
+    """What modules have in common in a graph that runs in this thread as it was captured, operator by operator."""
+
+    def __init__(self) -> None:
+        self.given: dict[Any, Any] = {}
+
+
+_RUNNING = _Running()
+
+
+def _in_common(order: Tensor, scope: str, hidden_states: Tensor | None, make: Callable[[], Tensor]) -> Tensor:
+    """The weights of a module that reads for others, or, of one of these, the weights that it has from the first.
+
+    Args:
+        order: See `_once`.
+        scope: See `Ruled`.
+        hidden_states: What the module is given; `None` where it reads nothing.
+        make: Gives the weights.
+
+    Raises:
+        MoLEError: The module runs before the one that reads for it.
+    """
+    captured = type(order) is Tensor
+    given = _RUNNING.given if captured else order.__dict__.setdefault("_mole_diffusion", {})
+    key = id(order), scope
+    weights, of = given.get(key, (None, None))
+    if hidden_states is not None and (weights is None or captured or of is not hidden_states):
+        weights = make()
+        given[key] = weights, None if captured else hidden_states
+    if weights is None:
+        raise MoLEError(
+            "the model runs its modules in an order that the gates do not expect. Draw without `torch.compile`, or "
+            'train gates with `scope="matrix"`.'
+        )
+    return weights
 
 
 def _once(order: Tensor, key: Any, of: tuple[Tensor, ...], make: Callable[[], Tensor]) -> Tensor:

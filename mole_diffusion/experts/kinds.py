@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import RLock
-from typing import Literal
+from typing import Literal, Protocol, TypeGuard
+from weakref import WeakSet
 
 from .run import Weigher, looks_on
 
-Kind = Literal["modules", "places", "any"]
+Kind = Literal["modules", "places", "rules", "any"]
 # Of more LoRAs most are left out of a call as a rule, and a graph that has the products itself computes all of them.
 MOST_LORAS = 8
+
+
+class Follower(Protocol):
+    """Who has to know whose rules a graph follows."""
+
+    def follow(self, weigher: Weigher) -> None: ...
 
 
 class Kinds:
@@ -25,13 +32,18 @@ class Kinds:
 
     Attributes:
         now: `"modules"`: weights are the same at all tokens of a module (`is_of_modules`), and nobody looks at
-            attention. `"places"`: they follow from places (`is_of_places`). `"any"`: every module asks, every time.
+            attention. `"places"`: they follow from places (`is_of_places`). `"rules"`: all draw with one method that
+            has rules for graphs (`has_rules`). `"any"`: every module asks, every time.
+        weigher: Whose rules.
+        followers: Told when these are another's.
     """
 
     def __init__(self, num_loras: int) -> None:
         self.num_loras = num_loras
         self._drawing: tuple[Weigher | None, ...] = ()
         self.now: Kind = "any"
+        self.weigher: Weigher | None = None
+        self.followers: WeakSet[Follower] = WeakSet()
         self.settle(None)
 
     @contextmanager
@@ -60,8 +72,15 @@ class Kinds:
             self.now = "any"
         elif all(is_of_modules(one) and not looks_on(one) for one in weighers):
             self.now = "modules"
+        elif all(map(is_of_places, weighers)):
+            self.now = "places"
         else:
-            self.now = "places" if all(map(is_of_places, weighers)) else "any"
+            first, *others = (one for one in weighers if one is not None)  # who draws the base needs nothing
+            self.now = "any"
+            if has_rules(first) and all(one is first for one in others):
+                self.now, self.weigher = "rules", first
+                for follower in self.followers:
+                    follower.follow(first)
 
 
 _LOCK = RLock()
@@ -75,3 +94,8 @@ def is_of_modules(weigher: Weigher | None) -> bool:
 def is_of_places(weigher: Weigher | None) -> bool:
     """Whether a method weighs alike at all modules of a place: what they read, how finely, and how many tokens."""
     return weigher is None or bool(getattr(weigher, "alike", False) or getattr(weigher, "of_places", False))
+
+
+def has_rules(weigher: Weigher | None) -> TypeGuard[Weigher]:
+    """Whether a method has rules for graphs, and needs nothing else there."""
+    return bool(getattr(weigher, "has_rules", False)) and not looks_on(weigher)

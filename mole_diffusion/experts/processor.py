@@ -152,7 +152,7 @@ class MoLEAttnProcessor:
         callback = self.callback if compiling else None
         if callback is None:
             attended = self.attend(query, key, value, attention_mask)
-        elif callback.component.kinds.now == "modules":  # for nobody looks on
+        elif callback.component.kinds.now in ("modules", "rules"):  # for nobody looks on
             attended = compiled.attention(query, key, value, attention_mask)
         else:
             attended = compiled.attend(callback, query, key, value, attention_mask)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..experts import Experts, Projections
+from ..experts.rules import Ruled
 from .block import BlockExperts
 from .gate import Gate
 from .spec import GateSpec
@@ -46,6 +47,7 @@ class Binding:
         self.gates = {spec.name: gate for spec, gate in zip(specs, gates, strict=True)}
         self.spec_of = {site: spec for spec in specs for site in spec.sites}
         self.blocks: dict[str, BlockExperts] = {}
+        self.ruled: dict[str, Ruled] = {}  # what compiled graphs have of the gates
 
     def __deepcopy__(self, memo: Any) -> None:
         return None

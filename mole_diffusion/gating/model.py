@@ -6,7 +6,7 @@ import dataclasses
 import os
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from mole_diffusion.files import atomic_files
 
 from ..experts import Experts, Projections, Run, Site
 from ..experts.blocks import Blocks
+from ..experts.rules import Ruled
 from ..experts.uncast import is_cast
 from ..lora import LoRA
 from .binding import Binding, Current, up_blocks
@@ -32,6 +33,7 @@ from .features import feature_grid, read_features, without_filling
 from .folder import key_of, read_gates, refuse_others
 from .gate import Gate, divisors
 from .identity import check_loras, lora_identity
+from .in_graphs import follow, rule_of, together
 from .record import GateRecord
 from .routing import Routing
 from .spec import GateSpec, plan_gates, with_positions
@@ -204,6 +206,44 @@ class MoLEModel(ModelMixin, ConfigMixin):
                 "in an order the scope does not expect; use scope='matrix'."
             )
         return current.weights
+
+    @property
+    def has_rules(self) -> bool:
+        """Whether a compiled graph can weigh as these gates do, without asking them: nobody records what they give."""
+        return self._plain and self._binding is not None and self._record is None
+
+    def rules(self, parts: Mapping[str, str]) -> dict[str, Ruled]:
+        """What a compiled graph has of the gates, by module.
+
+        Args:
+            parts: Of modules that can be in a graph with their LoRAs, the compiled part of the model that each lies in.
+
+        Returns:
+            What those modules have whose gate reads a hidden state and weighs no module in another part.
+        """
+        binding = self._binding
+        assert binding is not None
+        found: dict[str, Ruled] = {}
+        for spec in self.specs:
+            if spec.block is None and spec.hidden_features and together(spec, parts):
+                gate, first = binding.gates[spec.name], spec.sites[0]
+                module: Any = binding.sites[first].module
+                null_expert, exponent = self.gate_config.null_expert, self._routing.sum_exponent
+                ruled = rule_of(spec, gate, parts[first], module.weight.device, null_expert, exponent)
+                binding.ruled[spec.name] = ruled
+                found |= {site: ruled._replace(reads=site in spec.entry_sites) for site in spec.sites}
+        return found
+
+    def check_rules(self) -> None:
+        """Raises MoLEError where somebody records what a compiled graph does not tell."""
+        if self._record is not None:
+            raise MoLEError(
+                "these gates are recorded, but the compiled graph that runs tells nobody what they give. Open "
+                "`gates.record()` around the whole call of the pipeline, or around `using(...)`."
+            )
+        assert self._binding is not None
+        for name, ruled in self._binding.ruled.items():
+            follow(self._binding.gates[name], ruled)
 
     def _divisors(self, binding: Binding, run: Run, device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
         """By name, what gates of this pass divide by that can be asked in few operators.

@@ -50,13 +50,16 @@ class Routing:
     Args:
         config: The configuration of the gates.
         num_experts: N, the number of LoRAs.
+
+    Attributes:
+        sum_exponent: Of the number of LoRAs that are kept: that power of it is what their weights sum to.
     """
 
     def __init__(self, config: GateConfig, num_experts: int) -> None:
         self._config = config
         self._num_experts = num_experts
         many = num_experts > 1
-        self._sum_exponent = math.log(config.gate_sum) / math.log(num_experts) if many else 0.0
+        self.sum_exponent = math.log(config.gate_sum) / math.log(num_experts) if many else 0.0
 
     def weigh(
         self,
@@ -158,7 +161,7 @@ class Routing:
         if len(here) < self._num_experts:
             columns = torch.tensor(here, dtype=torch.long, device=device)
         keep, scale = (x.to(device)[:, None, list(here)] for x in (run.keep, run.scale))
-        shares = keep * keep.sum(dim=-1, keepdim=True).clamp_min(1) ** self._sum_exponent
+        shares = keep * keep.sum(dim=-1, keepdim=True).clamp_min(1) ** self.sum_exponent
         everybody = len(keep) == 1  # each of them is asked for since some row keeps it
         final = shares * scale
         plain = not final.is_meta and bool((final == 1).all())

@@ -209,7 +209,7 @@ def test_the_norm_router_weighs_all_that_read_one_tensor_at_once_and_each_by_its
             literal = [(f.down, f.up, f.scaling) for f in loras]
             for row in range(2):
                 assert weights[row].argmax(dim=-1).tolist() == reference.norm_router(x[row], literal)
-    # The base's; down of all; norms of all and their means for either method, of which one multiplies shares by weights.
+    # The base's; down of all; norms of all and their means for either, of which one multiplies shares by weights.
     assert products == [1 + 1 + 2 * 2 + 1, 1, 1]
 
 

@@ -60,9 +60,9 @@ def graphs() -> int:
     return int(counters["stats"]["unique_graphs"])
 
 
-def gates_of(experts: Experts) -> MoLEModel:
+def gates_of(experts: Experts, seed: int = 3) -> MoLEModel:
     gates = MoLEModel.from_experts(experts, DEFAULT_GATES)
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(seed)
     for parameter in gates.gate_parameters():
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
     gates.bind(experts)
@@ -74,13 +74,14 @@ def test_no_other_graph_for_any_choice_scale_step_prompt_and_method(
     tiny: dict[str, Any], experts: Experts, run: Any
 ) -> None:
     unet, inputs, before = tiny["unet"], unet_inputs(), graphs()
+    poorer = Numbers(torch.tensor([0.2, 0.5, 0.3]))
     calls: list[tuple[dict[str, Any], dict[str, Any]]] = [
         ({}, {}),
         ({"keep": torch.tensor([1, 0, 1])}, {}),
         ({"keep": torch.tensor([0, 1, 0]), "scale": torch.tensor([1.0, 0.3, 1.0])}, {"timestep": torch.tensor(7)}),
         ({"keep": torch.zeros(3)}, {}),
-        ({"weigher": gates_of(experts)}, {"encoder_hidden_states": torch.randn(2, 16, 32)}),
-        ({"keep": torch.tensor([[1, 1, 0], [0, 1, 1]]), "weigher": gates_of(experts)}, {}),
+        ({"weigher": poorer}, {"encoder_hidden_states": torch.randn(2, 16, 32)}),
+        ({"keep": torch.tensor([[1, 1, 0], [0, 1, 1]]), "weigher": poorer}, {}),
     ]
     results = []
     for using, changed in calls:
@@ -229,6 +230,51 @@ def test_what_weighs_by_place_is_asked_once_a_place_and_has_its_products_in_the_
             part._compiled_call_impl = None
     assert made[:5] == made[:1] * 5
     assert made[5:] == made[5:6] * 2
+    assert not counters["graph_break"]
+    assert all((expected[0] - other).abs().max() > 0.01 for other in expected[1:])
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@torch.no_grad()
+def test_gates_are_in_the_graph_and_other_gates_take_their_place(
+    tiny: dict[str, Any], experts: Experts, monkeypatch: pytest.MonkeyPatch, whole: bool
+) -> None:
+    unet, inputs, asked = tiny["unet"], unet_inputs(), []
+    gates, others = gates_of(experts), COMPOSITIONS["mole"](gates_of(experts, 4))
+    calls: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({"weigher": gates}, {}),
+        ({"weigher": gates, "keep": torch.tensor([1, 0, 1])}, {}),
+        ({"weigher": gates, "scale": torch.tensor([1.0, 0.3, 2.0])}, {"timestep": torch.tensor(100)}),
+        ({"weigher": others}, {"encoder_hidden_states": torch.randn(2, 16, 32)}),
+        ({"weigher": others, "keep": torch.tensor([[1, 1, 0], [0, 1, 1]])}, {}),
+        ({"weigher": gates, "keep": torch.zeros(3)}, {}),
+    ]
+    expected = []
+    for using, changed in calls:
+        with experts.using(**using):
+            expected.append(unet(**{**inputs, **changed}).sample)
+    torch._dynamo.reset()
+    parts = [] if whole else [m for m in unet.modules() if type(m).__name__ == "BasicTransformerBlock"]
+    for part in parts:
+        part.compile(fullgraph=True, backend="aot_eager")
+    run = torch.compile(unet, fullgraph=True, backend="aot_eager") if whole else unet
+    found = compiled.callback_of
+    monkeypatch.setattr(compiled, "callback_of", lambda number: asked.append(number) or found(number))
+    made, before = [], graphs()
+    try:
+        for (using, changed), result in zip(calls, expected, strict=True):
+            asked.clear()
+            with experts.using(**using):
+                given = run(**{**inputs, **changed}).sample
+            torch.testing.assert_close(given, result, atol=1e-4, rtol=1e-4)
+            made.append(graphs() - before)
+            # Where a pass begins and ends, and for what is chosen.
+            assert len(asked) == (3 if whole else len(parts))
+    finally:
+        for part in parts:
+            part._compiled_call_impl = None
+    assert made == made[:1] * len(calls)
+    assert whole or made[0] == len({block.norm1.normalized_shape for block in parts})
     assert not counters["graph_break"]
     assert all((expected[0] - other).abs().max() > 0.01 for other in expected[1:])
 

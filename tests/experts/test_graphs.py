@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from typing import Any
 
@@ -14,6 +15,7 @@ from mole_diffusion.errors import MoLEError
 from mole_diffusion.experts import Experts, graphs
 from mole_diffusion.experts.adding import add_experts
 from mole_diffusion.experts.kinds import MOST_LORAS, Kinds
+from mole_diffusion.gating import GateConfig, MoLEModel
 from tests.families.contract import NAMES, Case, assert_same, draw, lora_state
 from tests.families.test_flux import TestFlux as Flux
 from tests.families.test_z_image import TestZImage as ZImage
@@ -103,6 +105,110 @@ def test_factors_are_those_of_hooks_and_go_with_the_loras(tiny: dict[str, Any]) 
     assert callback.factors is None
 
 
+GATES = GateConfig(input="hidden", token_axis="token", scope="layer", null_expert=True)
+
+
+def gates_of(experts: Experts, config: GateConfig) -> MoLEModel:
+    gates = MoLEModel.from_experts(experts, config)
+    generator = torch.Generator().manual_seed(3)
+    for parameter in gates.gate_parameters():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+    gates.bind(experts)
+    return gates
+
+
+def inputs_of_scope(spec: Any, experts: Experts) -> dict[str, torch.Tensor]:
+    """What its modules are given, those that it reads the same."""
+    inputs = {name: inputs_of(experts.sites[name].module) for name in spec.sites}
+    return inputs | {name: inputs[spec.entry_sites[0]] for name in spec.entry_sites}
+
+
+@pytest.mark.parametrize(
+    "changed", [{}, {"null_expert": False, "gate_sum": 2.0}, {"normalization": "l2"}, {"scope": "matrix"}]
+)
+@torch.no_grad()
+def test_gates_weigh_in_a_graph_as_they_do(experts: Experts, changed: dict[str, Any]) -> None:
+    """Also where not all LoRAs touch a scope, and rows keep different ones."""
+    gates = gates_of(experts, dataclasses.replace(GATES, **changed))
+    some, scale = torch.tensor([[1, 1, 1], [0, 1, 1]]), torch.tensor([1.0, 0.3, 2.0])
+    for chosen in ((some, scale), (torch.tensor([1, 0, 1]), torch.ones(3))):
+        with experts.using(*chosen, gates):
+            for spec in gates.specs:
+                for name, x in inputs_of_scope(spec, experts).items():
+                    site = experts.sites[name]
+                    output = type(site.module).forward(site.module, inputs_of(site.module))
+                    run = experts.run(site.component)
+                    expected = add_experts(site, x, output.clone(), run)
+                    found = graphs.add(site.callback, site.module, x, output)
+                    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+                    assert site.callback.ruled is not None
+
+
+def with_gates(experts: Experts, gates: MoLEModel, in_graph: bool) -> list[torch.Tensor]:
+    """What the modules of an attention layer give."""
+    spec = next(spec for spec in gates.specs if spec.name.endswith("mid_block.attentions.0.transformer_blocks.0.attn1"))
+    given = []
+    for site in (experts.sites[name] for name in spec.sites):
+        x = torch.linspace(-1, 2, site.module.in_features).sin().expand(2, 5, -1).contiguous()
+        output = torch.zeros(2, 5, site.module.out_features)
+        if in_graph:
+            given.append(graphs.add(site.callback, site.module, x, output))
+        else:
+            given.append(add_experts(site, x, output, experts.run(site.component)))
+    return given
+
+
+@torch.no_grad()
+def test_a_graph_has_gates_that_lie_elsewhere_now(experts: Experts) -> None:
+    """Gates that went to another device and came back lie in other memory, in which they may be trained on."""
+    gates = gates_of(experts, GATES)
+    with experts.using(weigher=gates):
+        before = with_gates(experts, gates, in_graph=True)
+    for parameter in gates.parameters():
+        parameter.data = parameter.detach() * 0.5
+    with experts.using(weigher=gates):
+        found, expected = (with_gates(experts, gates, in_graph) for in_graph in (True, False))
+    torch.testing.assert_close(found, expected)
+    assert (found[0] - before[0]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_gates_that_are_recorded_are_asked(experts: Experts) -> None:
+    """A graph that weighs itself tells nobody what they give."""
+    gates = gates_of(experts, GATES)
+    with gates.record() as record, experts.using(weigher=gates):
+        found, expected = (with_gates(experts, gates, in_graph) for in_graph in (True, False))
+    torch.testing.assert_close(found, expected)
+    assert record.names
+    with (
+        experts.using(weigher=gates),
+        gates.record(),
+        pytest.raises(MoLEError, match="tells nobody what they give"),
+    ):
+        with_gates(experts, gates, in_graph=True)
+
+
+def test_a_graph_has_the_gates_whose_modules_it_has_all(experts: Experts) -> None:
+    gates = gates_of(experts, GATES)
+    parts = {name: name.rpartition(".")[0] for name in experts.sites}  # every parent of modules a part
+    apart = {spec.name for spec in gates.specs if len({parts[site] for site in spec.sites}) > 1}
+    assert 0 < len(apart) < gates.num_gates
+    found = gates.rules(parts)
+    assert set(found) == {site for spec in gates.specs if spec.name not in apart for site in spec.sites}
+    some = next(spec for spec in gates.specs if len(spec.sites) > 1)
+    assert not set(gates.rules({name: "" for name in experts.sites if name != some.sites[-1]})) & set(some.sites)
+
+
+@torch.no_grad()
+def test_a_module_that_runs_before_the_one_that_its_gate_reads_is_refused(experts: Experts) -> None:
+    gates = gates_of(experts, GATES)
+    site = next(site for name, site in experts.sites.items() if name.endswith("mid_block.attentions.0.proj_out"))
+    output = type(site.module).forward(site.module, x := inputs_of(site.module))
+    graphs._RUNNING.given.clear()
+    with experts.using(weigher=gates), pytest.raises(MoLEError, match="in an order that the gates do not expect"):
+        graphs.add(site.callback, site.module, x, output)
+
+
 @torch.no_grad()
 def test_a_convolution_that_pads_otherwise_is_refused(experts: Experts, monkeypatch: pytest.MonkeyPatch) -> None:
     site = next(site for name, site in experts.sites.items() if name.endswith("conv1"))
@@ -145,8 +251,27 @@ def test_the_kind_suits_everybody_who_draws() -> None:
                 assert kinds.now == "any"
         assert kinds.now == "modules"
     assert kinds.now == "any"
+    own, others = HasRules(), HasRules()
+    with kinds.drawing(own, gates):
+        assert kinds.now == "rules"
+        assert kinds.weigher is own
+        with kinds.drawing(own, gates), kinds.drawing(None, None):  # who draws the base needs nothing
+            assert kinds.now == "rules"
+        with kinds.drawing(others, gates):
+            assert kinds.now == "any"
+        with kinds.drawing(linear, gates):
+            assert kinds.now == "any"
+    with kinds.drawing(others, gates):
+        assert kinds.weigher is others
     assert Kinds(MOST_LORAS).now == "modules"
     assert Kinds(MOST_LORAS + 1).now == "any"
+
+
+class HasRules(Numbers):
+    has_rules = True
+
+    def __init__(self) -> None:
+        super().__init__(torch.ones(3))
 
 
 class MasksOfModules(Masks):

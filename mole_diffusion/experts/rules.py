@@ -1,0 +1,34 @@
+"""Rules by which a compiled graph weighs LoRAs itself, from what a module reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+# Hidden states `(batch, tokens, width)`, `keep` and `scale` `(2, batch, N)`, and tensors and numbers of `Ruled`, to
+# weights `(batch, tokens, N)`. Called while a graph is written down; it writes into nothing.
+Rule = Callable[[Tensor, Tensor, Sequence[Tensor], Sequence[float]], Tensor]
+
+
+class Ruled(NamedTuple):
+    """What a graph needs to weigh LoRAs at a module by a rule.
+
+    Attributes:
+        rule: Its name in `RULES`.
+        scope: What modules of one compiled part that have their weights in common are called there; alike in parts of
+            one kind, so that these share a graph.
+        tensors: What the rule computes with.
+        numbers: Likewise; other numbers make another graph.
+        reads: Whether the rule is given what this module reads; else the weights are those of one before.
+    """
+
+    rule: str
+    scope: str
+    tensors: tuple[Tensor, ...]
+    numbers: tuple[float, ...]
+    reads: bool
+
+
+RULES: dict[str, Rule] = {}  # an operator of torch takes names, not functions
