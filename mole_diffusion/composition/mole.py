@@ -53,17 +53,17 @@ class MoLE(GatesAlone, Composition):
     @property
     def has_rules(self) -> bool:
         """Whether a compiled graph can weigh as the gates do, without asking them."""
-        return self._gates is not None and self._gates.has_rules
+        return type(self).weigh is MoLE.weigh and self._gates is not None and self._gates.has_rules
 
-    def rules(self, parts: Mapping[str, str]) -> dict[str, Ruled]:
+    def rules(self, parts: Mapping[Site, str]) -> dict[str, Ruled]:
         """As `MoLEModel.rules`."""
         assert self._gates is not None
         return self._gates.rules(parts)
 
-    def check_rules(self) -> None:
-        """As `MoLEModel.check_rules`."""
+    def rules_now(self, run: Run) -> None:
+        """As `MoLEModel.rules_now`."""
         assert self._gates is not None
-        self._gates.check_rules()
+        self._gates.rules_now(run)
 
     def weigh(self, site: Site, projections: Projections, run: Run) -> Tensor | None:
         if self._gates is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import ref
@@ -10,14 +11,13 @@ import torch
 from torch import Tensor
 
 from ..experts import Projections, Run, Site
+from ..experts.rules import Ruled
 from ..experts.uncast import uncast
 from ..methods import RouterOptions
 from .base import Composition
 from .norms import group_norms, whole_norms
 from .roles import roles
-
-# Of two LoRAs that are equally large, the first wins: others count for so much less, a few digits of the last place.
-_LATER = 2.0**-21
+from .routing_in_graphs import LATER, rule_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +69,25 @@ class NormRouter(RouterOptions, Composition):
 
     name = "norm_router"
     source = "norms of the LoRAs' outputs; after SpectR (arXiv 2504.03454)"
+
+    @property
+    def has_rules(self) -> bool:
+        """Whether a compiled graph can weigh as the router does, without asking it."""
+        return type(self).weigh is NormRouter.weigh
+
+    def rules(self, parts: Mapping[Site, str]) -> dict[str, Ruled]:
+        """What a compiled graph has of the router, by module: not where some tokens may only fill up a prompt.
+
+        Args:
+            parts: The modules that can be in a graph with their LoRAs, and the compiled part that each lies in.
+        """
+        filled = "text", "both"
+        sites = (site for site in parts if site.reads not in filled and site.stack.rank)
+        return {site.name: rule_of(site, self.temperature) for site in sites}
+
+    def rules_now(self, run: Run) -> Tensor:
+        """What the rules are given in a pass beside `keep` and `scale`: 1 for subjects, `(1, N)`."""
+        return roles(run, "subject")[None]
 
     def weigh(self, site: Site, projections: Projections, run: Run) -> Tensor:
         parts = self._parts(site, run)
@@ -146,7 +165,7 @@ class NormRouter(RouterOptions, Composition):
             shared = lost + gain / competing.sum(dim=-1, keepdim=True).clamp(min=1)
             may_win = competing[:, 0, here]
             idle = None if bool(may_win.all()) else (may_win == 0).t()[..., None]
-            order = 1 - _LATER * torch.arange(len(here), device=subject.device)[:, None, None]
+            order = 1 - LATER * torch.arange(len(here), device=subject.device)[:, None, None]
             least = order.new_full((1, 1, 1), torch.finfo(order.dtype).tiny)
             won = lost + gains
             rows = torch.arange(len(won), device=subject.device)[:, None] * len(here) if len(won) > 1 else None

@@ -25,7 +25,7 @@ def output_norms(stack: ExpertStack, projected: Tensor) -> Tensor:
     Returns:
         `(n, batch * tokens)`, or `(n, batch, tokens)`, float32, for the n LoRAs that touch the module.
     """
-    root, z, number = _root_like(stack, projected), projected.float(), len(stack.indices)
+    root, z, number = root_like(stack, projected), projected.float(), len(stack.indices)
     if root.ndim == 2:  # LoRAs of several ranks
         z = z.transpose(1, 2) if stack.is_convolution else z
         coordinates = (z @ root).unflatten(-1, (number, root.shape[1] // max(number, 1)))
@@ -87,7 +87,13 @@ def _norms(root: Tensor, z: Tensor) -> Tensor:
     return torch.linalg.vector_norm(coordinates, dim=-1)
 
 
-def _root_like(stack: ExpertStack, like: Tensor) -> Tensor:
+def root_like(stack: ExpertStack, like: Tensor) -> Tensor:
+    """R of each LoRA that touches the module, as z is multiplied by it, where a tensor lies.
+
+    Returns:
+        `(n, r, r)` where all have one rank, float32. Else R of each in columns of its own, all as many,
+        `(sum of the ranks, n * columns)`, zero elsewhere.
+    """
     root = _ROOTS.get(stack)
     if root is None or root.device != like.device:
         _ROOTS[stack] = root = _root(stack).to(like.device)
@@ -95,10 +101,7 @@ def _root_like(stack: ExpertStack, like: Tensor) -> Tensor:
 
 
 def _root(stack: ExpertStack) -> Tensor:
-    """R of each LoRA that touches the module, as z is multiplied by it: `(n, r, r)` where all have one rank.
-
-    Else R of each in columns of its own, all as many, `(sum of the ranks, n * columns)`, zero elsewhere.
-    """
+    """As `root_like`."""
     ups = stack.up_as(torch.float32).split([stack.ranks[expert] for expert in stack.indices], dim=1)
     triangles = [torch.linalg.qr(up, mode="r").R.t() for up in ups]
     if triangles and len({triangle.shape for triangle in triangles}) == 1:
@@ -113,7 +116,7 @@ def _root(stack: ExpertStack) -> Tensor:
 
 def _root_of_group(group: SiteGroup, like: Tensor) -> Tensor | None:
     stacks = [site.stack for site in group.sites]
-    roots = [_root_like(stack, like) for stack in stacks]
+    roots = [root_like(stack, like) for stack in stacks]
     alike = len({(stack.indices, root.shape) for stack, root in zip(stacks, roots, strict=True)}) == 1
     if not alike or roots[0].ndim != 3 or any(site.beside is not None for site in group.sites):
         return None

@@ -98,7 +98,7 @@ class Component:
         make: Makes `Callback.factors` at all of them, and `Callback.ruled` where a method with rules is given.
         tell: What is done where a pass begins.
         weigh: What gives weights at all modules.
-        choose: What gives `keep` and `scale`, given the method whose rules a graph has.
+        choose: What gives `keep`, `scale` and more, given the method whose rules a graph has.
         close: What is done where a pass ends, with `None` for what it gave.
 
     Attributes:

@@ -171,7 +171,7 @@ class ForwardPasses:
         return table
 
     def choose(self, weigher: Any, rows: int, device: torch.device) -> Tensor | None:
-        """`keep` and `scale`, for a compiled graph that weighs by the rules of a method.
+        """`keep`, `scale` and what a method tells beside, for a compiled graph that weighs by its rules.
 
         Args:
             weigher: The method.
@@ -179,7 +179,7 @@ class ForwardPasses:
             device: Where they are wanted.
 
         Returns:
-            `(2, rows, N)`, or `None` to add nothing.
+            `(3, rows, N)`, or `None` to add nothing.
 
         Raises:
             MoLEError: The pass is drawn with another method, or one that cannot go by its rules now.
@@ -191,10 +191,10 @@ class ForwardPasses:
         if method is not weigher:
             self._refuse_other(run)
         if CHOICE not in run.notes:
-            method.check_rules()
             check_rows(run, rows)
-            both = [chosen.to(device, torch.float32).expand(rows, -1) for chosen in (run.keep, run.scale)]
-            run.notes[CHOICE] = torch.stack(both)
+            told = method.rules_now(run)
+            given = run.keep, run.scale, torch.zeros_like(run.keep) if told is None else told
+            run.notes[CHOICE] = torch.stack([one.to(device, torch.float32).expand(rows, -1) for one in given])
         choice: Tensor = run.notes[CHOICE]
         return choice
 

@@ -58,8 +58,8 @@ class Maker:
         parts = self._parts()
         if changed or self._made_of[0] is not weigher or self._made_of[1] is not parts:
             self._made_of = weigher, parts
-            found = {site.name for site in self._sites if site.callback and site.callback.factors is not None}
-            ruled: Mapping[str, Ruled] = weigher.rules({name: parts[name] for name in found})
+            found = (site for site in self._sites if site.callback and site.callback.factors is not None)
+            ruled: Mapping[str, Ruled] = weigher.rules({site: parts[site.name] for site in found})
             for site in self._sites:
                 if site.callback is not None:
                     site.callback.ruled = ruled.get(site.name)
@@ -143,7 +143,7 @@ def _weights(
 ) -> Tensor:
     """Of a place, `(rows, tokens, N)`; without `spatial` of all modules, `(modules, rows, N)`.
 
-    Or `keep` and `scale`, `(2, rows, N)`, where that is what a callback gives.
+    Or what rules are given, `(3, rows, N)`, where that is what a callback gives.
     """
     callback = compiled.callback_of(number)
     weigh = None if callback is None else callback.weigh
@@ -231,11 +231,12 @@ def _composed(
 
     def by_rule() -> Tensor:
         choice = _once(order, ("choice", batch, loras), (), chosen)
-        return RULES[str(rule)](_positions(hidden_states, spatial), choice, of_rule, numbers)
+        return RULES[str(rule)](_positions(hidden_states, spatial), z, choice, of_rule, numbers)
 
     def chosen() -> Tensor:
-        return _weights(order, number, output.device, [2, batch, loras], None)
+        return _weights(order, number, output.device, [3, batch, loras], None)
 
+    z = _once(order, (id(hidden_states), id(down)), (hidden_states, down), projected)[..., first:last]
     if rule is not None:
         weights = _in_common(order, scope, hidden_states if reads else None, by_rule)
     elif place is None:
@@ -243,8 +244,7 @@ def _composed(
         weights = weights.index_select(0, row).transpose(0, 1)
     else:
         weights = _once(order, (place, batch, tokens, loras, *spatial), (), at_the_place)
-    z = _once(order, (id(hidden_states), id(down)), (hidden_states, down), projected)
-    z = (z[..., first:last] * (weights.index_select(-1, experts) * scalings)).to(z.dtype)
+    z = (z * (weights.index_select(-1, experts) * scalings)).to(z.dtype)
     added = torch.mm(z.reshape(-1, z.shape[-1]), up.t())
     if convolution:
         return output + added.view(batch, *spatial, -1).permute(0, 3, 1, 2)
@@ -282,6 +282,8 @@ def _in_common(order: Tensor, scope: str, hidden_states: Tensor | None, make: Ca
     Raises:
         MoLEError: The module runs before the one that reads for it.
     """
+    if not scope:
+        return make()
     captured = type(order) is Tensor
     given = _RUNNING.given if captured else order.__dict__.setdefault("_mole_diffusion", {})
     key = id(order), scope

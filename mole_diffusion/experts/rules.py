@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-# Hidden states `(batch, tokens, width)`, `keep` and `scale` `(2, batch, N)`, and tensors and numbers of `Ruled`, to
-# weights `(batch, tokens, N)`. Called while a graph is written down; it writes into nothing.
-Rule = Callable[[Tensor, Tensor, Sequence[Tensor], Sequence[float]], Tensor]
+# What a module reads, `(batch, tokens, width)`; `down` of that, `(batch, tokens, R)`; `keep`, `scale` and what a method
+# tells beside, `(3, batch, N)`; tensors and numbers of `Ruled`: to weights, `(batch, tokens, N)`. Called while a graph
+# is written down; it writes into nothing.
+Rule = Callable[[Tensor, Tensor, Tensor, Sequence[Tensor], Sequence[float]], Tensor]
 
 
 class Ruled(NamedTuple):
@@ -18,7 +19,7 @@ class Ruled(NamedTuple):
     Attributes:
         rule: Its name in `RULES`.
         scope: What modules of one compiled part that have their weights in common are called there; alike in parts of
-            one kind, so that these share a graph.
+            one kind, so that these share a graph. "" for a module that has its own.
         tensors: What the rule computes with.
         numbers: Likewise; other numbers make another graph.
         reads: Whether the rule is given what this module reads; else the weights are those of one before.

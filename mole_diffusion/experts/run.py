@@ -99,8 +99,9 @@ class Weigher(Protocol):
     `of_places`: that in a pass its weights follow from what a module reads, how finely and how many tokens: then it may
     be asked once for all modules of a place, with `projections` that have no rows.
     `has_rules`: that compiled graphs can weigh as it does by rules of its own, and `rules(parts) -> dict[str, Ruled]`:
-    those of the modules that are named, with the compiled part of the model that each lies in; modules that it leaves
-    out are asked for one by one. `check_rules()`: raises MoLEError where it cannot go by them now, once a pass.
+    those, by name, of the modules that are given with the compiled part of the model that each lies in; modules that it
+    leaves out are asked for one by one. `rules_now(run)`: what they are told beside `keep` and `scale`, once a pass,
+    `(rows | 1, N)` or `None`; raises MoLEError where they do not hold now.
     `bind(experts)`: told which experts it weighs, when it is set.
     `passes(run) -> int`: the denoiser's batch runs this many times over in one forward pass, all its rows for the
     first pass, then all for the second; `weigh` then answers for the widened batch. Asked once, when the

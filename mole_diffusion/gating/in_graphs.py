@@ -34,8 +34,8 @@ def rule_of(spec: GateSpec, gate: Gate, part: str, device: torch.device, null_ex
     tensors = gate.weight.detach(), gate.log_temperature.detach(), columns
     for tensor in tensors:
         torch._dynamo.mark_static_address(tensor, guard=False)  # a recorded CUDA graph need not copy them
-    scope = spec.name.removeprefix(f"{spec.component}.").removeprefix(part)
-    return Ruled(RULE, scope, tensors, (float(features), float(null_expert), exponent), False)
+    place = spec.name.removeprefix(spec.component).removeprefix(f".{part}")
+    return Ruled(RULE, f"{RULE}{place}", tensors, (float(features), float(null_expert), exponent), False)
 
 
 def follow(gate: Gate, ruled: Ruled) -> None:
@@ -46,12 +46,15 @@ def follow(gate: Gate, ruled: Ruled) -> None:
                 its.copy_(now)
 
 
-def _weights(features: Tensor, choice: Tensor, tensors: Sequence[Tensor], numbers: Sequence[float]) -> Tensor:
+def _weights(
+    features: Tensor, projected: Tensor, choice: Tensor, tensors: Sequence[Tensor], numbers: Sequence[float]
+) -> Tensor:
     """As `Gate.at_every_token` and `Routing.weigh`, LoRA by LoRA: so the compiler reads hidden states once for all.
 
     Args:
         features: What the gate reads, `(batch, tokens, width)`.
-        choice: `keep` and `scale`, `(2, batch, N)`.
+        projected: Not read.
+        choice: `keep` and `scale`, and one more that is not read, `(3, batch, N)`.
         tensors, numbers: Of `rule_of`.
 
     Returns:
@@ -63,7 +66,7 @@ def _weights(features: Tensor, choice: Tensor, tensors: Sequence[Tensor], number
     square_norm = rows.square().sum(dim=-1)
     divisor = (square_norm + TINY * num_features).sqrt() * (log_temperature.exp() / math.sqrt(num_features))
     logits = [(rows * its).sum(dim=-1) / divisor for its in weight.flatten(1).unbind()]
-    keep, scale = choice.index_select(-1, columns).unbind()
+    keep, scale, _ = choice.index_select(-1, columns).unbind()
     kept = [one[:, None] for one in keep.unbind(dim=-1)]
     least = torch.finfo(rows.dtype).min
     masked = [torch.where(one > 0, its, least) for one, its in zip(kept, logits, strict=not null_expert)]
@@ -86,7 +89,7 @@ def together(spec: GateSpec, parts: Mapping[str, str]) -> bool:
 
     Args:
         spec: The gate.
-        parts: As `MoLEModel.rules` takes them.
+        parts: Of modules that can be in a graph, by name, the compiled part that each lies in.
     """
     found = {parts.get(site) for site in spec.sites}
     return len(found) == 1 and None not in found

@@ -210,13 +210,14 @@ class MoLEModel(ModelMixin, ConfigMixin):
     @property
     def has_rules(self) -> bool:
         """Whether a compiled graph can weigh as these gates do, without asking them: nobody records what they give."""
-        return self._plain and self._binding is not None and self._record is None
+        own = type(self).weigh is MoLEModel.weigh
+        return own and self._plain and self._binding is not None and self._record is None
 
-    def rules(self, parts: Mapping[str, str]) -> dict[str, Ruled]:
+    def rules(self, parts: Mapping[Site, str]) -> dict[str, Ruled]:
         """What a compiled graph has of the gates, by module.
 
         Args:
-            parts: Of modules that can be in a graph with their LoRAs, the compiled part of the model that each lies in.
+            parts: The modules that can be in a graph with their LoRAs, and the compiled part that each lies in.
 
         Returns:
             What those modules have whose gate reads a hidden state and weighs no module in another part.
@@ -224,18 +225,23 @@ class MoLEModel(ModelMixin, ConfigMixin):
         binding = self._binding
         assert binding is not None
         found: dict[str, Ruled] = {}
+        named = {site.name: part for site, part in parts.items()}
         for spec in self.specs:
-            if spec.block is None and spec.hidden_features and together(spec, parts):
+            if spec.block is None and spec.hidden_features and together(spec, named):
                 gate, first = binding.gates[spec.name], spec.sites[0]
                 module: Any = binding.sites[first].module
                 null_expert, exponent = self.gate_config.null_expert, self._routing.sum_exponent
-                ruled = rule_of(spec, gate, parts[first], module.weight.device, null_expert, exponent)
+                ruled = rule_of(spec, gate, named[first], module.weight.device, null_expert, exponent)
                 binding.ruled[spec.name] = ruled
                 found |= {site: ruled._replace(reads=site in spec.entry_sites) for site in spec.sites}
         return found
 
-    def check_rules(self) -> None:
-        """Raises MoLEError where somebody records what a compiled graph does not tell."""
+    def rules_now(self, run: Run) -> None:
+        """Nothing is told beside `keep` and `scale`.
+
+        Raises:
+            MoLEError: Somebody records what a compiled graph does not tell.
+        """
         if self._record is not None:
             raise MoLEError(
                 "these gates are recorded, but the compiled graph that runs tells nobody what they give. Open "
