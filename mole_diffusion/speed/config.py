@@ -277,7 +277,7 @@ WHOLE = (
         size="tiny",
         loras=(3,),
         rounds=12,
-        sides=("bare", "empty", "sum", "products", "budget", "masks", "gates"),
+        sides=("bare", "empty", "sum", "products", "budget", "masks", "gates", "norm_router"),
         compiled="whole",
     ),
 )

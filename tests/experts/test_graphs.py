@@ -297,14 +297,14 @@ def test_a_method_that_looks_at_modules_is_of_no_place() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [Flux.case, ZImage.case], ids=["flux", "z_image"])
-def test_compiled_blocks_of_transformers_draw_the_same(case: Case) -> None:
+@pytest.mark.parametrize(("case", "gated"), [(Flux.case, False), (ZImage.case, True)], ids=["flux", "z_image"])
+def test_compiled_blocks_of_transformers_draw_the_same(case: Case, gated: bool) -> None:
     """Also where some modules are given the tokens of all samples one after another, which Python sets apart."""
     torch._dynamo.reset()
     pipe, other = case.pipe(), case.pipe()
     for one in (pipe, other):
         one.load_loras({name: lora_state(one, seed) for seed, name in enumerate(NAMES)})
-        one.set_composition("budget")
+        one.set_composition(COMPOSITIONS["mole"](gates_of(one.experts, GATES)) if gated else "budget")
     expected = draw(case, other)
     transformer = pipe.transformer  # of which nothing ran before
     transformer.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
@@ -314,6 +314,7 @@ def test_compiled_blocks_of_transformers_draw_the_same(case: Case) -> None:
         if site.module_name.startswith(blocks):
             assert site.callback is not None
             assert site.callback.factors is not None, site.name
+            assert (site.callback.ruled is not None) == gated, site.name
     torch._dynamo.reset()
 
 
