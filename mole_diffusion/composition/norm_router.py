@@ -10,6 +10,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
+from ..errors import MoLEError
 from ..experts import Projections, Run, Site
 from ..experts.rules import Ruled
 from ..experts.uncast import uncast
@@ -67,6 +68,7 @@ class NormRouter(RouterOptions, Composition):
         MoLEError: `temperature` is negative, not finite, or so near to 0 that quotients by it are not finite.
     """
 
+    _in_graphs: float | None = None
     name = "norm_router"
     source = "norms of the LoRAs' outputs; after SpectR (arXiv 2504.03454)"
 
@@ -81,12 +83,22 @@ class NormRouter(RouterOptions, Composition):
         Args:
             parts: The modules that can be in a graph with their LoRAs, and the compiled part that each lies in.
         """
+        self._in_graphs = self.temperature
         filled = "text", "both"
         sites = (site for site in parts if site.reads not in filled and site.stack.rank)
         return {site.name: rule_of(site, self.temperature) for site in sites}
 
     def rules_now(self, run: Run) -> Tensor:
-        """What the rules are given in a pass beside `keep` and `scale`: 1 for subjects, `(1, N)`."""
+        """What the rules are given in a pass beside `keep` and `scale`: 1 for subjects, `(1, N)`.
+
+        Raises:
+            MoLEError: The temperature is another one than when the graph was made.
+        """
+        if self._in_graphs != self.temperature:
+            raise MoLEError(
+                f"the compiled graph routes with temperature {self._in_graphs:g}, but {self.temperature:g} was set on "
+                f"the router since. Pass a new one: `set_composition(NormRouter(temperature={self.temperature:g}))`."
+            )
         return roles(run, "subject")[None]
 
     def weigh(self, site: Site, projections: Projections, run: Run) -> Tensor:

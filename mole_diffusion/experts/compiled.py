@@ -134,9 +134,10 @@ class Component:
 
     def make(self) -> None:
         """Make what graphs of the kind that is wanted have."""
-        if self.kinds.now == "rules":
+        ruled = self.kinds.now == "rules"
+        if ruled:
             self.weigher = self.kinds.weigher
-        self._make(self.weigher)
+        self._make(self.weigher if ruled else None)
 
     def follow(self, weigher: Any) -> None:
         """Graphs that have rules are to have those of this method; those that were made serve for its, too."""

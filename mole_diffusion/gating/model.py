@@ -225,13 +225,14 @@ class MoLEModel(ModelMixin, ConfigMixin):
         binding = self._binding
         assert binding is not None
         found: dict[str, Ruled] = {}
+        null_expert, exponent = self.gate_config.null_expert, self._routing.sum_exponent
         named = {site.name: part for site, part in parts.items()}
+        modules: dict[str, Any] = {site.name: site.module for site in parts}
         for spec in self.specs:
             if spec.block is None and spec.hidden_features and together(spec, named):
                 gate, first = binding.gates[spec.name], spec.sites[0]
-                module: Any = binding.sites[first].module
-                null_expert, exponent = self.gate_config.null_expert, self._routing.sum_exponent
-                ruled = rule_of(spec, gate, named[first], module.weight.device, null_expert, exponent)
+                device = modules[first].weight.device
+                ruled = rule_of(spec, gate, named[first], device, null_expert, exponent)
                 binding.ruled[spec.name] = ruled
                 found |= {site: ruled._replace(reads=site in spec.entry_sites) for site in spec.sites}
         return found
@@ -247,9 +248,12 @@ class MoLEModel(ModelMixin, ConfigMixin):
                 "these gates are recorded, but the compiled graph that runs tells nobody what they give. Open "
                 "`gates.record()` around the whole call of the pipeline, or around `using(...)`."
             )
-        assert self._binding is not None
-        for name, ruled in self._binding.ruled.items():
-            follow(self._binding.gates[name], ruled)
+        binding, known = self._binding, run.notes if run.call is None else run.call.state
+        assert binding is not None
+        if known.get((binding, "followed")) is None:  # once a call
+            known[binding, "followed"] = True
+            for name, ruled in binding.ruled.items():
+                follow(binding.gates[name], ruled)
 
     def _divisors(self, binding: Binding, run: Run, device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
         """By name, what gates of this pass divide by that can be asked in few operators.

@@ -198,6 +198,23 @@ def test_gates_that_are_recorded_are_asked(experts: Experts) -> None:
         with_gates(experts, gates, in_graph=True)
 
 
+@torch.no_grad()
+def test_a_router_that_was_changed_since_is_refused_and_a_new_one_routes(experts: Experts) -> None:
+    site = next(site for name, site in experts.sites.items() if name.endswith("attn1.to_out.0"))
+    x, router = inputs_of(site.module), NormRouter(temperature=0.5)
+    output = type(site.module).forward(site.module, x)
+    with experts.using(weigher=router):
+        before = graphs.add(site.callback, site.module, x, output)
+    router.temperature = 0.1
+    with experts.using(weigher=router), pytest.raises(MoLEError, match=r"NormRouter\(temperature=0.1\)"):
+        graphs.add(site.callback, site.module, x, output)
+    with experts.using(weigher=NormRouter(temperature=0.1)):
+        found = graphs.add(site.callback, site.module, x, output)
+        expected = add_experts(site, x, output.clone(), experts.run("unet"))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert (found - before).abs().max() > 1e-3
+
+
 def test_a_graph_has_the_gates_whose_modules_it_has_all(experts: Experts) -> None:
     gates = gates_of(experts, GATES)
     parts = {name: name.rpartition(".")[0] for name in experts.sites}  # every parent of modules a part
