@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..families import Architecture, Joint, Told
 from ..families.architecture import parameters
-from ..families.base import unwrapped
+from ..families.base import is_compiled, unwrapped
 from . import compiled, graphs
 from .compiled import Callback, Component
 from .hanging import Hanging
@@ -175,8 +175,8 @@ class Attachment:
         """Of each site, by its name, the part of the model that is compiled around it; "" where that is all of it."""
         hung = [(name, modules, leaf) for name, (modules, leaf, _) in self._blocks.items()]
         hung += [(name, parent._modules, leaf) for name, (parent, leaf) in self._parents.items()]
-        compiled = [name for name, modules, leaf in hung if _is_compiled(modules.get(leaf))]  # the outermost first
-        compiled = [] if _is_compiled(self.model) else compiled
+        compiled = [name for name, modules, leaf in hung if is_compiled(modules.get(leaf))]  # the outermost first
+        compiled = [] if is_compiled(self.model) else compiled
         if compiled != self._compiled[0]:
             parts = {
                 site.name: next((part for part in compiled if f"{site.module_name}.".startswith(f"{part}.")), "")
@@ -204,10 +204,9 @@ class Attachment:
         """Whether attention is read by hooks, which a compiled graph leaves out."""
         return bool(self._meetings or self._watch_hooks)
 
-    @property
     def hides(self) -> bool:
         """Whether some of that attention lies in a part of the model that is compiled, such as a block."""
-        return self.meets and any(getattr(part, "_compiled_call_impl", None) is not None for part in self._around)
+        return self.meets and any(is_compiled(modules.get(leaf)) for modules, leaf in self._around)
 
     def refuse_widening(self) -> None:
         """Raises AttachError where an attention processor tells rows of the batch apart by their position."""
@@ -367,12 +366,7 @@ def _lies_in_a_graph(model: nn.Module, name: str) -> bool:
     """Whether a module, or one that it lies in, is compiled."""
     parts = name.split(".")
     around = (model.get_submodule(".".join(parts[:end])) for end in range(len(parts) + 1))
-    return any(part._compiled_call_impl is not None for part in around)
-
-
-def _is_compiled(module: nn.Module | None) -> bool:
-    """Whether a module has a graph of its own."""
-    return module is not None and (unwrapped(module) is not module or module._compiled_call_impl is not None)
+    return any(map(is_compiled, around))
 
 
 def _parent(model: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -403,12 +397,12 @@ def _matching(model: nn.Module, pattern: re.Pattern[str] | None) -> list[tuple[s
     return found
 
 
-def _around(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
-    """The named modules, and those that they lie in, below the model itself."""
+def _around(model: nn.Module, names: Sequence[str]) -> list[tuple[Any, str]]:
+    """Where the named modules hang, and those that they lie in, below the model itself."""
     within = {
         ".".join(parts[:end]) for parts in (name.split(".") for name in names) for end in range(1, len(parts) + 1)
     }
-    return [model.get_submodule(name) for name in sorted(within)]
+    return [(parent._modules, leaf) for parent, leaf in (_parent(model, name) for name in sorted(within))]
 
 
 def _attention_layers(model: nn.Module) -> Iterator[tuple[str, Attention]]:

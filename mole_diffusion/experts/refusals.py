@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
 from torch import nn
 
 from ..errors import MoLEError
+from ..families.base import is_compiled
 from ..families.parts import every_module
 from .run import Run
 
@@ -33,8 +34,7 @@ def refuse_adapters(component: str, model: nn.Module) -> None:
 def refuse_compiled(component: str, model: nn.Module) -> None:
     """Raises AttachError if a model or a part of it is compiled already."""
     for name, module in model.named_modules():
-        compiled = module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
-        if compiled:
+        if is_compiled(module):
             raise AttachError(
                 f"{component}{'.' + name if name else ''} is compiled; a compiled graph does not see hooks added "
                 "later. Load the LoRAs before `torch.compile`."
@@ -143,18 +143,18 @@ def refuse_method(component: str, run: Run, reads_attention: bool) -> None:
             f"and a compiled graph of {component} is for one. Draw with it before `torch.compile`, or choose a "
             "composition of one pass, such as masks or budget."
         )
-    if reads_attention:
-        refuse_unseen(component, run)
+    refuse_unseen(component, run, lambda: reads_attention)
 
 
-def refuse_unseen(component: str, run: Run) -> None:
+def refuse_unseen(component: str, run: Run, hides: Callable[[], bool]) -> None:
     """Raises MoLEError for a method that reads attention, where that lies in a compiled graph and is read by hooks.
 
     Args:
         component: The denoiser.
         run: The pass.
+        hides: Tells whether it lies there.
     """
-    if run.active and "attention" in getattr(run.weigher, "needs", ()):
+    if run.active and "attention" in getattr(run.weigher, "needs", ()) and hides():
         raise MoLEError(
             f"composition {getattr(run.weigher, 'name', 'in use')!r} reads the attention of {component}, which a "
             "compiled graph does not show here. Draw with it before `torch.compile` and `compile_repeated_blocks`, or "

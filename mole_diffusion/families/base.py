@@ -319,6 +319,15 @@ def is_a(model: nn.Module, architecture: Architecture) -> bool:
     return any(ancestor.__name__ in architecture.classes for ancestor in type(unwrapped(model)).__mro__)
 
 
+def is_compiled(module: nn.Module | None) -> bool:
+    """Whether a module has a graph of its own: by `torch.compile(module)`, `module.compile()`, or of its `forward`."""
+    if module is None:
+        return False
+    if module._compiled_call_impl is not None or unwrapped(module) is not module:
+        return True
+    return hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside of what `torch.compile` returned."""
     inner = getattr(model, "_orig_mod", model)

@@ -12,14 +12,14 @@ from torch import nn
 
 from mole_diffusion.composition import COMPOSITIONS, Call, Masks, NormRouter
 from mole_diffusion.errors import MoLEError
-from mole_diffusion.experts import Experts, graphs
+from mole_diffusion.experts import AttachError, Experts, graphs
 from mole_diffusion.experts.adding import add_experts
 from mole_diffusion.experts.kinds import MOST_LORAS, Kinds
 from mole_diffusion.gating import GateConfig, MoLEModel
 from tests.families.contract import NAMES, Case, assert_same, draw, lora_state
 from tests.families.test_flux import TestFlux as Flux
 from tests.families.test_z_image import TestZImage as ZImage
-from tests.running import make_lora, models
+from tests.running import make_lora, models, unet_inputs
 from tests.tiny import ATTENTION, CONVOLUTIONS, tiny_components
 from tests.weighing import Numbers
 
@@ -87,6 +87,48 @@ def test_every_module_gives_what_it_gives_with_a_hook(experts: Experts, weigher:
                 assert asked or torch.equal(output, before)  # the compiler writes in place where it may
                 assert (site.callback.ruled is None) == (asked or not isinstance(weigher, NormRouter))
                 assert (expected - before).abs().max() > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["module", "method", "forward"])
+@torch.no_grad()
+def test_a_block_is_compiled_in_any_way(tiny: dict[str, Any], how: str) -> None:
+    """Before anything ran, so that nobody has seen whether the LoRAs' modules are reached; not before loading."""
+    torch._dynamo.reset()
+    unet = tiny["unet"]
+    blocks = unet.mid_block.attentions[0].transformer_blocks
+    block = blocks[0]
+    loras = [make_lora(tiny, name, seed, rank=2, targets=(ATTENTION,)) for seed, name in enumerate(("cat", "boot"))]
+    experts = Experts(loras)
+    experts.attach(models(tiny))
+    gates = gates_of(experts, GATES)
+    with experts.using(weigher=gates):
+        expected = unet(**unet_inputs()).sample
+    experts.detach()
+    experts.attach(models(tiny))
+    try:
+        if how == "module":
+            blocks[0] = torch.compile(block, fullgraph=True, backend="eager")
+        elif how == "method":
+            block.compile(fullgraph=True, backend="eager")
+        else:
+            block.forward = torch.compile(block.forward, fullgraph=True, backend="eager")
+        gates.bind(experts)
+        with experts.using(weigher=gates):
+            torch.testing.assert_close(unet(**unet_inputs()).sample, expected, atol=1e-5, rtol=1e-5)
+        within = [site for site in experts.sites.values() if "mid_block.attentions.0.transformer" in site.name]
+        assert all(site.callback and site.callback.ruled for site in within)
+        scopes = {site.callback.ruled.scope for site in within if site.callback and site.callback.ruled}
+        assert scopes == {"gate.attn1", "gate.attn2", "gate.attn2.text"}  # as in every block of this kind
+        experts.detach()
+        with pytest.raises(AttachError, match="is compiled"):
+            experts.attach(models(tiny))
+    finally:
+        experts.detach()
+        blocks[0] = block
+        block._compiled_call_impl = None
+        block.__dict__.pop("forward", None)
+        torch._dynamo.reset()
 
 
 def test_factors_are_those_of_hooks_and_go_with_the_loras(tiny: dict[str, Any]) -> None:
