@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -259,6 +260,25 @@ def test_of_two_loras_that_are_equally_large_the_first_has_the_token() -> None:
         run = other.experts.run("unet")
         weights = NormRouter().weigh(site, site.group.project(site, x, site.module(x)), run)
     assert weights.unique(dim=1).tolist() == [[[1.0, 0.0]]] * 2
+    site = next(s for s in other.experts.sites.values() if s.module_name.endswith("attn2.to_k"))
+    x = torch.randn(2, 6, site.stack.down.shape[1])
+    there = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])  # a prompt and what fills it up
+    with other.composing():
+        run = other.experts.run("unet")
+        filled = dataclasses.replace(run, told=dataclasses.replace(run.told, words=there))
+        weights = NormRouter().weigh(site, site.group.project(site, x, site.module(x)), filled)
+    assert weights.unique(dim=1).tolist() == [[[1.0, 0.0]]] * 2
+
+
+@torch.no_grad()
+def test_the_norm_router_shares_tokens_to_which_nobody_gives_anything(pipe: Any) -> None:
+    for name in ("attn1.to_out.0", "attn2.to_k"):
+        site = next(s for s in pipe.experts.sites.values() if s.module_name.endswith(name))
+        x = torch.zeros(2, 6, site.stack.down.shape[1])
+        with pipe.composing():
+            run = pipe.experts.run("unet")
+            weights = NormRouter(temperature=0.5).weigh(site, site.group.project(site, x, site.module(x)), run)
+        torch.testing.assert_close(weights, torch.full((2, 6, 3), 1 / 3))
 
 
 @torch.no_grad()

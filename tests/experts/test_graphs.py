@@ -15,6 +15,7 @@ from mole_diffusion.errors import MoLEError
 from mole_diffusion.experts import AttachError, Experts, graphs
 from mole_diffusion.experts.adding import add_experts
 from mole_diffusion.experts.kinds import MOST_LORAS, Kinds
+from mole_diffusion.experts.rules import RULES
 from mole_diffusion.gating import GateConfig, MoLEModel
 from tests.families.contract import NAMES, Case, assert_same, draw, lora_state
 from tests.families.test_flux import TestFlux as Flux
@@ -51,6 +52,23 @@ def experts(tiny: dict[str, Any]) -> Any:
     experts.attach(models(tiny))
     yield experts
     experts.detach()
+
+
+def test_the_router_in_a_graph_where_no_lora_gives_anything_or_there_are_no_tokens(experts: Experts) -> None:
+    """As without a graph: a token goes to one LoRA, and where there are none, LoRAs share one unit."""
+    site = next(site for name, site in experts.sites.items() if name.endswith("attn1.to_out.0"))
+    keep, scale = torch.tensor([[1, 1, 1], [0, 1, 1]]), torch.tensor([1.0, 0.3, 2.0])
+    for router in (NormRouter(), NormRouter(temperature=0.5)):
+        ruled = router.rules({site: ""})[site.name]
+        with experts.using(keep, scale, router):
+            run = experts.run("unet")
+            choice = torch.stack([run.keep, run.scale.expand(2, -1), torch.ones(2, 3)])
+            for x in (torch.zeros(2, 5, *site.stack.input_shape), torch.randn(2, 1, *site.stack.input_shape)):
+                projections = site.group.project(site, x, torch.zeros(*x.shape[:2], site.stack.out_features))
+                found = RULES[ruled.rule](x, projections.tensors[site.name], choice, ruled.tensors, ruled.numbers)
+                expected = router.weigh(site, projections, run)
+                assert found.isfinite().all()
+                torch.testing.assert_close(found, expected.expand_as(found))
 
 
 def inputs_of(module: nn.Module, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -257,6 +275,23 @@ def test_a_router_that_was_changed_since_is_refused_and_a_new_one_routes(experts
     assert (found - before).abs().max() > 1e-3
 
 
+@torch.no_grad()
+def test_a_layer_that_runs_twice_reads_twice(experts: Experts, tiny: dict[str, Any]) -> None:
+    torch._dynamo.reset()
+    layer = tiny["unet"].mid_block.attentions[0].transformer_blocks[0].attn1
+    x = torch.randn(2, 5, layer.to_q.in_features)
+    twice = torch.compile(lambda x: layer(layer(x) + x), fullgraph=True, backend="aot_eager")
+    with experts.using(weigher=gates_of(experts, GATES)):
+        torch.testing.assert_close(twice(x), layer(layer(x) + x), atol=1e-5, rtol=1e-5)
+    torch._dynamo.reset()
+
+
+def test_a_gradient_of_gates_is_refused(experts: Experts) -> None:
+    gates = gates_of(experts, GATES)
+    with experts.using(weigher=gates), pytest.raises(MoLEError, match="gives no gradient, neither to gates"):
+        with_gates(experts, gates, in_graph=True)
+
+
 def test_a_graph_has_the_gates_whose_modules_it_has_all(experts: Experts) -> None:
     gates = gates_of(experts, GATES)
     parts = {name: name.rpartition(".")[0] for name in experts.sites}  # every parent of modules a part
@@ -267,6 +302,13 @@ def test_a_graph_has_the_gates_whose_modules_it_has_all(experts: Experts) -> Non
     some = next(spec for spec in gates.specs if len(spec.sites) > 1)
     without = {site: "" for name, site in experts.sites.items() if name != some.sites[-1]}
     assert not set(gates.rules(without)) & set(some.sites)
+
+
+@torch.no_grad()
+def test_a_choice_for_other_rows_than_the_batch_has_is_refused(experts: Experts) -> None:
+    gates = gates_of(experts, GATES)
+    with experts.using(torch.ones(3, 3), weigher=gates), pytest.raises(MoLEError, match="`keep` has 3 rows and"):
+        with_gates(experts, gates, in_graph=True)
 
 
 @torch.no_grad()
@@ -377,8 +419,9 @@ def test_compiled_blocks_of_transformers_draw_the_same(case: Case, gated: bool) 
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("first", ["linear", "norm_router"])
 @torch.no_grad()
-def test_a_graph_of_another_kind_is_refused_and_the_remedy_helps(experts: Experts) -> None:
+def test_a_graph_of_another_kind_is_refused_and_the_remedy_helps(experts: Experts, first: str) -> None:
     """A method that was set for all threads does not count while others draw with theirs."""
     site = next(site for name, site in experts.sites.items() if name.endswith("attn1.to_q"))
     x = inputs_of(site.module)
@@ -386,7 +429,7 @@ def test_a_graph_of_another_kind_is_refused_and_the_remedy_helps(experts: Expert
     drawing, over = threading.Event(), threading.Event()
 
     def draw() -> None:
-        with experts.using(weigher=COMPOSITIONS["linear"]()):
+        with experts.using(weigher=COMPOSITIONS[first]()):
             drawing.set()
             over.wait()
 
