@@ -253,16 +253,18 @@ def test_sizes_of_outputs_come_from_factors_alone(pipe: Any) -> None:
 def test_of_two_loras_that_are_equally_large_the_first_has_the_token() -> None:
     other = composing_pipeline()
     cat = lora_states(other)["cat"]
-    other.load_loras({"first": cat, "second": cat}, triggers={"first": "cat", "second": "dog"})
+    louder = {key: 3 * tensor if "lora_A" in key else tensor for key, tensor in cat.items()}  # equal but for rounding
+    assert any((louder[key] != cat[key]).any() for key in cat)
+    other.load_loras({"first": cat, "second": louder}, triggers={"first": "cat", "second": "dog"})
     site = next(s for s in other.experts.sites.values() if s.module_name.endswith("attn1.to_out.0"))
-    x = torch.randn(2, 6, site.stack.down.shape[1])
+    x = torch.randn(2, 60, site.stack.down.shape[1])
     with other.composing():
         run = other.experts.run("unet")
         weights = NormRouter().weigh(site, site.group.project(site, x, site.module(x)), run)
     assert weights.unique(dim=1).tolist() == [[[1.0, 0.0]]] * 2
     site = next(s for s in other.experts.sites.values() if s.module_name.endswith("attn2.to_k"))
-    x = torch.randn(2, 6, site.stack.down.shape[1])
-    there = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])  # a prompt and what fills it up
+    x = torch.randn(2, 60, site.stack.down.shape[1])
+    there = torch.tensor([[True] * 60, [True] * 40 + [False] * 20])  # a prompt and what fills it up
     with other.composing():
         run = other.experts.run("unet")
         filled = dataclasses.replace(run, told=dataclasses.replace(run.told, words=there))
