@@ -18,7 +18,7 @@ RULE = "gate"
 
 
 def rule_of(spec: GateSpec, gate: Gate, part: str, device: torch.device, null_expert: bool, exponent: float) -> Ruled:
-    """What a graph has of a gate that reads hidden states at every token.
+    """What a graph has of a gate that reads hidden states at every token, at a module that it reads.
 
     Args:
         spec: Its entry in the table of gates.
@@ -35,7 +35,7 @@ def rule_of(spec: GateSpec, gate: Gate, part: str, device: torch.device, null_ex
     for tensor in tensors:
         torch._dynamo.mark_static_address(tensor, guard=False)  # a recorded CUDA graph need not copy them
     place = spec.name.removeprefix(spec.component).removeprefix(f".{part}")
-    return Ruled(RULE, f"{RULE}{place}", tensors, (float(features), float(null_expert), exponent), False)
+    return Ruled(RULE, f"{RULE}{place}", tensors, (float(features), float(null_expert), exponent), True)
 
 
 def follow(gate: Gate, ruled: Ruled) -> None:

@@ -234,7 +234,8 @@ class MoLEModel(ModelMixin, ConfigMixin):
                 device = modules[first].weight.device
                 ruled = rule_of(spec, gate, named[first], device, null_expert, exponent)
                 binding.ruled[spec.name] = ruled
-                found |= {site: ruled._replace(reads=site in spec.entry_sites) for site in spec.sites}
+                others = ruled._replace(tensors=(), numbers=(), reads=False)  # a graph looks at all it has, every time
+                found |= {site: ruled if site in spec.entry_sites else others for site in spec.sites}
         return found
 
     def rules_now(self, run: Run) -> None:
