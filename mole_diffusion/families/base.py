@@ -325,7 +325,9 @@ def is_compiled(module: nn.Module | None) -> bool:
         return False
     if module._compiled_call_impl is not None or unwrapped(module) is not module:
         return True
-    return hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
+    forward = module.__dict__.get("forward")
+    left_out = getattr(forward, "_torchdynamo_disable", False)  # by `torch.compiler.disable`, which marks it likewise
+    return hasattr(forward, "_torchdynamo_orig_callable") and not left_out
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -16,6 +16,7 @@ from mole_diffusion.experts import AttachError, Experts, graphs
 from mole_diffusion.experts.adding import add_experts
 from mole_diffusion.experts.kinds import MOST_LORAS, Kinds
 from mole_diffusion.experts.rules import RULES
+from mole_diffusion.families.base import is_compiled
 from mole_diffusion.gating import GateConfig, MoLEModel
 from tests.families.contract import NAMES, Case, assert_same, draw, lora_state
 from tests.families.test_flux import TestFlux as Flux
@@ -146,6 +147,16 @@ def test_a_block_is_compiled_in_any_way(tiny: dict[str, Any], how: str) -> None:
         block._compiled_call_impl = None
         block.__dict__.pop("forward", None)
         torch._dynamo.reset()
+
+
+def test_a_forward_that_is_kept_out_of_graphs_is_not_compiled() -> None:
+    module = nn.Linear(2, 2)
+    assert not is_compiled(module)
+    module.forward = torch.compiler.disable(module.forward)
+    assert not is_compiled(module)
+    module.forward = torch.compile(module.forward, backend="eager")
+    assert is_compiled(module)
+    assert is_compiled(torch.compile(nn.Linear(2, 2), backend="eager"))
 
 
 def test_factors_are_those_of_hooks_and_go_with_the_loras(tiny: dict[str, Any]) -> None:
