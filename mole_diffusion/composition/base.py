@@ -93,8 +93,16 @@ class Composition(Options, ABC):
         watches = kind.watches is not Composition.watches
         return watches or kind.attention_bias is not Composition.attention_bias
 
+    @property
+    def crossed_alone(self) -> bool:
+        """Whether layers that do not attend to the prompt may be left out of what the method sees and changes.
+
+        A compiled graph then has nothing in them.
+        """
+        return False
+
     def watches(self, run: Run) -> bool:
-        """Whether the method wants to see what attention layers compute in this pass of the denoiser."""
+        """Whether the method wants to see what attention layers compute in this pass of the denoiser. Asked once."""
         return False
 
     def attended(self, layer: LayerSeam, query: Tensor, key: Tensor, output: Tensor, run: Run) -> None:
@@ -108,6 +116,13 @@ class Composition(Options, ABC):
             run: The forward pass.
         """
         return None  # a method that watches overrides this
+
+    def biases(self, run: Run) -> bool:
+        """Whether the method may add to the scores of attention layers in this pass of the denoiser. Asked once.
+
+        Where it may not, which costs nothing, no layer asks for an `attention_bias`.
+        """
+        return type(self).attention_bias is not Composition.attention_bias
 
     def attention_bias(self, layer: LayerSeam, query: Tensor, key: Tensor, run: Run) -> Tensor | None:
         """Added to the scores of an attention layer of the denoiser, `(batch, 1, pixels, words)`; `None`: nothing.

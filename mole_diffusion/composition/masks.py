@@ -71,6 +71,11 @@ class Masks(MaskOptions, RegionalComposition):
     name = "masks"
     source = "attention of the base; after FreeFuse (arXiv 2510.23515)"
 
+    @property
+    def crossed_alone(self) -> bool:
+        asked = "read", "attended", "attention_bias"
+        return all(getattr(type(self), name) is getattr(Masks, name) for name in asked)
+
     def evaluations(self, num_loras: int) -> float:
         return 1 if self.online or num_loras <= 1 else 1 + self.stop
 
@@ -136,14 +141,12 @@ class Masks(MaskOptions, RegionalComposition):
             call.found = found.region_map
         return found.region_map
 
+    def biases(self, run: Run) -> bool:
+        return self._draws_words(run) or type(self).attention_bias is not Masks.attention_bias
+
     def attention_bias(self, layer: LayerSeam, query: Tensor, key: Tensor, run: Run) -> Tensor | None:
-        call, text = self.call(run), run.encoder_hidden_states
-        strengths = self.own_words, self.others_words, self.given_own_words, self.given_others_words
-        if not layer.crossed or not any(strengths if call.regions is not None else strengths[:2]):
-            return None
-        if is_alone(call, run):
-            return None
-        region_map = None if call.prior else self.find(run)
+        text = run.encoder_hidden_states
+        region_map = self.find(run) if layer.crossed and self._draws_words(run) else None
         if region_map is None or text is None or run.sample_size is None:
             return None
         size, rows = token_grid(query.shape[2], run.sample_size, layer), len(query)
@@ -153,6 +156,13 @@ class Masks(MaskOptions, RegionalComposition):
             (region_map, text),
             lambda: self._bias(region_map, size, rows, text, run).to(query.dtype),
         )
+
+    def _draws_words(self, run: Run) -> bool:
+        """Whether words of subjects are drawn to their pixels."""
+        call = self.call(run)
+        strengths = self.own_words, self.others_words, self.given_own_words, self.given_others_words
+        some = any(strengths if call.regions is not None else strengths[:2])
+        return some and not call.prior and not is_alone(call, run)
 
     def _bias(self, region_map: RegionMap, size: tuple[int, int], rows: int, text: Tensor, run: Run) -> Tensor:
         """`(rows, 1, pixels, words)`: for the words of each subject, more where it is and less where it is not."""

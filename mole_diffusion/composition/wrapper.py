@@ -47,11 +47,18 @@ class Wrapper(Composition):
     def in_attention(self) -> bool:
         return bool(self.method.in_attention)
 
+    @property
+    def crossed_alone(self) -> bool:
+        return bool(self.method.crossed_alone)
+
     def watches(self, run: Run) -> bool:
         return bool(self.method.watches(run))
 
     def attended(self, *shown: Any) -> None:
         self.method.attended(*shown)
+
+    def biases(self, run: Run) -> bool:
+        return bool(self.method.biases(run))
 
     def attention_bias(self, *asked: Any) -> Tensor | None:
         bias: Tensor | None = self.method.attention_bias(*asked)

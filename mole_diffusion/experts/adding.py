@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from .run import Run, Weigher
 from .site import Projections, Site
 
 ALIKE = "weights of all modules"  # the note of a pass in which one tensor weighs LoRAs everywhere
+_UNKNOWN = object()
 
 
 def add_experts(site: Site, hidden_states: Tensor, output: Tensor, run: Run) -> Tensor:
@@ -29,20 +32,25 @@ def add_experts(site: Site, hidden_states: Tensor, output: Tensor, run: Run) -> 
     assert weigher is not None
     if run.kept is not None and not _reads_left_out(weigher, site):
         site = site.only(run.kept)
-    alike = run.notes.get(ALIKE)
-    if alike is not None and site.beside is None and alike.device == output.device:
-        stack = site.stack
+    stack, key = site.stack, ALIKE if run.alike else (site.place, output.shape) if run.of_places else None
+    known: Any = _UNKNOWN if key is None or site.beside is not None else run.notes.get(key, _UNKNOWN)
+    if known is None:
+        return output
+    if known is not _UNKNOWN and known.device == output.device:
         if not stack.rank:
             return output
-        return stack.add_to(output, site.group.rows(site, hidden_states, output), alike, not site.group.several)
+        if key is ALIKE or not site.group.several:
+            return stack.add_to(output, site.group.rows(site, hidden_states, output), known, not site.group.several)
+        rows, weighed = site.group.weighed(site, hidden_states, output, known)
+        return stack.add_to(output, rows, None if weighed else known)
     projections = site.group.project(site, hidden_states, output)
     projections.base = output
     weights = weights_at(site, projections, run, output.device)
+    if key is not ALIKE and key is not None:
+        run.notes[key] = weights
     if weights is None:
         return output
-    stack = site.stack
-    once = weights.shape[0] == weights.shape[1] == len(run.keep) == len(run.scale) == 1
-    if once and getattr(weigher, "alike", False):
+    if key is ALIKE and weights.shape[0] == weights.shape[1] == len(run.keep) == len(run.scale) == 1:
         run.notes[ALIKE] = weights  # fit everywhere
     beside = None if site.beside is None else site.beside.add(hidden_states, output, weights, stack.indices)
     rows_here = projections.rows[site.name]

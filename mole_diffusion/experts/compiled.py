@@ -64,6 +64,8 @@ class Wanted(Protocol):
     weigher: Any
     followers: Any
 
+    def shows(self, crossed: bool) -> bool: ...
+
 
 class Factors(NamedTuple):
     """What a graph has of a module's LoRAs.

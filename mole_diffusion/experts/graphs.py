@@ -105,8 +105,7 @@ def factors_of(site: Site, row: int, shared: dict[Any, tuple[Tensor, Tensor]]) -
         which = torch.tensor([row], device=weight.device)
     for tensor in (down, up, which, *shared[key]):
         torch._dynamo.mark_static_address(tensor, guard=False)  # a recorded CUDA graph need not copy them
-    last, place = first + stack.rank, f"{site.reads} {site.halvings}"
-    return Factors(down, up, first, last, *shared[key], which, place)
+    return Factors(down, up, first, first + stack.rank, *shared[key], which, site.place)
 
 
 def add(callback: Callback, module: Any, hidden_states: Tensor, output: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ class Kinds:
             has rules for graphs (`has_rules`). `"any"`: every module asks, every time.
         weigher: Whose rules.
         followers: Told when these are another's.
+        looked_at: Attention that somebody may want to see or change.
     """
 
     def __init__(self, num_loras: int) -> None:
@@ -44,7 +45,16 @@ class Kinds:
         self.now: Kind = "any"
         self.weigher: Weigher | None = None
         self.followers: WeakSet[Follower] = WeakSet()
+        self.looked_at: Literal["none", "to the prompt", "all"] = "none"
         self.settle(None)
+
+    def shows(self, crossed: bool) -> bool:
+        """Whether a graph is to have Python see and change an attention layer.
+
+        Args:
+            crossed: Whether it attends to the prompt.
+        """
+        return self.looked_at == "all" or (crossed and self.looked_at == "to the prompt")
 
     @contextmanager
     def drawing(self, weigher: Weigher | None, otherwise: Weigher | None) -> Iterator[None]:
@@ -68,6 +78,10 @@ class Kinds:
     def settle(self, otherwise: Weigher | None) -> None:
         """Look again, with who weighs for those who left it open, and where nobody draws."""
         weighers = [otherwise if one is None else one for one in self._drawing] or [otherwise]
+        looking = [one for one in weighers if looks_on(one)]
+        self.looked_at = "none" if not looking else "all"
+        if looking and all(getattr(one, "crossed_alone", False) for one in looking):
+            self.looked_at = "to the prompt"
         if self.num_loras > MOST_LORAS:
             self.now = "any"
         elif all(is_of_modules(one) and not looks_on(one) for one in weighers):

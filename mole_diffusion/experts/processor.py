@@ -60,7 +60,7 @@ class MoLEAttnProcessor:
         attention: The layer it serves. On another, where somebody put it, it is the stock processor.
 
     Attributes:
-        place: Where a compiled graph calls back for `attend`, if there is a seam.
+        callback: Where a compiled graph calls back for `attend`, if there is a seam.
     """
 
     def __init__(
@@ -152,10 +152,10 @@ class MoLEAttnProcessor:
         callback = self.callback if compiling else None
         if callback is None:
             attended = self.attend(query, key, value, attention_mask)
-        elif callback.component.kinds.now in ("modules", "rules"):  # for nobody looks on
-            attended = compiled.attention(query, key, value, attention_mask)
-        else:
+        elif callback.component.kinds.shows(attn.is_cross_attention):
             attended = compiled.attend(callback, query, key, value, attention_mask)
+        else:
+            attended = compiled.attention(query, key, value, attention_mask)
 
         hidden_states = attn.to_out[1](self._project("to_out.0", attn.to_out[0], attended, compiling))
         if is_image:

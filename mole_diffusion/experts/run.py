@@ -56,10 +56,39 @@ class Run:
         """Whether anything can be added in this pass: somebody weighs, and some LoRA is kept."""
         return self.weigher is not None and self.kept != ()
 
-    @cached_property  # asked at every attention layer
+    @cached_property  # asked at every attention layer, as the next
     def attends(self) -> bool:
-        """Whether the weigher may want to see what attention layers compute, or to add to their scores."""
-        return self.active and looks_on(self.weigher)
+        """Whether the weigher wants to see what attention layers compute, or may add to their scores."""
+        return self.watched or self.biased
+
+    @cached_property
+    def crossed_alone(self) -> bool:
+        """Whether it needs no layers but those that attend to the prompt."""
+        return bool(getattr(self.weigher, "crossed_alone", False))
+
+    @cached_property
+    def watched(self) -> bool:
+        """Whether the weigher wants to see what attention layers compute."""
+        watches = getattr(self.weigher, "watches", None)
+        return self.active and looks_on(self.weigher) and watches is not None and bool(watches(self))
+
+    @cached_property
+    def biased(self) -> bool:
+        """Whether the weigher may add to the scores of attention layers."""
+        if not (self.active and looks_on(self.weigher) and hasattr(self.weigher, "attention_bias")):
+            return False
+        biases = getattr(self.weigher, "biases", None)
+        return biases is None or bool(biases(self))
+
+    @cached_property  # asked at every module, as the next
+    def alike(self) -> bool:
+        """Whether the weigher gives all modules the same tensor."""
+        return bool(getattr(self.weigher, "alike", False))
+
+    @cached_property
+    def of_places(self) -> bool:
+        """Whether it gives the same to all modules of a place."""
+        return bool(getattr(self.weigher, "of_places", False))
 
     @property
     def timestep(self) -> Tensor | float | None:
@@ -108,13 +137,15 @@ class Weigher(Protocol):
     denoiser's forward pass begins; text encoders run once.
     `combine(predictions, run)`: predictions `(passes, batch, ...)` to what the caller of the denoiser gets,
     `(batch, ...)`.
-    `attention_bias(layer, query, key, run)`: an additive bias `(batch, 1, pixels, words)` for a cross-attention.
+    `attention_bias(layer, query, key, run)`: an additive bias `(batch, 1, pixels, words)` for a cross-attention, and
+    `biases(run) -> bool`: whether there may be one in this pass; where it does not say, there may.
     `keeps_apart(run) -> bool`: whether some words are not for all to see where words and pixels are one sequence, and
     `apart(joint, tokens, run)`: what is then added to the scores of such a layer, `(batch, 1, tokens, tokens)`.
     `watches(run) -> bool`: whether it wants to see what attention layers compute in this pass of the denoiser, and
     `attended(layer, query, key, output, run)`: what one did. Layers are `LayerSeam`; query and key
     `(batch, heads, tokens, d)`; output `(batch, tokens, heads * d)`.
     `in_attention`: whether it does any of these two; where it says that it does not, no layer asks.
+    `crossed_alone`: that layers which do not attend to the prompt may be left out of both.
     """
 
     def weigh(self, site: Site, projections: Projections, run: Run) -> Tensor | None:

@@ -105,9 +105,15 @@ class Runs:
         run = self.thread.running.get(component)
         return run is not None and (not run.active or (run.merged and not run.attends))
 
-    def attends(self, component: str) -> bool:
-        """Whether anybody may watch or change attention in the pass that a component is in."""
-        return self.run(component).attends
+    def attends(self, component: str, crossed: bool) -> bool:
+        """Whether anybody may watch or change attention in the pass that a component is in.
+
+        Args:
+            component: Its name.
+            crossed: Whether it is attention to the prompt.
+        """
+        run = self.run(component)
+        return run.attends and (crossed or not run.crossed_alone)
 
     def new(self, component: str, device: torch.device | None, told: Told) -> Run:
         """A pass with the present choice, which has not begun."""

@@ -27,28 +27,25 @@ class LayerSeam:
         self._runs = runs
         self._component = component
         self.idle = functools.partial(runs.idle, component)
-        self.attends = functools.partial(runs.attends, component)
+        self.attends = functools.partial(runs.attends, component, crossed)
         self.name = name
         self.crossed = crossed
         self.scale = scale
         self.halvings = halvings
 
     def watched(self) -> bool:
-        """Whether the weigher wants to see what attention layers compute in the present pass."""
-        run = self._runs.run(self._component)
-        watches = getattr(run.weigher, "watches", None) if run.attends else None
-        return watches is not None and bool(watches(run))
+        """Whether the weigher wants to see what this layer computes in the present pass."""
+        return self.attends() and self._runs.run(self._component).watched
 
     def biased(self) -> bool:
-        """Whether the weigher may add to the scores of attention layers in the present pass."""
-        run = self._runs.run(self._component)
-        return run.attends and hasattr(run.weigher, "attention_bias")
+        """Whether the weigher may add to the scores of this layer in the present pass."""
+        return self.attends() and self._runs.run(self._component).biased
 
     def bias(self, query: Tensor, key: Tensor) -> Tensor | None:
         """What the weigher adds to the scores of this layer, if anything."""
         run = self._runs.run(self._component)
-        ask = getattr(run.weigher, "attention_bias", None) if run.attends else None
-        bias: Tensor | None = None if ask is None else ask(self, query, key, run)
+        weigher: Any = run.weigher
+        bias: Tensor | None = weigher.attention_bias(self, query, key, run) if self.biased() else None
         return bias
 
     def keeps_apart(self) -> bool:
@@ -76,6 +73,5 @@ class LayerSeam:
         """Show the weigher what this layer computed, if it wants to see it."""
         run = self._runs.run(self._component)
         weigher: Any = run.weigher
-        watches = getattr(weigher, "watches", None) if run.attends else None
-        if watches is not None and watches(run):
+        if self.watched():
             weigher.attended(self, query, key, output, run)

@@ -41,7 +41,7 @@ class Site:
             all samples one after another; `None` where samples come first.
         heads: Axis of the heads where the module is given these one by one (norms of queries and keys); else `None`.
         seen: Shapes of the last input and output, samples first and heads together; `None` before the first call.
-        place: Where a compiled graph calls back.
+        callback: Where a compiled graph calls back.
     """
 
     def __init__(
@@ -86,6 +86,11 @@ class Site:
             kept: Indices of LoRAs, rising.
         """
         return self.group.only(kept)[self.name]
+
+    @cached_property
+    def place(self) -> str:
+        """What weights follow from where they differ from token to token, beside how many of these there are."""
+        return f"{self.reads} {self.halvings}"
 
     @property
     def input_tokens(self) -> int | None:
@@ -140,6 +145,7 @@ class Projections:
         base: What the base module gave that is being served.
         waiting: Names of the sites that have not been served.
         weights: Who weighs and a site name, to weights that were worked out together with those of another site.
+        weighed: What `whole` was multiplied by since, if by anything.
     """
 
     def __init__(
@@ -154,6 +160,7 @@ class Projections:
         self.rows = rows
         self.whole = whole
         self.weights: dict[tuple[Any, str], Tensor] = {}
+        self.weighed: Tensor | None = None
         self.batch = batch
         self.spatial = spatial
         self.base: Tensor | None = None
@@ -234,6 +241,24 @@ class SiteGroup:
         if down.ndim == 2 and down.dtype == hidden_states.dtype:  # as `Site.project`, which takes as long to call
             return torch.mm(hidden_states.reshape(-1, hidden_states.shape[-1]), down)
         return site.project(hidden_states, down)
+
+    def weighed(self, site: Site, hidden_states: Tensor, output: Tensor, weights: Tensor) -> tuple[Tensor, bool]:
+        """What `project` has for this site, and whether it is weighed: once for all sites, where that can be.
+
+        Args:
+            weights: `(batch | 1, tokens | 1, N)`, those of all sites of the group.
+        """
+        shared = self.project(site, hidden_states, output)
+        if shared.whole is not None and shared.weighed is not weights and self._same:
+            done = site.stack.weigh_all(shared.whole, weights, len(self.sites), shared.batch)
+            shared.weighed = weights if done else None
+        return shared.rows[site.name], shared.weighed is weights
+
+    @cached_property
+    def _same(self) -> bool:
+        """Whether all sites have the same LoRAs, of the same ranks and scalings, and nothing else."""
+        found = {(site.stack.indices, site.stack.ranks, site.stack.scalings) for site in self.sites}
+        return len(found) == 1 and all(site.beside is None for site in self.sites)
 
     def _computed(self, site: Site, hidden_states: Tensor, output: Tensor) -> Projections:
         down = self._down  # looked at here, and not in a call of its own: so it is in every pass at every module

@@ -147,25 +147,30 @@ class ExpertStack:
         """What `up_like` keeps."""
         return None if self._ups is None else self._ups[0]
 
-    def add_to(self, output: Tensor, projected: Tensor, weights: Tensor, spare: bool = False) -> Tensor:
+    def add_to(self, output: Tensor, projected: Tensor, weights: Tensor | None, spare: bool = False) -> Tensor:
         """`output + up (gamma * s * z)`: into `output` itself, except where autograd needs what it was.
 
         Args:
             output: What the base module gave: `(batch, ..., d_out)`, or `(batch, d_out, height, width)`.
             projected: z = down x as its product gives it, `(batch * tokens, R)`, or `(batch, R, tokens)` of a
                 convolution: nothing is turned round.
-            weights: gamma, `(batch | 1, tokens | 1, N)`.
+            weights: gamma, `(batch | 1, tokens | 1, N)`; `None` where `projected` is weighed already.
             spare: Whether nobody else reads `projected`, so that it may be weighed where it lies.
         """
         ups, alike, dtype = self._ups, self._alike, output.dtype
         if ups is None or ups[0].device != output.device or ups[0].dtype != dtype:
             ups = self._ups_like(output)
-        if alike is None or alike[0]() is not weights or alike[1] != dtype:
+        scaled: Tensor | float | None = None
+        if weights is None:
+            scaled = 1.0
+        elif alike is not None and alike[0]() is weights and alike[1] == dtype and not weights.requires_grad:
+            scaled = alike[2] if isinstance(alike[2], float) else alike[2]()
+        if scaled is None:
+            assert weights is not None
             scaled = self.scaled(weights, dtype)
-            if isinstance(scaled, float) or (scaled.ndim < 3 and not scaled.requires_grad):
-                self._alike = weakref.ref(weights), dtype, scaled
-        else:
-            scaled = alike[2]
+            if isinstance(scaled, float) or not scaled.requires_grad:
+                # What is kept with `weights` goes with them.
+                self._alike = weakref.ref(weights), dtype, scaled if isinstance(scaled, float) else weakref.ref(scaled)
         up, turned = ups
         if isinstance(scaled, float):  # one number for all: the product itself multiplies by it
             weighted, factor = projected, scaled
@@ -189,6 +194,27 @@ class ExpertStack:
             batch, _, height, width = output.shape
             return added.view(batch, height, width, -1).permute(0, 3, 1, 2)
         return added.view(output.shape)
+
+    def weigh_all(self, projected: Tensor, weights: Tensor, members: int, batch: int) -> bool:
+        """Weighs, where they lie, rows of several modules that have the same LoRAs, ranks and scalings.
+
+        Args:
+            projected: `(batch * tokens, members * R)`.
+            weights: As in `add_to`.
+            members: How many modules.
+            batch: Samples.
+
+        Returns:
+            Whether it was done: it is where weights differ from place to place, ranks do not, and nobody needs a
+            gradient.
+        """
+        scaled = self.scaled(weights, projected.dtype)
+        if isinstance(scaled, float) or scaled.ndim != 4 or not self._same_rank:
+            return False
+        if torch.is_grad_enabled() and (projected.requires_grad or scaled.requires_grad):
+            return False
+        projected.view(batch, -1, members, *scaled.shape[2:3], self._ranks[0]).mul_(scaled.unsqueeze(2))
+        return True
 
     def scaled(self, weights: Tensor, dtype: torch.dtype) -> Tensor | float:
         """Weights `(rows, tokens, N)` as `_weighted` takes them, times the scalings of the LoRAs here.
@@ -293,8 +319,8 @@ class ExpertStack:
         return z.view(batch, *ranks, z.shape[2]) if self.is_convolution else z.view(batch, -1, *ranks)
 
 
-# Weights, a dtype, and what `scaled` makes of them where it is a number for each rank at most.
-_Alike = tuple["weakref.ref[Tensor]", torch.dtype, Tensor | float]
+# Weights, a dtype, and what `scaled` makes of them.
+_Alike = tuple["weakref.ref[Tensor]", torch.dtype, "weakref.ref[Tensor] | float"]
 _KEPT: dict[int, tuple[Any, dict[Any, Any]]] = {}
 
 

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from mole_diffusion.composition import COMPOSITIONS, Masks, RegionalComposition, RegionMap
+from mole_diffusion.experts.seam import LayerSeam
 from tests.composing import assert_close, composing_pipeline, lora_states
 from tests.composition.binding import PROMPT, REGIONS, four, fresh, generators
 from tests.merging import merge_state
+from tests.tiny import ATTENTION, FEED_FORWARD, TEXT_ENCODER, random_lora
 
 BINDING = ["masks", "freefuse", "norm_router"]
 
@@ -185,6 +187,87 @@ def test_by_default_loras_with_known_words_are_bound_and_others_share() -> None:
     with pytest.raises(ValueError, match="lacks the words"):
         four(pipe, "a cat and a dog")
     four(pipe, "a photo", loras=["mug"])  # one alone is not to be told from anything
+
+
+class Everywhere(Masks):
+    """Masks that are asked at every module, and may be asked in every attention layer."""
+
+    def weigh(self, *asked: Any) -> Any:
+        return super().weigh(*asked)
+
+    def biases(self, run: Any) -> bool:
+        return True
+
+
+UNBIASED = dict.fromkeys(("own_words", "others_words", "given_own_words", "given_others_words"), 0.0)
+
+
+@pytest.mark.parametrize("same_ranks", [True, False])
+@pytest.mark.parametrize(
+    ("regions", "loras", "unbiased"),
+    [(None, None, False), (None, None, True), (REGIONS, None, False), (None, ["dog", "mug"], False)],
+)
+def test_what_is_asked_once_for_many_is_what_would_be_asked_of_each(
+    monkeypatch: pytest.MonkeyPatch, same_ranks: bool, regions: Any, loras: Any, unbiased: bool
+) -> None:
+    """Weights once a place and pass; layers that attend to the prompt in passes that are read or biased alone."""
+    settings: dict[str, Any] = UNBIASED if unbiased else {}
+    pipe = fresh() if not same_ranks else composing_pipeline()
+    if same_ranks:
+        components = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
+        targets = (ATTENTION, FEED_FORWARD, TEXT_ENCODER)
+        states = {
+            name: random_lora(components, rank=4, alpha=2, targets=targets, seed=seed)
+            for seed, name in enumerate(("cat", "dog", "mug"))
+        }
+        pipe.load_loras(states)
+    pipe.set_composition(Everywhere(**settings))
+    expected = four(pipe, regions=regions, loras=loras)
+    asked: dict[str, list[Any]] = {"weigh": [], "bias": [], "attended": [], "passes": []}
+
+    def noted(owner: Any, name: str) -> None:
+        done = getattr(owner, name)
+
+        def note(self: Any, *given: Any) -> Any:
+            asked[name].append((self, *given))
+            return done(self, *given)
+
+        monkeypatch.setattr(owner, name, note)
+
+    noted(RegionalComposition, "weigh")
+    noted(LayerSeam, "bias")
+    noted(LayerSeam, "attended")
+    pipe.unet.register_forward_hook(lambda *_: asked["passes"].append(pipe.experts.context))
+    pipe.set_composition(Masks(**settings))
+    assert_close(four(pipe, regions=regions, loras=loras), expected, atol=1e-5)
+    passes = asked["passes"]
+    sites = [site for site in pipe.experts.sites.values() if site.component == "unet"]
+    places = {(site.reads, site.halvings, site.module.weight.shape[0]) for site in sites}
+    weighed = [given for given in asked["weigh"] if given[3].component == "unet"]
+    assert len(weighed) == len(places) * len(passes) < len(sites) * len(passes) / 2
+    layers = len([name for name, _ in pipe.unet.named_modules() if name.endswith(".attn2")])
+    reading = len(passes) - 4  # passes before the picture
+    assert reading == (regions is None)
+    asking = reading if unbiased else len(passes)
+    assert len(asked["bias"]) == len(asked["attended"]) == layers * asking
+
+
+def test_a_bias_of_ones_own_is_asked_for_and_so_is_attention_among_pixels() -> None:
+    class Own(Masks):
+        def attention_bias(self, *asked: Any) -> None:
+            self.asked = True
+
+    class Reading(Masks):
+        def read(self, *shown: Any) -> None:
+            super().read(*shown)
+
+    pipe = fresh(method := Own())
+    four(pipe)
+    assert method.asked
+    assert Masks().crossed_alone
+    assert not Own().crossed_alone
+    assert not Reading().crossed_alone
+    assert not COMPOSITIONS["freefuse"]().crossed_alone
 
 
 class Halves(RegionalComposition):

@@ -223,7 +223,7 @@ def test_what_weighs_by_place_is_asked_once_a_place_and_has_its_products_in_the_
                 torch.testing.assert_close(run(**{**inputs, **changed}).sample, result, atol=1e-5, rtol=1e-5)
             made.append(graphs() - before)
             if whole:  # where a pass begins and ends, and for weights
-                attention = len([name for name, _ in unet.named_modules() if name.endswith((".attn1", ".attn2"))])
+                attention = len([name for name, _ in unet.named_modules() if name.endswith(".attn2")])  # to the prompt
                 assert len(asked) == 2 + (len(places) + attention if using["weigher"] is masks else 1)
     finally:
         for part in compiled_parts:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from mole_diffusion.composition import COMPOSITIONS, Call, Masks, NormRouter
+from mole_diffusion.composition import COMPOSITIONS, Call, MaskedGates, Masks, NormRouter
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.experts import AttachError, Experts, graphs
 from mole_diffusion.experts.adding import add_experts
@@ -387,6 +387,27 @@ def test_the_kind_suits_everybody_who_draws() -> None:
         assert kinds.weigher is others
     assert Kinds(MOST_LORAS).now == "modules"
     assert Kinds(MOST_LORAS + 1).now == "any"
+
+
+def test_a_graph_shows_attention_to_whom_it_concerns() -> None:
+    linear, masks, freefuse = (COMPOSITIONS[name]() for name in ("linear", "masks", "freefuse"))
+    kinds = Kinds(3)
+
+    def shown() -> tuple[bool, bool]:
+        return kinds.shows(crossed=True), kinds.shows(crossed=False)
+
+    assert shown() == (False, False)
+    with kinds.drawing(masks, None):
+        assert shown() == (True, False)
+        with kinds.drawing(linear, None):
+            assert shown() == (True, False)
+        with kinds.drawing(freefuse, None):
+            assert shown() == (True, True)
+        with kinds.drawing(MaskedGates(masks), None):
+            assert shown() == (True, False)
+        with kinds.drawing(MasksOfModules(), None):
+            assert shown() == (True, False)
+    assert shown() == (False, False)
 
 
 class HasRules(Numbers):
