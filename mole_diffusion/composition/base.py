@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -85,6 +86,14 @@ class Composition(Options, ABC):
         A compiled graph then asks once for all modules of a place, with `projections` that have no rows.
         """
         return False
+
+    @property
+    def of_groups(self) -> Collection[str]:
+        """Names of modules to which it gives in a pass the tensor of all others that read the same, as q, k and v do.
+
+        It may read `projections` of the first of them alone: their rows are weighed at once, where they lie.
+        """
+        return ()
 
     @property
     def in_attention(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from torch import Tensor
 
@@ -49,6 +49,11 @@ class MoLE(GatesAlone, Composition):
 
     def reads_left_out(self, site: Site) -> bool:
         return self._gates is not None and self._gates.reads_left_out(site)
+
+    @property
+    def of_groups(self) -> Collection[str]:
+        """As `MoLEModel.of_groups`."""
+        return self._gates.of_groups if self._gates is not None and type(self).weigh is MoLE.weigh else ()
 
     @property
     def has_rules(self) -> bool:

@@ -32,7 +32,7 @@ def add_experts(site: Site, hidden_states: Tensor, output: Tensor, run: Run) -> 
     assert weigher is not None
     if run.kept is not None and not _reads_left_out(weigher, site):
         site = site.only(run.kept)
-    stack, key = site.stack, ALIKE if run.alike else (site.place, output.shape) if run.of_places else None
+    stack, key = site.stack, ALIKE if run.alike else _place(site, output) if run.of_places else None
     known: Any = _UNKNOWN if key is None or site.beside is not None else run.notes.get(key, _UNKNOWN)
     if known is None:
         return output
@@ -41,7 +41,8 @@ def add_experts(site: Site, hidden_states: Tensor, output: Tensor, run: Run) -> 
             return output
         if key is ALIKE or not site.group.several:
             return stack.add_to(output, site.group.rows(site, hidden_states, output), known, not site.group.several)
-        rows, weighed = site.group.weighed(site, hidden_states, output, known)
+        projections = site.group.project(site, hidden_states, output)
+        rows, weighed = site.group.weighed(site, projections, output, known)
         return stack.add_to(output, rows, None if weighed else known)
     projections = site.group.project(site, hidden_states, output)
     projections.base = output
@@ -53,8 +54,12 @@ def add_experts(site: Site, hidden_states: Tensor, output: Tensor, run: Run) -> 
     if key is ALIKE and weights.shape[0] == weights.shape[1] == len(run.keep) == len(run.scale) == 1:
         run.notes[ALIKE] = weights  # fit everywhere
     beside = None if site.beside is None else site.beside.add(hidden_states, output, weights, stack.indices)
-    rows_here = projections.rows[site.name]
-    added = stack.add_to(output, rows_here, weights, not site.group.several) if stack.rank else output
+    added = output
+    if stack.rank:
+        rows, weighed = projections.rows[site.name], False
+        if site.group.several and (key is not None or site.name in run.of_groups):
+            rows, weighed = site.group.weighed(site, projections, output, weights)
+        added = stack.add_to(output, rows, None if weighed else weights, not site.group.several)
     return added if beside is None else added + beside
 
 
@@ -90,6 +95,13 @@ def weights_at(site: Site, projections: Projections, run: Run, device: torch.dev
             f"got {tuple(shape)}."
         )
     return weights
+
+
+def _place(site: Site, output: Tensor) -> Any:
+    """Under what notes of a pass have the weights of all modules of a place."""
+    shape = output.shape
+    convolution = site.stack.is_convolution
+    return site.place, convolution, shape[:1] + shape[2:] if convolution else shape[:-1]
 
 
 def _reads_left_out(weigher: Weigher, site: Site) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -90,6 +91,11 @@ class Run:
         """Whether it gives the same to all modules of a place."""
         return bool(getattr(self.weigher, "of_places", False))
 
+    @cached_property
+    def of_groups(self) -> Collection[str]:
+        """Names of the modules that it gives the same as all others that read the same tensor."""
+        return getattr(self.weigher, "of_groups", ())
+
     @property
     def timestep(self) -> Tensor | float | None:
         """In the units of the scheduler's `timesteps`; `None` in a text encoder."""
@@ -127,6 +133,8 @@ class Weigher(Protocol):
     the tensor for the first module is the same.
     `of_places`: that in a pass its weights follow from what a module reads, how finely and how many tokens: then it may
     be asked once for all modules of a place, with `projections` that have no rows.
+    `of_groups`: names of modules that it gives in a pass the tensor of all others that read the same, such as q, k and
+    v; it reads `projections` of the first of them alone: then all are weighed at once, where their rows lie.
     `has_rules`: that compiled graphs can weigh as it does by rules of its own, and `rules(parts) -> dict[str, Ruled]`:
     those, by name, of the modules that are given with the compiled part of the model that each lies in; modules that it
     leaves out are asked for one by one. `rules_now(run)`: what they are told beside `keep` and `scale`, once a pass,

@@ -242,17 +242,22 @@ class SiteGroup:
             return torch.mm(hidden_states.reshape(-1, hidden_states.shape[-1]), down)
         return site.project(hidden_states, down)
 
-    def weighed(self, site: Site, hidden_states: Tensor, output: Tensor, weights: Tensor) -> tuple[Tensor, bool]:
-        """What `project` has for this site, and whether it is weighed: once for all sites, where that can be.
+    def weighed(self, site: Site, projections: Projections, output: Tensor, weights: Tensor) -> tuple[Tensor, bool]:
+        """Rows of a site, and whether they are weighed already: those of all sites at once, where that can be.
 
         Args:
-            weights: `(batch | 1, tokens | 1, N)`, those of all sites of the group.
+            site: The site.
+            projections: What `project` gave.
+            output: As in `project`.
+            weights: `(batch | 1, tokens | 1, N)`, said to be those of all sites of the group. Where they turn out to be
+                others, the rows are made anew.
         """
-        shared = self.project(site, hidden_states, output)
-        if shared.whole is not None and shared.weighed is not weights and self._same:
-            done = site.stack.weigh_all(shared.whole, weights, len(self.sites), shared.batch)
-            shared.weighed = weights if done else None
-        return shared.rows[site.name], shared.weighed is weights
+        if projections.weighed is None and projections.whole is not None and self._same:
+            if site.stack.weigh_all(projections.whole, weights, len(self.sites), projections.batch):
+                projections.weighed = weights
+        elif projections.weighed is not None and projections.weighed is not weights:  # and they are not
+            projections = self._computed(site, projections.hidden_states, output)
+        return projections.rows[site.name], projections.weighed is weights
 
     @cached_property
     def _same(self) -> bool:

@@ -46,6 +46,12 @@ class Binding:
         self.sites = experts.sites
         self.gates = {spec.name: gate for spec, gate in zip(specs, gates, strict=True)}
         self.spec_of = {site: spec for spec in specs for site in spec.sites}
+        groups = {id(site.group): site.group for site in self.sites.values()}.values()
+        names = [[site.name for site in group.sites] for group in groups if group.several]
+        # Modules that share a gate with all others that read the same tensor.
+        self.of_groups = frozenset(
+            name for group in names if len({self.spec_of.get(name) for name in group}) == 1 for name in group
+        )
         self.blocks: dict[str, BlockExperts] = {}
         self.ruled: dict[str, Ruled] = {}  # what compiled graphs have of the gates
 

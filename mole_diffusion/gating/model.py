@@ -6,7 +6,7 @@ import dataclasses
 import os
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -206,6 +206,12 @@ class MoLEModel(ModelMixin, ConfigMixin):
                 "in an order the scope does not expect; use scope='matrix'."
             )
         return current.weights
+
+    @property
+    def of_groups(self) -> Collection[str]:
+        """Modules that share a gate, which reads nothing of LoRAs, with all others that read the same tensor."""
+        own = type(self).weigh is MoLEModel.weigh and self._plain
+        return self._binding.of_groups if own and self._binding is not None else ()
 
     @property
     def has_rules(self) -> bool:

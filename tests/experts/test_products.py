@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import zlib
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 import mole_diffusion
 from mole_diffusion.composition import Linear
 from mole_diffusion.composition.norms import output_norms
-from mole_diffusion.experts import Experts, ExpertStack, Site
+from mole_diffusion.experts import Experts, ExpertStack, Projections, Run, Site
 from mole_diffusion.experts.processor import STOCK
 from mole_diffusion.experts.site import CHOICES_KEPT, group_sites
 from mole_diffusion.families.unet import UNet
@@ -268,6 +269,46 @@ def test_rows_that_nobody_else_reads_are_weighed_where_they_lie() -> None:
         assert torch.equal(kept, z)
         assert torch.equal(spare, (z.float() * of_ranks).to(dtype))
         assert torch.equal(first, second)
+
+
+class Tokens:
+    """Weights for each token, the same at all modules with so many tokens, or others at each module."""
+
+    def __init__(self, of_groups: Collection[str], others: bool) -> None:
+        self.of_groups = of_groups
+        self._others = others
+        self._made: dict[Any, Tensor] = {}
+
+    def weigh(self, site: Site, projections: Projections, run: Run) -> Tensor:
+        key = projections.tokens, site.name if self._others else ""
+        if key not in self._made:
+            seed = zlib.crc32(repr(key).encode())
+            self._made[key] = torch.rand(1, key[0], 3, generator=torch.Generator().manual_seed(seed))
+        return self._made[key]
+
+
+@pytest.mark.parametrize("others", [False, True])
+@torch.no_grad()
+def test_what_is_read_by_several_is_weighed_once_where_that_is_right(tiny: dict[str, Any], others: bool) -> None:
+    """And a method that only says that it weighs q, k and v alike gets what it gives."""
+    targets = (ATTENTION, FEED_FORWARD)
+    experts = attached(tiny, [make_lora(tiny, f"lora{i}", i, rank=4, targets=targets) for i in range(3)])
+    drawn, operators = {}, {}
+    for of_groups in (False, True):
+        experts.weigher = Tokens(experts.sites if of_groups else (), others)
+        drawn[of_groups] = run_unet(tiny)
+        with Counted() as counted:
+            assert torch.equal(run_unet(tiny), drawn[of_groups])
+        operators[of_groups] = counted.operators
+    groups = [group.sites for group in {site.group for site in experts.sites.values()} if group.several]
+    experts.detach()
+    torch.testing.assert_close(drawn[True], drawn[False], atol=1e-6, rtol=1e-5)
+    if not others:  # an own place, two views and a product for each, or two views and one product for all
+        assert operators[False] - operators[True] == sum(4 * len(sites) - 3 for sites in groups if in_unet(sites))
+
+
+def in_unet(sites: Sequence[Site]) -> bool:
+    return sites[0].component == "unet"
 
 
 class Asked(Linear):

@@ -229,3 +229,23 @@ def test_a_model_with_gates_gives_the_same_with_and_without_a_gradient(
             without, again = run_unet(components), run_unet(components)
     torch.testing.assert_close(without, with_gradient.detach(), rtol=1e-5, atol=1e-5)
     assert torch.equal(without, again)
+
+
+@pytest.mark.parametrize("scope", ["layer", "matrix"])
+@torch.no_grad()
+def test_what_q_k_and_v_read_is_weighed_at_once_where_they_share_a_gate(
+    components: dict[str, Any], experts: Experts, monkeypatch: pytest.MonkeyPatch, scope: Any
+) -> None:
+    gates = gates_for(experts, components, input="hidden", token_axis="token", scope=scope)
+    drawn, operators = [], []
+    for _ in range(2):
+        drawn.append(run_unet(components))
+        with Counted() as counted:
+            run_unet(components)
+        operators.append(counted.operators)
+        monkeypatch.setattr(MoLEModel, "of_groups", ())
+    monkeypatch.undo()
+    several = {name for name, site in experts.sites.items() if site.group.several}
+    assert gates.of_groups == (several if scope == "layer" else set())
+    assert (operators[0] < operators[1]) is (scope == "layer")
+    torch.testing.assert_close(*drawn, atol=1e-6, rtol=1e-5)

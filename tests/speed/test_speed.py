@@ -103,7 +103,8 @@ def test_a_table_of_a_tiny_model() -> None:
     assert rows["products"].operations == rows["joined"].operations == rows["sum"].operations
     assert rows["gates"].operations < 1.2 * rows["sum"].operations
     assert rows["gated"].operations == pytest.approx(rows["gates"].operations, rel=1e-9)
-    assert rows["products"].operators < rows["gated"].operators < rows["gates"].operators
+    assert rows["products"].operators < rows["gated"].operators
+    assert rows["sum"].operators < rows["gates"].operators
     assert rows["bare"].operators < rows["sum"].operators < rows["gates"].operators < rows["peft"].operators
     assert all(row.seconds > 0 and row.memory is not None for row in speed.rows)
     (setting,) = speed.settings
