@@ -75,6 +75,8 @@ class ExpertStack:
             torch.tensor(self._ranks, dtype=torch.long)
         )
         self._same_rank = len(set(self._ranks)) == 1
+        # Where all ranks are the same, the LoRAs have an axis of their own, as in what `scaled` gives.
+        self._rank_shape = (len(self._ranks), self._ranks[0]) if self._same_rank else (self.rank,)
         self._scales = any(scaling != 1 for scaling in self.scalings)
         self._ups: tuple[Tensor, Tensor] | None = None  # B, and the same turned
         self._alike: _Alike | None = None
@@ -205,15 +207,14 @@ class ExpertStack:
             batch: Samples.
 
         Returns:
-            Whether it was done: it is where weights differ from place to place, ranks do not, and nobody needs a
-            gradient.
+            Whether it was done: it is where weights differ from place to place and nobody needs a gradient.
         """
         scaled = self.scaled(weights, projected.dtype)
-        if isinstance(scaled, float) or scaled.ndim != 4 or not self._same_rank:
+        if isinstance(scaled, float) or scaled.ndim < 3 or scaled.requires_grad:
             return False
-        if torch.is_grad_enabled() and (projected.requires_grad or scaled.requires_grad):
+        if torch.is_grad_enabled() and projected.requires_grad:
             return False
-        projected.view(batch, -1, members, *scaled.shape[2:3], self._ranks[0]).mul_(scaled.unsqueeze(2))
+        projected.view(batch, -1, members, *self._rank_shape).mul_(scaled.unsqueeze(2))
         return True
 
     def scaled(self, weights: Tensor, dtype: torch.dtype) -> Tensor | float:
@@ -314,9 +315,12 @@ class ExpertStack:
         return weighted.reshape(z.shape).to(z.dtype)
 
     def _by_sample(self, z: Tensor, batch: int) -> Tensor:
-        """z, and where all ranks are the same, with an axis of its own for the LoRAs: as `scaled` has one."""
-        ranks = (len(self._ranks), self._ranks[0]) if self._same_rank else (self.rank,)
-        return z.view(batch, *ranks, z.shape[2]) if self.is_convolution else z.view(batch, -1, *ranks)
+        """z as `scaled` is laid out."""
+        return (
+            z.view(batch, *self._rank_shape, z.shape[2])
+            if self.is_convolution
+            else z.view(batch, -1, *self._rank_shape)
+        )
 
 
 # Weights, a dtype, and what `scaled` makes of them.

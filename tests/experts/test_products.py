@@ -287,12 +287,15 @@ class Tokens:
         return self._made[key]
 
 
+@pytest.mark.parametrize("ranks", [(4, 4, 4), (4, 2, 5)])
 @pytest.mark.parametrize("others", [False, True])
 @torch.no_grad()
-def test_what_is_read_by_several_is_weighed_once_where_that_is_right(tiny: dict[str, Any], others: bool) -> None:
+def test_what_is_read_by_several_is_weighed_once_where_that_is_right(
+    tiny: dict[str, Any], others: bool, ranks: tuple[int, ...]
+) -> None:
     """And a method that only says that it weighs q, k and v alike gets what it gives."""
     targets = (ATTENTION, FEED_FORWARD)
-    experts = attached(tiny, [make_lora(tiny, f"lora{i}", i, rank=4, targets=targets) for i in range(3)])
+    experts = attached(tiny, [make_lora(tiny, f"lora{i}", i, rank=r, targets=targets) for i, r in enumerate(ranks)])
     drawn, operators = {}, {}
     for of_groups in (False, True):
         experts.weigher = Tokens(experts.sites if of_groups else (), others)
