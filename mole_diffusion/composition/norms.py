@@ -64,7 +64,7 @@ def whole_norms(site: Site, projections: Projections) -> Tensor:
         `(n, batch, tokens)`.
     """
     norms = output_norms(site.stack, projections.rows[site.name])
-    norms = norms.reshape(-1, projections.batch, projections.tokens)
+    norms = norms.reshape(norms.shape[0], projections.batch, projections.tokens)
     if site.beside is None or projections.base is None:
         return norms
     projected = projections.tensors[site.name].float()
@@ -83,7 +83,7 @@ def whole_norms(site: Site, projections: Projections) -> Tensor:
 def _norms(root: Tensor, z: Tensor) -> Tensor:
     """`(n, batch * tokens)` of `(n, r, r)` and `(batch * tokens, n * r)`."""
     number, rank, _ = root.shape
-    coordinates = torch.bmm(z.view(-1, number, rank).transpose(0, 1), root)
+    coordinates = torch.bmm(z.view(z.shape[0], number, rank).transpose(0, 1), root)
     return torch.linalg.vector_norm(coordinates, dim=-1)
 
 
