@@ -261,7 +261,7 @@ def test_a_bias_of_ones_own_is_asked_for_and_so_is_attention_among_pixels() -> N
         def read(self, *shown: Any) -> None:
             super().read(*shown)
 
-    pipe = fresh(method := Own())
+    pipe = fresh(method := Own(**UNBIASED))
     four(pipe)
     assert method.asked
     assert Masks().crossed_alone
