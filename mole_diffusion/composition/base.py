@@ -129,7 +129,7 @@ class Composition(Options, ABC):
     def biases(self, run: Run) -> bool:
         """Whether the method may add to the scores of attention layers in this pass of the denoiser. Asked once.
 
-        Where it may not, which costs nothing, no layer asks for an `attention_bias`.
+        Where it may not, no layer asks for an `attention_bias`.
         """
         return type(self).attention_bias is not Composition.attention_bias
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import MoLEError
 from ..experts import Projections, Run, Site
 from ..experts.rules import Ruled
-from ..experts.uncast import is_cast, uncast
+from ..experts.uncast import uncast
 from ..methods import RouterOptions
 from .base import Composition
 from .norms import group_norms, whole_norms
@@ -121,17 +121,11 @@ class NormRouter(RouterOptions, Composition):
         made = projections.weights.pop((self, site.name), None)
         if made is not None:
             return made
-        if is_cast(device := projections.hidden_states.device):
-            with uncast(device):
-                return self._worked_out(parts, site, projections, run)
-        return self._worked_out(parts, site, projections, run)
-
-    def _worked_out(self, parts: _Parts, site: Site, projections: Projections, run: Run) -> Tensor:
-        """Those of the other modules that read the same are kept until they are asked for."""
-        norms = group_norms(site, projections)
-        if norms is None:
-            return self._of_norms(parts, whole_norms(site, projections)[None], site, projections, run)[0]
-        of_all = self._of_norms(parts, norms, site, projections, run).unbind()
+        with uncast(projections.hidden_states.device):
+            norms = group_norms(site, projections)
+            if norms is None:
+                return self._of_norms(parts, whole_norms(site, projections)[None], site, projections, run)[0]
+            of_all = self._of_norms(parts, norms, site, projections, run).unbind()
         for member, its in zip(site.group.sites, of_all, strict=True):
             projections.weights[self, member.name] = its
         return projections.weights.pop((self, site.name))

@@ -32,34 +32,32 @@ def add_experts(site: Site, hidden_states: Tensor, output: Tensor, run: Run) -> 
     assert weigher is not None
     if run.kept is not None and not _reads_left_out(weigher, site):
         site = site.only(run.kept)
-    stack, key = site.stack, ALIKE if run.alike else _place(site, output) if run.of_places else None
-    known: Any = _UNKNOWN if key is None or site.beside is not None else run.notes.get(key, _UNKNOWN)
-    if known is None:
-        return output
-    if known is not _UNKNOWN and known.device == output.device:
-        if not stack.rank:
-            return output
-        if key is ALIKE or not site.group.several:
-            return stack.add_to(output, site.group.rows(site, hidden_states, output), known, not site.group.several)
-        projections = site.group.project(site, hidden_states, output)
-        rows, weighed = site.group.weighed(site, projections, output, known)
-        return stack.add_to(output, rows, None if weighed else known)
-    projections = site.group.project(site, hidden_states, output)
-    projections.base = output
-    weights = weights_at(site, projections, run, output.device)
-    if key is not ALIKE and key is not None:
-        run.notes[key] = weights
+    stack, group = site.stack, site.group
+    key = ALIKE if run.alike else _place(site, output) if run.of_places else None
+    weights: Any = _UNKNOWN if key is None or site.beside is not None else run.notes.get(key, _UNKNOWN)
     if weights is None:
         return output
-    if key is ALIKE and weights.shape[0] == weights.shape[1] == len(run.keep) == len(run.scale) == 1:
-        run.notes[ALIKE] = weights  # fit everywhere
+    if weights is _UNKNOWN or weights.device != output.device:
+        projections = group.project(site, hidden_states, output)
+        projections.base = output
+        weights = weights_at(site, projections, run, output.device)
+        if key is not None and (key is not ALIKE or _fits_everywhere(weights, run)):
+            run.notes[key] = weights
+        if weights is None:
+            return output
+    elif not stack.rank:
+        return output
+    elif key is ALIKE or not group.several:
+        return stack.add_to(output, group.rows(site, hidden_states, output), weights, not group.several)
+    else:
+        projections = group.project(site, hidden_states, output)
     beside = None if site.beside is None else site.beside.add(hidden_states, output, weights, stack.indices)
     added = output
     if stack.rank:
         rows, weighed = projections.rows[site.name], False
-        if site.group.several and (key is not None or site.name in run.of_groups):
-            rows, weighed = site.group.weighed(site, projections, output, weights)
-        added = stack.add_to(output, rows, None if weighed else weights, not site.group.several)
+        if group.several and (key is not None or site.name in run.of_groups):
+            rows, weighed = group.weighed(site, projections, output, weights)
+        added = stack.add_to(output, rows, None if weighed else weights, not group.several)
     return added if beside is None else added + beside
 
 
@@ -95,6 +93,11 @@ def weights_at(site: Site, projections: Projections, run: Run, device: torch.dev
             f"got {tuple(shape)}."
         )
     return weights
+
+
+def _fits_everywhere(weights: Tensor | None, run: Run) -> bool:
+    """Whether weights of a module are those of all, however many rows and tokens these have."""
+    return weights is not None and weights.shape[0] == weights.shape[1] == len(run.keep) == len(run.scale) == 1
 
 
 def _place(site: Site, output: Tensor) -> Any:

@@ -316,11 +316,8 @@ class ExpertStack:
 
     def _by_sample(self, z: Tensor, batch: int) -> Tensor:
         """z as `scaled` is laid out."""
-        return (
-            z.view(batch, *self._rank_shape, z.shape[2])
-            if self.is_convolution
-            else z.view(batch, -1, *self._rank_shape)
-        )
+        ranks = self._rank_shape
+        return z.view(batch, *ranks, z.shape[2]) if self.is_convolution else z.view(batch, -1, *ranks)
 
 
 # Weights, a dtype, and what `scaled` makes of them.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -10,13 +9,7 @@ import torch
 
 def is_cast(device: torch.device) -> bool:
     """Whether products on a device are rounded by autocast now."""
-    kind = device.type
-    return _may_be(kind) and torch.is_autocast_enabled(kind)
-
-
-@functools.cache  # asked at every module
-def _may_be(kind: str) -> bool:
-    return torch.amp.is_autocast_available(kind)
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def uncast(device: torch.device) -> AbstractContextManager[None]:
