@@ -96,6 +96,14 @@ class Composition(Options, ABC):
         return ()
 
     @property
+    def orthonormal(self) -> bool:
+        """Whether `projections` are to tell how large each LoRA's output is, but for a number of its own at a module.
+
+        What is added stays the same: see `ExpertStack.with_orthonormal_columns`.
+        """
+        return False
+
+    @property
     def in_attention(self) -> bool:
         """Whether the method has a `watches` or an `attention_bias` of its own; if not, no attention layer asks it."""
         kind = type(self)

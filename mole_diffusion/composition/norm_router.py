@@ -16,7 +16,7 @@ from ..experts.rules import Ruled
 from ..experts.uncast import uncast
 from ..methods import RouterOptions
 from .base import Composition
-from .norms import group_norms, whole_norms
+from .norms import relative_sizes
 from .roles import roles
 from .routing_in_graphs import LATER, rule_of
 
@@ -27,28 +27,29 @@ class _Parts:
 
     Attributes:
         made_of: What they were worked out from.
-        lost: The weight of a LoRA at a token that is not its own, `(rows, 1, N)`.
-        gains: What winning a token adds to it, for the n that may win one, `(rows, n, N)`.
+        lost: The weight of a LoRA at a token that is not its own, `(rows, 1, 1, N)`; `None` where that is 0.
+        gains: What winning a token adds to it, for the n that may win one, `(rows, n, N)`; `None` where all of N may,
+            and their weight is 1.
         shared: The weight where there are no tokens, `(rows, 1, N)`.
-        idle: Whether a LoRA does not compete: no subject, or left out; `(n, rows, 1)`. `None` where all compete in
+        idle: Whether a LoRA does not compete: no subject, or left out; `(rows, 1, 1, n)`. `None` where all compete in
             every row.
-        order: What ratios are multiplied by, so that no two are equal, `(n, 1, 1)`.
-        won: All weights at a token for each LoRA that may win it, one row's below the other's, `(rows * n, N)`.
-        first: Where those of a row begin, `(rows, 1)`; `None` where there is one row.
-        least: What keeps a quotient by a LoRA's mean finite, `(1, 1, 1)`.
-        shares: What sums a LoRA's norms up to its mean over its place in the order, by modules and tokens.
+        order: What means are divided by, so that no two LoRAs are equally large, `(n,)`.
+        least: What keeps a quotient by a LoRA's mean finite, `(1,)`.
+        shares: What makes of the sum of a LoRA's sizes their mean over its place in the order, by tokens, `(n,)`.
     """
 
     made_of: tuple[Tensor, Tensor]
-    lost: Tensor
-    gains: Tensor
+    lost: Tensor | None
+    gains: Tensor | None
     shared: Tensor
     idle: Tensor | None
     order: Tensor
-    won: Tensor
-    first: Tensor | None
     least: Tensor
-    shares: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    shares: dict[int, Tensor] = field(default_factory=dict)
+
+
+# Weights of all modules that were looked at together, and those of each by its name.
+_Together = tuple[Tensor, dict[str, Tensor]]
 
 
 class NormRouter(RouterOptions, Composition):
@@ -101,65 +102,77 @@ class NormRouter(RouterOptions, Composition):
             )
         return roles(run, "subject")[None]
 
+    @property
+    def orthonormal(self) -> bool:
+        return True
+
     def weigh(self, site: Site, projections: Projections, run: Run) -> Tensor:
         parts = self._parts(site, run)
         if projections.tokens == 1 or not site.stack.indices:
             return parts.shared
+        together = projections.together.get(self)
+        if together is None:
+            together = self._together(parts, site, projections, run)
+            if len(together[1]) > 1:
+                projections.together[self] = together
+        return together[1][site.name]
+
+    def _together(self, parts: _Parts, site: Site, projections: Projections, run: Run) -> _Together:
         given = projections.hidden_states
         if site.reads != "text" or run.call is None or given.requires_grad:
             return self._weights(parts, site, projections, run)
         # The prompt is the same in all steps of a picture: what was worked out for it holds for all of them.
         known: dict[Any, Any] = run.call.state.setdefault((self, "text"), {})
         version = None if given.is_inference() else given._version
-        found = known.get(site)
+        found = known.get(site.name)
         if found is None or found[0]() is not given or found[1:3] != (version, parts):
-            known[site] = found = ref(given), version, parts, self._weights(parts, site, projections, run)
-        weights: Tensor = found[3]
-        return weights
+            found = ref(given), version, parts, self._weights(parts, site, projections, run)
+            known.update(dict.fromkeys(found[3][1], found))
+        together: _Together = found[3]
+        return together
 
-    def _weights(self, parts: _Parts, site: Site, projections: Projections, run: Run) -> Tensor:
-        made = projections.weights.pop((self, site.name), None)
-        if made is not None:
-            return made
-        with uncast(projections.hidden_states.device):
-            norms = group_norms(site, projections)
-            if norms is None:
-                return self._of_norms(parts, whole_norms(site, projections)[None], site, projections, run)[0]
-            of_all = self._of_norms(parts, norms, site, projections, run).unbind()
-        for member, its in zip(site.group.sites, of_all, strict=True):
-            projections.weights[self, member.name] = its
-        return projections.weights.pop((self, site.name))
+    def _weights(self, parts: _Parts, site: Site, projections: Projections, run: Run) -> _Together:
+        """Weights `(batch, tokens, modules, N)` and each module's."""
+        sizes = relative_sizes(site, projections)
+        weights = self._shares(parts, sizes, run.told.there(site.reads, projections.tokens))
+        if parts.gains is not None:
+            with uncast(weights.device):
+                weights = torch.einsum("btmn,bni->btmi", weights, parts.gains.expand(weights.shape[0], -1, -1))
+        if parts.lost is not None:
+            weights = parts.lost + weights
+        if weights.shape[2] == 1:
+            return weights, {site.name: weights.squeeze(2)}
+        return weights, dict(zip(site.group.names, weights.unbind(2), strict=True))
 
-    def _of_norms(self, parts: _Parts, norms: Tensor, site: Site, projections: Projections, run: Run) -> Tensor:
-        """Weights `(modules, rows, tokens, N)` from norms `(modules, n, rows, tokens)`."""
-        ratios = norms / self._means(parts, norms, run.told.there(site.reads, projections.tokens))
-        if parts.idle is not None:
-            ratios = ratios.masked_fill(parts.idle, float("-inf"))
-        if self.temperature > 0:
-            shares = torch.softmax(ratios / self.temperature, dim=1).nan_to_num()  # of nobody, where nobody competes
-            return parts.lost + torch.einsum("mnrt,rni->mrti", shares, parts.gains.expand(shares.shape[2], -1, -1))
-        winner = ratios.max(dim=1).indices  # `argmax` takes many times longer
-        return torch.embedding(parts.won, winner if parts.first is None else winner + parts.first)
+    def _shares(self, parts: _Parts, sizes: Tensor, there: Tensor | None) -> Tensor:
+        """What each LoRA gets of each token, 1 in all, `(batch, tokens, modules, n)`.
 
-    def _means(self, parts: _Parts, norms: Tensor, there: Tensor | None) -> Tensor:
-        """What norms are divided by, `(modules, n, rows, 1)`: each LoRA's mean, above 0, over its place in the order.
+        Where two are equally large to the last digit, as where nobody adds anything, the token is of both.
 
         Args:
             parts: The weights.
-            norms: `(modules, n, rows, tokens)`.
-            there: `(rows, tokens)`, 0 for what fills up a prompt, which says nothing; `None` where all tokens count.
+            sizes: Of outputs, `(batch, tokens, modules, n)`; they may be overwritten.
+            there: `(batch, tokens)`, 0 for what fills up a prompt, which says nothing; `None` where all tokens count.
         """
-        modules, number, rows, tokens = norms.shape
-        if there is not None and there.shape[0] == rows:
-            counted = there.to(norms)
-            means = (norms * counted).sum(dim=-1, keepdim=True) / counted.sum(dim=1)[:, None]
-            return means.clamp_min_(parts.least) / parts.order
-        share = parts.shares.get((modules, tokens))
-        if share is None:
-            share = 1 / (tokens * parts.order).expand(modules, number, tokens, 1)
-            parts.shares[modules, tokens] = share = share.flatten(0, 1).contiguous()
-        means = torch.baddbmm(parts.least, norms.view(-1, rows, tokens), share)
-        return means.view(modules, number, rows, 1)
+        hard = self.temperature == 0
+        if hard and sizes.requires_grad:
+            sizes = sizes.detach()  # who has a token does not follow from it smoothly
+        if there is not None and there.shape[0] == sizes.shape[0]:
+            counted = there.to(sizes)[:, :, None, None]
+            sums = (sizes * counted).sum(dim=1, keepdim=True)
+            share = 1 / (counted.sum(dim=1, keepdim=True) * parts.order)
+        else:
+            tokens = sizes.shape[1]
+            if tokens not in parts.shares:
+                parts.shares[tokens] = 1 / (tokens * parts.order)
+            sums, share = sizes.sum(dim=1, keepdim=True), parts.shares[tokens]
+        means = torch.addcmul(parts.least, sums, share)
+        ratios = sizes / means if sizes.requires_grad else sizes.div_(means)
+        if parts.idle is not None:
+            ratios = ratios.masked_fill(parts.idle, float("-inf"))
+        if hard:
+            return ratios.eq_(ratios.amax(dim=-1, keepdim=True))
+        return torch.softmax(ratios / self.temperature, dim=-1).nan_to_num()  # of nobody, where nobody competes
 
     def _parts(self, site: Site, run: Run) -> _Parts:
         """Kept until the call ends or the choice of LoRAs changes: asked at every module, they cost more than norms."""
@@ -173,14 +186,18 @@ class NormRouter(RouterOptions, Composition):
             competing = (run.keep * subject * there)[:, None]
             lost = (run.keep * (1 - subject))[:, None] * scale
             gain = competing * scale
-            gains = gain * torch.eye(len(subject), device=subject.device)[here]
+            everyone = torch.eye(len(subject), device=subject.device)[here]
+            gains = gain * everyone
             shared = lost + gain / competing.sum(dim=-1, keepdim=True).clamp(min=1)
-            may_win = competing[:, 0, here]
-            idle = None if bool(may_win.all()) else (may_win == 0).t()[..., None]
-            order = 1 - LATER * torch.arange(len(here), device=subject.device)[:, None, None]
-            least = order.new_full((1, 1, 1), torch.finfo(order.dtype).tiny)
-            won = lost + gains
-            rows = torch.arange(len(won), device=subject.device)[:, None] * len(here) if len(won) > 1 else None
-            made_of = run.keep, run.scale
-            known[key] = parts = _Parts(made_of, lost, gains, shared, idle, order, won.flatten(0, 1), rows, least)
+            idle = competing[..., here] == 0
+            order = 1 - LATER * torch.arange(len(here), device=subject.device)
+            known[key] = parts = _Parts(
+                (run.keep, run.scale),
+                lost[:, None] if bool(lost.any()) else None,
+                None if torch.equal(gains, everyone.expand_as(gains)) and len(here) == len(subject) else gains,
+                shared,
+                idle[:, None] if bool(idle.any()) else None,
+                order,
+                order.new_full((1,), torch.finfo(order.dtype).tiny),
+            )
         return parts

@@ -7,10 +7,31 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from ..experts import ExpertStack, Projections, Site, SiteGroup
+from ..experts import ExpertStack, Projections, Site
+from ..experts.uncast import uncast
 
 _ROOTS: WeakKeyDictionary[ExpertStack, Tensor] = WeakKeyDictionary()
-_ROOTS_OF_GROUPS: WeakKeyDictionary[SiteGroup, Tensor | None] = WeakKeyDictionary()
+
+
+def relative_sizes(site: Site, projections: Projections) -> Tensor:
+    """Size of every LoRA's output at every token, but for one number for each LoRA and module.
+
+    Returns:
+        `(batch, tokens, modules, n)`, float32, for the n LoRAs that touch the module: of all modules that read the same
+        tensor where the same LoRAs touch them with one rank; else of this one.
+    """
+    stack, rows, batch = site.stack, projections.rows[site.name], projections.batch
+    if not (stack.orthonormal and stack.same_rank) or site.beside is not None:
+        with uncast(rows.device):
+            return whole_norms(site, projections).permute(1, 2, 0)[:, :, None]
+    number, rank = len(stack.indices), stack.rank // len(stack.indices)
+    if stack.is_convolution:  # along tokens, one after another in memory, a sum is several times as fast as a norm
+        z = rows.float().view(batch, number, rank, -1)
+        return z.square().sum(dim=2).sqrt_().transpose(1, 2)[:, :, None]
+    if projections.whole is not None and site.group.alike:
+        rows = projections.whole
+    z = rows.view(batch, projections.tokens, -1, number, rank)
+    return torch.linalg.vector_norm(z, dim=-1, dtype=torch.float32)
 
 
 def output_norms(stack: ExpertStack, projected: Tensor) -> Tensor:
@@ -31,30 +52,11 @@ def output_norms(stack: ExpertStack, projected: Tensor) -> Tensor:
         coordinates = (z @ root).unflatten(-1, (number, root.shape[1] // max(number, 1)))
         return torch.linalg.vector_norm(coordinates, dim=-1).movedim(-1, 0)
     if not stack.is_convolution:
-        return _norms(root, z)
+        coordinates = torch.bmm(z.view(z.shape[0], number, -1).transpose(0, 1), root)
+        return torch.linalg.vector_norm(coordinates, dim=-1)
     # One product for each LoRA instead of a large one that is mostly zeros.
     coordinates = torch.matmul(z.view(len(z), *root.shape[:2], z.shape[2]).transpose(2, 3), root)
     return torch.linalg.vector_norm(coordinates, dim=-1).transpose(0, 1)
-
-
-def group_norms(site: Site, projections: Projections) -> Tensor | None:
-    """`output_norms` of all modules that read the same tensor, in one go.
-
-    Returns:
-        `(modules, n, batch, tokens)`; `None` where the module reads it alone, or where not the same LoRAs touch all of
-        them with one rank.
-    """
-    if projections.whole is None:
-        return None
-    group, whole = site.group, projections.whole
-    root = _ROOTS_OF_GROUPS.get(group)
-    if root is None and group not in _ROOTS_OF_GROUPS:
-        _ROOTS_OF_GROUPS[group] = root = _root_of_group(group, whole)
-    if root is None:
-        return None
-    if root.device != whole.device:
-        _ROOTS_OF_GROUPS[group] = root = root.to(whole.device)
-    return _norms(root, whole.float()).view(len(group.sites), -1, projections.batch, projections.tokens)
 
 
 def whole_norms(site: Site, projections: Projections) -> Tensor:
@@ -78,13 +80,6 @@ def whole_norms(site: Site, projections: Projections) -> Tensor:
         its = owner == index
         norms[place] = (projected[..., its] @ up[:, its].T + term.float()).norm(dim=-1)
     return norms
-
-
-def _norms(root: Tensor, z: Tensor) -> Tensor:
-    """`(n, batch * tokens)` of `(n, r, r)` and `(batch * tokens, n * r)`."""
-    number, rank, _ = root.shape
-    coordinates = torch.bmm(z.view(z.shape[0], number, rank).transpose(0, 1), root)
-    return torch.linalg.vector_norm(coordinates, dim=-1)
 
 
 def root_like(stack: ExpertStack, like: Tensor) -> Tensor:
@@ -112,12 +107,3 @@ def _root(stack: ExpertStack) -> Tensor:
         root[row : row + len(triangle), place, : triangle.shape[1]] = triangle
         row += len(triangle)
     return root.flatten(1)
-
-
-def _root_of_group(group: SiteGroup, like: Tensor) -> Tensor | None:
-    stacks = [site.stack for site in group.sites]
-    roots = [root_like(stack, like) for stack in stacks]
-    alike = len({(stack.indices, root.shape) for stack, root in zip(stacks, roots, strict=True)}) == 1
-    if not alike or roots[0].ndim != 3 or any(site.beside is not None for site in group.sites):
-        return None
-    return torch.cat(roots)

@@ -14,7 +14,7 @@ from ..experts.rules import RULES, Ruled
 from .norms import root_like
 
 RULE = "norm_router"
-# Of two LoRAs that are equally large, the first wins: others count for so much less, a few digits of the last place.
+# Of two LoRAs that are the same but for rounding, the first wins: others count for a few digits of the last place less.
 LATER = 2.0**-21
 
 
@@ -75,10 +75,7 @@ def _weights(
         total = functools.reduce(torch.add, parts).clamp_min(torch.finfo(most.dtype).tiny)
         shares = [part / total for part in parts]
     else:
-        left, shares = torch.ones_like(most), []
-        for ratio in ratios:  # the first of those that are equally large
-            shares.append((ratio == most) * left)
-            left = left - shares[-1]
+        shares = [(ratio == most).to(most.dtype) for ratio in ratios]
     return lost.index_add(-1, columns, torch.stack(shares, dim=-1) * gain)
 
 

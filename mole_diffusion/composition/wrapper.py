@@ -44,6 +44,10 @@ class Wrapper(Composition):
         return bool(self.method.prior_done(run))
 
     @property
+    def orthonormal(self) -> bool:
+        return bool(self.method.orthonormal)
+
+    @property
     def in_attention(self) -> bool:
         return bool(self.method.in_attention)
 

@@ -31,7 +31,9 @@ def add_experts(site: Site, hidden_states: Tensor, output: Tensor, run: Run) -> 
     weigher = run.weigher
     assert weigher is not None
     if run.kept is not None and not _reads_left_out(weigher, site):
-        site = site.only(run.kept)
+        site = site.only(run.kept, run.orthonormal)
+    elif run.orthonormal:
+        site = site.only(None, True)
     stack, group = site.stack, site.group
     key = ALIKE if run.alike else _place(site, output) if run.of_places else None
     weights: Any = _UNKNOWN if key is None or site.beside is not None else run.notes.get(key, _UNKNOWN)
@@ -55,7 +57,10 @@ def add_experts(site: Site, hidden_states: Tensor, output: Tensor, run: Run) -> 
     added = output
     if stack.rank:
         rows, weighed = projections.rows[site.name], False
-        if group.several and (key is not None or site.name in run.of_groups):
+        together = projections.together.get(weigher) if group.several else None
+        if together is not None and together[1].get(site.name) is weights:
+            rows, weighed = group.weighed(site, projections, output, together[0])
+        elif group.several and (key is not None or site.name in run.of_groups):
             rows, weighed = group.weighed(site, projections, output, weights)
         added = stack.add_to(output, rows, None if weighed else weights, not group.several)
     return added if beside is None else added + beside

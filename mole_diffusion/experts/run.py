@@ -96,6 +96,11 @@ class Run:
         """Names of the modules that it gives the same as all others that read the same tensor."""
         return getattr(self.weigher, "of_groups", ())
 
+    @cached_property
+    def orthonormal(self) -> bool:
+        """Whether it wants `down x` to tell how large outputs are."""
+        return bool(getattr(self.weigher, "orthonormal", False))
+
     @property
     def timestep(self) -> Tensor | float | None:
         """In the units of the scheduler's `timesteps`; `None` in a text encoder."""
@@ -135,6 +140,8 @@ class Weigher(Protocol):
     be asked once for all modules of a place, with `projections` that have no rows.
     `of_groups`: names of modules that it gives in a pass the tensor of all others that read the same, such as q, k and
     v; it reads `projections` of the first of them alone: then all are weighed at once, where their rows lie.
+    `orthonormal`: that sites are to be with factors of which `down x` tells how large each LoRA's output is:
+    `ExpertStack.with_orthonormal_columns`.
     `has_rules`: that compiled graphs can weigh as it does by rules of its own, and `rules(parts) -> dict[str, Ruled]`:
     those, by name, of the modules that are given with the compiled part of the model that each lies in; modules that it
     leaves out are asked for one by one. `rules_now(run)`: what they are told beside `keep` and `scale`, once a pass,

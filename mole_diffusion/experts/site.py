@@ -79,13 +79,15 @@ class Site:
         if self.merged is not None:
             self.merged.hang()
 
-    def only(self, kept: tuple[int, ...]) -> Site:
+    def only(self, kept: tuple[int, ...] | None, orthonormal: bool = False) -> Site:
         """This place with the rows of the `kept` LoRAs alone, made once for each such choice and kept for the next.
 
         Args:
-            kept: Indices of LoRAs, rising.
+            kept: Indices of LoRAs, rising; `None`: all.
+            orthonormal: Whether `down x` is to tell how large outputs are: `ExpertStack.with_orthonormal_columns`.
         """
-        return self.group.only(kept)[self.name]
+        found = self.group.chosen.get((kept, orthonormal))  # here and not in a call: so it is in every pass
+        return (self.group.only(kept, orthonormal) if found is None else found)[self.name]
 
     @cached_property
     def place(self) -> str:
@@ -144,7 +146,8 @@ class Projections:
         spatial: `(height, width)` of the output where it has them (convolutions), else `None`.
         base: What the base module gave that is being served.
         waiting: Names of the sites that have not been served.
-        weights: Who weighs and a site name, to weights that were worked out together with those of another site.
+        together: Who weighs, to weights that were worked out at once for all sites, `(batch, tokens, sites, N)`, and
+            those of each by its name.
         weighed: What `whole` was multiplied by since, if by anything.
     """
 
@@ -159,7 +162,7 @@ class Projections:
         self.hidden_states = hidden_states
         self.rows = rows
         self.whole = whole
-        self.weights: dict[tuple[Any, str], Tensor] = {}
+        self.together: dict[Any, tuple[Tensor, dict[str, Tensor]]] = {}
         self.weighed: Tensor | None = None
         self.batch = batch
         self.spatial = spatial
@@ -185,28 +188,32 @@ class SiteGroup:
     def __init__(self, sites: Sequence[Site]) -> None:
         self.sites = tuple(sites)
         self.several = len(self.sites) > 1
-        self._names = tuple(site.name for site in self.sites)
+        self.names = tuple(site.name for site in self.sites)
         self._down: Tensor | None = None
         self._ranks: list[int] = []  # of the sites, as they lie in it
         self._open: Projections | None = None
         self.holding: set[SiteGroup] = set()  # those of the component that keep an input just now
-        self._chosen: dict[tuple[int, ...], dict[str, Site]] = {}
+        self.chosen: dict[tuple[tuple[int, ...] | None, bool], dict[str, Site]] = {}
 
-    def only(self, kept: tuple[int, ...]) -> dict[str, Site]:
+    def only(self, kept: tuple[int, ...] | None, orthonormal: bool = False) -> dict[str, Site]:
         """The sites of the group, by name, with the rows of the `kept` LoRAs alone; see `Site.only`."""
-        sites = self._chosen.get(kept)
+        sites = self.chosen.get((kept, orthonormal))
         if sites is None:
-            if all(set(site.stack.indices) <= set(kept) for site in self.sites):
+            everyone = kept is None or all(set(site.stack.indices) <= set(kept) for site in self.sites)
+            if everyone and not orthonormal:
                 members = self.sites
+            elif everyone and kept is not None:
+                members = tuple(self.only(None, orthonormal).values())
             else:
                 members = tuple(copy.copy(site) for site in self.sites)
                 group = SiteGroup(members)
                 group.holding = self.holding
                 for member in members:
-                    member.stack, member.group = member.stack.only(kept), group
-            while len(self._chosen) >= CHOICES_KEPT:
-                self._chosen.pop(next(iter(list(self._chosen))), None)  # the oldest
-            self._chosen[kept] = sites = {member.name: member for member in members}
+                    stack = member.stack if kept is None else member.stack.only(kept)
+                    member.stack, member.group = stack.with_orthonormal_columns() if orthonormal else stack, group
+            while len(self.chosen) >= CHOICES_KEPT:
+                self.chosen.pop(next(iter(list(self.chosen))), None)  # the oldest
+            self.chosen[kept, orthonormal] = sites = {member.name: member for member in members}
         return sites
 
     def project(self, site: Site, hidden_states: Tensor, output: Tensor) -> Projections:
@@ -249,10 +256,10 @@ class SiteGroup:
             site: The site.
             projections: What `project` gave.
             output: As in `project`.
-            weights: `(batch | 1, tokens | 1, N)`, said to be those of all sites of the group. Where they turn out to be
-                others, the rows are made anew.
+            weights: `(batch | 1, tokens | 1, N)`, said to be those of all sites of the group; or of each,
+                `(batch, tokens, sites, N)`. Where they turn out to be others, the rows are made anew.
         """
-        if projections.weighed is None and projections.whole is not None and self._same:
+        if projections.weighed is None and projections.whole is not None and self.alike:
             if site.stack.weigh_all(projections.whole, weights, len(self.sites), projections.batch):
                 projections.weighed = weights
         elif projections.weighed is not None and projections.weighed is not weights:  # and they are not
@@ -260,7 +267,7 @@ class SiteGroup:
         return projections.rows[site.name], projections.weighed is weights
 
     @cached_property
-    def _same(self) -> bool:
+    def alike(self) -> bool:
         """Whether all sites have the same LoRAs, of the same ranks and scalings, and nothing else."""
         found = {(site.stack.indices, site.stack.ranks, site.stack.scalings) for site in self.sites}
         return len(found) == 1 and all(site.beside is None for site in self.sites)
@@ -281,13 +288,13 @@ class SiteGroup:
         else:  # nothing is left of the LoRAs that are kept, but a weigher may read the hidden states
             none = (shape[0], 0, shape[2:].numel()) if spatial else (shape[:-1].numel(), 0)
             parts = [output.new_empty(none)] * len(self.sites)
-        rows = dict(zip(self._names, parts, strict=True))
+        rows = dict(zip(self.names, parts, strict=True))
         return Projections(hidden_states, rows, shape[0], spatial, whole)
 
     def down_of(self, site: Site, like: Tensor) -> tuple[Tensor, int]:
         """`down` of all sites as `Site.project` takes it, made for outputs like this one, and where `site`'s begins."""
         down = self._down_like(like)
-        return down, sum(self._ranks[: self._names.index(site.name)])
+        return down, sum(self._ranks[: self.names.index(site.name)])
 
     def make_ready(self, like: Tensor) -> None:
         """Make what the products need beside outputs like this one; else the first call does."""
@@ -319,10 +326,10 @@ class SiteGroup:
         self.let_go()
         for site in self.sites:
             site.stack.let_go()
-        self._chosen.clear()
+        self.chosen.clear()
 
     def _with_chosen(self) -> list[SiteGroup]:
-        return [self, *(next(iter(sites.values())).group for sites in list(self._chosen.values()))]
+        return [self, *(next(iter(sites.values())).group for sites in list(self.chosen.values()))]
 
     def _down_like(self, output: Tensor) -> Tensor:
         """`down` of all sites below one another, as `Site.project` takes it; kept."""
@@ -345,7 +352,7 @@ def made_beside(groups: Iterable[SiteGroup]) -> tuple[torch.device, nn.Module] |
     for group in groups:
         if group._down is not None:
             return group._down.device, group.sites[0].module
-        for sites in list(group._chosen.values()):
+        for sites in list(group.chosen.values()):
             for site in sites.values():
                 if site.group._down is not None:
                     return site.group._down.device, site.module

@@ -32,6 +32,8 @@ class ExpertStack:
         indices: Of the LoRAs that do.
         scalings: s of each of those.
         expert_of_rank: `(R,)`, the LoRA each row of `down` belongs to.
+        same_rank: Whether all of those have one rank.
+        orthonormal: Whether it is one of `with_orthonormal_columns`.
 
     Args:
         factors: One entry per LoRA, `None` where it does not touch the module.
@@ -56,6 +58,7 @@ class ExpertStack:
         self.take_input(inputs.pop())
         self.out_features: int = outputs.pop()
         self._whole = True
+        self.orthonormal = False
         self._take(factors)
 
     def take_input(self, shape: tuple[int, ...]) -> None:
@@ -66,17 +69,18 @@ class ExpertStack:
     def _take(self, factors: Sequence[LoRAFactors | None]) -> None:
         self._factors = tuple(factors)
         self._present = tuple(factor for factor in factors if factor is not None)
-        self.ranks = tuple(0 if factor is None else factor.r for factor in factors)
+        ranks = [0 if factor is None else factor.r for factor in factors]
+        self.ranks = tuple(min(rank, self.out_features) if self.orthonormal else rank for rank in ranks)
         self.indices = tuple(index for index, factor in enumerate(factors) if factor is not None)
-        self._ranks = tuple(factor.r for factor in self._present)
+        self._ranks = tuple(self.ranks[index] for index in self.indices)
         self.rank = sum(self._ranks)
-        self.scalings = tuple(float(factor.scaling) for factor in self._present)
+        self.scalings = tuple(1.0 if self.orthonormal else float(factor.scaling) for factor in self._present)
         self.expert_of_rank = torch.tensor(self.indices, dtype=torch.long).repeat_interleave(
             torch.tensor(self._ranks, dtype=torch.long)
         )
-        self._same_rank = len(set(self._ranks)) == 1
+        self.same_rank = len(set(self._ranks)) == 1
         # Where all ranks are the same, the LoRAs have an axis of their own, as in what `scaled` gives.
-        self._rank_shape = (len(self._ranks), self._ranks[0]) if self._same_rank else (self.rank,)
+        self._rank_shape = (len(self._ranks), self._ranks[0]) if self.same_rank else (self.rank,)
         self._scales = any(scaling != 1 for scaling in self.scalings)
         self._ups: tuple[Tensor, Tensor] | None = None  # B, and the same turned
         self._alike: _Alike | None = None
@@ -93,6 +97,23 @@ class ExpertStack:
         stack._take([factor if index in kept else None for index, factor in enumerate(self._factors)])
         return stack
 
+    def with_orthonormal_columns(self) -> ExpertStack:
+        """The same place with factors of which `down x` tells how large each LoRA's output is.
+
+        With `s_i B_i = Q_i R_i`, orthonormal columns of Q, and c_i the size of B_i, `down` has `R_i A_i / c_i` and `up`
+        `c_i Q_i`: so the same is added, and `|E_i(x)| = c_i |z_i|`. By c both stay about as large as A and B are.
+        """
+        stack = copy.copy(self)
+        stack._whole = False
+        stack.orthonormal = True
+        stack._take(self._factors)
+        return stack
+
+    @property
+    def sizes(self) -> list[float]:
+        """c of `with_orthonormal_columns`, for each LoRA that touches the module."""
+        return [_size(factor.up.flatten(1).float() * factor.scaling) for factor in self._present]
+
     @property
     def down(self) -> Tensor:
         """`(R, d_in)` or `(R, c_in, kh, kw)`; fp32, as loaded, made anew each time."""
@@ -105,17 +126,36 @@ class ExpertStack:
 
     def down_as(self, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
         """`down` in another dtype, on another device."""
-        rows = [factor.down.reshape(-1, *self.input_shape).to(device, dtype) for factor in self._present]
-        if not rows:
+        if not self._present:
             return torch.empty(0, *self.input_shape, dtype=dtype, device=device)
+        if self.orthonormal:
+            ups, rows = self._turned(dtype, device)
+            up = torch.cat(ups, dim=1)
+            self._ups = up, up.t()  # made with them, and asked for next
+        else:
+            rows = [factor.down.reshape(-1, *self.input_shape).to(device, dtype) for factor in self._present]
         return torch.cat(rows) if len(rows) > 1 else rows[0]
+
+    def _turned(self, dtype: torch.dtype, device: torch.device | None) -> tuple[list[Tensor], list[Tensor]]:
+        """`up` and `down` of each LoRA, `with_orthonormal_columns`."""
+        ups, downs, wide = [], [], torch.promote_types(dtype, torch.float32)
+        for factor in self._present:
+            columns, root = torch.linalg.qr(factor.up.flatten(1).to(wide) * factor.scaling)
+            size = _size(root)
+            down = (root / size) @ factor.down.flatten(1).to(wide)
+            ups.append((columns * size).to(device, dtype))
+            downs.append(down.reshape(-1, *self.input_shape).to(device, dtype))
+        return ups, downs
 
     def up_as(self, dtype: torch.dtype) -> Tensor:
         """`up` in another dtype, scaled before it is rounded."""
         wide = torch.promote_types(dtype, torch.float32)
         if not self._present:
             return torch.empty(self.out_features, 0, dtype=dtype)
-        ups = [f.up.flatten(1).to(wide) * s for f, s in zip(self._present, self.scalings, strict=True)]
+        if self.orthonormal:
+            ups = self._turned(wide, None)[0]
+        else:
+            ups = [f.up.flatten(1).to(wide) * s for f, s in zip(self._present, self.scalings, strict=True)]
         return torch.cat(ups, dim=1).to(dtype)
 
     def up_like(self, output: Tensor) -> Tensor:
@@ -126,7 +166,10 @@ class ExpertStack:
         """`up_like`, and the same turned, `(R, d_out)`."""
         ups = self._ups
         if ups is None or ups[0].device != output.device or ups[0].dtype != output.dtype:
-            parts = [factor.up.flatten(1).to(output.device, output.dtype) for factor in self._present]
+            if self.orthonormal:
+                parts = self._turned(output.dtype, output.device)[0]
+            else:
+                parts = [factor.up.flatten(1).to(output.device, output.dtype) for factor in self._present]
             up = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
             self._ups = ups = up, up.t()
             if self._whole and _as_they_are(self._present, output):
@@ -202,19 +245,20 @@ class ExpertStack:
 
         Args:
             projected: `(batch * tokens, members * R)`.
-            weights: As in `add_to`.
+            weights: As in `add_to`, of all modules alike; or of each, `(batch, tokens, members, N)`.
             members: How many modules.
             batch: Samples.
 
         Returns:
             Whether it was done: it is where weights differ from place to place and nobody needs a gradient.
         """
+        if weights.shape[0] == weights.shape[1] == 1 or (torch.is_grad_enabled() and projected.requires_grad):
+            return False
         scaled = self.scaled(weights, projected.dtype)
-        if isinstance(scaled, float) or scaled.ndim < 3 or scaled.requires_grad:
+        if isinstance(scaled, float) or scaled.requires_grad:
             return False
-        if torch.is_grad_enabled() and projected.requires_grad:
-            return False
-        projected.view(batch, -1, members, *self._rank_shape).mul_(scaled.unsqueeze(2))
+        of_each = scaled if weights.ndim == 4 else scaled.unsqueeze(2)
+        projected.view(batch, -1, members, *self._rank_shape).mul_(of_each)
         return True
 
     def scaled(self, weights: Tensor, dtype: torch.dtype) -> Tensor | float:
@@ -238,13 +282,13 @@ class ExpertStack:
         key = self.indices, self._ranks, self.scalings, self.is_convolution, dtype
         scaled = known.get(key)
         if scaled is None:
-            one = self._one_number(weights)
+            one = self._one_number(weights) if weights.shape[0] == weights.shape[1] == 1 else None
             scaled = known[key] = self._scale(weights, dtype) if one is None else one
         return scaled
 
     def _one_number(self, weights: Tensor) -> float | None:
-        """What all LoRAs here weigh, scalings included; `None` where that is not one number."""
-        if weights.shape[0] != 1 or weights.shape[1] != 1 or not _readable(weights):
+        """What `(1, 1, N)` weighs all LoRAs here, scalings included; `None` where that is not one number."""
+        if not _readable(weights):
             return None
         numbers = numbers_of(weights)
         found = {numbers[i] * scaling for i, scaling in zip(self.indices, self.scalings, strict=True)}
@@ -254,7 +298,7 @@ class ExpertStack:
         if weights.dtype != dtype:
             weights = weights.to(torch.promote_types(weights.dtype, dtype))
         alike = weights.shape[0] == weights.shape[1] == 1
-        if not (alike or self._same_rank or weights.requires_grad):
+        if not (alike or self.same_rank or weights.requires_grad):
             spread = self._spread_like(weights)
             with uncast(weights.device):
                 return spread.t() @ weights.transpose(1, 2) if self.is_convolution else weights @ spread
@@ -269,7 +313,7 @@ class ExpertStack:
         if self.is_convolution:
             weights = weights.transpose(1, 2)
         weights = weights.contiguous()  # a product that reads it with jumps takes three times as long
-        return weights.unsqueeze(2 if self.is_convolution else 3) if self._same_rank else weights
+        return weights.unsqueeze(2 if self.is_convolution else -1) if self.same_rank else weights
 
     def _columns_like(self, weights: Tensor) -> Tensor:
         """The LoRAs here as a tensor to select with: to make one of a list takes longer than the selection."""
@@ -306,7 +350,7 @@ class ExpertStack:
             torch.mul(self._by_sample(z, batch), scaled, out=self._by_sample(weighted, batch))
             return weighted
         by_sample = self._by_sample(z, batch)
-        if scaled.requires_grad and not self._same_rank:
+        if scaled.requires_grad and not self.same_rank:
             dim = 1 if self.is_convolution else 2
             parts = zip(by_sample.split(self._ranks, dim), scaled.split(1, dim), strict=True)
             weighted = torch.cat([part * weight for part, weight in parts], dim)
@@ -351,6 +395,11 @@ def _kept_with(tensor: Tensor) -> dict[Any, Any]:
 
         _KEPT[key] = found = weakref.ref(tensor, forget), {}
     return found[1]
+
+
+def _size(up: Tensor) -> float:
+    """What a LoRA's factors are divided and multiplied by; nothing where it adds nothing."""
+    return float(up.norm()) or 1.0
 
 
 def _as_they_are(factors: Sequence[LoRAFactors], output: Tensor) -> bool:

@@ -55,7 +55,7 @@ def experts(tiny: dict[str, Any]) -> Any:
 
 
 def test_the_router_in_a_graph_where_no_lora_gives_anything_or_there_are_no_tokens(experts: Experts) -> None:
-    """As without a graph: a token goes to one LoRA, and where there are none, LoRAs share one unit."""
+    """As without a graph: a token goes to all, and where there are no tokens, LoRAs share one unit."""
     site = next(site for name, site in experts.sites.items() if name.endswith("attn1.to_out.0"))
     keep, scale = torch.tensor([[1, 1, 1], [0, 1, 1]]), torch.tensor([1.0, 0.3, 2.0])
     for router in (NormRouter(), NormRouter(temperature=0.5)):

@@ -208,7 +208,7 @@ def test_a_choice_is_made_ready_once_and_few_are_kept() -> None:
     assert again.group._down is down  # nothing was copied anew
     for kept in [(0,), (1,), (2,), (3,), (0, 1)]:
         site.only(kept)
-    assert len(site.group._chosen) == CHOICES_KEPT
+    assert len(site.group.chosen) == CHOICES_KEPT
     assert site.only((0, 2)) is not chosen
 
 
