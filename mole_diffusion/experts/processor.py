@@ -21,12 +21,8 @@ STOCK = AttnProcessor2_0()
 class AttentionSeam(Protocol):
     """What an attention layer asks while it attends; nothing of it costs anything where no weigher wants it."""
 
-    def idle(self) -> bool:
-        """Whether nothing is added in this pass and nobody looks on."""
-        ...
-
-    def attends(self) -> bool:
-        """Whether anybody may look on, or add to the scores, in this pass."""
+    def attends(self) -> bool | None:
+        """Whether anybody may look on, or add to the scores, in this pass; `None`: nothing is added either."""
         ...
 
     def watched(self) -> bool:
@@ -116,7 +112,8 @@ class MoLEAttnProcessor:
             return STOCK(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
         compiling = torch.compiler.is_compiling()
         shapes = hidden_states.shape, None if encoder_hidden_states is None else encoder_hidden_states.shape
-        if not compiling and self._shapes == shapes and self._seam is not None and self._seam.idle():
+        attends = False if compiling or self._seam is None else self._seam.attends()
+        if attends is None and self._shapes == shapes:
             return STOCK(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
         residual = hidden_states
         if attn.spatial_norm is not None:
@@ -150,7 +147,9 @@ class MoLEAttnProcessor:
         if attn.norm_k is not None:
             key = attn.norm_k(key)
         callback = self.callback if compiling else None
-        if callback is None:
+        if callback is None and not attends:
+            attended = compiled.attention(query, key, value, attention_mask)
+        elif callback is None:
             attended = self.attend(query, key, value, attention_mask)
         elif callback.component.kinds.shows(attn.is_cross_attention):
             attended = compiled.attend(callback, query, key, value, attention_mask)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -100,19 +101,21 @@ class Runs:
             thread.alone[component] = settings, run
         return run
 
-    def idle(self, component: str) -> bool:
-        """Whether a component is in a pass of which layers need not know: nothing is added, and nobody looks on."""
-        run = self.thread.running.get(component)
-        return run is not None and (not run.active or (run.merged and not run.attends))
-
-    def attends(self, component: str, crossed: bool) -> bool:
+    def attends(self, component: str, crossed: bool) -> bool | None:
         """Whether anybody may watch or change attention in the pass that a component is in.
 
         Args:
             component: Its name.
             crossed: Whether it is attention to the prompt.
+
+        Returns:
+            `None` where attention layers need not know of the pass at all: nothing is added either.
         """
-        run = self.run(component)
+        run = self.thread.running.get(component)
+        if run is None:  # a part of the model that is called alone
+            run = self.run(component)
+        elif not run.active or (run.merged and not run.attends):
+            return None
         return run.attends and (crossed or not run.crossed_alone)
 
     def new(self, component: str, device: torch.device | None, told: Told) -> Run:
@@ -164,13 +167,12 @@ class Runs:
                 raise MoLEError(f"`keep` must hold 0 and 1 only, got {keep.tolist()}. Use `scale` for other weights.")
         if scale is not None:
             scales = self._rows("scale", scale)
-        choice = Choice(
-            kept,
-            scales,
-            before.weigher if weigher is None else weigher,
-            before.call if call is None else call,
-            _kept(kept, scales),
-        )
+        who = before.weigher if weigher is None else weigher
+        what = before.call if call is None else call
+        if keep is None and scale is None:
+            choice = replace(before, weigher=who, call=what)
+        else:
+            choice = Choice(kept, scales, who, what, _kept(kept, scales))
         with CHOICES.open(choice, of=self), self.kinds.drawing(choice.weigher, self.weigher):
             yield
 

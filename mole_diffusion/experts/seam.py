@@ -26,7 +26,6 @@ class LayerSeam:
     def __init__(self, runs: Runs, component: str, name: str, crossed: bool, scale: float, halvings: int) -> None:
         self._runs = runs
         self._component = component
-        self.idle = functools.partial(runs.idle, component)
         self.attends = functools.partial(runs.attends, component, crossed)
         self.name = name
         self.crossed = crossed
@@ -35,11 +34,11 @@ class LayerSeam:
 
     def watched(self) -> bool:
         """Whether the weigher wants to see what this layer computes in the present pass."""
-        return self.attends() and self._runs.run(self._component).watched
+        return bool(self.attends()) and self._runs.run(self._component).watched
 
     def biased(self) -> bool:
         """Whether the weigher may add to the scores of this layer in the present pass."""
-        return self.attends() and self._runs.run(self._component).biased
+        return bool(self.attends()) and self._runs.run(self._component).biased
 
     def bias(self, query: Tensor, key: Tensor) -> Tensor | None:
         """What the weigher adds to the scores of this layer, if anything."""
