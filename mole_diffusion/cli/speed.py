@@ -34,7 +34,9 @@ def speed(
     ] = "bare,empty,sum,gates,masks,fused,peft,merged",
     rounds: Annotated[int, typer.Option(help="How often all sides take their turn.")] = 6,
     latent: Annotated[int | None, typer.Option(help="Side of the latents; 64 is a picture of 512 pixels.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 or bfloat16; by default bfloat16 on a GPU, for real sizes.")
+    ] = None,
     device: Device = "cpu",
     threads: Annotated[int, typer.Option(help="Of the CPU.")] = 1,
     train: Annotated[bool, typer.Option("--train", help="Also a step of gate training.")] = False,
@@ -50,7 +52,7 @@ def speed(
     ] = False,
     whole: Annotated[
         bool,
-        typer.Option("--whole", help="All tables of the documentation's page instead; twenty minutes on two cores."),
+        typer.Option("--whole", help="All tables of the documentation's page instead; half an hour on two cores."),
     ] = False,
     count: Annotated[
         bool,

@@ -47,7 +47,7 @@ class Size:
         latent: Side of the latents unless another is asked for.
         tokens: Words of the prompt.
         width: Of their embeddings.
-        dtype: What it is usually run in.
+        dtype: What it is usually run in on a GPU.
         patch: Pixels of the latents to a side of what it takes as one token.
         rows: Of the latents for one picture: 2 where it is drawn with classifier-free guidance.
     """
@@ -197,7 +197,7 @@ class SpeedConfig:
         rounds: How often all sides are run, one after another.
         batch: Rows of the latents; 2 is one picture with guidance.
         latent: Side of the latents; `None` is the size's own.
-        dtype: `"float32"`, `"bfloat16"`; `None` is the size's own.
+        dtype: `"float32"`, `"bfloat16"`; `None` is the size's own, and float32 on a CPU, where less is seldom fast.
         device: Where.
         threads: Of the CPU.
         train: Also a step of gate training: forward, backward, what it saves for that.
@@ -226,6 +226,13 @@ class SpeedConfig:
     compiled: Literal["whole", "blocks"] | None = None
     walks: bool = False
     pipeline: bool = False
+
+    @property
+    def precision(self) -> Literal["float32", "bfloat16"]:
+        """What is computed in."""
+        if self.dtype is not None:
+            return self.dtype
+        return "float32" if self.device == "cpu" else SIZES[self.size].dtype
 
     def __post_init__(self) -> None:
         for name, value, known in (("size", self.size, SIZES), ("targets", self.targets, TARGETS)):
@@ -266,10 +273,9 @@ WHOLE = (
     SpeedConfig(size="142m", loras=(3, 32), used=3, rounds=4, sides=("bare", "sum", "gates", "masks")),
     SpeedConfig(
         size="sd15",
-        dtype="float32",
         latent=64,
         loras=(3,),
-        rounds=3,
+        rounds=5,
         sides=("bare", "sum", "gates", "masks", "norm_router"),
     ),
     SpeedConfig(size="toybox", loras=(3,), rounds=12, sides=_EVERY, train=True, pipeline=True),
@@ -281,5 +287,5 @@ WHOLE = (
         compiled="whole",
     ),
 )
-"""The tables of the documentation's page, twenty minutes on two cores: three and eight LoRAs; three of three and of
+"""The tables of the documentation's page, half an hour on two cores: three and eight LoRAs; three of three and of
 thirty-two; the real size of Stable Diffusion 1.5; small models; compiled."""

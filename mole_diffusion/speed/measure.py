@@ -26,7 +26,7 @@ from .train import TrainingCost, training_costs
 from .walks import WalkCost, walk_cost
 
 Told = Callable[[str], None]
-PIPELINE_ROUNDS = 4  # for each of a model: a call of the pipeline is short
+PIPELINE_ROUNDS = 2  # for each of a model: a call of the pipeline is short
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class SideCost:
         seconds: Of processor time for a call, median; on a GPU by the clock.
         processor: Processor time over that of the bare model; on a GPU until a call is queued.
         clock: The same by the clock; on a GPU until it is done.
+        above: How much more of such time it takes than the plain sum, over the bare model's; on a GPU by the clock.
+            `None` where the plain sum is no side.
         busy: Seconds that a GPU computes for a call; `None` on a CPU.
         operations: Multiplications and additions of its products over those of the bare model: no arithmetic does
             with less where nothing is merged.
@@ -58,6 +60,7 @@ class SideCost:
     products: int
     operators: int
     memory: float | None
+    above: Ratio | None = None
     busy: float | None = None
 
 
@@ -198,12 +201,12 @@ def _measure(speed: Speed, model: Any, inputs: dict[str, Any], number: int, tell
         for side in sides:
             if side not in config.sides:
                 continue
-            times = clock[side] if on_gpu(config.device) else processor[side]
+            time = clock if on_gpu(config.device) else processor
             speed.rows.append(
                 SideCost(
                     side,
                     number,
-                    float(np.median(times)),
+                    float(np.median(time[side])),
                     Ratio.between(processor[side], processor["bare"]),
                     Ratio.between(clock[side], clock["bare"]),
                     counts[side].operations / bare.operations,
@@ -211,6 +214,7 @@ def _measure(speed: Speed, model: Any, inputs: dict[str, Any], number: int, tell
                     counts[side].count,
                     counts[side].operators,
                     memory[side],
+                    Ratio.above(time[side], time["sum"], time["bare"]) if "sum" in time else None,
                     computing.get(side),
                 )
             )

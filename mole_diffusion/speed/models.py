@@ -23,7 +23,7 @@ STEP, STEPS = 100, 1000  # late: every LoRA has joined in
 def make_model(config: SpeedConfig) -> Any:
     """The denoiser, in eval mode and frozen."""
     size = SIZES[config.size]
-    dtype = getattr(torch, config.dtype or size.dtype)
+    dtype = getattr(torch, config.precision)
     kind = getattr(diffusers, size.kind)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         model = kind(**size.settings)

@@ -9,6 +9,7 @@ from .config import SIZES
 from .count import BaseCount
 from .failed import Failed
 from .measure import SideCost, Speed
+from .pipeline import STEPS
 from .ratio import Ratio
 from .train import WalkOperations
 
@@ -28,8 +29,8 @@ NAMES = {
     "merged": "merged beforehand",
 }
 COUNTED = ("operations", "bytes", "products", "operators")
-HEAD = ["side", "LoRAs", "seconds", "processor time", "clock", *COUNTED, "MiB"]
-GPU_HEAD = ["side", "LoRAs", "ms, done", "ms, GPU computes", "queued", "done", *COUNTED, "MiB"]
+HEAD = ["side", "LoRAs", "seconds", "processor time", "clock", "above the sum", *COUNTED, "MiB"]
+GPU_HEAD = ["side", "LoRAs", "ms, done", "ms, GPU computes", "queued", "done", "above the sum", *COUNTED, "MiB"]
 
 
 def speed_tables(speed: Speed) -> str:
@@ -40,7 +41,7 @@ def speed_tables(speed: Speed) -> str:
     head = GPU_HEAD if gpu else HEAD
     used = "" if config.used is None else f", {config.used} of them in the call"
     lines = [
-        f"{config.size}: {speed.parameters / 1e6:.0f} M parameters, {config.dtype or size.dtype}, latents "
+        f"{config.size}: {speed.parameters / 1e6:.0f} M parameters, {config.precision}, latents "
         f"{config.latent or size.latent}², batch {config.batch}; LoRAs of rank {config.rank} on {speed.sites} modules "
         f"({config.targets}){used}; {speed.device}{_compiled(speed)}; {config.rounds} rounds.",
         "",
@@ -78,7 +79,8 @@ def speed_tables(speed: Speed) -> str:
     if speed.pipeline:
         lines += [
             "",
-            "Whole calls of the toybox's pipeline, four steps, three of its LoRAs, over diffusers' own without LoRAs:",
+            f"Whole calls of the toybox's pipeline, {STEPS} steps, three of its LoRAs, over diffusers' own "
+            "without LoRAs, on the same weights:",
             "",
             *_table(
                 ["pipeline", "seconds a step", "processor time", "calls of Python a step", "operators a step"],
@@ -167,7 +169,8 @@ def speed_page(speeds: Sequence[Speed], command: str, *more: str) -> str:
         "# What composing costs",
         "",
         f"Made by `{command}`. One process, sides interleaved round by round in changing order, random weights,",
-        "real shapes. Ratios are to the bare base in the same round: median [quartiles]. *Operations* are those",
+        "real shapes. Ratios are to the bare base in the same round: median [quartiles]. *Above the sum* is what a",
+        "side takes more than the plain sum in the same round, over the bare base. *Operations* are those",
         "of all products and *bytes* what all operators read and write, both counted and over those of the bare",
         "base: what the arithmetic asks for if every operation took as long; products of LoRAs run faster than a",
         "base's convolutions, so a time can lie below. Only where LoRAs are merged, as `fuse_lora` does, are they",
@@ -230,6 +233,7 @@ def _row(row: SideCost, gpu: bool) -> list[str]:
         *times,
         _ratio(row.processor),
         _ratio(row.clock),
+        "–" if row.above is None or row.side in ("bare", "sum") else _ratio(row.above, "+.3f"),
         f"{row.operations:.3f}",
         f"{row.bytes:.3f}",
         str(row.products),
@@ -238,8 +242,8 @@ def _row(row: SideCost, gpu: bool) -> list[str]:
     ]
 
 
-def _ratio(ratio: Ratio) -> str:
-    return f"{ratio.middle:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"
+def _ratio(ratio: Ratio, form: str = ".3f") -> str:
+    return f"{ratio.middle:{form}} [{ratio.low:{form}}, {ratio.high:{form}}]"
 
 
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:

@@ -18,9 +18,11 @@ from ..training import GateTrainingConfig
 from .clocks import in_turn
 from .counted import Counted, python_calls
 from .limits import with_gates, with_products
+from .models import twin
 from .ratio import Ratio
 
 LORAS = 3
+STEPS = 10
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class PipelineCost:
     operators: float
 
 
-def pipeline_costs(rounds: int, tell: Callable[[str], None], steps: int = 4) -> list[PipelineCost]:
+def pipeline_costs(rounds: int, tell: Callable[[str], None], steps: int = STEPS) -> list[PipelineCost]:
     """Draws with the toybox's pipeline and three of its LoRAs, and with diffusers' own without any, taking turns.
 
     Args:
@@ -85,7 +87,9 @@ def _sides(steps: int) -> dict[str, Callable[[], Any]]:
     prompt = " and ".join(f"a {toybox.token(name)} {toybox.class_name(name)}" for name in names)
 
     def opened(kind: Any) -> Any:
-        pipe = kind.from_pretrained(toybox.base_dir(), safety_checker=None)
+        """On the very same weights as the others: where they lie in memory makes a difference of a few hundredths."""
+        copies = {name: twin(base.components[name]) for name in ("unet", "text_encoder")}
+        pipe = kind(**{**base.components, **copies}, requires_safety_checker=False)
         pipe.set_progress_bar_config(disable=True)
         if kind is MoLEStableDiffusionPipeline:
             pipe.load_loras({name: toybox.lora_path(name) for name in names})
@@ -110,6 +114,7 @@ def _sides(steps: int) -> dict[str, Callable[[], Any]]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what diffusers will rename
+        base = StableDiffusionPipeline.from_pretrained(toybox.base_dir(), safety_checker=None)
         stock = opened(StableDiffusionPipeline)
         summed, fused, gated = (opened(MoLEStableDiffusionPipeline) for _ in range(3))
     summed.set_composition("linear")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -17,5 +18,13 @@ class Ratio:
 
     @classmethod
     def between(cls, side: list[float], other: list[float]) -> Ratio:
-        quotients = np.array(side) / np.array(other)
+        return cls._of(np.array(side) / np.array(other))
+
+    @classmethod
+    def above(cls, side: list[float], less: list[float], other: list[float]) -> Ratio:
+        """What a side takes more than one that takes less, over a third."""
+        return cls._of((np.array(side) - np.array(less)) / np.array(other))
+
+    @classmethod
+    def _of(cls, quotients: NDArray[np.float64]) -> Ratio:
         return cls(*(float(x) for x in np.quantile(quotients, [0.25, 0.5, 0.75])))

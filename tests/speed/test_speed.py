@@ -44,6 +44,13 @@ def test_sides_come_in_another_order_in_every_round_and_in_the_same_orders_every
 
 
 @torch.no_grad()
+def test_real_sizes_are_of_half_precision_on_a_gpu_and_not_on_a_processor() -> None:
+    for device, precision in (("cuda", "bfloat16"), ("cpu", "float32")):
+        assert SpeedConfig(size="sd15", device=device).precision == precision
+    assert SpeedConfig(size="sd15", dtype="bfloat16").precision == "bfloat16"
+    assert SpeedConfig(size="142m", device="cuda").precision == "float32"
+
+
 def test_operations_and_bytes_of_one_layer() -> None:
     layer, x = nn.Linear(6, 7), torch.randn(5, 6)
     with Counted() as counted:
@@ -107,6 +114,9 @@ def test_a_table_of_a_tiny_model() -> None:
     assert rows["sum"].operators < rows["gates"].operators
     assert rows["bare"].operators < rows["sum"].operators < rows["gates"].operators < rows["peft"].operators
     assert all(row.seconds > 0 and row.memory is not None for row in speed.rows)
+    of_one_round = rows["peft"].processor.middle - rows["sum"].processor.middle
+    assert rows["peft"].above is not None
+    assert rows["peft"].above.middle == pytest.approx(of_one_round, abs=1e-9)
     (setting,) = speed.settings
     assert setting.load > 0
     steps = {step.name: step for step in speed.training}
@@ -127,11 +137,13 @@ def test_a_page_says_what_did_not_compile_and_what_training_keeps() -> None:
 
 def test_a_table_of_a_gpu_says_when_it_waits_for_the_processor() -> None:
     same = Ratio(1.0, 1.0, 1.0)
-    row = SideCost("sum", 3, 0.0125, Ratio(1.4, 1.5, 1.6), same, 1.1, 1.2, 10, 20, 5.0, busy=0.009)
-    speed = Speed(SpeedConfig(device="cuda", compiled="blocks"), "some GPU", 10, 3, rows=[row])
+    row = SideCost("sum", 3, 0.0125, Ratio(1.4, 1.5, 1.6), same, 1.1, 1.2, 10, 20, 5.0, same, busy=0.009)
+    masks = dataclasses.replace(row, side="masks", above=Ratio.above([3.0, 5.0, 4.5], [2.0, 5.0, 2.0], [1.0, 4.0, 5.0]))
+    speed = Speed(SpeedConfig(device="cuda", compiled="blocks"), "some GPU", 10, 3, rows=[row, masks])
     page = speed_page([speed], "mole speed --device cuda")
     assert "some GPU, repeated blocks compiled" in page
-    assert "| plain sum | 3 | 12.50 | 9.00 | 1.500 [1.400, 1.600] | 1.000 [1.000, 1.000] | 1.100 |" in page
+    assert "| plain sum | 3 | 12.50 | 9.00 | 1.500 [1.400, 1.600] | 1.000 [1.000, 1.000] | – | 1.100 |" in page
+    assert "| 1.000 [1.000, 1.000] | +0.500 [+0.250, +0.750] | 1.100 |" in page  # of 1, 0 and 0.5
     assert "it waits for the processor" in page
     assert "waits for the processor" not in speed_page([Speed(SpeedConfig(), "CPU", 10, 3)], "mole speed")
 
