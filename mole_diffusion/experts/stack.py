@@ -110,11 +110,6 @@ class ExpertStack:
         return stack
 
     @property
-    def sizes(self) -> list[float]:
-        """c of `with_orthonormal_columns`, for each LoRA that touches the module."""
-        return [_size(factor.up.flatten(1).float() * factor.scaling) for factor in self._present]
-
-    @property
     def down(self) -> Tensor:
         """`(R, d_in)` or `(R, c_in, kh, kw)`; fp32, as loaded, made anew each time."""
         return self.down_as(torch.float32)
@@ -141,7 +136,7 @@ class ExpertStack:
         ups, downs, wide = [], [], torch.promote_types(dtype, torch.float32)
         for factor in self._present:
             columns, root = torch.linalg.qr(factor.up.flatten(1).to(wide) * factor.scaling)
-            size = _size(root)
+            size = float(root.norm()) or 1.0  # of a LoRA that adds nothing
             down = (root / size) @ factor.down.flatten(1).to(wide)
             ups.append((columns * size).to(device, dtype))
             downs.append(down.reshape(-1, *self.input_shape).to(device, dtype))
@@ -152,11 +147,14 @@ class ExpertStack:
         wide = torch.promote_types(dtype, torch.float32)
         if not self._present:
             return torch.empty(self.out_features, 0, dtype=dtype)
-        if self.orthonormal:
-            ups = self._turned(wide, None)[0]
-        else:
-            ups = [f.up.flatten(1).to(wide) * s for f, s in zip(self._present, self.scalings, strict=True)]
+        ups = [up * scaling for up, scaling in zip(self._ups_as(wide, None), self.scalings, strict=True)]
         return torch.cat(ups, dim=1).to(dtype)
+
+    def _ups_as(self, dtype: torch.dtype, device: torch.device | None) -> list[Tensor]:
+        """B of each LoRA, unscaled."""
+        if self.orthonormal:
+            return self._turned(dtype, device)[0]
+        return [factor.up.flatten(1).to(device, dtype) for factor in self._present]
 
     def up_like(self, output: Tensor) -> Tensor:
         """B of all LoRAs, unscaled, `(d_out, R)` on the device and in the dtype of `output`; kept."""
@@ -166,10 +164,7 @@ class ExpertStack:
         """`up_like`, and the same turned, `(R, d_out)`."""
         ups = self._ups
         if ups is None or ups[0].device != output.device or ups[0].dtype != output.dtype:
-            if self.orthonormal:
-                parts = self._turned(output.dtype, output.device)[0]
-            else:
-                parts = [factor.up.flatten(1).to(output.device, output.dtype) for factor in self._present]
+            parts = self._ups_as(output.dtype, output.device)
             up = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
             self._ups = ups = up, up.t()
             if self._whole and _as_they_are(self._present, output):
@@ -395,11 +390,6 @@ def _kept_with(tensor: Tensor) -> dict[Any, Any]:
 
         _KEPT[key] = found = weakref.ref(tensor, forget), {}
     return found[1]
-
-
-def _size(up: Tensor) -> float:
-    """What a LoRA's factors are divided and multiplied by; nothing where it adds nothing."""
-    return float(up.norm()) or 1.0
 
 
 def _as_they_are(factors: Sequence[LoRAFactors], output: Tensor) -> bool:
