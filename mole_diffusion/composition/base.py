@@ -99,7 +99,8 @@ class Composition(Options, ABC):
     def orthonormal(self) -> bool:
         """Whether `projections` are to tell how large each LoRA's output is, but for a number of its own at a module.
 
-        What is added stays the same: see `ExpertStack.with_orthonormal_columns`.
+        So they do where products are made with copies of the factors (`ExpertStack.orthonormal` tells): a second copy
+        is not made for it. What is added stays the same: see `ExpertStack.with_orthonormal_columns`.
         """
         return False
 

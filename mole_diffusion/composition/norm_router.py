@@ -58,8 +58,8 @@ class NormRouter(RouterOptions, Composition):
     With `E_i(x_p) = s_i B_i A_i x_p` the output of LoRA i at token p, LoRAs are compared by
     `rho_i(p) = |E_i(x_p)| / mean_p |E_i(x_p)|`: a LoRA that is strong everywhere wins nothing by it. Needs no words,
     no masks and no evaluation more. Norms are those of full outputs, as SpectR takes them
-    (https://arxiv.org/abs/2504.03454), but no output is made: rows are as long as outputs are large (`orthonormal`).
-    Modules without tokens share one unit.
+    (https://arxiv.org/abs/2504.03454), but no output is made: sizes are read off products of rank by rank, or off
+    rows alone where these are as long as outputs are large (`orthonormal`). Modules without tokens share one unit.
 
     Styles and utilities take no part and act in full.
 

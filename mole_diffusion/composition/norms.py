@@ -7,10 +7,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from ..experts import ExpertStack, Projections, Site
+from ..experts import ExpertStack, Projections, Site, SiteGroup
 from ..experts.uncast import uncast
 
-_ROOTS: WeakKeyDictionary[ExpertStack, Tensor] = WeakKeyDictionary()
+_ROOTS: WeakKeyDictionary[ExpertStack | SiteGroup, Tensor] = WeakKeyDictionary()
 
 
 def relative_sizes(site: Site, projections: Projections) -> Tensor:
@@ -21,17 +21,24 @@ def relative_sizes(site: Site, projections: Projections) -> Tensor:
         tensor where the same LoRAs touch them with one rank; else of this one.
     """
     stack, rows, batch = site.stack, projections.rows[site.name], projections.batch
-    if not (stack.orthonormal and stack.same_rank) or site.beside is not None:
+    if not stack.same_rank or site.beside is not None:
         with uncast(rows.device):
             return whole_norms(site, projections).permute(1, 2, 0)[:, :, None]
     number, rank = len(stack.indices), stack.rank // len(stack.indices)
     if stack.is_convolution:  # along tokens, one after another in memory, a sum is several times as fast as a norm
         z = rows.float().view(batch, number, rank, -1)
+        if not stack.orthonormal:
+            with uncast(z.device):
+                z = torch.matmul(root_like(stack, z).transpose(1, 2), z)
         return z.square().sum(dim=2).sqrt_().transpose(1, 2)[:, :, None]
-    if projections.whole is not None and site.group.alike:
-        rows = projections.whole
-    z = rows.view(batch, projections.tokens, -1, number, rank)
-    return torch.linalg.vector_norm(z, dim=-1, dtype=torch.float32)
+    whole = projections.whole if site.group.alike else None
+    z = (rows if whole is None else whole).view(batch * projections.tokens, -1, rank)
+    if not stack.orthonormal:
+        with uncast(z.device):
+            roots = root_like(stack, z) if whole is None else _roots_like(site.group, z)
+            z = torch.bmm(z.float().transpose(0, 1), roots).transpose(0, 1)
+    sizes = torch.linalg.vector_norm(z, dim=-1, dtype=torch.promote_types(z.dtype, torch.float32)).float()
+    return sizes.view(batch, projections.tokens, -1, number)
 
 
 def output_norms(stack: ExpertStack, projected: Tensor) -> Tensor:
@@ -93,6 +100,14 @@ def root_like(stack: ExpertStack, like: Tensor) -> Tensor:
     if root is None or root.device != like.device:
         _ROOTS[stack] = root = _root(stack).to(like.device)
     return root
+
+
+def _roots_like(group: SiteGroup, like: Tensor) -> Tensor:
+    """`root_like` of all modules of a group, one after another, `(modules * n, r, r)`."""
+    roots = _ROOTS.get(group)
+    if roots is None or roots.device != like.device:
+        _ROOTS[group] = roots = torch.cat([root_like(site.stack, like) for site in group.sites])
+    return roots
 
 
 def _root(stack: ExpertStack) -> Tensor:

@@ -140,8 +140,8 @@ class Weigher(Protocol):
     be asked once for all modules of a place, with `projections` that have no rows.
     `of_groups`: names of modules that it gives in a pass the tensor of all others that read the same, such as q, k and
     v; it reads `projections` of the first of them alone: then all are weighed at once, where their rows lie.
-    `orthonormal`: that sites are to be with factors of which `down x` tells how large each LoRA's output is:
-    `ExpertStack.with_orthonormal_columns`.
+    `orthonormal`: that sites are to be with factors of which `down x` tells how large each LoRA's output is, where
+    factors are copied for the products anyway: `ExpertStack.with_orthonormal_columns`.
     `has_rules`: that compiled graphs can weigh as it does by rules of its own, and `rules(parts) -> dict[str, Ruled]`:
     those, by name, of the modules that are given with the compiled part of the model that each lies in; modules that it
     leaves out are asked for one by one. `rules_now(run)`: what they are told beside `keep` and `scale`, once a pass,

@@ -84,8 +84,10 @@ class Site:
 
         Args:
             kept: Indices of LoRAs, rising; `None`: all.
-            orthonormal: Whether `down x` is to tell how large outputs are: `ExpertStack.with_orthonormal_columns`.
+            orthonormal: Whether `down x` is to tell how large outputs are: `ExpertStack.with_orthonormal_columns`. Not
+                where products are made with the factors themselves, of which there would then be others in memory.
         """
+        orthonormal = orthonormal and self.group.copied
         found = self.group.chosen.get((kept, orthonormal))  # here and not in a call: so it is in every pass
         return (self.group.only(kept, orthonormal) if found is None else found)[self.name]
 
@@ -216,6 +218,12 @@ class SiteGroup:
             self.chosen[kept, orthonormal] = sites = {member.name: member for member in members}
         return sites
 
+    @cached_property
+    def copied(self) -> bool:
+        """Whether products are made with copies of the factors, since modules are of another dtype or device."""
+        weights = (getattr(site.module, "weight", None) for site in self.sites)
+        return not all(isinstance(w, Tensor) and s.stack.is_like(w) for w, s in zip(weights, self.sites, strict=True))
+
     def project(self, site: Site, hidden_states: Tensor, output: Tensor) -> Projections:
         """Projections that contain `site`'s, on the device and in the dtype of `output`.
 
@@ -323,6 +331,7 @@ class SiteGroup:
     def start_again(self) -> None:
         """Let go of what was made for the products: a module was exchanged, or lies on another device now."""
         self._down = None
+        self.__dict__.pop("copied", None)
         self.let_go()
         for site in self.sites:
             site.stack.let_go()

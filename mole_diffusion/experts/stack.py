@@ -86,6 +86,7 @@ class ExpertStack:
         self._alike: _Alike | None = None
         self._spread: Tensor | None = None
         self._columns: Tensor | None = None
+        self._numbers: Tensor | None = None
 
     def only(self, kept: Collection[int]) -> ExpertStack:
         """The same place with the rows of the `kept` LoRAs alone; their indices stay, the others have rank 0.
@@ -167,20 +168,25 @@ class ExpertStack:
             parts = self._ups_as(output.dtype, output.device)
             up = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
             self._ups = ups = up, up.t()
-            if self._whole and _as_they_are(self._present, output):
+            if self._whole and self.is_like(output):
                 for factor, part in zip(self._present, up.split(self._ranks, dim=1), strict=True):
                     factor.lie_in(up=part)
         return ups
 
     def lie_in(self, down: Tensor) -> None:
         """Let the factors be parts of `down`, which holds their values, where that is of their device and dtype."""
-        if self._whole and _as_they_are(self._present, down):
+        if self._whole and self.is_like(down):
             for factor, part in zip(self._present, down.split(self._ranks), strict=True):
                 factor.lie_in(down=part)
 
+    def is_like(self, tensor: Tensor) -> bool:
+        """Whether the factors, as they were loaded, are of a tensor's device and dtype."""
+        factors = (x for factor in self._present for x in (factor.down, factor.up))
+        return all(x.device == tensor.device and x.dtype == tensor.dtype for x in factors)
+
     def let_go(self) -> None:
         """Forget what was made for the products; it is made again when it is needed."""
-        self._ups = self._spread = self._columns = None
+        self._ups = self._spread = self._columns = self._numbers = None
 
     @property
     def up_ready(self) -> Tensor | None:
@@ -300,7 +306,7 @@ class ExpertStack:
         if len(self.indices) < self.num_experts:
             weights = weights.index_select(-1, self._columns_like(weights))
         if self._scales:
-            weights = weights * weights.new_tensor(self.scalings)
+            weights = weights * self._scalings_like(weights)
         if alike:
             of_each = zip(weights.flatten().split(1), self._ranks, strict=True)
             of_ranks = torch.cat([weight.expand(rank) for weight, rank in of_each])
@@ -317,6 +323,14 @@ class ExpertStack:
             with torch.inference_mode(False):  # a later pass may be one with gradients
                 self._columns = columns = torch.tensor(self.indices, dtype=torch.long, device=weights.device)
         return columns
+
+    def _scalings_like(self, weights: Tensor) -> Tensor:
+        """The scalings as a tensor, which on a GPU would else be copied there each time."""
+        numbers = self._numbers
+        if numbers is None or numbers.device != weights.device or numbers.dtype != weights.dtype:
+            with torch.inference_mode(False):
+                self._numbers = numbers = torch.tensor(self.scalings, dtype=weights.dtype, device=weights.device)
+        return numbers
 
     def _spread_like(self, weights: Tensor) -> Tensor:
         """`(N, R)`: the scaling of every LoRA at its own ranks, 0 elsewhere.
@@ -390,8 +404,3 @@ def _kept_with(tensor: Tensor) -> dict[Any, Any]:
 
         _KEPT[key] = found = weakref.ref(tensor, forget), {}
     return found[1]
-
-
-def _as_they_are(factors: Sequence[LoRAFactors], output: Tensor) -> bool:
-    """Whether the products are made with the factors just as they were loaded."""
-    return all(x.device == output.device and x.dtype == output.dtype for f in factors for x in (f.down, f.up))

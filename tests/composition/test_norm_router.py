@@ -18,7 +18,7 @@ from mole_diffusion.lora import LoRAFactors
 from mole_diffusion.speed.counted import Counted
 from tests import reference
 from tests.composing import NAMES, composing_pipeline, lora_states
-from tests.running import run_unet
+from tests.running import models, run_unet
 from tests.tiny import ATTENTION, CONVOLUTIONS, FEED_FORWARD, random_lora
 
 
@@ -42,15 +42,24 @@ def test_the_norm_router_gives_each_token_to_the_largest_output_for_its_kind(pip
     assert torch.equal(soft.argmax(dim=-1), weights.argmax(dim=-1))
 
 
+def in_dtype(dtype: torch.dtype) -> Any:
+    """A pipeline with models of a dtype: in that of the factors, products are made with these themselves."""
+    pipe = composing_pipeline()
+    for model in models(dict(pipe.components)).values():
+        model.to(dtype)
+    return pipe
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @torch.no_grad()
-def test_the_norm_router_weighs_all_that_read_one_tensor_at_once_and_each_by_its_own_outputs() -> None:
+def test_the_norm_router_weighs_all_that_read_one_tensor_at_once_and_each_by_its_own_outputs(dtype: Any) -> None:
     """Two methods that are asked in turn, as a wrapper may, do not take each other's."""
-    hard, soft, pipe = NormRouter(), NormRouter(temperature=0.5), composing_pipeline()
+    hard, soft, pipe = NormRouter(), NormRouter(temperature=0.5), in_dtype(dtype)
     pipe.load_loras({name: random_lora(pipe.components, rank=4, seed=seed) for seed, name in enumerate(NAMES)})
     sites = [s for s in pipe.experts.sites.values() if ".attn1.to_" in s.name and s.group.several][2::-1]
     sites = [site.only(None, orthonormal=True) for site in sites]  # as they are when pictures are drawn with it
     assert len({id(site.group) for site in sites}) == 1
-    x = torch.randn(2, 6, *sites[0].stack.input_shape)
+    x = torch.randn(2, 6, *sites[0].stack.input_shape, dtype=dtype)
     sites[0].group.make_ready(x)
     with pipe.composing():
         run = pipe.experts.run("unet")
@@ -66,15 +75,20 @@ def test_the_norm_router_weighs_all_that_read_one_tensor_at_once_and_each_by_its
             literal = [(f.down, f.up, f.scaling) for f in loras]
             for row in range(2):
                 assert weights[row].argmax(dim=-1).tolist() == reference.norm_router(x[row], literal)
-    assert products == [1 + 1, 1, 1]  # the base's, and down of all
+    sizes = 0 if sites[0].stack.orthonormal else 2  # for each method
+    assert products == [1 + 1 + sizes, 1, 1]  # the base's, and down of all
 
 
 @torch.no_grad()
-def test_autocast_rounds_nothing_that_the_norm_router_compares(pipe: Any) -> None:
+def test_autocast_rounds_nothing_that_the_norm_router_compares() -> None:
     """In half precision the least mean there may be is nothing, and two LoRAs look alike."""
-    for name, orthonormal in itertools.product(("attn1.to_out.0", "attn1.to_q"), (False, True)):
-        site = next(s for s in pipe.experts.sites.values() if s.module_name.endswith(name)).only(None, orthonormal)
-        x = torch.randn(2, 40, site.stack.down.shape[1])
+    for name, dtype in itertools.product(("attn1.to_out.0", "attn1.to_q"), (torch.float32, torch.bfloat16)):
+        pipe = in_dtype(dtype)
+        pipe.load_loras({name: random_lora(pipe.components, rank=4, seed=seed) for seed, name in enumerate(NAMES)})
+        site = next(s for s in pipe.experts.sites.values() if s.module_name.endswith(name))
+        site = site.only(None, orthonormal=True)
+        assert site.stack.orthonormal == (dtype == torch.bfloat16)
+        x = torch.randn(2, 40, site.stack.down.shape[1], dtype=dtype)
         for choice in (None, {"cat": 0.3, "dog": 1.0, "mug": 1.0}):
             with pipe.composing(choice):
                 run = pipe.experts.run("unet")
@@ -167,7 +181,7 @@ def test_sizes_of_rows_in_half_precision_are_not_rounded_on_their_way(kernel: tu
 @torch.no_grad()
 def test_the_norm_router_adds_the_same_whatever_rows_it_is_shown(ranks: tuple[int, ...], reach: str) -> None:
     """Weighed at once for all that read one tensor, at each, with LoRAs left out or of another role, and soft."""
-    pipe = composing_pipeline()
+    pipe = in_dtype(torch.float64)
     loras = {
         name: random_lora(pipe.components, rank=rank, seed=seed, targets=(attention, FEED_FORWARD, CONVOLUTIONS))
         for seed, (name, rank, attention) in enumerate(zip(NAMES, ranks, (ATTENTION, reach, ATTENTION), strict=True))
@@ -186,10 +200,13 @@ def test_the_norm_router_adds_the_same_whatever_rows_it_is_shown(ranks: tuple[in
             assert (drawn[True] - base).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ["attn1.to_out.0", "attn1.to_q"])
-def test_gradients_go_through_the_soft_norm_router_and_not_through_who_wins(pipe: Any, name: str) -> None:
+def test_gradients_go_through_the_soft_norm_router_and_not_through_who_wins(name: str, dtype: Any) -> None:
+    pipe = in_dtype(dtype)
+    pipe.load_loras({name: random_lora(pipe.components, rank=4, seed=seed) for seed, name in enumerate(NAMES)})
     site = next(s for s in pipe.experts.sites.values() if s.module_name.endswith(name)).only(None, orthonormal=True)
-    x = torch.randn(2, 6, *site.stack.input_shape, requires_grad=True)
+    x = torch.randn(2, 6, *site.stack.input_shape, dtype=dtype, requires_grad=True)
     with pipe.composing():
         run = pipe.experts.run("unet")
         hard, soft = (
@@ -209,9 +226,10 @@ def test_gradients_go_through_the_soft_norm_router_and_not_through_who_wins(pipe
     assert float((further - back) / 2e-2) == pytest.approx(float(found[0, 2, 1]), rel=0.05, abs=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @torch.no_grad()
-def test_the_norm_router_makes_no_product_of_rows_that_a_sum_does_not_make() -> None:
-    pipe = composing_pipeline()
+def test_the_norm_router_makes_one_product_for_all_that_read_one_tensor_and_none_of_copies(dtype: Any) -> None:
+    pipe = in_dtype(dtype)
     reach = dict(zip(NAMES, (ATTENTION, FEED_FORWARD, FEED_FORWARD), strict=True))
     components = dict(pipe.components)
     pipe.load_loras({name: random_lora(components, rank=4, seed=len(to), targets=(to,)) for name, to in reach.items()})
@@ -227,8 +245,32 @@ def test_the_norm_router_makes_no_product_of_rows_that_a_sum_does_not_make() -> 
         # Where two of all three are, their weights stand in columns of all three: a product of (2, 3).
         feed_forward = [site for site in pipe.experts.sites.values() if ".ff." in site.name]
         of_two = feed_forward if NAMES[2] in chosen else []
-        assert counts["norm_router"] == counts["linear"] + len(of_two), chosen
+        kept = {NAMES.index(name) for name in chosen}
+        groups = {site.group for site in pipe.experts.sites.values() if kept & set(site.stack.indices)}
+        of_sizes = groups if dtype == torch.float32 else ()
+        assert counts["norm_router"] == counts["linear"] + len(of_two) + len(of_sizes), chosen
     assert Budget(NormRouter()).orthonormal
+
+
+@torch.no_grad()
+def test_the_norm_router_has_loras_in_memory_once_as_a_sum_has() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        pipe = in_dtype(dtype)
+        pipe.load_loras({name: random_lora(pipe.components, rank=4, seed=seed) for seed, name in enumerate(NAMES)})
+        made = {}
+        for method in ("norm_router", "linear"):
+            pipe.set_composition(method)
+            with pipe.composing():
+                run_unet(dict(pipe.components))
+            sites = [site.only(None, method == "norm_router") for site in pipe.experts.sites.values()]
+            made[method] = {tensor.data_ptr(): tensor.nbytes for site in sites for tensor in site.group.ready}
+            if method == "norm_router" and dtype == torch.bfloat16:  # nothing that only a sum needs
+                assert not any(site.group.ready for site in pipe.experts.sites.values())
+        assert sum(made["norm_router"].values()) == sum(made["linear"].values()) > 0
+        assert (made["norm_router"] == made["linear"]) == (dtype == torch.float32)
+    site = next(site for site in pipe.experts.sites.values() if not site.group.several)
+    site.move_to(site.module.float())
+    assert site.only(None, orthonormal=True) is site
 
 
 @torch.no_grad()

@@ -78,6 +78,23 @@ def test_a_lora_that_does_not_touch_the_module_has_no_rows() -> None:
     assert weights.tolist() == [1.0 * 3.5] * 3 + [3.0 * 5.5] * 5  # times their scalings, one a rank
 
 
+def test_scalings_are_as_precise_as_the_weights_they_multiply_and_gradients_pass_them() -> None:
+    """Whatever weights came before: rounded ones, in a pass that keeps nothing for gradients."""
+    factors = [LoRAFactors(torch.randn(2, 4), torch.randn(6, 2), scaling) for scaling in (0.1, 1.0, 0.3)]
+    stack = ExpertStack([factors[0], None, factors[2]], "a")
+    with torch.inference_mode():
+        stack.scaled(torch.ones(1, 5, 3), torch.float32)
+    for dtype in (torch.float32, torch.float64):
+        weights = torch.ones(1, 5, 3, dtype=dtype, requires_grad=True)
+        scaled = stack.scaled(weights, dtype)
+        assert isinstance(scaled, Tensor)
+        expected = torch.tensor([0.1, 0.3], dtype=dtype).expand(5, 2)
+        assert torch.equal(scaled[0, :, :, 0], expected)
+        scaled.sum().backward()
+        assert weights.grad is not None
+        assert torch.equal(weights.grad[0, 0], torch.tensor([0.1, 0.0, 0.3], dtype=dtype))
+
+
 def test_matrices_and_one_by_one_convolutions_are_interchangeable() -> None:
     matrix = LoRAFactors(torch.randn(2, 4), torch.randn(6, 2), 1.0)
     kernel = LoRAFactors(matrix.down[..., None, None], matrix.up[..., None, None], 1.0)
