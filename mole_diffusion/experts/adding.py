@@ -10,6 +10,7 @@ from torch import Tensor
 from ..errors import MoLEError
 from .run import Run, Weigher
 from .site import Projections, Site
+from .sums import sum_at
 
 ALIKE = "weights of all modules"  # the note of a pass in which one tensor weighs LoRAs everywhere
 _UNKNOWN = object()
@@ -30,6 +31,7 @@ def add_experts(site: Site, hidden_states: Tensor, output: Tensor, run: Run) -> 
     """
     weigher = run.weigher
     assert weigher is not None
+    place = site
     if run.kept is not None and not _reads_left_out(weigher, site):
         site = site.only(run.kept, run.orthonormal)
     elif run.orthonormal:
@@ -50,6 +52,9 @@ def add_experts(site: Site, hidden_states: Tensor, output: Tensor, run: Run) -> 
     elif not stack.rank:
         return output
     elif key is ALIKE or not group.several:
+        stays = key is ALIKE and stack.was_given(weights)  # by the pass before
+        if stays and output.is_contiguous() and output.dtype == hidden_states.dtype:
+            place.sum = weights, run.kept, sum_at(site, weights, output)
         return stack.add_to(output, group.rows(site, hidden_states, output), weights, not group.several)
     else:
         projections = group.project(site, hidden_states, output)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import MoLEError
 from ..families import Architecture, Told, arguments
-from .adding import add_experts, check_rows, weights_at
+from .adding import ALIKE, add_experts, check_rows, weights_at
 from .attach import Attachment
 from .compiled import refuse_learning
 from .heads import apart, together
@@ -77,10 +77,20 @@ class ForwardPasses:
         Raises:
             MoLEError: The weigher's answer does not broadcast to the batch, tokens and experts of this module.
         """
-        run = self._runs.thread.running.get(self.component) or self._runs.run(self.component)
+        running = self._runs.thread.running.get(self.component)
+        run = running or self._runs.run(self.component)
         if site.lengths is None or run.merged:  # looked at here, and not in a call of its own: so it is at every module
             site.seen = hidden_states.shape, output.shape
-            return output if run.merged or not run.active else add_experts(site, hidden_states, output, run)
+            if run.merged or not run.active:
+                return output
+            if site.sum is not None and running is not None and run.ungraded:
+                weights, kept, add = site.sum
+                if weights is run.notes.get(ALIKE) and kept is run.kept:
+                    try:
+                        return add(hidden_states, output)
+                    except RuntimeError:  # nothing was written
+                        site.sum = None
+            return add_experts(site, hidden_states, output, run)
         return self._add(site, hidden_states, output, run)
 
     def end(self, output: Any) -> Any:

@@ -101,6 +101,11 @@ class Run:
         """Whether it wants `down x` to tell how large outputs are."""
         return bool(getattr(self.weigher, "orthonormal", False))
 
+    @cached_property
+    def ungraded(self) -> bool:
+        """Whether no gradient can be wanted of the pass."""
+        return not torch.is_grad_enabled()
+
     @property
     def timestep(self) -> Tensor | float | None:
         """In the units of the scheduler's `timesteps`; `None` in a text encoder."""

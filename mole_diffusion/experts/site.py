@@ -42,6 +42,8 @@ class Site:
         heads: Axis of the heads where the module is given these one by one (norms of queries and keys); else `None`.
         seen: Shapes of the last input and output, samples first and heads together; `None` before the first call.
         callback: Where a compiled graph calls back.
+        sum: Weights that are the same at all modules, the LoRAs that are chosen, and what adds these: `sums.sum_at`.
+            `None` before there are such.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Site:
         self.lengths: Callable[[Told], tuple[int, ...] | None] | None = None
         self.heads: int | None = None
         self.seen: tuple[torch.Size, torch.Size] | None = None
+        self.sum: tuple[Tensor, tuple[int, ...] | None, Callable[[Tensor, Tensor], Tensor]] | None = None
         self.callback: Callback | None = None
         _check_fit(self)
 
@@ -212,9 +215,12 @@ class SiteGroup:
                 group.holding = self.holding
                 for member in members:
                     stack = member.stack if kept is None else member.stack.only(kept)
+                    member.sum = None
                     member.stack, member.group = stack.with_orthonormal_columns() if orthonormal else stack, group
             while len(self.chosen) >= CHOICES_KEPT:
                 self.chosen.pop(next(iter(list(self.chosen))), None)  # the oldest
+                for site in self.sites:
+                    site.sum = None  # which may have its rows
             self.chosen[kept, orthonormal] = sites = {member.name: member for member in members}
         return sites
 
@@ -334,6 +340,7 @@ class SiteGroup:
         self.__dict__.pop("copied", None)
         self.let_go()
         for site in self.sites:
+            site.sum = None
             site.stack.let_go()
         self.chosen.clear()
 

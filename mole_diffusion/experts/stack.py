@@ -241,6 +241,10 @@ class ExpertStack:
             return added.view(batch, height, width, -1).permute(0, 3, 1, 2)
         return added.view(output.shape)
 
+    def was_given(self, weights: Tensor) -> bool:
+        """Whether these very weights were those of the latest `add_to`."""
+        return self._alike is not None and self._alike[0]() is weights
+
     def weigh_all(self, projected: Tensor, weights: Tensor, members: int, batch: int) -> bool:
         """Weighs, where they lie, rows of several modules that have the same LoRAs, ranks and scalings.
 

@@ -1,0 +1,56 @@
+"""A sum at constant weights, with all that it needs at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .site import Site
+
+
+def sum_at(site: Site, weights: Tensor, like: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """What adds the LoRAs of a module to what it gives, as `ExpertStack.add_to` does, where nobody wants a gradient.
+
+    It looks at nothing that is the same in each pass, since to ask a tensor for its device takes a small model, or a
+    GPU that waits, as long as half a product. Where outputs are of another device or dtype now, or lie otherwise in
+    memory, an operator raises RuntimeError before anything is written.
+
+    Args:
+        site: The module.
+        weights: The same at all modules, `(1, 1, N)`.
+        like: An output of the module.
+
+    Returns:
+        Input and output of the module to that output, to which was added in place.
+    """
+    stack, group, name = site.stack, site.group, site.name
+    down, up, width = group.down_of(site, like)[0], stack.up_like(like), stack.out_features
+    turned, scaled = up.t(), stack.scaled(weights, like.dtype)
+    number, numbers = (scaled, None) if isinstance(scaled, float) else (1.0, scaled)
+
+    def linear(hidden_states: Tensor, output: Tensor) -> Tensor:
+        rows = torch.mm(hidden_states.reshape(-1, hidden_states.shape[-1]), down)
+        if numbers is not None:
+            rows = (rows * numbers).to(rows.dtype)
+        output.view(-1, width).addmm_(rows, turned, alpha=number)
+        return output
+
+    def of_several(hidden_states: Tensor, output: Tensor) -> Tensor:
+        rows = group.project(site, hidden_states, output).rows[name]
+        if numbers is not None:
+            rows = (rows * numbers).to(rows.dtype)
+        output.view(-1, width).addmm_(rows, turned, alpha=number)
+        return output
+
+    def convolution(hidden_states: Tensor, output: Tensor) -> Tensor:
+        rows = site.project(hidden_states, down)
+        if numbers is not None:
+            rows = (rows * numbers).to(rows.dtype)
+        output.view(output.shape[0], width, -1).baddbmm_(up.expand(rows.shape[0], -1, -1), rows, alpha=number)
+        return output
+
+    if group.several:
+        return of_several
+    return convolution if stack.is_convolution else linear
