@@ -37,7 +37,8 @@ def relative_sizes(site: Site, projections: Projections) -> Tensor:
         with uncast(z.device):
             roots = root_like(stack, z) if whole is None else _roots_like(site.group, z)
             z = torch.bmm(z.float().transpose(0, 1), roots).transpose(0, 1)
-    sizes = torch.linalg.vector_norm(z, dim=-1, dtype=torch.promote_types(z.dtype, torch.float32)).float()
+    z = z.float() if z.dtype == torch.float64 else z  # which a norm would not narrow
+    sizes = torch.linalg.vector_norm(z, dim=-1, dtype=torch.float32)
     return sizes.view(batch, projections.tokens, -1, number)
 
 

@@ -159,10 +159,10 @@ class ExpertStack:
 
     def up_like(self, output: Tensor) -> Tensor:
         """B of all LoRAs, unscaled, `(d_out, R)` on the device and in the dtype of `output`; kept."""
-        return self._ups_like(output)[0]
+        return self.ups_like(output)[0]
 
-    def _ups_like(self, output: Tensor) -> tuple[Tensor, Tensor]:
-        """`up_like`, and the same turned, `(R, d_out)`."""
+    def ups_like(self, output: Tensor) -> tuple[Tensor, Tensor]:
+        """`up_like`, and the same turned, `(R, d_out)`; both kept."""
         ups = self._ups
         if ups is None or ups[0].device != output.device or ups[0].dtype != output.dtype:
             parts = self._ups_as(output.dtype, output.device)
@@ -205,7 +205,7 @@ class ExpertStack:
         """
         ups, alike, dtype = self._ups, self._alike, output.dtype
         if ups is None or ups[0].device != output.device or ups[0].dtype != dtype:
-            ups = self._ups_like(output)
+            ups = self.ups_like(output)
         scaled: Tensor | float | None = None
         if weights is None:
             scaled = 1.0

@@ -26,8 +26,8 @@ def sum_at(site: Site, weights: Tensor, like: Tensor) -> Callable[[Tensor, Tenso
         Input and output of the module to that output, to which was added in place.
     """
     stack, group, name = site.stack, site.group, site.name
-    down, up, width = group.down_of(site, like)[0], stack.up_like(like), stack.out_features
-    turned, scaled = up.t(), stack.scaled(weights, like.dtype)
+    down, width = group.down_of(site, like)[0], stack.out_features
+    (up, turned), scaled = stack.ups_like(like), stack.scaled(weights, like.dtype)
     number, numbers = (scaled, None) if isinstance(scaled, float) else (1.0, scaled)
 
     def linear(hidden_states: Tensor, output: Tensor) -> Tensor:

@@ -263,7 +263,7 @@ class SpeedConfig:
 
 _EVERY: tuple[Side, ...] = ("bare", "empty", "sum", "gates", "masks", "norm_router", "fused", "peft", "merged")
 WHOLE = (
-    SpeedConfig(size="142m", loras=(3,), rounds=9, sides=(*_EVERY, "products", "joined", "gated"), train=True),
+    SpeedConfig(size="142m", loras=(3,), rounds=15, sides=(*_EVERY, "products", "joined", "gated"), train=True),
     SpeedConfig(
         size="142m",
         loras=(8,),
