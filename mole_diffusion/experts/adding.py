@@ -31,7 +31,7 @@ def add_experts(site: Site, hidden_states: Tensor, output: Tensor, run: Run) -> 
     """
     weigher = run.weigher
     assert weigher is not None
-    place = site
+    here = site
     if run.kept is not None and not _reads_left_out(weigher, site):
         site = site.only(run.kept, run.orthonormal)
     elif run.orthonormal:
@@ -54,7 +54,7 @@ def add_experts(site: Site, hidden_states: Tensor, output: Tensor, run: Run) -> 
     elif key is ALIKE or not group.several:
         stays = key is ALIKE and stack.was_given(weights)  # by the pass before
         if stays and output.is_contiguous() and output.dtype == hidden_states.dtype:
-            place.sum = weights, run.kept, sum_at(site, weights, output)
+            here.sum = weights, run.kept, sum_at(site, weights, output)
         return stack.add_to(output, group.rows(site, hidden_states, output), weights, not group.several)
     else:
         projections = group.project(site, hidden_states, output)

@@ -25,32 +25,23 @@ def sum_at(site: Site, weights: Tensor, like: Tensor) -> Callable[[Tensor, Tenso
     Returns:
         Input and output of the module to that output, to which was added in place.
     """
-    stack, group, name = site.stack, site.group, site.name
+    stack, group, name, alone = site.stack, site.group, site.name, not site.group.several
     down, width = group.down_of(site, like)[0], stack.out_features
     (up, turned), scaled = stack.ups_like(like), stack.scaled(weights, like.dtype)
     number, numbers = (scaled, None) if isinstance(scaled, float) else (1.0, scaled)
 
-    def linear(hidden_states: Tensor, output: Tensor) -> Tensor:
-        rows = torch.mm(hidden_states.reshape(-1, hidden_states.shape[-1]), down)
+    def linear(x: Tensor, output: Tensor) -> Tensor:
+        rows = torch.mm(x.reshape(-1, x.shape[-1]), down) if alone else group.project(site, x, output).rows[name]
         if numbers is not None:
             rows = (rows * numbers).to(rows.dtype)
         output.view(-1, width).addmm_(rows, turned, alpha=number)
         return output
 
-    def of_several(hidden_states: Tensor, output: Tensor) -> Tensor:
-        rows = group.project(site, hidden_states, output).rows[name]
-        if numbers is not None:
-            rows = (rows * numbers).to(rows.dtype)
-        output.view(-1, width).addmm_(rows, turned, alpha=number)
-        return output
-
-    def convolution(hidden_states: Tensor, output: Tensor) -> Tensor:
-        rows = site.project(hidden_states, down)
+    def convolution(x: Tensor, output: Tensor) -> Tensor:
+        rows = site.project(x, down) if alone else group.project(site, x, output).rows[name]
         if numbers is not None:
             rows = (rows * numbers).to(rows.dtype)
         output.view(output.shape[0], width, -1).baddbmm_(up.expand(rows.shape[0], -1, -1), rows, alpha=number)
         return output
 
-    if group.several:
-        return of_several
     return convolution if stack.is_convolution else linear

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
-import weakref
 import zlib
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -17,13 +15,11 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 import mole_diffusion
-from mole_diffusion.composition import Call, Linear
+from mole_diffusion.composition import Linear
 from mole_diffusion.composition.norms import output_norms
 from mole_diffusion.experts import Experts, ExpertStack, Projections, Run, Site
-from mole_diffusion.experts.adding import add_experts
 from mole_diffusion.experts.processor import STOCK
 from mole_diffusion.experts.site import CHOICES_KEPT, group_sites
-from mole_diffusion.experts.sums import sum_at
 from mole_diffusion.families.unet import UNet
 from mole_diffusion.lora import LoRA, LoRAFactors
 from mole_diffusion.speed import Counted
@@ -111,123 +107,6 @@ def test_a_sum_runs_six_operators_a_module(tiny: dict[str, Any], loras: list[LoR
     experts.detach()
     once = 20 if alike else 40  # the weights themselves, and how they lie at modules that other LoRAs touch
     assert ours.operators - base.operators <= (5 if alike else 6) * len(sites) + once
-
-
-@pytest.mark.parametrize("alike", [False, True])
-@torch.no_grad()
-def test_a_sum_has_all_that_it_needs_at_hand_and_is_the_same(
-    tiny: dict[str, Any], loras: list[LoRA], alike: bool
-) -> None:
-    """As the general way gives it, which serves the first pass: also after other choices, sizes, dtypes and modules."""
-    if alike:
-        loras = [replace(lora, factors=_scaled(lora, 0.5)) for lora in loras]
-    experts = attached(tiny, loras)
-    experts.weigher = Linear()
-    generally = 0
-
-    def counted(*args: Any) -> Tensor:
-        nonlocal generally
-        generally += 1
-        return add_experts(*args)
-
-    def passes(everywhere: bool = True, **inputs: Any) -> Tensor:
-        nonlocal generally
-        for site in experts.sites.values():
-            site.sum = None
-        drawn = [run_unet(tiny, **inputs) for _ in range(3)]
-        generally = 0
-        drawn.append(run_unet(tiny, **inputs))
-        assert (generally == 1) == everywhere  # the first module, at which weights are asked for
-        assert all(torch.equal(drawn[0], other) for other in drawn[1:])
-        return drawn[0]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mole_diffusion.experts.forward_passes.add_experts", counted)
-        for keep in (torch.ones(4), torch.tensor([1.0, 0, 1, 0]), torch.tensor([0.0, 1, 0, 0])):
-            with experts.using(keep=keep, call=Call(experts.names, ("subject",) * 4)):
-                at_once = run_unet(tiny)  # with what was at hand for another choice
-                whole = passes()
-                assert torch.equal(at_once, whole)
-                with experts.using(scale=torch.full((4,), 2.0)):
-                    doubled = run_unet(tiny)
-                    assert torch.equal(doubled, passes())
-                assert not torch.equal(doubled, whole)
-                assert passes(sample=unet_inputs(size=8)["sample"]).shape[-1] == 8
-                with torch.autocast("cpu", torch.bfloat16):
-                    half = run_unet(tiny)
-                    assert torch.equal(half, passes(everywhere=False))
-                assert torch.equal(run_unet(tiny), whole)
-                tiny["unet"].double()
-                torch.testing.assert_close(run_unet(tiny).float(), whole, atol=1e-4, rtol=1e-4)
-                passes()
-                tiny["unet"].float()
-                assert torch.equal(passes(), whole)
-                tiny["unet"].to(memory_format=torch.channels_last)
-                torch.testing.assert_close(run_unet(tiny), whole, atol=1e-5, rtol=1e-5)
-                passes(everywhere=False)  # convolutions add in another order
-                tiny["unet"].to(memory_format=torch.contiguous_format)
-                passes()
-        site = next(site for site in experts.sites.values() if site.sum)
-        site.group.start_again()
-        assert site.sum is None
-        experts.weigher = Steady(torch.ones(1, 1, 4))
-        drawn = []
-        for keep in (torch.ones(4), torch.tensor([1.0, 0, 1, 0])):
-            with experts.using(keep=keep):
-                drawn += [run_unet(tiny), passes()]
-        assert torch.equal(drawn[2], drawn[3])
-        assert not torch.equal(drawn[0], drawn[2])
-    experts.detach()
-
-
-class Steady:
-    """The very same weights in all passes, whoever is left out."""
-
-    alike = True
-
-    def __init__(self, weights: Tensor) -> None:
-        self._weights = weights
-
-    def weigh(self, site: Site, projections: Projections, run: Run) -> Tensor:
-        return self._weights
-
-
-def test_a_sum_leaves_alone_what_autograd_needs() -> None:
-    """After passes without gradients, of the model and of a part of it that is called alone."""
-    components = tiny_components()
-    loras = [make_lora(components, name, seed, targets=(ATTENTION,)) for seed, name in enumerate(("cat", "dog"))]
-    experts = attached(components, loras)
-    experts.weigher = Linear()
-    layer = next(layer for layer in components["unet"].modules() if isinstance(layer, Attention))
-    linear: Any = layer.to_out[0]
-    linear.forward = lambda x: nn.functional.linear(x, linear.weight, linear.bias).exp()  # whose gradient needs it
-    tokens, inputs = torch.randn(2, 5, linear.in_features), unet_inputs()
-    with experts.using(call=Call(experts.names, ("subject",) * 2)):
-        for given, run in (
-            (inputs["sample"], lambda x: run_unet(components, sample=x)),
-            (tokens, lambda x: layer(x)),
-        ):
-            with torch.no_grad():
-                expected = [run(given) for _ in range(3)][-1]
-            given.requires_grad_()
-            drawn = run(given)
-            torch.testing.assert_close(drawn, expected)
-            drawn.sum().backward()
-            assert given.grad.abs().max() > 0
-    experts.detach()
-
-
-def test_what_a_sum_has_at_hand_goes_with_the_choice_it_is_of() -> None:
-    site = group_of_three(4)[1]["to_q"]
-    kept = site.only((0, 1))
-    site.sum = torch.ones(1, 1, 4), (0, 1), sum_at(kept, torch.ones(1, 1, 4), torch.ones(2, 7))
-    made = weakref.ref(kept.stack)
-    del kept
-    for others in ((0, 2), (0, 3), (1, 2), (1, 3))[:CHOICES_KEPT]:
-        assert made() is not None
-        site.only(others)
-    gc.collect()
-    assert made() is None
 
 
 def _scaled(lora: LoRA, scaling: float) -> dict[str, dict[str, LoRAFactors]]:
