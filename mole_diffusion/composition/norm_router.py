@@ -16,9 +16,11 @@ from ..experts.rules import Ruled
 from ..experts.uncast import uncast
 from ..methods import RouterOptions
 from .base import Composition
-from .norms import relative_sizes
+from .norms import sizes_at
 from .roles import roles
 from .routing_in_graphs import LATER, rule_of
+
+FILLED = "text", "both"  # what modules read in which some tokens may only fill up a prompt
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,15 +29,15 @@ class _Parts:
 
     Attributes:
         made_of: What they were worked out from.
-        lost: The weight of a LoRA at a token that is not its own, `(rows, 1, 1, N)`; `None` where that is 0.
+        lost: The weight of a LoRA at a token that is not its own, `(rows, 1, N)`; `None` where that is 0.
         gains: What winning a token adds to it, for the n that may win one, `(rows, n, N)`; `None` where all of N may,
             and their weight is 1.
         shared: The weight where there are no tokens, `(rows, 1, N)`.
         idle: Whether a LoRA does not compete: no subject, or left out; `(rows, 1, 1, n)`. `None` where all compete in
             every row.
-        order: What means are divided by, so that no two LoRAs are equally large, `(n,)`.
+        order: What means are divided by, so that no two LoRAs are equally large, `(n, 1, 1)`.
         least: What keeps a quotient by a LoRA's mean finite, `(1,)`.
-        shares: What makes of the sum of a LoRA's sizes their mean over its place in the order, by tokens, `(n,)`.
+        shares: What makes of the sum of a LoRA's sizes their mean over its place in the order, by tokens, `(n, 1, 1)`.
     """
 
     made_of: tuple[Tensor, Tensor]
@@ -86,8 +88,7 @@ class NormRouter(RouterOptions, Composition):
             parts: The modules that can be in a graph with their LoRAs, and the compiled part that each lies in.
         """
         self._in_graphs = self.temperature
-        filled = "text", "both"
-        sites = (site for site in parts if site.reads not in filled and site.stack.rank)
+        sites = (site for site in parts if site.reads not in FILLED and site.stack.rank)
         return {site.name: rule_of(site, self.temperature) for site in sites}
 
     def rules_now(self, run: Run) -> Tensor:
@@ -108,72 +109,79 @@ class NormRouter(RouterOptions, Composition):
         return True
 
     def weigh(self, site: Site, projections: Projections, run: Run) -> Tensor:
-        parts = self._parts(site, run)
         if projections.tokens == 1 or not site.stack.indices:
-            return parts.shared
+            return self._parts(site, run).shared
         together = projections.together.get(self)
         if together is None:
-            together = self._together(parts, site, projections, run)
+            together = self._together(site, projections, run)
             if len(together[1]) > 1:
                 projections.together[self] = together
         return together[1][site.name]
 
-    def _together(self, parts: _Parts, site: Site, projections: Projections, run: Run) -> _Together:
-        given = projections.hidden_states
-        if site.reads != "text" or run.call is None or given.requires_grad:
-            return self._weights(parts, site, projections, run)
+    def _together(self, site: Site, projections: Projections, run: Run) -> _Together:
+        known = run.notes if run.call is None else run.call.state
+        here = known.get((self, site))
+        if here is None or here[0].made_of[0] is not run.keep or here[0].made_of[1] is not run.scale:
+            known[self, site] = here = self._parts(site, run), sizes_at(site, projections.rows[site.name])
+        parts, sizes_of = here
+        if site.reads != "text" or run.call is None or projections.hidden_states.requires_grad:
+            there = run.told.there(site.reads, projections.tokens) if site.reads in FILLED else None
+            return self._weights(parts, sizes_of(projections), there, site)
         # The prompt is the same in all steps of a picture: what was worked out for it holds for all of them.
-        known: dict[Any, Any] = run.call.state.setdefault((self, "text"), {})
+        given = projections.hidden_states
+        kept: dict[Any, Any] = run.call.state.setdefault((self, "text"), {})
         version = None if given.is_inference() else given._version
-        found = known.get(site.name)
+        found = kept.get(site.name)
         if found is None or found[0]() is not given or found[1:3] != (version, parts):
-            found = ref(given), version, parts, self._weights(parts, site, projections, run)
-            known.update(dict.fromkeys(found[3][1], found))
+            there = run.told.there(site.reads, projections.tokens)
+            found = ref(given), version, parts, self._weights(parts, sizes_of(projections), there, site)
+            kept.update(dict.fromkeys(found[3][1], found))
         together: _Together = found[3]
         return together
 
-    def _weights(self, parts: _Parts, site: Site, projections: Projections, run: Run) -> _Together:
+    def _weights(self, parts: _Parts, sizes: Tensor, there: Tensor | None, site: Site) -> _Together:
         """Weights `(batch, tokens, modules, N)` and each module's."""
-        sizes = relative_sizes(site, projections)
-        weights = self._shares(parts, sizes, run.told.there(site.reads, projections.tokens))
+        several = sizes.ndim == 4
+        shares = self._shares(parts, sizes, there)
+        weights = shares.permute(2, 3, 0, 1) if several else shares.permute(1, 2, 0)
         if parts.gains is not None:
-            with uncast(weights.device):
-                weights = torch.einsum("btmn,bni->btmi", weights, parts.gains.expand(weights.shape[0], -1, -1))
+            with uncast(weights.device.type):
+                weights = torch.einsum("bt...n,bni->bt...i", weights, parts.gains.expand(weights.shape[0], -1, -1))
         if parts.lost is not None:
-            weights = parts.lost + weights
-        if weights.shape[2] == 1:
-            return weights, {site.name: weights.squeeze(2)}
+            weights = (parts.lost[:, :, None] if several else parts.lost) + weights
+        if not several:
+            return weights, {site.name: weights}
         return weights, dict(zip(site.group.names, weights.unbind(2), strict=True))
 
     def _shares(self, parts: _Parts, sizes: Tensor, there: Tensor | None) -> Tensor:
-        """What each LoRA gets of each token, 1 in all, `(batch, tokens, modules, n)`.
+        """What each LoRA gets of each token, 1 in all, laid out as `sizes` are.
 
         Where two are equally large to the last digit, as where nobody adds anything, the token is of both.
 
         Args:
             parts: The weights.
-            sizes: Of outputs, `(batch, tokens, modules, n)`; they may be overwritten.
+            sizes: Of outputs, `(n, batch, tokens)` or `(modules, n, batch, tokens)`; they may be overwritten.
             there: `(batch, tokens)`, 0 for what fills up a prompt, which says nothing; `None` where all tokens count.
         """
         hard = self.temperature == 0
         if hard and sizes.requires_grad:
             sizes = sizes.detach()  # who has a token does not follow from it smoothly
-        if there is not None and there.shape[0] == sizes.shape[0]:
-            counted = there.to(sizes)[:, :, None, None]
-            sums = (sizes * counted).sum(dim=1, keepdim=True)
-            share = 1 / (counted.sum(dim=1, keepdim=True) * parts.order)
+        batch, tokens = sizes.shape[-2:]
+        if there is not None and there.shape[0] == batch:
+            counted = there.to(sizes)
+            sums = (sizes * counted).sum(dim=-1, keepdim=True)
+            share = 1 / (counted.sum(dim=-1, keepdim=True) * parts.order)
         else:
-            tokens = sizes.shape[1]
             if tokens not in parts.shares:
                 parts.shares[tokens] = 1 / (tokens * parts.order)
-            sums, share = sizes.sum(dim=1, keepdim=True), parts.shares[tokens]
+            sums, share = sizes.sum(dim=-1, keepdim=True), parts.shares[tokens]
         means = torch.addcmul(parts.least, sums, share)
         ratios = sizes / means if sizes.requires_grad else sizes.div_(means)
         if parts.idle is not None:
             ratios = ratios.masked_fill(parts.idle, float("-inf"))
         if hard:
-            return ratios.eq_(ratios.amax(dim=-1, keepdim=True))
-        return torch.softmax(ratios / self.temperature, dim=-1).nan_to_num()  # of nobody, where nobody competes
+            return ratios.eq_(ratios.amax(dim=-3, keepdim=True))
+        return torch.softmax(ratios / self.temperature, dim=-3).nan_to_num()  # of nobody, where nobody competes
 
     def _parts(self, site: Site, run: Run) -> _Parts:
         """Kept until the call ends or the choice of LoRAs changes: asked at every module, they cost more than norms."""
@@ -191,13 +199,13 @@ class NormRouter(RouterOptions, Composition):
             gains = gain * everyone
             shared = lost + gain / competing.sum(dim=-1, keepdim=True).clamp(min=1)
             idle = competing[..., here] == 0
-            order = 1 - LATER * torch.arange(len(here), device=subject.device)
+            order = 1 - LATER * torch.arange(len(here), device=subject.device)[:, None, None]
             known[key] = parts = _Parts(
                 (run.keep, run.scale),
-                lost[:, None] if bool(lost.any()) else None,
+                lost if bool(lost.any()) else None,
                 None if torch.equal(gains, everyone.expand_as(gains)) and len(here) == len(subject) else gains,
                 shared,
-                idle[:, None] if bool(idle.any()) else None,
+                idle.permute(2, 0, 1) if bool(idle.any()) else None,
                 order,
                 order.new_full((1,), torch.finfo(order.dtype).tiny),
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from weakref import WeakKeyDictionary
 
 import torch
@@ -13,33 +14,58 @@ from ..experts.uncast import uncast
 _ROOTS: WeakKeyDictionary[ExpertStack | SiteGroup, Tensor] = WeakKeyDictionary()
 
 
-def relative_sizes(site: Site, projections: Projections) -> Tensor:
-    """Size of every LoRA's output at every token, but for one number for each LoRA and module.
+def sizes_at(site: Site, like: Tensor) -> Callable[[Projections], Tensor]:
+    """What reads the size of every LoRA's output at every token off products, but for one number for each LoRA.
+
+    Args:
+        site: The module.
+        like: A tensor on the device and in the dtype of its products.
 
     Returns:
-        `(batch, tokens, modules, n)`, float32, for the n LoRAs that touch the module: of all modules that read the same
-        tensor where the same LoRAs touch them with one rank; else of this one.
+        Projections to `(n, batch, tokens)`, float32, for the n LoRAs that touch the module; to `(modules, n, batch,
+        tokens)` of all modules that read the same tensor, where the same LoRAs touch them with one rank.
     """
-    stack, rows, batch = site.stack, projections.rows[site.name], projections.batch
-    if not stack.same_rank or site.beside is not None:
-        with uncast(rows.device):
-            return whole_norms(site, projections).permute(1, 2, 0)[:, :, None]
-    number, rank = len(stack.indices), stack.rank // len(stack.indices)
-    if stack.is_convolution:  # along tokens, one after another in memory, a sum is several times as fast as a norm
-        z = rows.float().view(batch, number, rank, -1)
-        if not stack.orthonormal:
-            with uncast(z.device):
-                z = torch.matmul(root_like(stack, z).transpose(1, 2), z)
-        return z.square().sum(dim=2).sqrt_().transpose(1, 2)[:, :, None]
-    whole = projections.whole if site.group.alike else None
-    z = (rows if whole is None else whole).view(batch * projections.tokens, -1, rank)
+    stack, name, number, kind = site.stack, site.name, len(site.stack.indices), like.device.type
+    rank, wide = stack.rank // number, like.dtype == torch.float64
+    alike = site.group.several and site.group.alike and not stack.is_convolution
+    root = of_all = None
     if not stack.orthonormal:
-        with uncast(z.device):
-            roots = root_like(stack, z) if whole is None else _roots_like(site.group, z)
-            z = torch.bmm(z.float().transpose(0, 1), roots).transpose(0, 1)
-    z = z.float() if z.dtype == torch.float64 else z  # which a norm would not narrow
-    sizes = torch.linalg.vector_norm(z, dim=-1, dtype=torch.float32)
-    return sizes.view(batch, projections.tokens, -1, number)
+        root, of_all = root_like(stack, like), _roots_like(site.group, like) if alike else None
+    turned: dict[int, Tensor] = {}  # R of all samples, for a convolution
+
+    def linear(projections: Projections) -> Tensor:
+        whole, batch, tokens = projections.whole if alike else None, projections.batch, projections.tokens
+        z, roots = (projections.rows[name], root) if whole is None else (whole, of_all)
+        z = z.view(batch * tokens, -1, rank).transpose(0, 1)
+        if roots is not None:
+            with uncast(kind):
+                z = torch.bmm(z.float(), roots)
+        elif wide:  # which a norm would not narrow
+            z = z.float()
+        sizes = torch.linalg.vector_norm(z, dim=-1, dtype=torch.float32)
+        return sizes.view(number, batch, tokens) if whole is None else sizes.view(-1, number, batch, tokens)
+
+    def convolution(projections: Projections) -> Tensor:
+        batch = projections.batch
+        z = projections.rows[name].float().reshape(batch * number, rank, -1)
+        if root is None:
+            squares = z.square()
+        else:
+            if batch not in turned:
+                turned[batch] = root.transpose(1, 2).repeat(batch, 1, 1)
+            with uncast(kind):
+                z = torch.bmm(turned[batch], z)
+            squares = z.square() if z.requires_grad else z.square_()
+        # Along tokens, one after another in memory, a sum is several times as fast as a norm.
+        return squares.sum(dim=1).sqrt_().view(batch, number, -1).transpose(0, 1)
+
+    def whole(projections: Projections) -> Tensor:
+        with uncast(kind):
+            return whole_norms(site, projections)
+
+    if not stack.same_rank or site.beside is not None:
+        return whole
+    return convolution if stack.is_convolution else linear
 
 
 def output_norms(stack: ExpertStack, projected: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from .norms import root_like
 
 RULE = "norm_router"
 # Of two LoRAs that are the same but for rounding, the first wins: others count for a few digits of the last place less.
-LATER = 2.0**-21
+LATER = 2.0**-19
 
 
 def rule_of(site: Site, temperature: float) -> Ruled:

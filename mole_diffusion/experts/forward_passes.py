@@ -278,6 +278,6 @@ class ForwardPasses:
         refuse_unseen(component, run, attachment.hides)
         if self._runs.merged and not compiled and run.passes == len(run.keep) == len(run.scale) == 1 and run.active:
             # Autocast would round merged weights, and with them what LoRAs change.
-            run = replace(run, merged=getattr(run.weigher, "constant", False) and not is_cast(run.keep.device))
+            run = replace(run, merged=getattr(run.weigher, "constant", False) and not is_cast(run.keep.device.type))
         self._runs.begin(run)
         return run

@@ -305,7 +305,7 @@ class ExpertStack:
         alike = weights.shape[0] == weights.shape[1] == 1
         if not (alike or self.same_rank or weights.requires_grad):
             spread = self._spread_like(weights)
-            with uncast(weights.device):
+            with uncast(weights.device.type):
                 return spread.t() @ weights.transpose(1, 2) if self.is_convolution else weights @ spread
         if len(self.indices) < self.num_experts:
             weights = weights.index_select(-1, self._columns_like(weights))

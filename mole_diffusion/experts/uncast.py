@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-
-def is_cast(device: torch.device) -> bool:
-    """Whether products on a device are rounded by autocast now."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+_available = functools.cache(torch.amp.is_autocast_available)
+_NOTHING = nullcontext()
 
 
-def uncast(device: torch.device) -> AbstractContextManager[None]:
-    """A `with` block on a device in which autocast is off; nothing at all where it was off before."""
-    return torch.autocast(device.type, enabled=False) if is_cast(device) else nullcontext()
+def is_cast(kind: str) -> bool:
+    """Whether products on devices of a kind, such as `"cuda"`, are rounded by autocast now."""
+    return _available(kind) and torch.is_autocast_enabled(kind)
+
+
+def uncast(kind: str) -> AbstractContextManager[None]:
+    """A `with` block in which autocast is off on devices of a kind; nothing at all where it was off before."""
+    return torch.autocast(kind, enabled=False) if is_cast(kind) else _NOTHING

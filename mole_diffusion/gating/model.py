@@ -272,7 +272,7 @@ class MoLEModel(ModelMixin, ConfigMixin):
         key = binding, "divisors", device
         found: dict[str, tuple[Tensor, Tensor]] | None = run.notes.get(key)
         if found is None:
-            lean = self._record is None and not is_cast(device)
+            lean = self._record is None and not is_cast(device.type)
             run.notes[key] = found = self._made_divisors(binding, run, device) if lean else {}
         return found
 

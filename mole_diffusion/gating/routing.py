@@ -92,7 +92,7 @@ class Routing:
             lean = self._lean(gate, weight, spec, features, run, divisors)
             if lean is not None:
                 return lean
-        with uncast(features.device):
+        with uncast(features.device.type):
             features = features.to(gate.weight.dtype)
             if masks is not None:
                 gates = masks.to(features.device, features.dtype).expand(*features.shape[:2], -1)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mole_diffusion.composition import Budget, NormRouter
-from mole_diffusion.composition.norms import output_norms, relative_sizes
+from mole_diffusion.composition.norms import output_norms, sizes_at
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.experts import ExpertStack, Projections, Site
 from mole_diffusion.lora import LoRAFactors
@@ -173,8 +173,8 @@ def test_sizes_of_rows_in_half_precision_are_not_rounded_on_their_way(kernel: tu
     x = torch.randn(2, *((8, 3, 5) if kernel else (15, 8))).bfloat16()
     projections = site.group.project(site, x, module(x))
     rows = projections.tensors["unet.a"].double().unflatten(-1, (2, 4))
-    found = relative_sizes(site, projections)
-    torch.testing.assert_close(found[:, :, 0].double(), rows.norm(dim=-1), rtol=1e-6, atol=1e-6)
+    found = sizes_at(site, projections.rows["unet.a"])(projections)
+    torch.testing.assert_close(found.permute(1, 2, 0).double(), rows.norm(dim=-1), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(("ranks", "reach"), [((4, 4, 4), ATTENTION), ((4, 2, 5), ATTENTION), ((4, 4, 4), r"to_q$")])
