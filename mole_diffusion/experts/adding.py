@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ..errors import MoLEError
+from .at_hand import AtHand
 from .run import Run, Weigher
 from .site import Projections, Site
-from .sums import sum_at
 
 ALIKE = "weights of all modules"  # the note of a pass in which one tensor weighs LoRAs everywhere
 _UNKNOWN = object()
@@ -29,20 +29,38 @@ def add_experts(site: Site, hidden_states: Tensor, output: Tensor, run: Run) -> 
         MoLEError: The weigher's answer does not broadcast to the batch, tokens and experts of this module, or what was
             chosen has rows that the batch has not.
     """
-    weigher = run.weigher
-    assert weigher is not None
     here = site
-    if run.kept is not None and not _reads_left_out(weigher, site):
+    if run.kept is not None and not _reads_left_out(run.weigher, site):
         site = site.only(run.kept, run.orthonormal)
     elif run.orthonormal:
         site = site.only(None, True)
+    if site.hand is not None and not torch.is_grad_enabled():
+        try:
+            return _added(here, site, hidden_states, output, run, site.hand)
+        except RuntimeError:  # nothing was written
+            site.hand = None
+    return _added(here, site, hidden_states, output, run, None)
+
+
+def _added(here: Site, site: Site, hidden_states: Tensor, output: Tensor, run: Run, hand: AtHand | None) -> Tensor:
+    """`add_experts`, with what is at hand if that is still so.
+
+    Args:
+        here: The module.
+        site: The same with the rows that are looked at.
+        hidden_states, output, run: As in `add_experts`.
+        hand: That of `site`.
+    """
+    weigher = run.weigher
+    assert weigher is not None
     stack, group = site.stack, site.group
+    down = None if hand is None else hand.down
     key = ALIKE if run.alike else _place(site, output) if run.of_places else None
     weights: Any = _UNKNOWN if key is None or site.beside is not None else run.notes.get(key, _UNKNOWN)
     if weights is None:
         return output
-    if weights is _UNKNOWN or weights.device != output.device:
-        projections = group.project(site, hidden_states, output)
+    if weights is _UNKNOWN or (hand is None and weights.device != output.device):
+        projections = group.project(site, hidden_states, output, down)
         projections.base = output
         weights = weights_at(site, projections, run, output.device)
         if key is not None and (key is not ALIKE or _fits_everywhere(weights, run)):
@@ -52,12 +70,15 @@ def add_experts(site: Site, hidden_states: Tensor, output: Tensor, run: Run) -> 
     elif not stack.rank:
         return output
     elif key is ALIKE or not group.several:
-        stays = key is ALIKE and stack.was_given(weights)  # by the pass before
-        if stays and output.is_contiguous() and output.dtype == hidden_states.dtype:
-            here.sum = weights, run.kept, sum_at(site, weights, output)
+        if hand is not None:
+            scaled = stack.scaled_again(weights, hand.dtype)
+            if key is ALIKE:
+                here.sum = weights, run.kept, hand, scaled
+            return hand.add(hidden_states, output, scaled)
+        site.hand = _hand(site, hidden_states, output, weights)
         return stack.add_to(output, group.rows(site, hidden_states, output), weights, not group.several)
     else:
-        projections = group.project(site, hidden_states, output)
+        projections = group.project(site, hidden_states, output, down)
     beside = None if site.beside is None else site.beside.add(hidden_states, output, weights, stack.indices)
     added = output
     if stack.rank:
@@ -67,13 +88,25 @@ def add_experts(site: Site, hidden_states: Tensor, output: Tensor, run: Run) -> 
             rows, weighed = group.weighed(site, projections, output, together[0])
         elif group.several and (key is not None or site.name in run.of_groups):
             rows, weighed = group.weighed(site, projections, output, weights)
+        if hand is not None:
+            return hand.add(hidden_states, output, 1.0 if weighed else stack.scaled_again(weights, hand.dtype), rows)
+        site.hand = _hand(site, hidden_states, output, weights)
         added = stack.add_to(output, rows, None if weighed else weights, not group.several)
     return added if beside is None else added + beside
 
 
+def _hand(site: Site, hidden_states: Tensor, output: Tensor, weights: Tensor) -> AtHand | None:
+    """What to have at hand in the passes to come, where these can go by it."""
+    if torch.is_grad_enabled() or site.beside is not None or not site.stack.rank:
+        return None
+    last = site.stack.is_convolution and output.is_contiguous(memory_format=torch.channels_last)
+    alike = output.dtype == hidden_states.dtype and output.device == weights.device
+    return AtHand(site, output) if alike and (last or output.is_contiguous()) else None
+
+
 def check_rows(run: Run, batch: int) -> None:
     """Raises MoLEError where what was chosen has rows that the batch has not."""
-    kept, scaled = run.keep.shape[0], run.scale.shape[0]
+    kept, scaled = run.rows_chosen
     if (kept != 1 and kept != batch) or (scaled != 1 and scaled != batch):
         raise MoLEError(
             f"`keep` has {kept} rows and `scale` {scaled}, but {run.component} runs a batch of "
@@ -117,7 +150,7 @@ def _place(site: Site, output: Tensor) -> Any:
     return site.place, convolution, shape[:1] + shape[2:] if convolution else shape[:-1]
 
 
-def _reads_left_out(weigher: Weigher, site: Site) -> bool:
+def _reads_left_out(weigher: Weigher | None, site: Site) -> bool:
     """Whether a weigher reads what LoRAs that are left out would add at a module."""
     reads = getattr(weigher, "reads_left_out", None)
     return reads is not None and bool(reads(site))

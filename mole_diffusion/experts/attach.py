@@ -122,6 +122,7 @@ class Attachment:
         self._processors: list[tuple[Attention, Any]] = []
         self._compiled: tuple[list[str] | None, dict[str, str]] = None, {}
         self.ran = False
+        self._dtype: torch.dtype | None = None
 
         self._attentions = _attentions(model, self.sites)
         # A transformer of words and pixels shows the layers in which they meet, whatever attention processors it has.
@@ -184,6 +185,15 @@ class Attachment:
             }
             self._compiled = compiled, parts
         return self._compiled[1]
+
+    def refit(self) -> None:
+        """Make products anew where modules are of another dtype than in the pass before: as they would be at first."""
+        weight = getattr(self.sites[0].module, "weight", None)
+        dtype = weight.dtype if isinstance(weight, Tensor) else None
+        if self._dtype is not None and dtype != self._dtype:
+            for group in self._groups:
+                group.start_again()
+        self._dtype = dtype
 
     def follow(self) -> None:
         """Keep nothing on a device that the component has left, as offloading has it leave a GPU."""

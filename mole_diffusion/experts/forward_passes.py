@@ -84,10 +84,10 @@ class ForwardPasses:
             if run.merged or not run.active:
                 return output
             if site.sum is not None and running is not None and run.ungraded:
-                weights, kept, add = site.sum
+                weights, kept, hand, scaled = site.sum
                 if weights is run.notes.get(ALIKE) and kept is run.kept:
                     try:
-                        return add(hidden_states, output)
+                        return hand.add(hidden_states, output, scaled)
                     except RuntimeError:  # nothing was written
                         site.sum = None
             return add_experts(site, hidden_states, output, run)
@@ -267,6 +267,7 @@ class ForwardPasses:
         for name, other in self._attachments.items():
             if name != component:
                 other.follow()
+        attachment.refit()
         previous, run = self._runs.latest(component), self._runs.new(component, device, told)
         refuse_caches(component, self.model, run, previous)
         several = getattr(run.weigher, "passes", None)

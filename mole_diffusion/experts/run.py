@@ -57,6 +57,11 @@ class Run:
         """Whether anything can be added in this pass: somebody weighs, and some LoRA is kept."""
         return self.weigher is not None and self.kept != ()
 
+    @cached_property
+    def rows_chosen(self) -> tuple[int, int]:
+        """How many rows `keep` and `scale` have."""
+        return len(self.keep), len(self.scale)
+
     @cached_property  # asked at every attention layer, as the next
     def attends(self) -> bool:
         """Whether the weigher wants to see what attention layers compute, or may add to their scores."""

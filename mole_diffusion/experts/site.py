@@ -6,7 +6,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from ..families.norms import is_norm, is_of_heads
 from .beside import Beside
 from .compiled import Callback
 from .stack import ExpertStack
+
+if TYPE_CHECKING:
+    from .at_hand import AtHand
 
 CHOICES_KEPT = 4  # of the LoRAs left out, for which the others' rows lie ready; each may take as much memory as they do
 
@@ -42,8 +45,9 @@ class Site:
         heads: Axis of the heads where the module is given these one by one (norms of queries and keys); else `None`.
         seen: Shapes of the last input and output, samples first and heads together; `None` before the first call.
         callback: Where a compiled graph calls back.
-        sum: Weights that are the same at all modules, the LoRAs that are chosen, and what adds these: `sums.sum_at`.
-            `None` before there are such.
+        hand: What the products take, where nobody wants a gradient; `None` before it is made.
+        sum: Weights that are the same at all modules, the LoRAs that are chosen, the `hand` that has their rows, and
+            what it makes of the weights; `None` before there are such.
     """
 
     def __init__(
@@ -62,7 +66,8 @@ class Site:
         self.lengths: Callable[[Told], tuple[int, ...] | None] | None = None
         self.heads: int | None = None
         self.seen: tuple[torch.Size, torch.Size] | None = None
-        self.sum: tuple[Tensor, tuple[int, ...] | None, Callable[[Tensor, Tensor], Tensor]] | None = None
+        self.hand: AtHand | None = None
+        self.sum: tuple[Tensor, tuple[int, ...] | None, AtHand, Tensor | float] | None = None
         self.callback: Callback | None = None
         _check_fit(self)
 
@@ -215,7 +220,7 @@ class SiteGroup:
                 group.holding = self.holding
                 for member in members:
                     stack = member.stack if kept is None else member.stack.only(kept)
-                    member.sum = None
+                    member.hand = member.sum = None
                     member.stack, member.group = stack.with_orthonormal_columns() if orthonormal else stack, group
             while len(self.chosen) >= CHOICES_KEPT:
                 self.chosen.pop(next(iter(list(self.chosen))), None)  # the oldest
@@ -230,17 +235,23 @@ class SiteGroup:
         weights = (getattr(site.module, "weight", None) for site in self.sites)
         return not all(isinstance(w, Tensor) and s.stack.is_like(w) for w, s in zip(weights, self.sites, strict=True))
 
-    def project(self, site: Site, hidden_states: Tensor, output: Tensor) -> Projections:
+    def project(self, site: Site, hidden_states: Tensor, output: Tensor, down: Tensor | None = None) -> Projections:
         """Projections that contain `site`'s, on the device and in the dtype of `output`.
 
         The first site of the group to fire computes them for all; the others take theirs if they were indeed given the
         same tensor, and the memory is let go with the last.
+
+        Args:
+            site: The module.
+            hidden_states: Its input.
+            output: What it gave.
+            down: What `down_of` gave, if that is known to fit both.
         """
         if not self.several:
-            return self._computed(site, hidden_states, output)
+            return self._computed(site, hidden_states, output, down)
         shared = self._open
         if shared is None or shared.hidden_states is not hidden_states or site.name not in shared.waiting:
-            shared = self._computed(site, hidden_states, output)
+            shared = self._computed(site, hidden_states, output, down)
         shared.waiting.discard(site.name)
         if shared.waiting:
             self._open = shared
@@ -286,10 +297,11 @@ class SiteGroup:
         found = {(site.stack.indices, site.stack.ranks, site.stack.scalings) for site in self.sites}
         return len(found) == 1 and all(site.beside is None for site in self.sites)
 
-    def _computed(self, site: Site, hidden_states: Tensor, output: Tensor) -> Projections:
-        down = self._down  # looked at here, and not in a call of its own: so it is in every pass at every module
-        if down is None or down.device != output.device or down.dtype != output.dtype:
-            down = self._down_like(output)
+    def _computed(self, site: Site, hidden_states: Tensor, output: Tensor, down: Tensor | None = None) -> Projections:
+        if down is None:
+            down = self._down  # looked at here, and not in a call of its own: so it is in every pass at every module
+            if down is None or down.device != output.device or down.dtype != output.dtype:
+                down = self._down_like(output)
         shape = output.shape
         spatial = (shape[-2], shape[-1]) if site.stack.is_convolution else None
         whole = None
@@ -340,7 +352,7 @@ class SiteGroup:
         self.__dict__.pop("copied", None)
         self.let_go()
         for site in self.sites:
-            site.sum = None
+            site.hand = site.sum = None
             site.stack.let_go()
         self.chosen.clear()
 

@@ -203,36 +203,24 @@ class ExpertStack:
             weights: gamma, `(batch | 1, tokens | 1, N)`; `None` where `projected` is weighed already.
             spare: Whether nobody else reads `projected`, so that it may be weighed where it lies.
         """
-        ups, alike, dtype = self._ups, self._alike, output.dtype
+        ups, dtype = self._ups, output.dtype
         if ups is None or ups[0].device != output.device or ups[0].dtype != dtype:
             ups = self.ups_like(output)
-        scaled: Tensor | float | None = None
-        if weights is None:
-            scaled = 1.0
-        elif alike is not None and alike[0]() is weights and alike[1] == dtype and not weights.requires_grad:
-            scaled = alike[2] if isinstance(alike[2], float) else alike[2]()
-        if scaled is None:
-            assert weights is not None
-            scaled = self.scaled(weights, dtype)
-            if isinstance(scaled, float) or not scaled.requires_grad:
-                # What is kept with `weights` goes with them.
-                self._alike = weakref.ref(weights), dtype, scaled if isinstance(scaled, float) else weakref.ref(scaled)
+        scaled = 1.0 if weights is None else self.scaled_again(weights, dtype)
         up, turned = ups
         if isinstance(scaled, float):  # one number for all: the product itself multiplies by it
             weighted, factor = projected, scaled
         else:
-            weighted, factor = self._weighted(projected, scaled, output.shape[0], spare), 1.0
+            weighted, factor = self.weighted(projected, scaled, output.shape[0], spare), 1.0
+        graded = torch.is_grad_enabled() and (output.requires_grad or weighted.requires_grad)
         if not self.is_convolution:
             place, factors = output.reshape(-1, self.out_features), (weighted, turned)
-        elif output.is_contiguous():
-            place, factors = output.flatten(2), (up.expand(output.shape[0], -1, -1), weighted)
-        else:  # channels last
+        elif graded and not output.is_contiguous():  # channels last, which stays so
             place = output.permute(0, 2, 3, 1).reshape(-1, self.out_features)
             factors = weighted.transpose(1, 2).flatten(0, 1), turned
-        in_place = place.data_ptr() == output.data_ptr() and not (
-            torch.is_grad_enabled() and (output.requires_grad or weighted.requires_grad)
-        )
-        if in_place:
+        else:
+            place, factors = output.flatten(2), (up.expand(output.shape[0], -1, -1), weighted)
+        if place.data_ptr() == output.data_ptr() and not graded:
             (place.addmm_ if place.ndim == 2 else place.baddbmm_)(*factors, alpha=factor)
             return output
         added = (torch.addmm if place.ndim == 2 else torch.baddbmm)(place, *factors, alpha=factor)
@@ -240,10 +228,6 @@ class ExpertStack:
             batch, _, height, width = output.shape
             return added.view(batch, height, width, -1).permute(0, 3, 1, 2)
         return added.view(output.shape)
-
-    def was_given(self, weights: Tensor) -> bool:
-        """Whether these very weights were those of the latest `add_to`."""
-        return self._alike is not None and self._alike[0]() is weights
 
     def weigh_all(self, projected: Tensor, weights: Tensor, members: int, batch: int) -> bool:
         """Weighs, where they lie, rows of several modules that have the same LoRAs, ranks and scalings.
@@ -267,7 +251,7 @@ class ExpertStack:
         return True
 
     def scaled(self, weights: Tensor, dtype: torch.dtype) -> Tensor | float:
-        """Weights `(rows, tokens, N)` as `_weighted` takes them, times the scalings of the LoRAs here.
+        """Weights `(rows, tokens, N)` as `weighted` takes them, times the scalings of the LoRAs here.
 
         In `dtype` if that is wider than theirs.
 
@@ -289,6 +273,19 @@ class ExpertStack:
         if scaled is None:
             one = self._one_number(weights) if weights.shape[0] == weights.shape[1] == 1 else None
             scaled = known[key] = self._scale(weights, dtype) if one is None else one
+        return scaled
+
+    def scaled_again(self, weights: Tensor, dtype: torch.dtype) -> Tensor | float:
+        """`scaled`, looked up faster where these very weights were asked for last."""
+        alike = self._alike
+        if alike is not None and alike[0]() is weights and alike[1] == dtype and not weights.requires_grad:
+            known = alike[2] if isinstance(alike[2], float) else alike[2]()
+            if known is not None:
+                return known
+        scaled = self.scaled(weights, dtype)
+        if isinstance(scaled, float) or not scaled.requires_grad:
+            # What is kept with `weights` goes with them.
+            self._alike = weakref.ref(weights), dtype, scaled if isinstance(scaled, float) else weakref.ref(scaled)
         return scaled
 
     def _one_number(self, weights: Tensor) -> float | None:
@@ -351,7 +348,7 @@ class ExpertStack:
             self._spread = spread = numbers.to(weights.device, weights.dtype)
         return spread
 
-    def _weighted(self, z: Tensor, scaled: Tensor, batch: int, spare: bool) -> Tensor:
+    def weighted(self, z: Tensor, scaled: Tensor, batch: int, spare: bool) -> Tensor:
         """`gamma * s * z` in the layout of z, taken in the wider of both dtypes and rounded once."""
         if scaled.ndim < 3:
             return (z * scaled).to(z.dtype)

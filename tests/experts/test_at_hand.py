@@ -1,4 +1,4 @@
-"""A sum at weights that stay, which asks tensors for nothing that is the same in each pass."""
+"""Products that ask tensors for nothing that is the same in each pass, and sums at weights that stay."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from mole_diffusion.composition import Call, Linear
-from mole_diffusion.experts import Experts, ExpertStack, Projections, Run, Site
+from mole_diffusion.composition import Call, Linear, NormRouter
+from mole_diffusion.experts import Experts, ExpertStack, Projections, Run, Site, adding
 from mole_diffusion.experts.adding import add_experts
+from mole_diffusion.experts.at_hand import AtHand
 from mole_diffusion.experts.site import CHOICES_KEPT, group_sites
-from mole_diffusion.experts.sums import sum_at
 from mole_diffusion.families.unet import UNet
 from mole_diffusion.lora import LoRAFactors
 from tests.running import make_lora, models, run_unet, unet_inputs
@@ -82,12 +82,12 @@ def test_a_sum_has_all_that_it_needs_at_hand_and_is_the_same(alike: bool) -> Non
                 assert torch.equal(passes(), whole)
                 tiny["unet"].to(memory_format=torch.channels_last)
                 torch.testing.assert_close(run_unet(tiny), whole, atol=1e-5, rtol=1e-5)
-                passes(everywhere=False)  # convolutions add in another order
+                passes()
                 tiny["unet"].to(memory_format=torch.contiguous_format)
                 passes()
         site = next(site for site in experts.sites.values() if site.sum)
         site.group.start_again()
-        assert site.sum is None
+        assert site.sum is site.hand is None
         experts.weigher = Steady(torch.ones(1, 1, 4))
         drawn = []
         for keep in (torch.ones(4), torch.tensor([1.0, 0, 1, 0])):
@@ -108,6 +108,85 @@ class Steady:
 
     def weigh(self, site: Site, projections: Projections, run: Run) -> Tensor:
         return self._weights
+
+
+class Varied:
+    """Other weights at each module, or at each place, in each pass anew."""
+
+    def __init__(self, kind: str, sites: list[Site]) -> None:
+        self.of_places = kind == "places"
+        self.of_groups = {site.name for site in sites} if kind == "groups" else ()
+        self._kind = kind
+
+    def weigh(self, site: Site, projections: Projections, run: Run) -> Tensor | None:
+        rows, tokens = projections.batch, projections.tokens
+        if self._kind == "numbers":
+            rows, tokens = (rows, 1) if "attn1" in site.name else (1, 1)
+        made_of = {"places": site.place, "groups": ",".join(site.group.names)}.get(self._kind, site.name)
+        if self._kind == "places" and site.halvings == 1:
+            return None
+        of_tokens = torch.arange(rows * tokens * 4).view(rows, tokens, 4) + sum(map(ord, made_of))
+        return (0.5 + of_tokens.sin()) * run.keep[:, None] * run.scale[:, None]
+
+
+KINDS = ("places", "modules", "groups", "numbers", "norm_router")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_weights_by_token_and_module_find_all_they_need_at_hand(kind: str) -> None:
+    """And add what the general way adds, which serves the first pass: also after other choices, sizes and dtypes."""
+    tiny = tiny_components()
+    experts = attached(tiny, (ATTENTION, FEED_FORWARD, CONVOLUTIONS), alike=kind in ("groups", "norm_router"))
+    sites = list(experts.sites.values())
+    experts.weigher = NormRouter() if kind == "norm_router" else Varied(kind, sites)
+    generally, hands = 0, True
+    # Where nothing is added, there is nothing to have at hand.
+    nothing = sum(kind == "places" and site.halvings == 1 for site in sites)
+    added, hand_of = adding._added, adding._hand
+
+    def counted(*args: Any) -> Tensor:
+        nonlocal generally
+        generally += args[-1] is None
+        return added(*args)
+
+    def passes(everywhere: bool = True, **inputs: Any) -> Tensor:
+        nonlocal generally, hands
+        drawn = [run_unet(tiny, **inputs) for _ in range(2)]
+        generally = 0
+        drawn.append(run_unet(tiny, **inputs))
+        assert (generally == nothing) == everywhere
+        for site in sites:
+            site.group.start_again()
+        hands = False
+        drawn.append(run_unet(tiny, **inputs))
+        hands = True
+        assert all(torch.equal(drawn[0], other) for other in drawn[1:])
+        return drawn[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adding, "_added", counted)
+        patch.setattr(adding, "_hand", lambda *args: hand_of(*args) if hands else None)
+        for keep in (torch.ones(4), torch.tensor([1.0, 0, 1, 0])):
+            with experts.using(keep=keep):
+                whole = passes()
+                assert passes(sample=unet_inputs(size=8)["sample"]).shape[-1] == 8
+                with torch.autocast("cpu", torch.bfloat16):
+                    passes(everywhere=False)
+                assert torch.equal(run_unet(tiny), whole)
+                tiny["unet"].double()
+                torch.testing.assert_close(run_unet(tiny).float(), whole, atol=1e-4, rtol=1e-4)
+                passes()
+                tiny["unet"].float()
+                assert torch.equal(passes(), whole)
+                tiny["unet"].to(memory_format=torch.channels_last)
+                torch.testing.assert_close(passes(), whole, atol=1e-5, rtol=1e-5)
+                tiny["unet"].to(memory_format=torch.contiguous_format)
+        with torch.enable_grad():
+            generally = 0
+            run_unet(tiny)
+            assert generally == len(sites)
+    experts.detach()
 
 
 def test_a_sum_leaves_alone_what_autograd_needs() -> None:
@@ -137,7 +216,8 @@ def test_what_a_sum_has_at_hand_goes_with_the_choice_it_is_of() -> None:
     experts = attached(tiny_components(), (ATTENTION,))
     site = next(site for site in experts.sites.values() if site.group.several)
     kept = site.only((0, 1))
-    site.sum = torch.ones(1, 1, 4), (0, 1), sum_at(kept, torch.ones(1, 1, 4), torch.ones(2, site.stack.out_features))
+    kept.hand = AtHand(kept, torch.ones(2, site.stack.out_features))
+    site.sum = torch.ones(1, 1, 4), (0, 1), kept.hand, 1.0
     made = weakref.ref(kept.stack)
     del kept
     for others in ((0, 2), (0, 3), (1, 2), (1, 3))[:CHOICES_KEPT]:
@@ -163,6 +243,6 @@ def test_a_sum_of_those_that_read_one_tensor_is_what_each_adds_alone(kernel: tup
         output, weight = site.module(x), site.module.weight
         change = sum(w * f.delta() for w, f in zip(weights.flatten(), factors, strict=True))
         literal = torch.func.functional_call(site.module, {"weight": weight + change}, (x,))
-        added = sum_at(site, weights, output)(x, output)
+        added = AtHand(site, output).add(x, output, site.stack.scaled(weights, output.dtype))
         assert added is output
         torch.testing.assert_close(added, literal, atol=1e-5, rtol=1e-5)
