@@ -55,7 +55,7 @@ def sizes_at(site: Site, like: Tensor) -> Callable[[Projections], Tensor]:
                 turned[batch] = root.transpose(1, 2).repeat(batch, 1, 1)
             with uncast(kind):
                 z = torch.bmm(turned[batch], z)
-            squares = z.square() if z.requires_grad else z.square_()
+            squares = z.square_()
         # Along tokens, one after another in memory, a sum is several times as fast as a norm.
         return squares.sum(dim=1).sqrt_().view(batch, number, -1).transpose(0, 1)
 

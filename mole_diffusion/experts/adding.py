@@ -96,8 +96,8 @@ def _added(here: Site, site: Site, hidden_states: Tensor, output: Tensor, run: R
 
 
 def _hand(site: Site, hidden_states: Tensor, output: Tensor, weights: Tensor) -> AtHand | None:
-    """What to have at hand in the passes to come, where these can go by it."""
-    if torch.is_grad_enabled() or site.beside is not None or not site.stack.rank:
+    """What to have at hand in passes to come that want no gradient, where they can go by it."""
+    if site.beside is not None or not site.stack.rank:
         return None
     last = site.stack.is_convolution and output.is_contiguous(memory_format=torch.channels_last)
     alike = output.dtype == hidden_states.dtype and output.device == weights.device

@@ -177,6 +177,43 @@ def test_sizes_of_rows_in_half_precision_are_not_rounded_on_their_way(kernel: tu
     torch.testing.assert_close(found.permute(1, 2, 0).double(), rows.norm(dim=-1), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("kernel", [(), (1, 1)])
+@torch.no_grad()
+def test_sizes_are_those_of_outputs_in_any_batch(kernel: tuple[int, ...]) -> None:
+    module: Any = nn.Conv2d(8, 6, 1) if kernel else nn.Linear(8, 6)
+    factors = [LoRAFactors(torch.randn(4, 8, *kernel), torch.randn(6, 4, *kernel), 0.5 + i) for i in range(3)]
+    site = Site("unet", "a", module, ExpertStack(factors, "a"))
+    sizes = sizes_at(site, torch.zeros(1))
+    for batch in (2, 3, 1):
+        x = torch.randn(batch, *((8, 3, 5) if kernel else (15, 8)))
+        tokens = x.flatten(2).transpose(1, 2) if kernel else x
+        found = sizes(site.group.project(site, x, module(x)))
+        for size, lora in zip(found, factors, strict=True):
+            literal = reference.delta((lora.down.flatten(1), lora.up.flatten(1), lora.scaling))
+            torch.testing.assert_close(size.double(), (tokens.double() @ literal.T).norm(dim=-1), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_norm_router_sees_other_choices_and_scales_in_the_same_call(pipe: Any) -> None:
+    site = next(s for s in pipe.experts.sites.values() if s.module_name.endswith("attn1.to_out.0"))
+    x, method, everyone = torch.randn(2, 6, site.stack.down.shape[1]), NormRouter(), torch.ones(len(pipe.experts.names))
+    using, seen = pipe.experts.using, []
+
+    def look() -> None:
+        run = pipe.experts.run("unet")
+        seen.append(method.weigh(site, site.group.project(site, x, site.module(x)), run))
+
+    with pipe.composing():
+        look()
+        with using(scale=2 * everyone):
+            look()
+            with using(keep=(everyone.cumsum(0) == 1).float()):
+                look()
+    assert torch.equal(seen[1], 2 * seen[0])
+    assert torch.equal(seen[2][..., 0], torch.full((2, 6), 2.0))
+    assert not seen[2][..., 1:].any()
+
+
 @pytest.mark.parametrize(("ranks", "reach"), [((4, 4, 4), ATTENTION), ((4, 2, 5), ATTENTION), ((4, 4, 4), r"to_q$")])
 @torch.no_grad()
 def test_the_norm_router_adds_the_same_whatever_rows_it_is_shown(ranks: tuple[int, ...], reach: str) -> None:
