@@ -36,13 +36,13 @@ def sizes_at(site: Site, like: Tensor) -> Callable[[Projections], Tensor]:
     def linear(projections: Projections) -> Tensor:
         whole, batch, tokens = projections.whole if alike else None, projections.batch, projections.tokens
         z, roots = (projections.rows[name], root) if whole is None else (whole, of_all)
-        z = z.view(batch * tokens, -1, rank).transpose(0, 1)
+        z = z.view(batch * tokens, -1, rank)
         if roots is not None:
             with uncast(kind):
-                z = torch.bmm(z.float(), roots)
-        elif wide:  # which a norm would not narrow
-            z = z.float()
-        sizes = torch.linalg.vector_norm(z, dim=-1, dtype=torch.float32)
+                z = torch.bmm(z.float().transpose(0, 1), roots)
+            sizes = torch.linalg.vector_norm(z, dim=-1)
+        else:  # of rows as they lie; a norm would not narrow them
+            sizes = torch.linalg.vector_norm(z.float() if wide else z, dim=-1, dtype=torch.float32).t()
         return sizes.view(number, batch, tokens) if whole is None else sizes.view(-1, number, batch, tokens)
 
     def convolution(projections: Projections) -> Tensor:
