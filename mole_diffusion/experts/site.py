@@ -6,7 +6,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,6 @@ from ..families.norms import is_norm, is_of_heads
 from .beside import Beside
 from .compiled import Callback
 from .stack import ExpertStack
-
-if TYPE_CHECKING:
-    from .at_hand import AtHand
 
 CHOICES_KEPT = 4  # of the LoRAs left out, for which the others' rows lie ready; each may take as much memory as they do
 
@@ -45,7 +42,7 @@ class Site:
         heads: Axis of the heads where the module is given these one by one (norms of queries and keys); else `None`.
         seen: Shapes of the last input and output, samples first and heads together; `None` before the first call.
         callback: Where a compiled graph calls back.
-        hand: What the products take, where nobody wants a gradient; `None` before it is made.
+        hand: What the products take, where nobody wants a gradient: an `AtHand`, or `None` before it is made.
         sum: Weights that are the same at all modules, the LoRAs that are chosen, the `hand` that has their rows, and
             what it makes of the weights; `None` before there are such.
     """
@@ -66,8 +63,8 @@ class Site:
         self.lengths: Callable[[Told], tuple[int, ...] | None] | None = None
         self.heads: int | None = None
         self.seen: tuple[torch.Size, torch.Size] | None = None
-        self.hand: AtHand | None = None
-        self.sum: tuple[Tensor, tuple[int, ...] | None, AtHand, Tensor | float] | None = None
+        self.hand: Any = None
+        self.sum: tuple[Tensor, tuple[int, ...] | None, Any, Tensor | float] | None = None
         self.callback: Callback | None = None
         _check_fit(self)
 
