@@ -33,7 +33,7 @@ class _Parts:
         gains: What winning a token adds to it, for the n that may win one, `(rows, n, N)`; `None` where all of N may,
             and their weight is 1.
         shared: The weight where there are no tokens, `(rows, 1, N)`.
-        idle: Whether a LoRA does not compete: no subject, or left out; `(rows, 1, 1, n)`. `None` where all compete in
+        idle: Whether a LoRA does not compete: no subject, or left out; `(n, rows, 1)`. `None` where all compete in
             every row.
         order: What means are divided by, so that no two LoRAs are equally large, `(n, 1, 1)`.
         least: What keeps a quotient by a LoRA's mean finite, `(1,)`.

@@ -69,14 +69,11 @@ def _added(here: Site, site: Site, hidden_states: Tensor, output: Tensor, run: R
             return output
     elif not stack.rank:
         return output
-    elif key is ALIKE or not group.several:
-        if hand is not None:
-            scaled = stack.scaled_again(weights, hand.dtype)
-            if key is ALIKE:
-                here.sum = weights, run.kept, hand, scaled
-            return hand.add(hidden_states, output, scaled)
-        site.hand = _hand(site, hidden_states, output, weights)
-        return stack.add_to(output, group.rows(site, hidden_states, output), weights, not group.several)
+    elif hand is not None and (key is ALIKE or not group.several):
+        scaled = stack.scaled_again(weights, hand.dtype)
+        if key is ALIKE:
+            here.sum = weights, run.kept, hand, scaled
+        return hand.add(hidden_states, output, scaled)
     else:
         projections = group.project(site, hidden_states, output, down)
     beside = None if site.beside is None else site.beside.add(hidden_states, output, weights, stack.indices)

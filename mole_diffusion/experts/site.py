@@ -262,15 +262,6 @@ class SiteGroup:
         self._open = None
         self.holding.discard(self)
 
-    def rows(self, site: Site, hidden_states: Tensor, output: Tensor) -> Tensor:
-        """What `project` has for this site, where nobody asks for more."""
-        down = self._down
-        if self.several or down is None or down.device != output.device or down.dtype != output.dtype:
-            return self.project(site, hidden_states, output).rows[site.name]
-        if down.ndim == 2 and down.dtype == hidden_states.dtype:  # as `Site.project`, which takes as long to call
-            return torch.mm(hidden_states.reshape(-1, hidden_states.shape[-1]), down)
-        return site.project(hidden_states, down)
-
     def weighed(self, site: Site, projections: Projections, output: Tensor, weights: Tensor) -> tuple[Tensor, bool]:
         """Rows of a site, and whether they are weighed already: those of all sites at once, where that can be.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -33,6 +34,32 @@ def attached(components: dict[str, Any], targets: tuple[str, ...], alike: bool =
     experts.attach(models(components))
     experts.weigher = Linear()
     return experts
+
+
+def draws_alike_elsewhere(tiny: dict[str, Any], passes: Callable[..., Tensor], whole: Tensor) -> None:
+    """In other sizes, dtypes and layouts, and back again: at once and in the passes that follow.
+
+    Args:
+        tiny: The components.
+        passes: Draws several times, and raises where a picture is another, or where it was not drawn `everywhere` by
+            what is at hand.
+        whole: What it gives.
+    """
+    assert passes(sample=unet_inputs(size=8)["sample"]).shape[-1] == 8
+    with torch.autocast("cpu", torch.bfloat16):
+        half = run_unet(tiny)
+        assert torch.equal(half, passes(everywhere=False))
+    assert torch.equal(run_unet(tiny), whole)
+    tiny["unet"].double()
+    torch.testing.assert_close(run_unet(tiny).float(), whole, atol=1e-4, rtol=1e-4)
+    passes()
+    tiny["unet"].float()
+    assert torch.equal(passes(), whole)
+    tiny["unet"].to(memory_format=torch.channels_last)
+    torch.testing.assert_close(run_unet(tiny), whole, atol=1e-5, rtol=1e-5)
+    passes()
+    tiny["unet"].to(memory_format=torch.contiguous_format)
+    passes()
 
 
 @pytest.mark.parametrize("alike", [False, True])
@@ -70,21 +97,7 @@ def test_a_sum_has_all_that_it_needs_at_hand_and_is_the_same(alike: bool) -> Non
                     doubled = run_unet(tiny)
                     assert torch.equal(doubled, passes())
                 assert not torch.equal(doubled, whole)
-                assert passes(sample=unet_inputs(size=8)["sample"]).shape[-1] == 8
-                with torch.autocast("cpu", torch.bfloat16):
-                    half = run_unet(tiny)
-                    assert torch.equal(half, passes(everywhere=False))
-                assert torch.equal(run_unet(tiny), whole)
-                tiny["unet"].double()
-                torch.testing.assert_close(run_unet(tiny).float(), whole, atol=1e-4, rtol=1e-4)
-                passes()
-                tiny["unet"].float()
-                assert torch.equal(passes(), whole)
-                tiny["unet"].to(memory_format=torch.channels_last)
-                torch.testing.assert_close(run_unet(tiny), whole, atol=1e-5, rtol=1e-5)
-                passes()
-                tiny["unet"].to(memory_format=torch.contiguous_format)
-                passes()
+                draws_alike_elsewhere(tiny, passes, whole)
         site = next(site for site in experts.sites.values() if site.sum)
         site.group.start_again()
         assert site.sum is site.hand is None
@@ -169,19 +182,7 @@ def test_weights_by_token_and_module_find_all_they_need_at_hand(kind: str) -> No
         patch.setattr(adding, "_hand", lambda *args: hand_of(*args) if hands else None)
         for keep in (torch.ones(4), torch.tensor([1.0, 0, 1, 0])):
             with experts.using(keep=keep):
-                whole = passes()
-                assert passes(sample=unet_inputs(size=8)["sample"]).shape[-1] == 8
-                with torch.autocast("cpu", torch.bfloat16):
-                    passes(everywhere=False)
-                assert torch.equal(run_unet(tiny), whole)
-                tiny["unet"].double()
-                torch.testing.assert_close(run_unet(tiny).float(), whole, atol=1e-4, rtol=1e-4)
-                passes()
-                tiny["unet"].float()
-                assert torch.equal(passes(), whole)
-                tiny["unet"].to(memory_format=torch.channels_last)
-                torch.testing.assert_close(passes(), whole, atol=1e-5, rtol=1e-5)
-                tiny["unet"].to(memory_format=torch.contiguous_format)
+                draws_alike_elsewhere(tiny, passes, passes())
         with torch.enable_grad():
             generally = 0
             run_unet(tiny)
