@@ -30,7 +30,7 @@ def sizes_at(site: Site, like: Tensor) -> Callable[[Projections], Tensor]:
     alike = site.group.several and site.group.alike and not stack.is_convolution
     root = of_all = None
     if not stack.orthonormal:
-        root, of_all = root_like(stack, like), _roots_like(site.group, like) if alike else None
+        root, of_all = root_like(stack, like), roots_like(site.group, like) if alike else None
     turned: dict[int, Tensor] = {}  # R of all samples, for a convolution
 
     def linear(projections: Projections) -> Tensor:
@@ -129,7 +129,7 @@ def root_like(stack: ExpertStack, like: Tensor) -> Tensor:
     return root
 
 
-def _roots_like(group: SiteGroup, like: Tensor) -> Tensor:
+def roots_like(group: SiteGroup, like: Tensor) -> Tensor:
     """`root_like` of all modules of a group, one after another, `(modules * n, r, r)`."""
     roots = _ROOTS.get(group)
     if roots is None or roots.device != like.device:

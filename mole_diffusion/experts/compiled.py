@@ -97,7 +97,8 @@ class Component:
     Args:
         kinds: Which kind of graph is wanted.
         modules: How many adapted modules there are.
-        make: Makes `Callback.factors` at all of them, and `Callback.ruled` where a method with rules is given.
+        make: Makes what graphs have of the LoRAs at all of them, and `Callback.ruled` where a method with rules is
+            given.
         tell: What is done where a pass begins.
         weigh: What gives weights at all modules.
         choose: What gives `keep`, `scale` and more, given the method whose rules a graph has.
@@ -166,7 +167,9 @@ class Callback:
     Attributes:
         number: `(1,)`, what the graph finds it by.
         factors: What such a graph has of the LoRAs there, once one was wanted.
+        turned: The same, where a rule wants them `orthonormal`.
         ruled: What it has of a rule there, in a graph that weighs itself.
+        beside: Dtype and device of the module that these were made for; `None` where nothing is.
     """
 
     def __init__(self, component: Component, serve: Served | None, weigh: Served | None = None) -> None:
@@ -175,12 +178,19 @@ class Callback:
         self.component = component
         self.serve = serve
         self.weigh = weigh
-        self.factors: Factors | None = None
         self.ruled: Ruled | None = None
+        self.let_go()
         _CALLBACKS[number] = self
 
+    def let_go(self) -> None:
+        """Forget the factors; they are made again when they are needed."""
+        self.factors: Factors | None = None
+        self.turned: Factors | None = None
+        self.beside: tuple[torch.dtype, torch.device] | None = None
+
     def retire(self) -> None:
-        self.serve = self.weigh = self.factors = self.ruled = None
+        self.let_go()
+        self.serve = self.weigh = self.ruled = None
 
 
 _CALLBACKS: WeakValueDictionary[int, Callback] = WeakValueDictionary()

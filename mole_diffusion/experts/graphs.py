@@ -47,42 +47,71 @@ class Maker:
         self._made_of: tuple[Any, Any] = None, None
 
     def __call__(self, weigher: Any) -> None:
-        """Makes `Callback.factors` where they are not there as they are to be, and `Callback.ruled`.
+        """Makes `Callback.ruled`, and what factors graphs have, where they are not there as they are to be.
 
         Args:
             weigher: The method whose rules graphs have; `None` where none has.
         """
-        changed = self._make_factors()
-        if weigher is None:
-            return
-        parts = self._parts()
-        if changed or self._made_of[0] is not weigher or self._made_of[1] is not parts:
-            self._made_of = weigher, parts
-            found = (site for site in self._sites if site.callback and site.callback.factors is not None)
-            ruled: Mapping[str, Ruled] = weigher.rules({site: parts[site.name] for site in found})
-            for site in self._sites:
-                if site.callback is not None:
-                    site.callback.ruled = ruled.get(site.name)
-
-    def _make_factors(self) -> bool:
-        """Whether there are others now."""
+        found = [site for site in self._sites if _can_be_in_a_graph(site)]
+        changed = [_begun_anew(site) for site in found]
+        if weigher is not None:
+            parts = self._parts()
+            if any(changed) or self._made_of[0] is not weigher or self._made_of[1] is not parts:
+                self._made_of = weigher, parts
+                ruled: Mapping[str, Ruled] = weigher.rules({site: parts[site.name] for site in found})
+                for site in self._sites:
+                    if site.callback is not None:
+                        site.callback.ruled = ruled.get(site.name)
         shared: dict[Any, tuple[Tensor, Tensor]] = {}
-        changed = False
         for row, site in enumerate(self._sites):
-            callback, weight = site.callback, getattr(site.module, "weight", None)
-            assert callback is not None
-            if isinstance(weight, Tensor) and not _alike(callback.factors, weight):
-                before, callback.factors = callback.factors, factors_of(site, row, shared)
-                changed = changed or callback.factors is not before
-        return changed
+            if site in found:
+                _make_factors(site, row, shared, weigher is not None)
 
 
-def _alike(factors: Factors | None, weight: Tensor) -> bool:
-    return factors is not None and (factors.up.dtype, factors.up.device) == (weight.dtype, weight.device)
+def _can_be_in_a_graph(site: Site) -> bool:
+    """Whether a graph can have what LoRAs add at a module; else only Python can tell what that is."""
+    weight = getattr(site.module, "weight", None)
+    if site.beside is not None or site.heads is not None or site.lengths is not None or not isinstance(weight, Tensor):
+        return False
+    return weight.dtype in _FLOATS and not weight.is_meta and not isinstance(getattr(site.module, "padding", 0), str)
 
 
-def factors_of(site: Site, row: int, shared: dict[Any, tuple[Tensor, Tensor]]) -> Factors | None:
-    """What a graph has of a module's LoRAs; `None` where only Python can tell what they add.
+def _begun_anew(site: Site) -> bool:
+    """Whether nothing is made yet for a module as it is now; what was made for another is let go."""
+    callback, weight = site.callback, site.module.weight
+    assert callback is not None
+    assert isinstance(weight, Tensor)
+    now = weight.dtype, weight.device
+    if callback.beside == now:
+        return False
+    callback.let_go()
+    callback.beside = now
+    return True
+
+
+def _make_factors(site: Site, row: int, shared: dict[Any, tuple[Tensor, Tensor]], by_rules: bool) -> None:
+    """Makes those of `Callback.factors` and `turned` that a graph has, if any.
+
+    Args:
+        site: The module.
+        row: Which of the modules it is.
+        shared: What other modules have alike.
+        by_rules: Whether the graph weighs by rules.
+    """
+    callback = site.callback
+    assert callback is not None
+    ruled = callback.ruled
+    if by_rules and ruled is None:
+        return
+    if by_rules and ruled is not None and ruled.orthonormal:
+        if callback.turned is None:
+            callback.turned = factors_of(site.only(None, orthonormal=True), row, shared)
+    elif callback.factors is None:
+        callback.factors = factors_of(site, row, shared)
+
+
+def factors_of(site: Site, row: int, shared: dict[Any, tuple[Tensor, Tensor]]) -> Factors:
+    """What a graph has of a module's LoRAs.
 
     Args:
         site: The module.
@@ -91,9 +120,6 @@ def factors_of(site: Site, row: int, shared: dict[Any, tuple[Tensor, Tensor]]) -
     """
     weight, stack = site.module.weight, site.stack
     assert isinstance(weight, Tensor)
-    odd = site.beside is not None or site.heads is not None or site.lengths is not None
-    if odd or weight.dtype not in _FLOATS or weight.is_meta or isinstance(getattr(site.module, "padding", 0), str):
-        return None
     key = stack.indices, stack.ranks, stack.scalings, weight.device
     with torch.inference_mode(False), torch.no_grad():
         if key not in shared:
@@ -116,7 +142,8 @@ def add(callback: Callback, module: Any, hidden_states: Tensor, output: Tensor) 
     if kind == "any" or (kind == "rules" and torch.is_grad_enabled()):
         return compiled.add(callback, hidden_states, output)
     make_factors(component.key)
-    factors, ruled = callback.factors, callback.ruled if kind == "rules" else None
+    ruled = callback.ruled if kind == "rules" else None
+    factors = callback.turned if ruled is not None and ruled.orthonormal else callback.factors
     # A convolution's padding may be another one since: hooks refuse that.
     refused = getattr(module, "padding_mode", "zeros") != "zeros"
     if factors is None or refused or (kind == "rules" and ruled is None):
@@ -131,7 +158,7 @@ def add(callback: Callback, module: Any, hidden_states: Tensor, output: Tensor) 
         *(output, hidden_states, factors.down, factors.up, factors.experts, factors.scalings, factors.row),
         *(component.order, asked.number, factors.first, factors.last, component.kinds.num_loras, component.modules),
         *(convolution, factors.place if kind == "places" else None),
-        *((None, "", [], [], False) if ruled is None else ruled),
+        *((None, "", [], [], False, False) if ruled is None else ruled[:6]),
     )
     return composed
 
@@ -170,7 +197,8 @@ torch.library.register_fake("mole_diffusion::weights", _weights_fake, lib=compil
 @compiled.operator(
     "composed(Tensor output, Tensor hidden_states, Tensor down, Tensor up, Tensor experts, Tensor scalings, "
     "Tensor row, Tensor order, Tensor number, SymInt first, SymInt last, SymInt loras, SymInt modules, "
-    "SymInt[] convolution, str? place, str? rule, str scope, Tensor[] of_rule, float[] numbers, bool reads) -> Tensor",
+    "SymInt[] convolution, str? place, str? rule, str scope, Tensor[] of_rule, float[] numbers, bool reads, "
+    "bool together) -> Tensor",
     traced=True,
 )
 def _composed(
@@ -194,6 +222,7 @@ def _composed(
     of_rule: Sequence[Tensor],
     numbers: Sequence[float],
     reads: bool,
+    together: bool,
 ) -> Tensor:
     """`output + up (gamma * s * down x)`, of which the compiler sees the parts.
 
@@ -210,7 +239,7 @@ def _composed(
         modules: How many there are.
         convolution: Stride, padding and dilation of a convolution, two numbers each.
         place: See `Factors`; `None` where tokens make no difference, or a rule makes it.
-        rule, scope, of_rule, numbers, reads: See `Ruled`; no rule: `None`.
+        rule, scope, of_rule, numbers, reads, together: See `Ruled`; no rule: `None`.
     """
     batch, spatial = output.shape[0], list(output.shape[2:]) if convolution else []
     tokens = output.shape[2:].numel() if convolution else output.shape[1:-1].numel()
@@ -230,13 +259,18 @@ def _composed(
 
     def by_rule() -> Tensor:
         choice = _once(order, ("choice", batch, loras), (), chosen)
-        return RULES[str(rule)](_positions(hidden_states, spatial), z, choice, of_rule, numbers)
+        rows = projections if together else z
+        return RULES[str(rule)](_positions(hidden_states, spatial), rows, choice, of_rule, numbers)
 
     def chosen() -> Tensor:
         return _weights(order, number, output.device, [3, batch, loras], None)
 
-    z = _once(order, (id(hidden_states), id(down)), (hidden_states, down), projected)[..., first:last]
-    if rule is not None:
+    projections = _once(order, (id(hidden_states), id(down)), (hidden_states, down), projected)
+    z = projections[..., first:last]
+    if rule is not None and together:
+        weights = _once(order, (rule, id(hidden_states), id(down)), (hidden_states, down), by_rule)
+        weights = weights[:, :, first // (last - first)]
+    elif rule is not None:
         weights = _in_common(order, scope, hidden_states if reads else None, by_rule)
     elif place is None:
         weights = _once(order, (batch, modules, loras), (), at_all_modules)

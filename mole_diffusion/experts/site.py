@@ -80,7 +80,7 @@ class Site:
         _check_fit(self)
         self.group.start_again()
         if self.callback is not None:
-            self.callback.factors = None
+            self.callback.let_go()
         if self.merged is not None:
             self.merged.hang()
 

@@ -106,6 +106,39 @@ def test_every_module_gives_what_it_gives_with_a_hook(experts: Experts, weigher:
                 assert (expected - before).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_the_router_looks_at_all_modules_at_once_that_read_the_same(dtype: torch.dtype, temperature: float) -> None:
+    """In half precision, off rows as long as outputs are large, and no factors lie in memory but those of hooks."""
+    tiny, whole = tiny_components(), dtype == torch.float32
+    experts = Experts([make_lora(tiny, name, seed, rank=3) for seed, name in enumerate(("cat", "boot", "mug"))])
+    experts.attach(models({name: model.to(dtype) for name, model in tiny.items() if isinstance(model, nn.Module)}))
+    keep, scale = torch.tensor([[1, 1, 1], [0, 1, 1]]), torch.tensor([1.0, 0.3, 2])
+    router, call = NormRouter(temperature=temperature), Call(experts.names, ("subject", "style", "subject"))
+    together = []
+    with experts.using(keep, scale, router, call):
+        for site in experts.sites.values():
+            x, run, callback = inputs_of(site.module, dtype), experts.run(site.component), site.callback
+            base = type(site.module).forward(site.module, x)
+            expected = add_experts(site, x, base.clone(), run)
+            found = graphs.add(callback, site.module, x, base.clone())
+            assert (found - expected).float().norm() < (1e-5 if whole else 0.01) * (expected - base).float().norm()
+            assert callback is not None
+            if callback.ruled is None:  # it reads a prompt
+                continue
+            together.append(callback.ruled.together)
+            assert together[-1] == (site.group.several and not site.stack.is_convolution)
+            assert len(callback.ruled.tensors) == (2 if whole else 1)  # with R, or without
+            factors, other = (callback.factors, callback.turned)[:: 1 if whole else -1]
+            assert factors is not None
+            assert other is None
+            ready = site.only(run.kept, run.orthonormal).group.ready
+            assert {factors.down.data_ptr(), factors.up.data_ptr()} <= {tensor.data_ptr() for tensor in ready}
+    assert any(together)
+    assert not all(together)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["module", "method", "forward"])
 @torch.no_grad()
