@@ -99,8 +99,8 @@ def test_every_module_gives_what_it_gives_with_a_hook(experts: Experts, weigher:
                 expected = add_experts(site, x, output.clone(), run)
                 found = graphs.add(site.callback, site.module, x, output)
                 torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-                assert site.callback.factors is not None
                 asked = isinstance(weigher, NormRouter) and site.reads == "text"  # in Python, which adds in place
+                assert asked or site.callback.factors is not None
                 assert asked or torch.equal(output, before)  # the compiler writes in place where it may
                 assert (site.callback.ruled is None) == (asked or not isinstance(weigher, NormRouter))
                 assert (expected - before).abs().max() > 1e-3
