@@ -62,11 +62,10 @@ def _weights(
         competing, scales = competing.index_select(-1, columns), scale.index_select(-1, columns)
     if tokens == 1:
         won = competing * scales / competing.sum(dim=-1, keepdim=True).clamp_min(1)
-        won = won.expand(-1, tokens, modules, -1)
     else:
         sizes = _sizes(projected, modules * number, roots).view(batch, tokens, modules, number)
         won = _shares(sizes, competing, temperature) * (competing * scales)
-    weights = lost + won if everyone else lost.index_add(-1, columns, won)
+    weights = lost + won if everyone else lost.index_add(-1, columns, won.expand(-1, -1, modules, -1))
     return weights if modules > 1 else weights.squeeze(2)
 
 

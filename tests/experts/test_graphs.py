@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from mole_diffusion.composition import COMPOSITIONS, Call, NormRouter
 from mole_diffusion.errors import MoLEError
@@ -106,37 +107,86 @@ def test_every_module_gives_what_it_gives_with_a_hook(experts: Experts, weigher:
                 assert (expected - before).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+@pytest.mark.parametrize(
+    ("mug", "alike"),
+    [
+        ({}, True),
+        ({"targets": (CONVOLUTIONS,)}, True),
+        ({"rank": 4}, False),
+        ({"targets": r"(to_|\.)[qv](_proj)?$"}, False),
+    ],
+    ids=["alike", "elsewhere", "of another rank", "not at all"],
+)
 @torch.no_grad()
-def test_the_router_looks_at_all_modules_at_once_that_read_the_same(dtype: torch.dtype, temperature: float) -> None:
+def test_the_router_looks_at_all_modules_at_once_that_read_the_same(
+    mug: dict[str, Any], alike: bool, temperature: float, dtype: torch.dtype
+) -> None:
     """In half precision, off rows as long as outputs are large, and no factors lie in memory but those of hooks."""
     tiny, whole = tiny_components(), dtype == torch.float32
-    experts = Experts([make_lora(tiny, name, seed, rank=3) for seed, name in enumerate(("cat", "boot", "mug"))])
+    given: dict[str, dict[str, Any]] = {"cat": {}, "boot": {}, "mug": mug}
+    experts = Experts([make_lora(tiny, name, i, **{"rank": 3} | its) for i, (name, its) in enumerate(given.items())])
     experts.attach(models({name: model.to(dtype) for name, model in tiny.items() if isinstance(model, nn.Module)}))
     keep, scale = torch.tensor([[1, 1, 1], [0, 1, 1]]), torch.tensor([1.0, 0.3, 2])
     router, call = NormRouter(temperature=temperature), Call(experts.names, ("subject", "style", "subject"))
     together = []
     with experts.using(keep, scale, router, call):
         for site in experts.sites.values():
-            x, run, callback = inputs_of(site.module, dtype), experts.run(site.component), site.callback
-            base = type(site.module).forward(site.module, x)
-            expected = add_experts(site, x, base.clone(), run)
-            found = graphs.add(callback, site.module, x, base.clone())
-            assert (found - expected).float().norm() < (1e-5 if whole else 0.01) * (expected - base).float().norm()
+            run, callback = experts.run(site.component), site.callback
             assert callback is not None
-            if callback.ruled is None:  # it reads a prompt
+            xs = [inputs_of(site.module, dtype)]
+            if not isinstance(site.module, nn.Conv2d):
+                xs.append(xs[0][:, :1].contiguous())  # no tokens
+            for x in xs:
+                base = torch.zeros_like(type(site.module).forward(site.module, x))  # what is rounded is what they add
+                expected = add_experts(site, x, base.clone(), run)
+                found = graphs.add(callback, site.module, x, base)
+                assert (found - expected).float().norm() < (1e-5 if whole else 0.01) * expected.float().norm()
+            if callback.ruled is None:  # it reads a prompt, and is served in Python
+                assert callback.factors is callback.turned is None
                 continue
             together.append(callback.ruled.together)
-            assert together[-1] == (site.group.several and not site.stack.is_convolution)
-            assert len(callback.ruled.tensors) == (2 if whole else 1)  # with R, or without
+            assert together[-1] == (alike and site.group.several and not site.stack.is_convolution)
+            roots = not whole and site.stack.same_rank  # else with R of each
+            assert len(callback.ruled.tensors) == 2 - roots
             factors, other = (callback.factors, callback.turned)[:: 1 if whole else -1]
             assert factors is not None
             assert other is None
             ready = site.only(run.kept, run.orthonormal).group.ready
             assert {factors.down.data_ptr(), factors.up.data_ptr()} <= {tensor.data_ptr() for tensor in ready}
-    assert any(together)
+    assert any(together) == alike
     assert not all(together)
+
+
+@torch.no_grad()
+def test_a_graph_has_the_factors_that_suit_a_model_of_another_dtype() -> None:
+    tiny = tiny_components()
+    experts = Experts([make_lora(tiny, name, seed) for seed, name in enumerate(("cat", "boot"))])
+    experts.attach(models(tiny))
+    site = next(site for name, site in experts.sites.items() if name.endswith("attn1.to_q"))
+    assert site.callback is not None
+    with experts.using(weigher=NormRouter()):
+        for dtype in (torch.float32, torch.bfloat16, torch.float32):
+            tiny["unet"].to(dtype)(**unet_inputs(dtype=dtype))  # so it is seen that it is another one
+            x = inputs_of(site.module, dtype)
+            base = torch.zeros(2, 5, site.module.out_features, dtype=dtype)
+            found = graphs.add(site.callback, site.module, x, base.clone())
+            expected = add_experts(site, x, base.clone(), experts.run("unet"))
+            assert (found - expected).norm() < 0.01 * expected.norm()
+            assert site.callback.ruled is not None
+            assert site.callback.ruled.orthonormal == (dtype == torch.bfloat16)
+
+
+def test_a_graph_looks_nothing_up_where_all_loras_are(experts: Experts) -> None:
+    """A sum at places that are given in a tensor takes a GPU several kernels."""
+    for site in experts.sites.values():
+        if site.reads == "pixels":
+            ruled = NormRouter().rules({site: ""})[site.name]
+            z, choice = torch.randn(2, 5, site.stack.rank), torch.ones(3, 2, 3)
+            graph = make_fx(lambda *given, ruled=ruled: RULES[ruled.rule](None, *given, ruled.tensors, ruled.numbers))
+            operators = {str(node.target) for node in graph(z, choice).graph.nodes}
+            assert ("aten.index_add.default" in operators) == (len(site.stack.indices) < 3)
 
 
 @pytest.mark.slow
@@ -212,6 +262,8 @@ def test_factors_are_those_of_hooks_and_go_with_the_loras(tiny: dict[str, Any]) 
         exact = add_experts(site, x, base.clone(), experts.run("unet"))
     assert callback.factors.up.dtype == found.dtype == torch.bfloat16
     assert (found - exact).float().norm() < 0.01 * (exact - base).float().norm()
+    site.move_to(site.module)  # for which factors are made anew, so none of before may stay
+    assert callback.factors is None
     tiny["unet"].to(torch.float32)
     experts.detach()
     assert callback.factors is None
