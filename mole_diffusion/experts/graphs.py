@@ -52,20 +52,19 @@ class Maker:
         Args:
             weigher: The method whose rules graphs have; `None` where none has.
         """
-        found = [site for site in self._sites if _can_be_in_a_graph(site)]
-        changed = [_begun_anew(site) for site in found]
+        found = {row: site for row, site in enumerate(self._sites) if _can_be_in_a_graph(site)}
+        changed = [_begun_anew(site) for site in self._sites]
         if weigher is not None:
             parts = self._parts()
             if any(changed) or self._made_of[0] is not weigher or self._made_of[1] is not parts:
                 self._made_of = weigher, parts
-                ruled: Mapping[str, Ruled] = weigher.rules({site: parts[site.name] for site in found})
+                ruled: Mapping[str, Ruled] = weigher.rules({site: parts[site.name] for site in found.values()})
                 for site in self._sites:
                     if site.callback is not None:
                         site.callback.ruled = ruled.get(site.name)
         shared: dict[Any, tuple[Tensor, Tensor]] = {}
-        for row, site in enumerate(self._sites):
-            if site in found:
-                _make_factors(site, row, shared, weigher is not None)
+        for row, site in found.items():
+            _make_factors(site, row, shared, weigher is not None)
 
 
 def _can_be_in_a_graph(site: Site) -> bool:
@@ -78,10 +77,9 @@ def _can_be_in_a_graph(site: Site) -> bool:
 
 def _begun_anew(site: Site) -> bool:
     """Whether nothing is made yet for a module as it is now; what was made for another is let go."""
-    callback, weight = site.callback, site.module.weight
+    callback, weight = site.callback, getattr(site.module, "weight", None)
     assert callback is not None
-    assert isinstance(weight, Tensor)
-    now = weight.dtype, weight.device
+    now = (weight.dtype, weight.device) if isinstance(weight, Tensor) else None
     if callback.beside == now:
         return False
     callback.let_go()
@@ -100,10 +98,10 @@ def _make_factors(site: Site, row: int, shared: dict[Any, tuple[Tensor, Tensor]]
     """
     callback = site.callback
     assert callback is not None
-    ruled = callback.ruled
-    if by_rules and ruled is None:
+    ruled = callback.ruled if by_rules else None
+    if by_rules and ruled is None:  # served in Python
         return
-    if by_rules and ruled is not None and ruled.orthonormal:
+    if ruled is not None and ruled.orthonormal:
         if callback.turned is None:
             callback.turned = factors_of(site.only(None, orthonormal=True), row, shared)
     elif callback.factors is None:

@@ -171,7 +171,11 @@ def test_a_graph_has_the_factors_that_suit_a_model_of_another_dtype() -> None:
             tiny["unet"].to(dtype)(**unet_inputs(dtype=dtype))  # so it is seen that it is another one
             x = inputs_of(site.module, dtype)
             base = torch.zeros(2, 5, site.module.out_features, dtype=dtype)
+            graphs.add(site.callback, site.module, x, base.clone())
+            made = site.callback.factors, site.callback.turned
             found = graphs.add(site.callback, site.module, x, base.clone())
+            assert made[0] is site.callback.factors
+            assert made[1] is site.callback.turned
             expected = add_experts(site, x, base.clone(), experts.run("unet"))
             assert (found - expected).norm() < 0.01 * expected.norm()
             assert site.callback.ruled is not None
@@ -264,6 +268,13 @@ def test_factors_are_those_of_hooks_and_go_with_the_loras(tiny: dict[str, Any]) 
     assert (found - exact).float().norm() < 0.01 * (exact - base).float().norm()
     site.move_to(site.module)  # for which factors are made anew, so none of before may stay
     assert callback.factors is None
+    weight = site.module.weight.data
+    for dtype, can_be in ((torch.bfloat16, True), (torch.float8_e4m3fn, False)):  # a graph cannot multiply by these
+        site.module.weight.data = weight.to(dtype)
+        with torch.no_grad():
+            graphs.add(callback, site.module, x, base.clone())
+        assert (callback.factors is not None) == can_be
+    site.module.weight.data = weight
     tiny["unet"].to(torch.float32)
     experts.detach()
     assert callback.factors is None
