@@ -152,11 +152,15 @@ def add(callback: Callback, module: Any, hidden_states: Tensor, output: Tensor) 
         asked = callback
     elif kind == "rules":
         asked = component.choice
+    # One by one: torch 2.8 can compile no slice of a named tuple.
+    by_rule: tuple[Any, ...] = None, "", [], [], False, False
+    if ruled is not None:
+        by_rule = ruled.rule, ruled.scope, ruled.tensors, ruled.numbers, ruled.reads, ruled.together
     composed: Tensor = _composed(
         *(output, hidden_states, factors.down, factors.up, factors.experts, factors.scalings, factors.row),
         *(component.order, asked.number, factors.first, factors.last, component.kinds.num_loras, component.modules),
         *(convolution, factors.place if kind == "places" else None),
-        *((None, "", [], [], False, False) if ruled is None else ruled[:6]),
+        *by_rule,
     )
     return composed
 
