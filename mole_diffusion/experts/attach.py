@@ -352,9 +352,9 @@ class Attachment:
         if output is None or self._all_reached:  # an exception is on its way, or the check was passed before
             return result
         missing = [site.module_name for site in self.sites if site.seen is None]
-        self._all_reached = not missing
         # A graph that has the products itself does not tell which modules it runs.
         missing = [name for name in missing if not _lies_in_a_graph(model, name)]
+        self._all_reached = not missing
         if missing:
             shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
             raise AttachError(

@@ -196,7 +196,7 @@ def test_a_graph_looks_nothing_up_where_all_loras_are(experts: Experts) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["module", "method", "forward"])
 @torch.no_grad()
-def test_a_block_is_compiled_in_any_way(tiny: dict[str, Any], how: str) -> None:
+def test_a_block_is_compiled_in_any_way(tiny: dict[str, Any], how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything ran, so that nobody has seen whether the LoRAs' modules are reached; not before loading."""
     torch._dynamo.reset()
     unet = tiny["unet"]
@@ -219,6 +219,9 @@ def test_a_block_is_compiled_in_any_way(tiny: dict[str, Any], how: str) -> None:
             block.forward = torch.compile(block.forward, fullgraph=True, backend="eager")
         gates.bind(experts)
         with experts.using(weigher=gates):
+            torch.testing.assert_close(unet(**unet_inputs()).sample, expected, atol=1e-5, rtol=1e-5)
+            # Whether a graph has the modules that nobody saw run is asked once: it takes as long as much of a pass.
+            monkeypatch.setattr("mole_diffusion.experts.attach._lies_in_a_graph", None)
             torch.testing.assert_close(unet(**unet_inputs()).sample, expected, atol=1e-5, rtol=1e-5)
         within = [site for site in experts.sites.values() if "mid_block.attentions.0.transformer" in site.name]
         assert all(site.callback and site.callback.ruled for site in within)
