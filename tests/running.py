@@ -35,6 +35,13 @@ def unet_inputs(batch: int = 2, size: int = 16, dtype: torch.dtype = torch.float
     }
 
 
+def inputs_of(module: nn.Module, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """What a module of a UNet may be given, two samples of it."""
+    if isinstance(module, nn.Conv2d):
+        return torch.randn(2, module.in_channels, 6, 4).to(dtype)
+    return torch.randn(2, 5, module.in_features).to(dtype)
+
+
 def in_float64(components: dict[str, Any]) -> dict[str, Any]:
     """The models in double precision, where an order of sums makes no difference worth a tolerance."""
     components["unet"].double()
