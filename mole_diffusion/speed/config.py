@@ -15,6 +15,7 @@ Side = Literal[
     "joined",
     "budget",
     "norm_router",
+    "routed",
     "masks",
     "gates",
     "gated",
@@ -190,8 +191,8 @@ class SpeedConfig:
             `"empty"`: LoRAs loaded, and none in the call. `"sum"`: all, summed. `"products"`: the same products with
             nothing around them; `"joined"`: also with the rows of a Linear and of `down` in one. `"gates"`: weighed by
             the gates that training makes by default; `"gated"`: their and the LoRAs' products with nothing around
-            them. `"budget"`, `"norm_router"`: the methods of these names. `"masks"`: each
-            on its stripe of the picture and on its words. `"fused"`: the sum after `fuse_lora`, in float32 only.
+            them. `"budget"`, `"norm_router"`: the methods of these names; `"routed"`: what the router computes, with
+            nothing around it. `"masks"`: each on its stripe of the picture and on its words. `"fused"`: the sum after `fuse_lora`, in float32 only.
             `"peft"`: diffusers' own. `"merged"`: added to the weights beforehand.
         used: How many of the LoRAs a call of ours keeps; `None`: all.
         rounds: How often all sides are run, one after another.

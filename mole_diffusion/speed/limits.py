@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..experts import Experts, ExpertStack, Site
+from ..composition.norms import sizes_at
+from ..experts import Experts, ExpertStack, Projections, Site
 from ..gating import MoLEModel
 from ..gating.gate import divisors
 
@@ -59,6 +60,70 @@ def with_gates(model: Any, component: str, experts: Experts, gates: MoLEModel) -
             module = model.get_submodule(site.module_name)
             module.forward = _gated(module.forward, site, weights, ask if name == first else None)
     return model
+
+
+def with_router(model: Any, component: str, experts: Experts) -> Any:
+    """The model with modules that give each token to the LoRA whose output is largest there for its kind.
+
+    What `NormRouter` computes of LoRAs that touch all modules, and no more: nobody may choose or look on.
+
+    Args:
+        model: A copy, whose forwards are exchanged.
+        component: What it is among the models of `experts`.
+        experts: The LoRAs, on another copy.
+    """
+    for group in dict.fromkeys(site.group for site in experts.sites.values() if site.component == component):
+        members = [site.only(None, orthonormal=True) for site in group.sites]
+        for sites in [members] if members[0].group.alike else [[site] for site in members]:
+            routed = _Routed(sites)
+            for site in sites:
+                module = model.get_submodule(site.module_name)
+                module.forward = routed.forward(module.forward, site)
+    return model
+
+
+class _Routed:
+    """Modules that read one tensor: all that they look at and multiply is made with the first of them."""
+
+    def __init__(self, sites: list[Site]) -> None:
+        weight: Any = sites[0].module.weight
+        downs = [site.stack.down_as(weight.dtype, weight.device) for site in sites]
+        self._sites, self._ranks = sites, [len(down) for down in downs]
+        self._down = torch.cat(downs) if sites[0].stack.is_convolution else torch.cat(downs).t()
+        self._sizes = sizes_at(sites[0], weight)
+        self._rows: dict[str, Tensor] = {}
+        self._weights: Tensor | None = None
+        self._given: tuple[Tensor, Tensor] | None = None  # a prompt, and the weights that follow from it in all steps
+
+    def forward(self, forward: Callable[[Tensor], Tensor], site: Site) -> Callable[[Tensor], Tensor]:
+        """The module's, with its LoRAs."""
+        first = site is self._sites[0]
+
+        def routed(x: Tensor) -> Tensor:
+            output = forward(x)
+            if first:
+                self._read(x, output)
+            return site.stack.add_to(output, self._rows.pop(site.name), self._weights, spare=True)
+
+        return routed
+
+    def _read(self, x: Tensor, output: Tensor) -> None:
+        """Make the rows of all modules and what weighs them; those of several are weighed at once."""
+        site, several = self._sites[0], len(self._sites) > 1
+        whole = site.project(x, self._down)
+        parts = whole.split(self._ranks, dim=1)
+        rows = dict(zip((site.name for site in self._sites), parts, strict=True))
+        spatial = (output.shape[-2], output.shape[-1]) if site.stack.is_convolution else None
+        if self._given is not None and self._given[0] is x:
+            weights = self._given[1]
+        else:
+            sizes = self._sizes(Projections(x, rows, len(x), spatial, whole if several else None))
+            ratios = sizes.div_(sizes.mean(dim=-1, keepdim=True))
+            won = ratios.eq_(ratios.amax(dim=-3, keepdim=True))
+            weights = won.permute(2, 3, 0, 1) if several else won.permute(1, 2, 0)
+            self._given = (x, weights) if site.reads == "text" else None
+        weighed = several and site.stack.weigh_all(whole, weights, len(rows), len(x))
+        self._rows, self._weights = rows, None if weighed else weights
 
 
 class _Weights:

@@ -21,6 +21,7 @@ NAMES = {
     "joined": "one product fewer",
     "budget": "budget",
     "norm_router": "norm_router",
+    "routed": "router and products alone",
     "gates": "gates per token",
     "gated": "gates and products alone",
     "masks": "masks",
@@ -178,7 +179,7 @@ def speed_page(speeds: Sequence[Speed], command: str, *more: str) -> str:
         "peak of a call beyond weights and inputs.",
         *(
             _OF_LIMITS
-            if any(row.side in ("products", "joined", "gated") for speed in speeds for row in speed.rows)
+            if any(row.side in ("products", "joined", "gated", "routed") for speed in speeds for row in speed.rows)
             else []
         ),
         *(_OF_GPUS if any(on_gpu(speed.config.device) for speed in speeds) else []),
@@ -192,8 +193,8 @@ _OF_LIMITS = [
     "look on, and no sum of two products a module is faster. *One product fewer* has the rows of a Linear and of",
     "`down` in one matrix, which gives both at once. That is not how sums are computed, since every choice of LoRAs",
     "would need a copy of the base's weights, and calls of several threads with other choices could not share one.",
-    "*Gates and products alone* are what gates and LoRAs compute, likewise with nothing around them: what they read a",
-    "second time and multiply is the least that weights for each token take.",
+    "*Gates and products alone* and *router and products alone* are what gates or the router and LoRAs compute, likewise",
+    "with nothing around them: what they read a second time and multiply is the least that weights for each token take.",
 ]
 _OF_GPUS = [
     "",

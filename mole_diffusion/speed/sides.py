@@ -18,7 +18,7 @@ from ..lora import LoRA
 from ..training import GateTrainingConfig
 from .config import SIZES, Side, SpeedConfig
 from .failed import Failed
-from .limits import with_gates, with_products
+from .limits import with_gates, with_products, with_router
 from .models import component_of, load_into_peft, merged, state_dict, twin
 
 Sides = dict[Side, Callable[[], Any]]
@@ -112,6 +112,7 @@ def make_sides(
         "joined": lambda: products(joined=True),
         "budget": lambda: composed("budget", call=alone()),
         "norm_router": lambda: composed("norm_router", call=alone()),
+        "routed": lambda: called(with_router(twin(model), component, experts)),
         "gates": weighed,
         "gated": lambda: called(with_gates(twin(model), component, experts, made_gates())),
         "masks": lambda: composed("masks", call=_call(config, inputs, number)),
@@ -121,8 +122,8 @@ def make_sides(
     }
     if model.dtype != torch.float32:
         del makers["fused"]
-    if config.used:  # all that gates are asked for
-        del makers["gated"]
+    if config.used:  # these weigh all
+        del makers["gated"], makers["routed"]
     sides: Sides = {}
     for side, make in makers.items():
         if side == "bare" or side in config.sides:

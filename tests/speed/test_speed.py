@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ from mole_diffusion.speed import count as count_module
 from mole_diffusion.speed.clocks import in_turn, timed
 from mole_diffusion.speed.config import WHOLE, Side
 from mole_diffusion.speed.count import Alive, FusedAttention, count_base
-from mole_diffusion.speed.limits import with_gates, with_products
+from mole_diffusion.speed.limits import with_gates, with_products, with_router
 from mole_diffusion.speed.measure import SideCost
 from mole_diffusion.speed.models import make_inputs, make_loras, make_model, merged, twin
 from mole_diffusion.speed.page import saved_table, walk_table
@@ -111,6 +111,8 @@ def test_a_table_of_a_tiny_model() -> None:
     assert rows["gates"].operations < 1.2 * rows["sum"].operations
     assert rows["gated"].operations == pytest.approx(rows["gates"].operations, rel=1e-9)
     assert rows["products"].operators < rows["gated"].operators
+    assert rows["routed"].operations == pytest.approx(rows["norm_router"].operations, rel=1e-9)
+    assert rows["products"].operators < rows["routed"].operators <= rows["norm_router"].operators
     assert rows["sum"].operators < rows["gates"].operators
     assert rows["bare"].operators < rows["sum"].operators < rows["gates"].operators < rows["peft"].operators
     assert all(row.seconds > 0 and row.memory is not None for row in speed.rows)
@@ -284,6 +286,23 @@ def test_gates_and_products_alone_are_what_gates_give() -> None:
     experts.weigher = gates
     alone = with_gates(twin(model), "unet", experts, gates)
     torch.testing.assert_close(alone(**inputs)[0], ours(**inputs)[0], rtol=1e-5, atol=1e-5)
+    experts.weigher = COMPOSITIONS["normalized"]()
+    assert not torch.allclose(alone(**inputs)[0], ours(**inputs)[0], rtol=1e-3, atol=1e-3)
+    experts.detach()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_router_and_products_alone_are_what_the_router_gives(dtype: Literal["float32", "bfloat16"]) -> None:
+    config = dataclasses.replace(TINY, dtype=dtype, targets="conv")
+    model = make_model(config)
+    inputs, loras = make_inputs(config, model), make_loras(config, model, 3)
+    experts = Experts(loras)
+    experts.attach({"unet": (ours := twin(model))})
+    experts.weigher = COMPOSITIONS["norm_router"]()
+    alone = with_router(twin(model), "unet", experts)
+    for _ in range(2):  # the second has the weights of the prompt
+        torch.testing.assert_close(alone(**inputs)[0], ours(**inputs)[0])
     experts.weigher = COMPOSITIONS["normalized"]()
     assert not torch.allclose(alone(**inputs)[0], ours(**inputs)[0], rtol=1e-3, atol=1e-3)
     experts.detach()
