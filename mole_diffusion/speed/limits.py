@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..composition.norms import sizes_at
-from ..experts import Experts, ExpertStack, Projections, Site
+from ..composition.norms import root_like
+from ..experts import Experts, ExpertStack, Site
 from ..gating import MoLEModel
 from ..gating.gate import divisors
 
@@ -83,47 +83,74 @@ def with_router(model: Any, component: str, experts: Experts) -> Any:
 
 
 class _Routed:
-    """Modules that read one tensor: all that they look at and multiply is made with the first of them."""
+    """Modules that read one tensor: with the first of them, the rows of all are made, looked at and weighed."""
 
     def __init__(self, sites: list[Site]) -> None:
-        weight: Any = sites[0].module.weight
+        stack, weight = sites[0].stack, sites[0].module.weight
+        assert isinstance(weight, Tensor)
         downs = [site.stack.down_as(weight.dtype, weight.device) for site in sites]
         self._sites, self._ranks = sites, [len(down) for down in downs]
-        self._down = torch.cat(downs) if sites[0].stack.is_convolution else torch.cat(downs).t()
-        self._sizes = sizes_at(sites[0], weight)
+        self._down = torch.cat(downs) if stack.is_convolution else torch.cat(downs).t()
+        roots = None if stack.orthonormal else torch.cat([root_like(site.stack, weight) for site in sites])
+        self._roots = None if roots is None else roots.transpose(1, 2) if stack.is_convolution else roots
+        self._shape = len(sites), len(stack.indices), stack.rank // len(stack.indices)
         self._rows: dict[str, Tensor] = {}
-        self._weights: Tensor | None = None
         self._given: tuple[Tensor, Tensor] | None = None  # a prompt, and the weights that follow from it in all steps
 
     def forward(self, forward: Callable[[Tensor], Tensor], site: Site) -> Callable[[Tensor], Tensor]:
         """The module's, with its LoRAs."""
-        first = site is self._sites[0]
+        first, name, width = site is self._sites[0], site.name, site.stack.out_features
+        up = site.stack.up_as(self._down.dtype).to(self._down.device)
+        turned, convolution = up.t(), site.stack.is_convolution
 
         def routed(x: Tensor) -> Tensor:
             output = forward(x)
             if first:
-                self._read(x, output)
-            return site.stack.add_to(output, self._rows.pop(site.name), self._weights, spare=True)
+                self._read(x)
+            rows = self._rows.pop(name)
+            if convolution:
+                output.flatten(2).baddbmm_(up.expand(output.shape[0], -1, -1), rows)
+            else:
+                output.view(-1, width).addmm_(rows, turned)
+            return output
 
         return routed
 
-    def _read(self, x: Tensor, output: Tensor) -> None:
-        """Make the rows of all modules and what weighs them; those of several are weighed at once."""
-        site, several = self._sites[0], len(self._sites) > 1
-        whole = site.project(x, self._down)
-        parts = whole.split(self._ranks, dim=1)
-        rows = dict(zip((site.name for site in self._sites), parts, strict=True))
-        spatial = (output.shape[-2], output.shape[-1]) if site.stack.is_convolution else None
-        if self._given is not None and self._given[0] is x:
-            weights = self._given[1]
-        else:
-            sizes = self._sizes(Projections(x, rows, len(x), spatial, whole if several else None))
-            ratios = sizes.div_(sizes.mean(dim=-1, keepdim=True))
-            won = ratios.eq_(ratios.amax(dim=-3, keepdim=True))
-            weights = won.permute(2, 3, 0, 1) if several else won.permute(1, 2, 0)
+    def _read(self, x: Tensor) -> None:
+        """Make the rows of all modules, weighed."""
+        site, rows = self._sites[0], self._sites[0].project(x, self._down)
+        modules, number, rank = self._shape
+        shape = (len(x), number, rank, -1) if site.stack.is_convolution else (len(x), -1, modules, number, rank)
+        if self._given is None or self._given[0] is not x:
+            won = self._won(rows, len(x))
+            if site.stack.is_convolution:
+                weights = won[0].transpose(0, 1).unsqueeze(2)
+            else:
+                weights = won.permute(2, 3, 0, 1).contiguous().unsqueeze(-1)
+            weights = weights.to(rows.dtype)
             self._given = (x, weights) if site.reads == "text" else None
-        weighed = several and site.stack.weigh_all(whole, weights, len(rows), len(x))
-        self._rows, self._weights = rows, None if weighed else weights
+        else:
+            weights = self._given[1]
+        rows.view(shape).mul_(weights)
+        parts = [rows] if modules == 1 else rows.split_with_sizes(self._ranks, dim=1)
+        self._rows = {site.name: part for site, part in zip(self._sites, parts, strict=True)}
+
+    def _won(self, rows: Tensor, batch: int) -> Tensor:
+        """1 where a LoRA has a token, `(modules, n, batch, tokens)`."""
+        modules, number, rank = self._shape
+        if rows.ndim == 3:
+            z = rows.float().view(batch * number, rank, -1)
+            z = z if self._roots is None else torch.bmm(self._roots.repeat(batch, 1, 1), z)
+            sizes = z.square().sum(dim=1).sqrt_().view(1, batch, number, -1).transpose(1, 2)
+        elif self._roots is None:
+            z = rows.view(-1, modules * number, rank)
+            sizes = torch.linalg.vector_norm(z, dim=-1, dtype=torch.float32).t()
+        else:
+            z = rows.float().view(-1, modules * number, rank).transpose(0, 1)
+            sizes = torch.linalg.vector_norm(torch.bmm(z, self._roots), dim=-1)
+        sizes = sizes.view(modules, number, batch, -1)
+        ratios = sizes.div_(sizes.mean(dim=-1, keepdim=True))
+        return ratios.eq_(ratios.amax(dim=1, keepdim=True))
 
 
 class _Weights:
