@@ -191,9 +191,9 @@ class SpeedConfig:
             `"empty"`: LoRAs loaded, and none in the call. `"sum"`: all, summed. `"products"`: the same products with
             nothing around them; `"joined"`: also with the rows of a Linear and of `down` in one. `"gates"`: weighed by
             the gates that training makes by default; `"gated"`: their and the LoRAs' products with nothing around
-            them. `"budget"`, `"norm_router"`: the methods of these names; `"routed"`: what the router computes, with
-            nothing around it. `"masks"`: each on its stripe of the picture and on its words. `"fused"`: the sum after `fuse_lora`, in float32 only.
-            `"peft"`: diffusers' own. `"merged"`: added to the weights beforehand.
+            them. `"budget"`, `"norm_router"`: the methods of these names; `"routed"`: the operators of that router with
+            nothing around them. `"masks"`: each on its stripe of the picture and on its words. `"fused"`: the sum after
+            `fuse_lora`, in float32 only. `"peft"`: diffusers' own. `"merged"`: added to the weights beforehand.
         used: How many of the LoRAs a call of ours keeps; `None`: all.
         rounds: How often all sides are run, one after another.
         batch: Rows of the latents; 2 is one picture with guidance.
@@ -264,7 +264,9 @@ class SpeedConfig:
 
 _EVERY: tuple[Side, ...] = ("bare", "empty", "sum", "gates", "masks", "norm_router", "fused", "peft", "merged")
 WHOLE = (
-    SpeedConfig(size="142m", loras=(3,), rounds=15, sides=(*_EVERY, "products", "joined", "gated"), train=True),
+    SpeedConfig(
+        size="142m", loras=(3,), rounds=15, sides=(*_EVERY, "products", "joined", "gated", "routed"), train=True
+    ),
     SpeedConfig(
         size="142m",
         loras=(8,),
@@ -277,7 +279,7 @@ WHOLE = (
         latent=64,
         loras=(3,),
         rounds=5,
-        sides=("bare", "sum", "gates", "masks", "norm_router"),
+        sides=("bare", "sum", "gates", "masks", "norm_router", "routed"),
     ),
     SpeedConfig(size="toybox", loras=(3,), rounds=12, sides=_EVERY, train=True, pipeline=True),
     SpeedConfig(

@@ -193,8 +193,9 @@ _OF_LIMITS = [
     "look on, and no sum of two products a module is faster. *One product fewer* has the rows of a Linear and of",
     "`down` in one matrix, which gives both at once. That is not how sums are computed, since every choice of LoRAs",
     "would need a copy of the base's weights, and calls of several threads with other choices could not share one.",
-    "*Gates and products alone* and *router and products alone* are what gates or the router and LoRAs compute, likewise",
-    "with nothing around them: what they read a second time and multiply is the least that weights for each token take.",
+    "*Gates and products alone* and *router and products alone* are what gates, or the router, and LoRAs compute,",
+    "likewise with nothing around them: what they read a second time and multiply is the least that weights for each",
+    "token take.",
 ]
 _OF_GPUS = [
     "",
