@@ -32,7 +32,7 @@ def add_experts(site: Site, hidden_states: Tensor, output: Tensor, run: Run) -> 
     here = site
     if run.kept is not None and not _reads_left_out(run.weigher, site):
         site = site.only(run.kept, run.orthonormal)
-    elif run.orthonormal:
+    elif run.orthonormal and site.group.copied:
         site = site.only(None, True)
     if site.hand is not None and not torch.is_grad_enabled():
         try:
@@ -118,7 +118,8 @@ def weights_at(site: Site, projections: Projections, run: Run, device: torch.dev
         MoLEError: As `add_experts`.
     """
     rows = projections.batch
-    check_rows(run, rows // run.passes)
+    if run.rows_chosen != (1, 1):  # which fit any batch: asked at every module
+        check_rows(run, rows // run.passes)
     assert run.weigher is not None
     weights = run.weigher.weigh(site, projections, run)
     if weights is None:
