@@ -29,7 +29,7 @@ def speed(
         str,
         typer.Option(
             help="What stands beside one another, some of: bare,empty,sum,products,joined,budget,norm_router,masks,"
-            "gates,gated,fused,peft,merged."
+            "gates,gated,routed,fused,peft,merged."
         ),
     ] = "bare,empty,sum,gates,masks,fused,peft,merged",
     rounds: Annotated[int, typer.Option(help="How often all sides take their turn.")] = 6,
@@ -42,6 +42,9 @@ def speed(
     train: Annotated[bool, typer.Option("--train", help="Also a step of gate training.")] = False,
     walks: Annotated[
         bool, typer.Option("--walks", help="Also whole steps of gate training by the preset real, at size sd15.")
+    ] = False,
+    inside: Annotated[
+        bool, typer.Option("--inside", help="Also what calls spend on LoRAs, module by module, on a CPU.")
     ] = False,
     compiled: Annotated[bool, typer.Option("--compile", help="Compile the bare model and ours.")] = False,
     compiled_blocks: Annotated[
@@ -91,6 +94,7 @@ def speed(
         latent=latent,
         threads=threads,
         train=train,
+        inside=inside,
         walks=walks,
         compiled="blocks" if compiled_blocks else "whole" if compiled else None,
         pipeline=pipeline,
@@ -151,6 +155,7 @@ def speed(
         words = [f"--{name} {value}" for name, value in given.items() if value is not None]
         asked = {
             "train": train,
+            "inside": inside,
             "walks": walks,
             "compile": compiled,
             "compile-blocks": compiled_blocks,

@@ -204,6 +204,7 @@ class SpeedConfig:
         train: Also a step of gate training: forward, backward, what it saves for that.
         compiled: Compile the bare model and ours: `"whole"`, or `"blocks"` as `compile_repeated_blocks` does, which
             takes seconds where the whole takes minutes. `None`: neither.
+        inside: Also what each call of ours spends on LoRAs, module by module; on a CPU, and where nothing is compiled.
         walks: Also whole steps of gate training by the preset `real`, with autoencoder and CLIP.
         pipeline: Also whole calls of the toybox's pipeline beside diffusers' own.
 
@@ -225,6 +226,7 @@ class SpeedConfig:
     threads: int = 1
     train: bool = False
     compiled: Literal["whole", "blocks"] | None = None
+    inside: bool = False
     walks: bool = False
     pipeline: bool = False
 
@@ -255,6 +257,11 @@ class SpeedConfig:
             )
         if self.walks and self.size not in ("tiny", "sd15"):
             raise MoLEError(f"whole steps of training are measured at the sizes tiny and sd15, got {self.size!r}.")
+        if self.inside and (self.compiled or self.device != "cpu"):
+            raise MoLEError(
+                "what a call spends inside on LoRAs is measured on a CPU, and not in compiled graphs. Leave out "
+                "`inside`, or the device and `compiled`."
+            )
         if self.latent is not None and self.latent not in range(8, LARGEST_LATENT + 1, 8):
             raise MoLEError(
                 f"`latent` must be a multiple of 8, at most {LARGEST_LATENT}, got {self.latent}. "
@@ -265,7 +272,12 @@ class SpeedConfig:
 _EVERY: tuple[Side, ...] = ("bare", "empty", "sum", "gates", "masks", "norm_router", "fused", "peft", "merged")
 WHOLE = (
     SpeedConfig(
-        size="142m", loras=(3,), rounds=15, sides=(*_EVERY, "products", "joined", "gated", "routed"), train=True
+        size="142m",
+        loras=(3,),
+        rounds=15,
+        sides=(*_EVERY, "products", "joined", "gated", "routed"),
+        train=True,
+        inside=True,
     ),
     SpeedConfig(
         size="142m",
@@ -280,6 +292,7 @@ WHOLE = (
         loras=(3,),
         rounds=5,
         sides=("bare", "sum", "gates", "masks", "norm_router", "routed"),
+        inside=True,
     ),
     SpeedConfig(size="toybox", loras=(3,), rounds=12, sides=_EVERY, train=True, pipeline=True),
     SpeedConfig(

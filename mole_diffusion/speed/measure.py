@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from .clocks import QUEUED, busy, in_turn, on_gpu, spent, timed
 from .config import Side, SpeedConfig
 from .counted import Counted
 from .failed import Failed
+from .inside import watched
 from .models import component_of, load_into_peft, make_inputs, make_loras, make_model, state_dict, twin
 from .pipeline import PipelineCost, pipeline_costs
 from .ratio import Ratio
@@ -41,6 +42,7 @@ class SideCost:
         clock: The same by the clock; on a GPU until it is done.
         above: How much more of such time it takes than the plain sum, over the bare model's; on a GPU by the clock.
             `None` where the plain sum is no side.
+        inside: What it spends at modules on their LoRAs, over a call of the bare model; `None` where nobody looked.
         busy: Seconds that a GPU computes for a call; `None` on a CPU.
         operations: Multiplications and additions of its products over those of the bare model: no arithmetic does
             with less where nothing is merged.
@@ -62,6 +64,7 @@ class SideCost:
     memory: float | None
     above: Ratio | None = None
     busy: float | None = None
+    inside: Ratio | None = None
 
 
 @dataclass(frozen=True)
@@ -164,7 +167,8 @@ def _measure(speed: Speed, model: Any, inputs: dict[str, Any], number: int, tell
     tell(f"{number} LoRAs: loading")
     speed.settings.append(_setting(config, model, loras))
     tell(f"{number} LoRAs: making sides")
-    sides, experts = make_sides(config, model, inputs, loras, speed.failed)
+    with watched() if config.inside else nullcontext(dict[str, float]()) as at_modules:
+        sides, experts = make_sides(config, model, inputs, loras, speed.failed)
     plain, others = sides, experts
     if config.compiled:  # who counts what torch does cannot look into a compiled graph
         plain, others = make_sides(replace(config, compiled=None), model, inputs, loras, [])
@@ -190,15 +194,18 @@ def _measure(speed: Speed, model: Any, inputs: dict[str, Any], number: int, tell
                     computing[side] = busy(call, config.device)
             processor: dict[Side, list[float]] = {side: [] for side in sides}
             clock: dict[Side, list[float]] = {side: [] for side in sides}
+            inside: dict[Side, list[dict[str, float]]] = {side: [] for side in sides}
             calls = QUEUED if on_gpu(config.device) else 1
             for turn, order in in_turn(sides, config.rounds):
                 tell(f"{number} LoRAs: round {turn + 1} of {config.rounds}")
                 for side in order:
                     if config.compiled:  # only the first step of a pipeline's call may come after another method's
                         sides[side]()
+                    at_modules.clear()
                     of_processor, by_clock = timed(sides[side], config.device, calls)
                     processor[side].append(of_processor)
                     clock[side].append(by_clock)
+                    inside[side].append(dict(at_modules))
         bare = counts["bare"]
         for side in sides:
             if side not in config.sides:
@@ -218,6 +225,7 @@ def _measure(speed: Speed, model: Any, inputs: dict[str, Any], number: int, tell
                     memory[side],
                     Ratio.above(time[side], time["sum"], time["bare"]) if "sum" in time else None,
                     computing.get(side),
+                    Ratio.inside(inside[side], clock["bare"]) if inside[side][0] else None,
                 )
             )
     finally:

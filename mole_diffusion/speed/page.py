@@ -39,7 +39,7 @@ def speed_tables(speed: Speed) -> str:
     config = speed.config
     size = SIZES[config.size]
     gpu = on_gpu(config.device)
-    head = GPU_HEAD if gpu else HEAD
+    head = GPU_HEAD if gpu else [*HEAD[:6], "inside", *HEAD[6:]] if config.inside else HEAD
     used = "" if config.used is None else f", {config.used} of them in the call"
     lines = [
         f"{config.size}: {speed.parameters / 1e6:.0f} M parameters, {config.precision}, latents "
@@ -51,7 +51,13 @@ def speed_tables(speed: Speed) -> str:
             if speed.not_compiled is None
             else [f"Not measured, for torch did not compile it: {speed.not_compiled}", ""]
         ),
-        *_table(head, [*(_row(row, gpu) for row in speed.rows), *(_failed(one, len(head)) for one in speed.failed)]),
+        *_table(
+            head,
+            [
+                *(_row(row, gpu, config.inside) for row in speed.rows),
+                *(_failed(one, len(head)) for one in speed.failed),
+            ],
+        ),
         "",
         *_table(
             ["LoRAs", "load, s", "load with peft, s", "new choice, ms per 100 modules", "used before, ms"],
@@ -182,6 +188,7 @@ def speed_page(speeds: Sequence[Speed], command: str, *more: str) -> str:
             if any(row.side in ("products", "joined", "gated", "routed") for speed in speeds for row in speed.rows)
             else []
         ),
+        *(_OF_INSIDE if any(speed.config.inside for speed in speeds) else []),
         *(_OF_GPUS if any(on_gpu(speed.config.device) for speed in speeds) else []),
     ]
     return "\n".join([*head, *(f"\n{table}" for table in (*map(speed_tables, speeds), *more)), ""])
@@ -196,6 +203,12 @@ _OF_LIMITS = [
     "*Gates and products alone* and *router and products alone* are what gates, or the router, and LoRAs compute,",
     "likewise with nothing around them: what they read a second time and multiply is the least that weights for each",
     "token take.",
+]
+_OF_INSIDE = [
+    "",
+    "*Inside* is what a call of ours spends on LoRAs at the modules that have them, from what a module gave to the",
+    "same with its LoRAs, over a call of the bare base: for each module the median [quartiles] of all rounds, added",
+    "up. It is a small time measured by itself; *above the sum*, a small difference of large ones, scatters more.",
 ]
 _OF_GPUS = [
     "",
@@ -226,8 +239,9 @@ def _failed(failed: Failed, columns: int) -> list[str]:
     return [named.get(failed.side, failed.side), str(failed.loras), error, *["–"] * (columns - 3)]
 
 
-def _row(row: SideCost, gpu: bool) -> list[str]:
+def _row(row: SideCost, gpu: bool, looked: bool) -> list[str]:
     computing = "–" if row.busy is None else f"{1000 * row.busy:.2f}"
+    inside = [] if not looked else ["–" if row.inside is None else _ratio(row.inside, ".4f")]
     times = [f"{1000 * row.seconds:.2f}", computing] if gpu else [f"{row.seconds:.3f}"]
     return [
         NAMES[row.side],
@@ -236,6 +250,7 @@ def _row(row: SideCost, gpu: bool) -> list[str]:
         _ratio(row.processor),
         _ratio(row.clock),
         "–" if row.above is None or row.side in ("bare", "sum") else _ratio(row.above, "+.3f"),
+        *inside,
         f"{row.operations:.3f}",
         f"{row.bytes:.3f}",
         str(row.products),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+_QUARTILES = [0.25, 0.5, 0.75]
 
 
 @dataclass(frozen=True)
@@ -26,5 +29,17 @@ class Ratio:
         return cls._of((np.array(side) - np.array(less)) / np.array(other))
 
     @classmethod
+    def inside(cls, parts: Sequence[Mapping[str, float]], other: list[float]) -> Ratio:
+        """What parts of a side take over another: median and quartiles of each part over all rounds, added up.
+
+        Args:
+            parts: Seconds by the name of each part, one for each round.
+            other: Seconds of the other side.
+        """
+        of_each = [[of_round.get(name, 0.0) for name in parts[0]] for of_round in parts]
+        found = np.quantile(of_each, _QUARTILES, axis=0).sum(axis=1) / np.quantile(other, _QUARTILES)
+        return cls(*(float(x) for x in found))
+
+    @classmethod
     def _of(cls, quotients: NDArray[np.float64]) -> Ratio:
-        return cls(*(float(x) for x in np.quantile(quotients, [0.25, 0.5, 0.75])))
+        return cls(*(float(x) for x in np.quantile(quotients, _QUARTILES)))

@@ -16,12 +16,14 @@ from mole_diffusion.cli import app
 from mole_diffusion.composition import COMPOSITIONS
 from mole_diffusion.errors import MoLEError
 from mole_diffusion.experts import Experts
+from mole_diffusion.experts.forward_passes import ForwardPasses
 from mole_diffusion.gating import MoLEModel
 from mole_diffusion.speed import SIDES, SIZES, Counted, Speed, SpeedConfig, measure_speed, speed_page
 from mole_diffusion.speed import count as count_module
 from mole_diffusion.speed.clocks import in_turn, timed
 from mole_diffusion.speed.config import WHOLE, Side
 from mole_diffusion.speed.count import Alive, FusedAttention, count_base
+from mole_diffusion.speed.inside import watched
 from mole_diffusion.speed.limits import with_gates, with_products, with_router
 from mole_diffusion.speed.measure import SideCost
 from mole_diffusion.speed.models import make_inputs, make_loras, make_model, merged, twin
@@ -291,6 +293,27 @@ def test_gates_and_products_alone_are_what_gates_give() -> None:
     experts.detach()
 
 
+def test_what_calls_spend_inside_is_added_up_module_by_module() -> None:
+    rounds = [{"a": 1.0, "b": 9.0}, {"a": 2.0, "b": 5.0}, {"a": 3.0, "b": 7.0}]
+    assert Ratio.inside(rounds, [10.0, 30.0, 20.0]) == Ratio((1.5 + 6) / 15, (2 + 7) / 20, (2.5 + 8) / 25)
+
+
+@torch.no_grad()
+def test_all_modules_tell_what_they_spend_while_they_are_attached_in_the_block() -> None:
+    model = make_model(TINY)
+    inputs, loras = make_inputs(TINY, model), make_loras(TINY, model, 2)
+    plain = ForwardPasses.add
+    with watched() as spent:
+        experts = Experts(loras)
+        experts.attach({"unet": (ours := twin(model))})
+    assert ForwardPasses.add is plain
+    experts.weigher = COMPOSITIONS["linear"]()
+    ours(**inputs)
+    assert set(spent) == set(experts.sites)
+    assert all(seconds > 0 for seconds in spent.values())
+    experts.detach()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_router_and_products_alone_are_what_the_router_gives(dtype: Literal["float32", "bfloat16"]) -> None:
@@ -340,6 +363,8 @@ def test_a_twin_has_the_same_weights_and_a_merged_one_its_own() -> None:
         ({"used": 4, "loras": (3, 8)}, "smallest number of LoRAs, 3"),
         ({"latent": 12}, "multiple of 8"),
         ({"walks": True, "size": "sdxl"}, "tiny and sd15"),
+        ({"inside": True, "compiled": "whole"}, "not in compiled graphs"),
+        ({"inside": True, "device": "cuda"}, "measured on a CPU"),
     ],
 )
 def test_settings_that_cannot_be(settings: dict[str, object], message: str) -> None:
@@ -367,7 +392,7 @@ def test_real_sizes_have_the_parameters_of_the_real_models() -> None:
 def test_the_command_prints_and_writes_a_page(tmp_path: Path) -> None:
     page, numbers = tmp_path / "speed.md", tmp_path / "speed.json"
     given = ["speed", "--size", "tiny", "--loras", "2", "--rounds", "1", "--rank", "2", "--sides", "bare,sum"]
-    given += ["--latent", "8", "--walks"]
+    given += ["--latent", "8", "--walks", "--inside"]
     result = CliRunner().invoke(app, [*given, "--page", str(page), "--json", str(numbers)])
     assert result.exit_code == 0, result.output
     assert "| plain sum | 2 |" in result.stdout
@@ -375,4 +400,7 @@ def test_the_command_prints_and_writes_a_page(tmp_path: Path) -> None:
     assert "mole speed --size tiny --loras 2" in page.read_text(encoding="utf-8")
     (speed,) = json.loads(numbers.read_text(encoding="utf-8"))
     assert [row["side"] for row in speed["rows"]] == ["bare", "sum"]
+    assert "*Inside* is what" in page.read_text(encoding="utf-8")
+    assert speed["rows"][0]["inside"] is None
+    assert 0 < speed["rows"][1]["inside"]["middle"] < speed["rows"][1]["clock"]["middle"]
     assert CliRunner().invoke(app, ["speed", "--loras", "many"]).exit_code == 2
