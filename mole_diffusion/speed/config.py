@@ -257,7 +257,7 @@ class SpeedConfig:
             )
         if self.walks and self.size not in ("tiny", "sd15"):
             raise MoLEError(f"whole steps of training are measured at the sizes tiny and sd15, got {self.size!r}.")
-        if self.inside and (self.compiled or self.device != "cpu"):
+        if self.inside and (self.compiled or self.device not in ("cpu", "meta")):
             raise MoLEError(
                 "what a call spends inside on LoRAs is measured on a CPU, and not in compiled graphs. Leave out "
                 "`inside`, or the device and `compiled`."

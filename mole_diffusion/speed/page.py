@@ -207,8 +207,8 @@ _OF_LIMITS = [
 _OF_INSIDE = [
     "",
     "*Inside* is what a call of ours spends on LoRAs at the modules that have them, from what a module gave to the",
-    "same with its LoRAs, over a call of the bare base: for each module the median [quartiles] of all rounds, added",
-    "up. It is a small time measured by itself; *above the sum*, a small difference of large ones, scatters more.",
+    "same with its LoRAs, over the median call of the bare base: for each module the median [quartiles] of all rounds,",
+    "added up. It is a small time measured alone; *above the sum* is a difference of large ones, and scatters more.",
 ]
 _OF_GPUS = [
     "",

@@ -30,14 +30,14 @@ class Ratio:
 
     @classmethod
     def inside(cls, parts: Sequence[Mapping[str, float]], other: list[float]) -> Ratio:
-        """What parts of a side take over another: median and quartiles of each part over all rounds, added up.
+        """What parts of a side take over another's median: quartiles of each part over all rounds, added up.
 
         Args:
             parts: Seconds by the name of each part, one for each round.
             other: Seconds of the other side.
         """
         of_each = [[of_round.get(name, 0.0) for name in parts[0]] for of_round in parts]
-        found = np.quantile(of_each, _QUARTILES, axis=0).sum(axis=1) / np.quantile(other, _QUARTILES)
+        found = np.quantile(of_each, _QUARTILES, axis=0).sum(axis=1) / np.median(other)
         return cls(*(float(x) for x in found))
 
     @classmethod

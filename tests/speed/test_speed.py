@@ -295,7 +295,7 @@ def test_gates_and_products_alone_are_what_gates_give() -> None:
 
 def test_what_calls_spend_inside_is_added_up_module_by_module() -> None:
     rounds = [{"a": 1.0, "b": 9.0}, {"a": 2.0, "b": 5.0}, {"a": 3.0, "b": 7.0}]
-    assert Ratio.inside(rounds, [10.0, 30.0, 20.0]) == Ratio((1.5 + 6) / 15, (2 + 7) / 20, (2.5 + 8) / 25)
+    assert Ratio.inside(rounds, [10.0, 30.0, 20.0]) == Ratio((1.5 + 6) / 20, (2 + 7) / 20, (2.5 + 8) / 20)
 
 
 @torch.no_grad()
