@@ -188,7 +188,7 @@ class Attachment:
 
     def refit(self) -> None:
         """Make products anew where modules are of another dtype than in the pass before: as they would be at first."""
-        weight = getattr(self.sites[0].module, "weight", None)
+        weight = getattr(self.sites[0].module, "weight", None) if self.sites else None  # none: text encoders alone
         dtype = weight.dtype if isinstance(weight, Tensor) else None
         if self._dtype is not None and dtype != self._dtype:
             for group in self._groups:

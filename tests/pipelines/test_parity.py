@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,28 @@ def test_one_lora_draws_as_diffusers_draws_it(tmp_path: Path, layout: Any) -> No
     drawn = draw(ours)
     assert_close(drawn, draw(stock))
     assert not torch.allclose(drawn, base, atol=0.05)
+
+
+@pytest.mark.parametrize("component", ["text_encoder", "unet"])
+def test_loras_of_one_component_alone_draw_as_diffusers_draws_them(tmp_path: Path, component: str) -> None:
+    ours, stock = composing_pipeline(), tiny_pipeline()
+    whole = adapter(ours, "cat")
+    part = replace(whole, factors={component: whole.factors[component]})
+    file = save_lora(part, tmp_path / "lora.safetensors")
+    stock.load_lora_weights(str(tmp_path), weight_name=file.name)
+    expected, base = draw(stock), draw(ours)
+    ours.load_loras({"it": file})
+    for method in ("linear", "budget", "norm_router", "masks", "composite"):
+        ours.set_composition(method)
+        assert_close(draw(ours), expected)
+    ours.set_composition("linear")
+    ours.fuse_lora()
+    assert_close(draw(ours), expected)
+    ours.unfuse_lora()
+    ours.init_gates()
+    for drawn in (expected, draw(ours)):
+        assert not torch.allclose(drawn, base, atol=0.01)
+    assert_close(draw(ours, loras=[]), base)
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
